@@ -1,0 +1,20 @@
+"""Bi-VLM: vision-language models at an honest two bits and below.
+
+Importing this package registers the quantization method ``bivlm`` with transformers, after which
+``AutoModelForImageTextToText.from_pretrained`` loads packed checkpoints.
+
+Shapes are written as suffix letters, here and everywhere below:
+
+====== ==========================================
+letter meaning
+====== ==========================================
+``M``  out_features of a linear layer (rows)
+``N``  in_features of a linear layer (columns)
+``K``  groups of unsalient weights (``N_uns`` in the paper)
+``S``  salient weights of a layer
+``V``  distinct magnitudes in a layer
+``T``  tokens
+``B``  batch
+``D``  hidden size
+====== ==========================================
+"""

@@ -1,0 +1,28 @@
+"""One file per method; a method registers itself by being here."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from bivlm.errors import InputError
+from bivlm.methods.base import LayerPlan, Method, MethodSettings
+
+__all__ = ["LayerPlan", "Method", "MethodSettings", "method", "methods"]
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """Every method by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {cls.name: cls() for cls in Method.__subclasses__()}
+
+
+def method(name: str) -> Method:
+    """The method called `name`; raises `InputError` with the names there are."""
+    try:
+        return methods()[name]
+    except KeyError:
+        raise InputError(f"method {name!r} is not known; valid methods: {', '.join(sorted(methods()))}") from None

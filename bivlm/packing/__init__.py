@@ -1,0 +1,76 @@
+"""Bits on disk: a packed weight is one self-describing ``uint8`` tensor (`container`), its contents are a codec's.
+
+A codec is a module of this package with a `Codec` subclass; it registers itself by being there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+
+from bivlm.errors import InputError
+from bivlm.packing import container
+from bivlm.packing.container import Header
+
+
+@dataclass(frozen=True)
+class FormatBits:
+    """What a packed weight costs, in bits for the whole tensor (not per weight).
+
+    `nominal` is the paper's count (24)-(26), which leaves out the index; `entropy` is the least that any decodable
+    code of this format could store; `stored` is 8 x the bytes of the packed tensor.
+    """
+
+    nominal: float
+    entropy: float
+    stored: int
+
+
+class Codec(ABC):
+    """How one kind of contents is laid out in the sections of a packed weight."""
+
+    name: ClassVar[str]  # at most 8 ASCII characters
+
+    @abstractmethod
+    def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
+        """The rebuilt weight (M, N), dtype `header.dtype`, on the device of `packed`."""
+
+    @abstractmethod
+    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+        """Nominal, entropy and stored bits, counted from the packed bytes."""
+
+
+@cache
+def _codecs() -> dict[str, Codec]:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {codec.name: codec() for codec in Codec.__subclasses__()}
+
+
+def open_packed(packed: torch.Tensor, name: str = "packed weight", *, check: bool = True) -> tuple[Codec, Header]:
+    """The codec and header of `packed`, checksum verified unless `check` is false; raises `InputError` naming `name`."""
+    header = container.read_header(packed, name)
+    codec = _codecs().get(header.codec)
+    if codec is None:
+        raise InputError(f"{name}: unknown codec {header.codec!r}; this code knows {', '.join(sorted(_codecs()))}")
+    if check:
+        container.verify(packed, header, name)
+    return codec, header
+
+
+def unpack(packed: torch.Tensor, name: str = "packed weight", *, check: bool = True) -> torch.Tensor:
+    """Rebuild the weight (M, N) from its packed bytes, uint8 of shape (bytes,); raises `InputError` naming `name`."""
+    codec, header = open_packed(packed, name, check=check)
+    return codec.unpack(packed, header)
+
+
+def format_bits(packed: torch.Tensor, name: str = "packed weight") -> FormatBits:
+    """Nominal, entropy and stored bits of a packed weight; raises `InputError` naming `name`."""
+    codec, header = open_packed(packed, name)
+    return codec.bits(packed, header)

@@ -1,0 +1,115 @@
+"""The envelope of a packed weight: one 1-D ``uint8`` tensor that says what it is.
+
+Layout, little-endian::
+
+    bytes  field
+    0:4    magic "BVLM"
+    4      format version (1)
+    5      dtype of the rebuilt weight (0 bfloat16, 1 float16, 2 float32)
+    6      number of sections
+    7      reserved, 0
+    8:16   codec name, ASCII, padded with zeros
+    16:20  M, out_features
+    20:24  N, in_features
+    24:28  CRC-32 of everything after byte 28
+    28:    the sections' lengths, uint32 each, then the sections one after another
+
+The envelope knows nothing of what the sections mean; that is the codec's business.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bivlm.errors import InputError
+
+MAGIC = b"BVLM"
+FORMAT_VERSION = 1
+_HEADER = struct.Struct("<4sBBBB8sIII")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes of a packed weight say.
+
+    `sections` are (begin, end) byte offsets into the packed tensor.
+    """
+
+    codec: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    crc32: int
+    sections: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the whole packed tensor in bytes."""
+        return self.sections[-1][1]
+
+
+def write(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]) -> torch.Tensor:
+    """Join `sections` (each a 1-D uint8 array) into one packed tensor, uint8 of shape (bytes,).
+
+    Raises `InputError` for a dtype that has no code or a section of 4 GiB and more.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"a packed weight is rebuilt as bfloat16, float16 or float32, not {dtype}")
+    lengths = [section.nbytes for section in sections]
+    if max(lengths) >= 2**32:
+        raise InputError(f"a section of a packed weight has {max(lengths)} bytes; the format holds less than 4 GiB")
+    table = np.array(lengths, dtype="<u4").view(np.uint8)
+    body = np.concatenate([table, *(np.ascontiguousarray(s, dtype=np.uint8).reshape(-1) for s in sections)])
+    head = _HEADER.pack(
+        MAGIC, FORMAT_VERSION, _DTYPES.index(dtype), len(sections), 0, codec.encode("ascii"), *shape, zlib.crc32(body)
+    )
+    return torch.from_numpy(np.concatenate([np.frombuffer(head, dtype=np.uint8), body]))
+
+
+def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
+    """Parse and check the header of `packed`, uint8 of shape (bytes,).
+
+    Raises `InputError`, naming `name`, if the tensor is not a packed weight of a known version or has another length
+    than its header says. The contents are checked by `verify`.
+    """
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < _HEADER.size:
+        raise InputError(
+            f"{name}: expected a packed weight (1-D uint8, {_HEADER.size} bytes or more), "
+            f"found {packed.dtype} of shape {tuple(packed.shape)}"
+        )
+    head = bytes(packed[: _HEADER.size].cpu().numpy())
+    magic, version, dtype, count, _, codec, m, n, crc32 = _HEADER.unpack(head)
+    if magic != MAGIC:
+        raise InputError(f"{name}: not a packed weight (begins with {magic!r}, expected {MAGIC!r})")
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{name}: packed format version {version}, this code reads version {FORMAT_VERSION}; update bivlm"
+        )
+    begin = _HEADER.size + 4 * count
+    if dtype >= len(_DTYPES) or count == 0 or packed.numel() < begin:
+        raise InputError(f"{name}: damaged header (dtype code {dtype}, {count} sections, {packed.numel()} bytes)")
+    lengths = packed[_HEADER.size : begin].cpu().numpy().view("<u4")
+    ends = begin + np.cumsum(lengths, dtype=np.int64)
+    if int(ends[-1]) != packed.numel():
+        raise InputError(f"{name}: {packed.numel()} bytes, its header says {int(ends[-1])}: truncated or damaged")
+    begins = [begin, *ends[:-1].tolist()]
+    return Header(
+        codec=codec.rstrip(b"\0").decode("ascii", errors="replace"),
+        shape=(m, n),
+        dtype=_DTYPES[dtype],
+        crc32=crc32,
+        sections=tuple(zip(begins, ends.tolist(), strict=True)),
+    )
+
+
+def verify(packed: torch.Tensor, header: Header, name: str = "packed weight") -> None:
+    """Raise `InputError`, naming `name`, if the contents of `packed` do not have the checksum of its header."""
+    found = zlib.crc32(packed[_HEADER.size :].cpu().numpy())
+    if found != header.crc32:
+        raise InputError(f"{name}: checksum {found:08x}, its header says {header.crc32:08x}: the tensor is damaged")

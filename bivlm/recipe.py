@@ -1,0 +1,122 @@
+"""What to do to a model: a YAML file, checked strictly before any work begins."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+
+from bivlm.errors import InputError
+from bivlm.methods import MethodSettings, method
+
+Component = Literal["vision", "adaptor", "language"]
+COMPONENTS: tuple[str, ...] = get_args(Component)
+
+
+class CalibrationSettings(BaseModel):
+    """Where calibration samples come from, how many, and the seed that freezes the choice."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    source: str = "reference"
+    samples: int = Field(default=64, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class Recipe(BaseModel):
+    """A recipe, format 1. A component that is left out keeps its dtype."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    format: Literal[1]
+    components: dict[Component, MethodSettings] = Field(min_length=1)
+    keep: tuple[str, ...] = ("lm_head",)
+    calibration: CalibrationSettings = CalibrationSettings()
+    evaluation: tuple[str, ...] = ()
+
+    @field_validator("components", mode="before")
+    @classmethod
+    def _settings_of_the_method(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("expected a mapping from vision, adaptor or language to a method's settings")
+        return {component: _settings(settings) for component, settings in value.items()}
+
+    @field_validator("keep", "evaluation", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_serializer("components")
+    def _all_settings(self, components: dict[str, MethodSettings]) -> dict[str, Any]:
+        return {name: settings.model_dump(mode="json") for name, settings in components.items()}
+
+    def canonical(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data with every default written out: what is hashed and stored."""
+        return self.model_dump(mode="json")
+
+
+def _settings(settings: Any) -> MethodSettings:
+    if isinstance(settings, MethodSettings):
+        return settings
+    if not isinstance(settings, dict) or "method" not in settings:
+        raise ValueError(f"expected a method's settings with the key 'method', found {settings!r}")
+    try:
+        chosen = method(settings["method"]) if isinstance(settings["method"], str) else None
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    if chosen is None:
+        raise ValueError(f"'method' must be the name of a method, found {settings['method']!r}")
+    return chosen.Settings.model_validate(settings)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("bivlm") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str | Path) -> Recipe:
+    """Read a shipped recipe by name or any recipe by file.
+
+    Raises `InputError` that gives the path of the offending key, the value found and the valid form.
+    """
+    shipped = shipped_recipes()
+    if str(name_or_file) in shipped:
+        source, text = f"recipe {name_or_file}", _shipped_text(str(name_or_file))
+    else:
+        path = Path(name_or_file)
+        if not path.is_file():
+            raise InputError(f"recipe {str(name_or_file)!r}: no such file, and not one of {', '.join(shipped)}")
+        try:
+            source, text = f"recipe {path}", path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe {path}: not a UTF-8 text file ({error})") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not valid YAML: {error}") from None
+    return parse_recipe(data, source)
+
+
+def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
+    """Check `data` (as read from YAML or JSON) and return the recipe; raises `InputError` naming `source` and the key."""
+    if not isinstance(data, dict):
+        raise InputError(f"{source}: expected a mapping with name, format and components, found {type(data).__name__}")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}, found {_short(e['input'])}" for e in error.errors()]
+        raise InputError("\n".join([f"{source} is not valid:", *lines])) from None
+
+
+def _shipped_text(name: str) -> str:
+    return (resources.files("bivlm") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
