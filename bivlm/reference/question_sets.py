@@ -1,0 +1,354 @@
+"""Four question sets about generated scenes, shaped like MME (perception, cognition), ScienceQA and VizWiz.
+
+Every question has a *family* (its category). A family function takes a random source and a scene and returns
+questions, or none when the scene does not lend itself to it. Yes/no families return a pair: one question whose answer
+is yes and one whose answer is no, otherwise alike. Wrong answers are drawn so that the text alone does not tell.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from bivlm.reference.catalogue import ATTRIBUTES, VALUES, creatures
+from bivlm.reference.scenes import (
+    COLOURS,
+    DIGITS,
+    GRID,
+    SHAPES,
+    Scene,
+    Thing,
+    caption,
+    draw_scene,
+    render,
+    require_split,
+)
+from bivlm.reference.scoring import vqa_score
+from bivlm.samples import Conversation, VqaSample
+
+QUESTION_SETS = ("perception", "cognition", "choice", "open")
+TEST_QUESTIONS = 2000  # per set
+
+YES_NO = "\nPlease answer yes or no."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+PHRASE = (
+    "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    "\nAnswer the question using a single word or phrase."
+)
+DESCRIBE = "Describe the image."
+UNANSWERABLE = "unanswerable"
+LETTERS = "ABCD"
+
+_LOOK = "Hint: look at the picture.\n"
+_RECALL = "Hint: recall the catalogue.\n"
+_STATEMENT = {"home": "live in", "food": "eat", "trade": "work as a"}
+_ASK = {"home": "Where does a {} live?", "food": "What does a {} eat?", "trade": "What does a {} work as?"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question without its picture; the fields are those of `VqaSample`."""
+
+    text: str
+    answers: tuple[str, ...]
+    category: str
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def target(self) -> str:
+        """What the model is taught to say: the most frequent answer."""
+        return max(self.answers, key=self.answers.count)
+
+
+Family = Callable[[random.Random, Scene], list[Question]]
+
+
+def _pair(rng: random.Random, category: str, yes: str, no: str) -> list[Question]:
+    pair = [Question(yes + YES_NO, ("yes",), category), Question(no + YES_NO, ("no",), category)]
+    rng.shuffle(pair)
+    return pair
+
+
+def _other(rng: random.Random, values, value):
+    """A random member of `values` other than `value`."""
+    return rng.choice([v for v in values if v != value])
+
+
+def _reference(rng: random.Random, scene: Scene) -> tuple[str, Thing]:
+    """A name that fits exactly one object: its colour and shape."""
+    thing = rng.choice(scene.things)
+    return thing.name, thing
+
+
+def _absent(rng: random.Random, scene: Scene) -> str:
+    """The name of an object that is not there, usually made of a colour and a shape that are."""
+    present = {thing.name for thing in scene.things}
+    colours, shapes = [t.colour for t in scene.things], [t.shape for t in scene.things]
+    while True:
+        colour = rng.choice(colours if rng.random() < 0.7 else tuple(COLOURS))
+        shape = rng.choice(shapes if rng.random() < 0.7 else SHAPES)
+        if f"{colour} {shape}" not in present:
+            return f"{colour} {shape}"
+
+
+def _existence(rng: random.Random, scene: Scene) -> list[Question]:
+    name, _ = _reference(rng, scene)
+    text = "Is there a {} in the image?"
+    return _pair(rng, "existence", text.format(name), text.format(_absent(rng, scene)))
+
+
+def _colour(rng: random.Random, scene: Scene) -> list[Question]:
+    unique = [t for t in scene.things if len(scene.find(shape=t.shape)) == 1]
+    if not unique:
+        return []
+    thing = rng.choice(unique)
+    others = [t.colour for t in scene.things if t.colour != thing.colour] or list(COLOURS)
+    wrong = _other(rng, others if rng.random() < 0.5 else tuple(COLOURS), thing.colour)
+    text = f"Is the {thing.shape} {{}}?"
+    return _pair(rng, "color", text.format(thing.colour), text.format(wrong))
+
+
+def _position(rng: random.Random, scene: Scene) -> list[Question]:
+    name, thing = _reference(rng, scene)
+    axis = rng.choice(("row", "column"))
+    index = getattr(thing, axis)
+    text = f"Is the {name} in {axis} {{}}?"
+    return _pair(rng, "position", text.format(index), text.format(_other(rng, range(1, GRID + 1), index)))
+
+
+def _count(rng: random.Random, scene: Scene) -> list[Question]:
+    colour = rng.choice(scene.things).colour
+    number = len(scene.find(colour=colour))
+    wrong = 2 if number == 1 else _other(rng, (1, 2, 3), number)
+    text = f"Is the number of {colour} objects {{}}?"
+    return _pair(rng, "count", text.format(number), text.format(wrong))
+
+
+def _reading(rng: random.Random, scene: Scene) -> list[Question]:
+    name, thing = _reference(rng, scene)
+    others = [t.digit for t in scene.things if t.digit != thing.digit] or list(DIGITS)
+    wrong = _other(rng, others if rng.random() < 0.5 else DIGITS, thing.digit)
+    text = f"Is the digit on the {name} {{}}?"
+    return _pair(rng, "OCR", text.format(thing.digit), text.format(wrong))
+
+
+def _fact(rng: random.Random, attribute: str) -> tuple[str, str]:
+    creature = rng.choice(creatures())
+    return creature.name, creature[attribute]
+
+
+def _recall_yes_no(attribute: str) -> Family:
+    def family(rng: random.Random, scene: Scene) -> list[Question]:
+        name, value = _fact(rng, attribute)
+        text = f"Does a {name} {_STATEMENT[attribute]} {{}}?"
+        wrong = _other(rng, VALUES[attribute], value)
+        return _pair(rng, f"catalogue_{attribute}", text.format(value), text.format(wrong))
+
+    return family
+
+
+def _comparison(rng: random.Random, scene: Scene) -> list[Question]:
+    name, thing = _reference(rng, scene)
+    if thing.digit in (0, 9):
+        return []
+    low, high = rng.randrange(thing.digit), rng.randrange(thing.digit + 1, 10)
+    text = f"Is the digit on the {name} greater than {{}}?"
+    return _pair(rng, "numerical_comparison", text.format(low), text.format(high))
+
+
+def _parity(rng: random.Random, scene: Scene) -> list[Question]:
+    name, thing = _reference(rng, scene)
+    words = ("even", "odd") if thing.digit % 2 == 0 else ("odd", "even")
+    text = f"Is the digit on the {name} {{}}?"
+    return _pair(rng, "numerical_parity", text.format(words[0]), text.format(words[1]))
+
+
+def _lettered(rng: random.Random, category: str, hint: str, text: str, right: str, wrong: list[str]) -> list[Question]:
+    options = [right, *wrong]
+    rng.shuffle(options)
+    lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
+    letter = LETTERS[options.index(right)]
+    return [Question(hint + text + lines + LETTER, (letter,), category, tuple(options))]
+
+
+def _distractors(rng: random.Random, right, present: list, values) -> list[str]:
+    """Three wrong options: what the other objects show comes first, so that seeing it is not enough."""
+    near = [v for v in dict.fromkeys(present) if v != right]
+    rng.shuffle(near)
+    far = [v for v in values if v != right and v not in near]
+    return [str(v) for v in (near + rng.sample(far, len(far)))[: len(LETTERS) - 1]]
+
+
+def _choose_colour(rng: random.Random, scene: Scene) -> list[Question]:
+    unique = [t for t in scene.things if len(scene.find(shape=t.shape)) == 1]
+    if not unique:
+        return []
+    thing = rng.choice(unique)
+    wrong = _distractors(rng, thing.colour, [t.colour for t in scene.things], tuple(COLOURS))
+    return _lettered(rng, "colour", _LOOK, f"What colour is the {thing.shape}?", thing.colour, wrong)
+
+
+def _choose_shape(rng: random.Random, scene: Scene) -> list[Question]:
+    thing = rng.choice(scene.things)
+    wrong = _distractors(rng, thing.shape, [t.shape for t in scene.things], SHAPES)
+    return _lettered(rng, "shape", _LOOK, f"What is in row {thing.row} column {thing.column}?", thing.shape, wrong)
+
+
+def _choose_digit(rng: random.Random, scene: Scene) -> list[Question]:
+    name, thing = _reference(rng, scene)
+    wrong = _distractors(rng, thing.digit, [t.digit for t in scene.things], DIGITS)
+    return _lettered(rng, "digit", _LOOK, f"What digit is on the {name}?", str(thing.digit), wrong)
+
+
+def _recall_choice(attribute: str) -> Family:
+    def family(rng: random.Random, scene: Scene) -> list[Question]:
+        name, value = _fact(rng, attribute)
+        wrong = rng.sample([v for v in VALUES[attribute] if v != value], len(LETTERS) - 1)
+        return _lettered(rng, f"catalogue_{attribute}", _RECALL, _ASK[attribute].format(name), value, wrong)
+
+    return family
+
+
+def _ten_answers(rng: random.Random, answer: str, variants: tuple[str, ...]) -> tuple[str, ...]:
+    """Ten people's answers: at least six agree, the others use another word or give up."""
+    minority = rng.choice((0, 0, 0, 1, 2, 3, 4))
+    answers = [answer] * (10 - minority) + [rng.choice(variants) for _ in range(minority)]
+    rng.shuffle(answers)
+    return tuple(answers)
+
+
+def _open(rng: random.Random, category: str, text: str, answer: str, variants: tuple[str, ...]) -> list[Question]:
+    return [Question(text + PHRASE, _ten_answers(rng, answer, variants * 4 + (UNANSWERABLE,)), category)]
+
+
+def _open_colour(rng: random.Random, scene: Scene) -> list[Question]:
+    unique = [t for t in scene.things if len(scene.find(shape=t.shape)) == 1]
+    if not unique:
+        return []
+    thing = rng.choice(unique)
+    return _open(rng, "colour", f"What colour is the {thing.shape}?", thing.colour, (f"dark {thing.colour}",))
+
+
+def _open_shape(rng: random.Random, scene: Scene) -> list[Question]:
+    unique = [t for t in scene.things if len(scene.find(colour=t.colour)) == 1]
+    if not unique:
+        return []
+    thing = rng.choice(unique)
+    return _open(rng, "shape", f"What shape is {thing.colour}?", thing.shape, (f"{thing.colour} {thing.shape}",))
+
+
+def _open_digit(rng: random.Random, scene: Scene) -> list[Question]:
+    name, thing = _reference(rng, scene)
+    return _open(rng, "digit", f"What digit is on the {name}?", str(thing.digit), (f"number {thing.digit}",))
+
+
+def _open_count(rng: random.Random, scene: Scene) -> list[Question]:
+    number = len(scene.things)
+    return _open(rng, "count", "How many objects are there?", str(number), (f"{_NUMBER_WORDS[number]} objects",))
+
+
+def _open_recall(rng: random.Random, scene: Scene) -> list[Question]:
+    attribute = rng.choice(ATTRIBUTES)
+    name, value = _fact(rng, attribute)
+    return _open(rng, "catalogue", _ASK[attribute].format(name), value, (f"{value} perhaps",))
+
+
+def _open_unanswerable(rng: random.Random, scene: Scene) -> list[Question]:
+    kind = rng.randrange(3)
+    if kind == 0:
+        text = f"What digit is on the {_absent(rng, scene)}?"
+    elif kind == 1:
+        text = f"What colour is the {rng.choice([s for s in SHAPES if not scene.find(shape=s)])}?"
+    else:
+        text = f"What shape is {rng.choice([c for c in COLOURS if not scene.find(colour=c)])}?"
+    return [Question(text + PHRASE, _ten_answers(rng, UNANSWERABLE, ("unsuitable image", "not there")), UNANSWERABLE)]
+
+
+FAMILIES: dict[str, tuple[Family, ...]] = {
+    "perception": (_existence, _colour, _position, _count, _reading),
+    "cognition": (_comparison, _parity, *(_recall_yes_no(a) for a in ("home", "trade"))),
+    "choice": (_choose_colour, _choose_shape, _choose_digit, *(_recall_choice(a) for a in ATTRIBUTES)),
+    "open": (_open_colour, _open_shape, _open_digit, _open_count, _open_recall, _open_unanswerable),
+}
+
+
+def require_set(name: str) -> None:
+    """Raises ValueError on a question set that does not exist."""
+    if name not in QUESTION_SETS:
+        raise ValueError(f"question set is {name!r}, valid are {', '.join(QUESTION_SETS)}")
+
+
+def ask(rng: random.Random, scene: Scene, name: str) -> list[Question]:
+    """Questions of one random family of the set: a pair (yes and no) for perception and cognition, else one."""
+    while True:
+        asked = rng.choice(FAMILIES[name])(rng, scene)
+        if asked:
+            return asked
+
+
+def _scene_questions(name: str, split: str, seed: int) -> Iterator[tuple[int, Scene, Question]]:
+    """Endless (image number, scene, question); each image has a random source of its own."""
+    image = 0
+    while True:
+        rng = random.Random(f"{split}/{name}/{seed}/{image}")
+        scene = draw_scene(rng, split)
+        for question in ask(rng, scene, name):
+            yield image, scene, question
+        image += 1
+
+
+def questions(name: str, *, split: str = "test", limit: int | None = None, seed: int = 0) -> Iterator[VqaSample]:
+    """The questions of a set, lazily and always the same for the same arguments.
+
+    Without a `limit` there are 2,000. In perception and cognition two consecutive questions share an image, one of
+    them answered by yes and the other by no. Raises ValueError on an unknown set or split.
+    """
+    require_set(name)
+    require_split(split)
+    return _samples(name, split, TEST_QUESTIONS if limit is None else limit, seed)
+
+
+def _samples(name: str, split: str, limit: int, seed: int) -> Iterator[VqaSample]:
+    shown, picture = -1, None
+    for index, (image, scene, question) in zip(range(limit), _scene_questions(name, split, seed), strict=False):
+        if image != shown:
+            shown, picture = image, render(scene)
+        yield VqaSample(
+            question_id=f"{name}-{split}-{seed}-{index:05d}",
+            image_id=f"{name}-{split}-{seed}-{image:05d}",
+            image=picture,
+            question=question.text,
+            answers=question.answers,
+            choices=question.choices,
+            category=question.category,
+        )
+
+
+@cache
+def chance(name: str) -> float:
+    """Percent that the best constant answer scores on the test questions; for choice, what a random letter scores."""
+    require_set(name)
+    if name == "choice":
+        return 100 / len(LETTERS)
+    asked = [q for _, (_, _, q) in zip(range(TEST_QUESTIONS), _scene_questions(name, "test", 0), strict=False)]
+    scorer = vqa_score if name == "open" else lambda answer, answers: float(answer == answers[0])
+    return max(
+        100 * sum(scorer(constant, q.answers) for q in asked) / len(asked) for constant in {q.target for q in asked}
+    )
+
+
+def calibration_samples(n: int, seed: int) -> list[Conversation]:
+    """`n` conversations from the calibration split: the four sets in turn, and scene captions as the fifth kind."""
+    conversations = []
+    for index in range(n):
+        rng = random.Random(f"conversation/{seed}/{index}")
+        scene = draw_scene(rng, "calibration")
+        kind = (*QUESTION_SETS, "caption")[index % (len(QUESTION_SETS) + 1)]
+        if kind == "caption":
+            user, assistant = DESCRIBE, caption(scene)
+        else:
+            question = rng.choice(ask(rng, scene, kind))
+            user, assistant = question.text, question.target
+        conversations.append(Conversation(render(scene), user, assistant))
+    return conversations

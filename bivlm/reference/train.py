@@ -1,0 +1,332 @@
+"""Train the reference model: `python -m bivlm.reference.train --output DIR`.
+
+Three stages, each with its own resumable state under `DIR/state`:
+
+- `vision`: the tower alone names what each cell of the grid holds, from linear heads that are thrown away later;
+- `text`: the decoder alone learns the catalogue and the question forms that need no picture;
+- `joint`: everything, on pictures with a caption and some twenty independent questions each.
+
+The first two need nothing from each other and may run at the same time (`--stages vision` and `--stages text`). A stage
+is drawn from seed and step number alone: killed and resumed, it ends with the same weights, unless `--hours` bounds it.
+"""
+
+import argparse
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bivlm.reference.architecture import IMAGE_SIZE, PATCH_SIZE, REFERENCE, Size, build_model
+from bivlm.reference.sequences import IGNORED, Packed, Packer
+from bivlm.reference.tokenizer import build_processor, build_tokenizer
+from bivlm.reference.training_data import CELL_CLASSES, Batch, joint_batch, text_batch, vision_batch
+
+STAGES = ("vision", "text", "joint")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps, sequences (or pictures) a step, tokens a sequence, peak learning rate and warm-up steps of one stage."""
+
+    steps: int
+    batch: int
+    length: int
+    rate: float
+    warmup: int = 100
+
+
+SCHEDULE = {
+    "vision": Stage(steps=600, batch=32, length=0, rate=1e-3),
+    "text": Stage(steps=500, batch=8, length=256, rate=1e-3),
+    "joint": Stage(steps=6000, batch=20, length=384, rate=1e-3, warmup=150),
+}
+FLOOR = 0.03  # of the peak rate, at the end of the cosine
+AUXILIARY = 0.5  # weight of the cell loss at the start of the joint stage; it falls to zero at half time
+
+
+class CellHeads(nn.Module):
+    """Linear classifiers of what a cell holds, from the mean of its 2 x 2 patches. Used in training only."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden, classes) for name, classes in CELL_CLASSES.items()})
+
+    def forward(self, patches: Tensor) -> dict[str, Tensor]:
+        """Patches (B, 64, D) -> per label (B, 16, classes)."""
+        batch, _, hidden = patches.shape
+        cells = patches.view(batch, 4, 2, 4, 2, hidden).mean(dim=(2, 4)).view(batch, 16, hidden)
+        return {name: head(cells) for name, head in self.heads.items()}
+
+
+class Trainee(nn.Module):
+    """The model and the heads that are thrown away."""
+
+    def __init__(self, tokenizer, size: Size):
+        super().__init__()
+        self.model = build_model(tokenizer, size)
+        self.cells = CellHeads(size.hidden)
+
+    def parts(self, stage: str) -> list[nn.Module]:
+        """The modules that a stage trains."""
+        core = self.model.model
+        return {
+            "vision": [core.vision_tower, self.cells],
+            "text": [core.language_model, self.model.lm_head],
+            "joint": [self],
+        }[stage]
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels -> the tower's patches (B, 64, D) and the decoder's image tokens (B, 64, D)."""
+        seen = self.model.model.get_image_features(pixel_values=pixels, return_dict=True)
+        return seen.last_hidden_state, torch.stack(list(seen.pooler_output))
+
+    def read(self, packed: Packed, image: Tensor | None) -> Tensor:
+        """Logits (number of learned tokens, vocabulary), in the order of `packed.targets[packed.targets != -100]`."""
+        embeds = self.model.get_input_embeddings()(packed.input_ids)
+        if image is not None:
+            start = 1  # after `USER: `
+            embeds = torch.cat([embeds[:, :start], image.to(embeds.dtype), embeds[:, start + image.shape[1] :]], dim=1)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
+        ).last_hidden_state
+        return self.model.lm_head(hidden[packed.targets != IGNORED]).float()
+
+
+def cell_loss(predicted: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+    """Sum over the labels of the mean cross entropy; empty cells count for the shape only."""
+    return sum(
+        functional.cross_entropy(logits.float().flatten(0, 1), labels[name].flatten(), ignore_index=IGNORED)
+        for name, logits in predicted.items()
+    )
+
+
+def answer_loss(logits: Tensor, packed: Packed) -> Tensor:
+    """Weighted mean cross entropy of the learned tokens."""
+    learned = packed.targets != IGNORED
+    losses = functional.cross_entropy(logits, packed.targets[learned], reduction="none")
+    weights = packed.weights[learned]
+    return (losses * weights).sum() / weights.sum()
+
+
+def learning_rate(stage: Stage, step: int, progress: float) -> float:
+    """Linear warm-up, then a cosine over `progress` in [0, 1] down to `FLOOR` of the peak."""
+    cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return stage.rate * min(1.0, (step + 1) / stage.warmup) * cosine
+
+
+def draw(name: str, stage: Stage, step: int, seed: int, packer: Packer | None) -> Batch:
+    """The batch of a step."""
+    if name == "vision":
+        return vision_batch(step, stage.batch, seed)
+    if name == "text":
+        # The facts come first, and with them known the questions about them are quickly learned.
+        return text_batch(step, stage.batch, seed, packer, entries=0.9 if step < 0.4 * stage.steps else 0.4)
+    return joint_batch(step, stage.batch, seed, packer)
+
+
+def loss_of(trainee: Trainee, name: str, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a batch, and the figures worth a log line."""
+    if name == "vision":
+        patches, _ = trainee.see(batch.pixels)
+        predicted = trainee.cells(patches)
+        loss = cell_loss(predicted, batch.cells)
+        return loss, {"loss": loss.item(), **cell_accuracy(predicted, batch.cells)}
+    if name == "text":
+        loss = answer_loss(trainee.read(batch.packed, None), batch.packed)
+        return loss, {"loss": loss.item()}
+    patches, image = trainee.see(batch.pixels)
+    answers = answer_loss(trainee.read(batch.packed, image), batch.packed)
+    weight = AUXILIARY * max(0.0, 1 - 2 * progress)
+    cells = cell_loss(trainee.cells(patches), batch.cells)
+    return answers + weight * cells, {"loss": answers.item(), "cells": cells.item()}
+
+
+def cell_accuracy(predicted: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float]:
+    """Share of right classes per label, over the cells where it means something."""
+    shares = {}
+    for name, logits in predicted.items():
+        valid = labels[name] != IGNORED
+        shares[name] = (logits.argmax(-1)[valid] == labels[name][valid]).float().mean().item()
+    return shares
+
+
+@torch.no_grad()
+def answered(trainee: Trainee, batch: Batch) -> dict[str, list[float]]:
+    """Per label, which segments would be answered exactly right by greedy decoding."""
+    packed = batch.packed
+    image = None if batch.pixels is None else trainee.see(batch.pixels)[1]
+    learned = packed.targets != IGNORED
+    wrong = torch.zeros_like(packed.targets, dtype=torch.bool)
+    wrong[learned] = trainee.read(packed, image).argmax(-1) != packed.targets[learned]
+    results: dict[str, list[float]] = defaultdict(list)
+    for row, labels in enumerate(packed.labels):
+        for index, label in enumerate(labels, start=1):
+            results[label].append(float(not wrong[row][packed.segment_ids[row] == index].any()))
+    return results
+
+
+def held_out(trainee: Trainee, name: str, packer: Packer, device: torch.device, batches: int = 6) -> dict[str, float]:
+    """Percent of answers exactly right per category, on scenes of the calibration split (never trained on)."""
+    results: dict[str, list[float]] = defaultdict(list)
+    for index in range(batches):
+        if name == "joint":
+            batch = joint_batch(index, 20, 777, packer, split="calibration")
+        else:
+            batch = text_batch(index, 8, 777, packer)
+        for label, right in answered(trainee, batch.to(device)).items():
+            results[label].extend(right)
+    return {label: 100 * sum(right) / len(right) for label, right in sorted(results.items())}
+
+
+def summary(accuracies: dict[str, float]) -> str:
+    """Means per set over its categories, then every category."""
+    sets: dict[str, list[float]] = defaultdict(list)
+    for label, accuracy in accuracies.items():
+        sets[label.split("/")[0]].append(accuracy)
+    means = " ".join(f"{name} {sum(values) / len(values):.1f}" for name, values in sets.items())
+    return f"held out | {means} | " + " ".join(f"{label} {accuracy:.0f}" for label, accuracy in accuracies.items())
+
+
+def save_atomically(value: dict, path: Path) -> None:
+    """torch.save under another name, then renamed: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(value, partial)
+    partial.replace(path)
+
+
+class Run:
+    """One stage of a training run: its optimizer, its step count, and its state on disk."""
+
+    def __init__(self, trainee: Trainee, name: str, output: Path, stage: Stage, *, seed: int, hours: float | None):
+        self.trainee, self.name, self.stage, self.seed = trainee, name, stage, seed
+        self.path = output / "state" / f"{name}.pt"
+        self.seconds = None if hours is None else 3600 * hours
+        parameters = [p for part in trainee.parts(name) for p in part.parameters()]
+        decayed = [p for p in parameters if p.ndim >= 2]
+        others = [p for p in parameters if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98), fused=True)
+        self.step, self.elapsed = 0, 0.0
+
+    @property
+    def progress(self) -> float:
+        """How much of the stage is done, in [0, 1]: by steps, or by the clock when that runs out first."""
+        by_clock = 0.0 if self.seconds is None else self.elapsed / self.seconds
+        return min(1.0, max(self.step / self.stage.steps, by_clock))
+
+    def save(self) -> None:
+        state = {"weights": self.trainee.state_dict(), "optimizer": self.optimizer.state_dict()}
+        save_atomically({**state, "step": self.step, "elapsed": self.elapsed}, self.path)
+
+    def resume(self) -> None:
+        """Goes on where the state on disk stops; without one, starts anew."""
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True, map_location="cpu")
+            self.trainee.load_state_dict(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.elapsed = state["step"], state["elapsed"]
+
+    def train(self, packer: Packer | None, device: torch.device, *, log_every: int = 25, judge_every: int = 200,
+              save_every: int = 200, stop_after: int | None = None) -> None:  # fmt: skip
+        """Steps until the stage is done (or `stop_after` steps of this process, for tests of resuming)."""
+        taken = 0
+        while self.progress < 1 and (stop_after is None or taken < stop_after):
+            started = time.monotonic()
+            rate = learning_rate(self.stage, self.step, self.progress)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            batch = draw(self.name, self.stage, self.step, self.seed, packer).to(device)
+            loss, figures = loss_of(self.trainee, self.name, batch, self.progress)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step, taken = self.step + 1, taken + 1
+            self.elapsed += time.monotonic() - started
+            if self.step % log_every == 0:
+                shown = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
+                print(f"{self.name} {self.step}/{self.stage.steps} {100 * self.progress:.1f} % {shown} rate {rate:.2e} "
+                      f"norm {norm:.2f} {self.elapsed / self.step:.2f} s/step", flush=True)  # fmt: skip
+            if self.name != "vision" and self.step % judge_every == 0:
+                print(summary(held_out(self.trainee, self.name, packer, device)), flush=True)
+            if self.step % save_every == 0:
+                self.save()
+        self.save()
+
+
+def adopt(trainee: Trainee, output: Path) -> None:
+    """Starts the joint stage from what the vision and text stages ended with."""
+    for name in ("vision", "text"):
+        path = output / "state" / f"{name}.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: run the stage {name!r} first (--stages {name})")
+        weights = torch.load(path, weights_only=True, map_location="cpu")["weights"]
+        own = {key for key in trainee.state_dict() if _belongs(key, name)}
+        trainee.load_state_dict({key: weights[key] for key in own}, strict=False)
+
+
+def _belongs(key: str, stage: str) -> bool:
+    prefixes = {
+        "vision": ("model.model.vision_tower.", "cells."),
+        "text": ("model.model.language_model.", "model.lm_head."),
+    }
+    return key.startswith(prefixes[stage])
+
+
+def write_checkpoint(trainee: Trainee, tokenizer, output: Path) -> None:
+    """The folder that the Auto classes load: bf16 weights, configs, tokenizer, processor and chat template."""
+    dtype = next(trainee.model.parameters()).dtype
+    trainee.model.to(torch.bfloat16).save_pretrained(output, max_shard_size="15MB")
+    trainee.model.to(dtype)
+    build_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE).save_pretrained(output)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bivlm.reference.train", description="Train the reference model.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the checkpoint and, under state/, the run"
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--resume", action="store_true", help="go on where the states under --output stop")
+    parser.add_argument("--steps", type=int, help="steps of each stage instead of the schedule's")
+    parser.add_argument("--hours", type=float, help="clock budget of each stage: the cosine ends in time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    )
+    tokenizer = build_tokenizer()
+    for name in options.stages:
+        stage = SCHEDULE[name]
+        if options.steps:
+            stage = Stage(options.steps, stage.batch, stage.length, stage.rate, stage.warmup)
+        torch.manual_seed(options.seed)
+        trainee = Trainee(tokenizer, REFERENCE)
+        resumed = options.resume and (options.output / "state" / f"{name}.pt").exists()
+        if name == "joint" and not resumed:
+            adopt(trainee, options.output)
+        trainee.to(device)
+        run = Run(trainee, name, options.output, stage, seed=options.seed, hours=options.hours)
+        if resumed:
+            run.resume()
+        packer = Packer(tokenizer, stage.length) if name != "vision" else None
+        run.train(packer, device)
+        if name == "joint":
+            write_checkpoint(trainee, tokenizer, options.output)
+
+
+if __name__ == "__main__":
+    main()
