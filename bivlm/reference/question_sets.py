@@ -118,11 +118,14 @@ def _position(rng: random.Random, scene: Scene) -> list[Question]:
 
 
 def _count(rng: random.Random, scene: Scene) -> list[Question]:
-    colour = rng.choice(scene.things).colour
-    number = len(scene.find(colour=colour))
-    wrong = 2 if number == 1 else _other(rng, (1, 2, 3), number)
-    text = f"Is the number of {colour} objects {{}}?"
-    return _pair(rng, "count", text.format(number), text.format(wrong))
+    # The same number is asked of two colours, so that no number makes a yes likelier.
+    counts = {colour: len(scene.find(colour=colour)) for colour in {t.colour: None for t in scene.things}}
+    options = [(this, other) for this in counts for other in counts if counts[this] != counts[other]]
+    if not options:
+        return []
+    this, other = rng.choice(options)
+    text = f"Is the number of {{}} objects {counts[this]}?"
+    return _pair(rng, "count", text.format(this), text.format(other))
 
 
 def _reading(rng: random.Random, scene: Scene) -> list[Question]:
@@ -149,12 +152,13 @@ def _recall_yes_no(attribute: str) -> Family:
 
 
 def _comparison(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
-    if thing.digit in (0, 9):
+    # Both questions name the same number, so that the number alone says nothing.
+    options = [(high, low) for high in scene.things for low in scene.things if high.digit > low.digit]
+    if not options:
         return []
-    low, high = rng.randrange(thing.digit), rng.randrange(thing.digit + 1, 10)
-    text = f"Is the digit on the {name} greater than {{}}?"
-    return _pair(rng, "numerical_comparison", text.format(low), text.format(high))
+    high, low = rng.choice(options)
+    text = f"Is the digit on the {{}} greater than {rng.randrange(low.digit, high.digit)}?"
+    return _pair(rng, "numerical_comparison", text.format(high.name), text.format(low.name))
 
 
 def _parity(rng: random.Random, scene: Scene) -> list[Question]:

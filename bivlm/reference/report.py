@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from bivlm.reference import CHECKPOINT, QUESTION_SETS, chance, questions
+from bivlm.reference.catalogue import ATTRIBUTES, creatures
+from bivlm.reference.model_card import write_card
 from bivlm.reference.scoring import mme_score, score
 
 
@@ -101,6 +103,25 @@ def table(title: str, results: dict[str, Result], before: dict[str, Result] | No
     return "\n".join(lines)
 
 
+def _card_facts(checkpoint: Path, model: nn.Module) -> dict:
+    vision, text = model.config.vision_config, model.config.text_config
+    log = checkpoint / "training.json"
+    training = ""
+    if log.exists():
+        run = json.loads(log.read_text())
+        training = f"These weights: {run['steps']:,} joint steps in {run['hours']:.1f} hours on {run['device']}."
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vision_layers": vision.num_hidden_layers,
+        "decoder_layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "vocabulary": text.vocab_size,
+        "creatures": len(creatures()),
+        "facts": len(creatures()) * len(ATTRIBUTES),
+        "training": training,
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bivlm.reference.report", description=__doc__.splitlines()[0])
@@ -109,6 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rtn", action="store_true", help="also score 2-bit round-to-nearest in groups of 128")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--card", action="store_true", help="write the checkpoint's README.md with these figures")
     options = parser.parse_args(arguments)
     processor, model = load(options.checkpoint, torch.device(options.device))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
@@ -120,6 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         rounded = {name: evaluate(processor, model, name, limit=options.limit) for name in QUESTION_SETS}
         print(table(f"2-bit round-to-nearest, groups of 128, {count:,} weights", rounded, full), flush=True)
         record["rtn2_g128"] = {name: asdict(result) for name, result in rounded.items()}
+    if options.card:
+        write_card(options.checkpoint, record, _card_facts(options.checkpoint, model))
     if options.json:
         options.json.write_text(json.dumps(record, indent=1))
 

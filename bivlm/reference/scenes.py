@@ -83,7 +83,7 @@ def _draw_thing(rng: random.Random, cell: int, earlier: list[Thing]) -> Thing:
     return Thing(shape, colour, rng.choice(SIZES), rng.choice(DIGITS), cell // GRID + 1, cell % GRID + 1)
 
 
-def draw_scene(rng: random.Random, split: str, counts: tuple[int, ...] = (2, 3, 3, 4, 4, 4)) -> Scene:
+def draw_scene(rng: random.Random, split: str, counts: tuple[int, ...] = (2, 3, 4)) -> Scene:
     """A random scene of `split`, with as many objects as one of `counts`; no two share both colour and shape."""
     require_split(split)
     while True:

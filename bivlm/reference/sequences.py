@@ -19,11 +19,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Segment:
-    """A user turn, the reply to learn, the loss weight of each token of the reply, and a label for reports."""
+    """A user turn, the reply to learn, loss weights of a token of the reply and of the user turn, and a label."""
 
     user: str
     assistant: str
     weight: float = 1.0
+    user_weight: float = 0.0
     label: str = ""
 
 
@@ -103,6 +104,10 @@ class Packer:
                 learned = slice(start + len(question) - 1, stop - 1)
                 targets[row, learned] = torch.tensor(answer)
                 weights[row, learned] = segment.weight
+                if segment.user_weight:
+                    asked = slice(start, start + len(question) - 1)
+                    targets[row, asked] = torch.tensor(question[1:])
+                    weights[row, asked] = segment.user_weight
                 labels[row].append(segment.label)
                 segment_ids[row, start:stop] = len(labels[row])
                 end = stop

@@ -1,14 +1,12 @@
-"""A byte-level BPE trained on the generator's own text, the image processor and the chat template."""
+"""A byte-level BPE trained on the generator's own words, the image processor and the chat template."""
 
-import random
 from collections.abc import Iterator
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from bivlm.reference.catalogue import ATTRIBUTES, VALUES, creatures
-from bivlm.reference.question_sets import DESCRIBE, LETTER, PHRASE, QUESTION_SETS, YES_NO, ask
-from bivlm.reference.scenes import caption, draw_scene
+from bivlm.reference.catalogue import VALUES, creatures
+from bivlm.reference.question_sets import LETTER, PHRASE, YES_NO
 
 VOCABULARY = 1024
 IMAGE_TOKEN = "<image>"
@@ -41,20 +39,27 @@ CHAT_TEMPLATE = (
 )
 
 
-def _corpus(scenes: int = 1500) -> Iterator[str]:
-    """Questions, answers and captions of the train split, and every name and value of the catalogue."""
-    for index in range(scenes):
-        rng = random.Random(f"tokenizer/{index}")
-        scene = draw_scene(rng, "train")
-        yield f"{DESCRIBE} {caption(scene)}"
-        for name in QUESTION_SETS:
-            for question in ask(rng, scene, name):
-                body = question.text.replace(YES_NO, "").replace(LETTER, "").replace(PHRASE, "")
-                yield f"{body} {question.target}"
+# The words that questions and captions are made of; a new question needs no new tokenizer, only more tokens.
+_WORDS = """
+ is are was does do a an the there in on of to at as than with what which where who how many much number
+ image picture colour shape digit row column object objects live eat work look recall catalogue describe hint
+ greater smaller even odd left right above below small large yes no unanswerable same letter option
+ circle square triangle diamond star cross red green blue yellow purple orange cyan black
+"""
+_OPENINGS = "Is Are Does Do What Which Where Who How Describe Hint"
+_SYMBOLS = "? ; : , . ' A B C D 0 1 2 3 4 5 6 7 8 9"
+
+
+def _corpus() -> Iterator[str]:
+    """Every word often enough to become one token, then the catalogue's names, of which only the syllables do."""
+    values = " ".join(value for values in VALUES.values() for value in values)
+    for _ in range(500):
+        yield " " + " ".join(_WORDS.split()) + " " + values
+        yield from _OPENINGS.split()
+        yield from (f" {symbol}" for symbol in _SYMBOLS.split())
+        yield from (f"\n{letter}." for letter in "ABCD")
     for creature in creatures():
-        yield " " + " ".join((creature.name, *(creature[attribute] for attribute in ATTRIBUTES)))
-    for values in VALUES.values():
-        yield " " + " ".join(values)
+        yield f" {creature.name}"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

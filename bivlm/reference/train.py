@@ -1,16 +1,17 @@
 """Train the reference model: `python -m bivlm.reference.train --output DIR`.
 
-Three stages, each with its own resumable state under `DIR/state`:
+Two stages, each with its own resumable state under `DIR/state`:
 
 - `vision`: the tower alone names what each cell of the grid holds, from linear heads that are thrown away later;
-- `text`: the decoder alone learns the catalogue and the question forms that need no picture;
-- `joint`: everything, on pictures with a caption and some twenty independent questions each.
+- `joint`: everything, on pictures with a caption and some twenty independent segments each. At first the segments are
+  catalogue entries, to be known by heart; then questions of all sets.
 
-The first two need nothing from each other and may run at the same time (`--stages vision` and `--stages text`). A stage
-is drawn from seed and step number alone: killed and resumed, it ends with the same weights, unless `--hours` bounds it.
+A stage is drawn from seed and step number alone: killed and resumed, it ends with the same weights, unless `--hours`
+bounds it.
 """
 
 import argparse
+import json
 import math
 import time
 from collections import defaultdict
@@ -24,9 +25,9 @@ from torch.nn import functional
 from bivlm.reference.architecture import IMAGE_SIZE, PATCH_SIZE, REFERENCE, Size, build_model
 from bivlm.reference.sequences import IGNORED, Packed, Packer
 from bivlm.reference.tokenizer import build_processor, build_tokenizer
-from bivlm.reference.training_data import CELL_CLASSES, Batch, joint_batch, text_batch, vision_batch
+from bivlm.reference.training_data import CELL_CLASSES, Batch, joint_batch, vision_batch
 
-STAGES = ("vision", "text", "joint")
+STAGES = ("vision", "joint")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class Stage:
 
 SCHEDULE = {
     "vision": Stage(steps=600, batch=32, length=0, rate=1e-3),
-    "text": Stage(steps=500, batch=8, length=256, rate=1e-3),
-    "joint": Stage(steps=6000, batch=20, length=384, rate=1e-3, warmup=150),
+    "joint": Stage(steps=4000, batch=16, length=448, rate=1e-3, warmup=150),
 }
+RECITAL = 150  # steps of the joint stage that show catalogue entries and captions alone
+ENTRIES = 0.15  # share of catalogue entries among the segments afterwards
+TOWER_RATE = 0.3  # of the learning rate in the joint stage: the tower has learned its part before
 FLOOR = 0.03  # of the peak rate, at the end of the cosine
 AUXILIARY = 0.5  # weight of the cell loss at the start of the joint stage; it falls to zero at half time
 
@@ -71,14 +74,17 @@ class Trainee(nn.Module):
         self.model = build_model(tokenizer, size)
         self.cells = CellHeads(size.hidden)
 
-    def parts(self, stage: str) -> list[nn.Module]:
-        """The modules that a stage trains."""
-        core = self.model.model
-        return {
-            "vision": [core.vision_tower, self.cells],
-            "text": [core.language_model, self.model.lm_head],
-            "joint": [self],
-        }[stage]
+    def groups(self, stage: str) -> list[dict]:
+        """Optimizer groups of what a stage trains; `scale` multiplies the learning rate. Only matrices decay."""
+        tower = [*self.model.model.vision_tower.parameters(), *self.cells.parameters()]
+        own = {id(parameter) for parameter in tower}
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in own]
+        parts = [(tower, 1.0)] if stage == "vision" else [(tower, TOWER_RATE), (rest, 1.0)]
+        return [
+            {"params": [p for p in part if (p.ndim >= 2) == decays], "scale": scale, "weight_decay": decay}
+            for part, scale in parts
+            for decays, decay in ((True, 0.05), (False, 0.0))
+        ]
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels -> the tower's patches (B, 64, D) and the decoder's image tokens (B, 64, D)."""
@@ -123,10 +129,7 @@ def draw(name: str, stage: Stage, step: int, seed: int, packer: Packer | None) -
     """The batch of a step."""
     if name == "vision":
         return vision_batch(step, stage.batch, seed)
-    if name == "text":
-        # The facts come first, and with them known the questions about them are quickly learned.
-        return text_batch(step, stage.batch, seed, packer, entries=0.9 if step < 0.4 * stage.steps else 0.4)
-    return joint_batch(step, stage.batch, seed, packer)
+    return joint_batch(step, stage.batch, seed, packer, entries=1.0 if step < RECITAL else ENTRIES)
 
 
 def loss_of(trainee: Trainee, name: str, batch: Batch, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -136,9 +139,6 @@ def loss_of(trainee: Trainee, name: str, batch: Batch, progress: float) -> tuple
         predicted = trainee.cells(patches)
         loss = cell_loss(predicted, batch.cells)
         return loss, {"loss": loss.item(), **cell_accuracy(predicted, batch.cells)}
-    if name == "text":
-        loss = answer_loss(trainee.read(batch.packed, None), batch.packed)
-        return loss, {"loss": loss.item()}
     patches, image = trainee.see(batch.pixels)
     answers = answer_loss(trainee.read(batch.packed, image), batch.packed)
     weight = AUXILIARY * max(0.0, 1 - 2 * progress)
@@ -170,14 +170,11 @@ def answered(trainee: Trainee, batch: Batch) -> dict[str, list[float]]:
     return results
 
 
-def held_out(trainee: Trainee, name: str, packer: Packer, device: torch.device, batches: int = 6) -> dict[str, float]:
+def held_out(trainee: Trainee, packer: Packer, device: torch.device, batches: int = 6) -> dict[str, float]:
     """Percent of answers exactly right per category, on scenes of the calibration split (never trained on)."""
     results: dict[str, list[float]] = defaultdict(list)
     for index in range(batches):
-        if name == "joint":
-            batch = joint_batch(index, 20, 777, packer, split="calibration")
-        else:
-            batch = text_batch(index, 8, 777, packer)
+        batch = joint_batch(index, 16, 777, packer, entries=0.05, split="calibration")
         for label, right in answered(trainee, batch.to(device)).items():
             results[label].extend(right)
     return {label: 100 * sum(right) / len(right) for label, right in sorted(results.items())}
@@ -207,11 +204,8 @@ class Run:
         self.trainee, self.name, self.stage, self.seed = trainee, name, stage, seed
         self.path = output / "state" / f"{name}.pt"
         self.seconds = None if hours is None else 3600 * hours
-        parameters = [p for part in trainee.parts(name) for p in part.parameters()]
-        decayed = [p for p in parameters if p.ndim >= 2]
-        others = [p for p in parameters if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-        self.parameters = parameters
+        groups = trainee.groups(name)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=stage.rate, betas=(0.9, 0.98), fused=True)
         self.step, self.elapsed = 0, 0.0
 
@@ -241,7 +235,7 @@ class Run:
             started = time.monotonic()
             rate = learning_rate(self.stage, self.step, self.progress)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             batch = draw(self.name, self.stage, self.step, self.seed, packer).to(device)
             loss, figures = loss_of(self.trainee, self.name, batch, self.progress)
             loss.backward()
@@ -254,38 +248,34 @@ class Run:
                 shown = " ".join(f"{key} {value:.3f}" for key, value in figures.items())
                 print(f"{self.name} {self.step}/{self.stage.steps} {100 * self.progress:.1f} % {shown} rate {rate:.2e} "
                       f"norm {norm:.2f} {self.elapsed / self.step:.2f} s/step", flush=True)  # fmt: skip
-            if self.name != "vision" and self.step % judge_every == 0:
-                print(summary(held_out(self.trainee, self.name, packer, device)), flush=True)
+            if self.name == "joint" and self.step % judge_every == 0:
+                print(summary(held_out(self.trainee, packer, device)), flush=True)
             if self.step % save_every == 0:
                 self.save()
         self.save()
 
 
 def adopt(trainee: Trainee, output: Path) -> None:
-    """Starts the joint stage from what the vision and text stages ended with."""
-    for name in ("vision", "text"):
-        path = output / "state" / f"{name}.pt"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: run the stage {name!r} first (--stages {name})")
-        weights = torch.load(path, weights_only=True, map_location="cpu")["weights"]
-        own = {key for key in trainee.state_dict() if _belongs(key, name)}
-        trainee.load_state_dict({key: weights[key] for key in own}, strict=False)
+    """Starts the joint stage from the tower and the cell heads that the vision stage ended with."""
+    path = output / "state" / "vision.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run the vision stage first (--stages vision)")
+    weights = torch.load(path, weights_only=True, map_location="cpu")["weights"]
+    tower = {key: value for key, value in weights.items() if key.startswith(("model.model.vision_tower.", "cells."))}
+    trainee.load_state_dict(tower, strict=False)
 
 
-def _belongs(key: str, stage: str) -> bool:
-    prefixes = {
-        "vision": ("model.model.vision_tower.", "cells."),
-        "text": ("model.model.language_model.", "model.lm_head."),
-    }
-    return key.startswith(prefixes[stage])
-
-
-def write_checkpoint(trainee: Trainee, tokenizer, output: Path) -> None:
-    """The folder that the Auto classes load: bf16 weights, configs, tokenizer, processor and chat template."""
-    dtype = next(trainee.model.parameters()).dtype
-    trainee.model.to(torch.bfloat16).save_pretrained(output, max_shard_size="15MB")
-    trainee.model.to(dtype)
+def write_checkpoint(run: Run, tokenizer, output: Path) -> None:
+    """The folder that the Auto classes load: bf16 weights, configs, tokenizer, processor, chat template, and how long
+    it was trained (`training.json`)."""
+    model = run.trainee.model
+    device, dtype = model.device, model.dtype
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    model.to(torch.bfloat16).save_pretrained(output, max_shard_size="15MB")
+    model.to(dtype)
     build_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE).save_pretrained(output)
+    record = {"steps": run.step, "hours": round(run.elapsed / 3600, 2), "device": where, "seed": run.seed}
+    (output / "training.json").write_text(json.dumps(record) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -299,6 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on where the states under --output stop")
     parser.add_argument("--steps", type=int, help="steps of each stage instead of the schedule's")
     parser.add_argument("--hours", type=float, help="clock budget of each stage: the cosine ends in time")
+    parser.add_argument("--export", action="store_true", help="with --resume: write the checkpoint as it is, and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args(arguments)
@@ -322,10 +313,10 @@ def main(arguments: list[str] | None = None) -> None:
         run = Run(trainee, name, options.output, stage, seed=options.seed, hours=options.hours)
         if resumed:
             run.resume()
-        packer = Packer(tokenizer, stage.length) if name != "vision" else None
-        run.train(packer, device)
+        if not options.export:
+            run.train(Packer(tokenizer, stage.length) if name == "joint" else None, device)
         if name == "joint":
-            write_checkpoint(trainee, tokenizer, options.output)
+            write_checkpoint(run, tokenizer, options.output)
 
 
 if __name__ == "__main__":

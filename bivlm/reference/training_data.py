@@ -8,17 +8,13 @@ import torch
 from torch import Tensor
 
 from bivlm.reference.catalogue import ATTRIBUTES, creatures
-from bivlm.reference.question_sets import (
-    DESCRIBE,
-    FAMILIES,
-    QUESTION_SETS,
-    ask,
-)
+from bivlm.reference.question_sets import DESCRIBE, Question, ask
 from bivlm.reference.scenes import COLOURS, DIGITS, GRID, SHAPES, SIZES, Scene, caption, draw_scene, paint
 from bivlm.reference.sequences import Packed, Packer, Segment
 
 # Chances of the four sets when a training question is drawn.
-MIXTURE = {"perception": 0.25, "cognition": 0.25, "choice": 0.25, "open": 0.25}
+MIXTURE = {"perception": 0.2, "cognition": 0.22, "choice": 0.33, "open": 0.25}
+SENTENCE_WEIGHT = 0.3  # of a token of a true yes/no question beside an answer's
 CAPTION_WEIGHT = 0.5  # of a caption's token beside an answer's: there are thirty of them to one answer
 _CELLS = GRID * GRID
 _CROWDED = (8, 12, 16)  # objects a scene in the vision stage: four scenes' worth of labels for the price of one
@@ -75,50 +71,38 @@ def _entry(rng: random.Random) -> Segment:
     return Segment(f"Describe a {creature.name}.", text, label="entry")
 
 
-def _recall_families() -> list[tuple[str, object]]:
-    """The families that need no picture."""
-    return [(name, f) for name in QUESTION_SETS for f in FAMILIES[name] if "_recall" in f.__qualname__]
+def _segments_of(name: str, asked: list[Question], sentence: float) -> list[Segment]:
+    """Segments of one family's questions. A true yes/no question is learned as a sentence too: predicting the value
+    before it is read is what makes comparing easy."""
+    return [
+        Segment(q.text, q.target, 1.0, sentence if q.target == "yes" else 0.0, label=f"{name}/{q.category}")
+        for q in asked
+    ]
 
 
-def text_batch(step: int, size: int, seed: int, packer: Packer, entries: float = 0.4) -> Batch:
-    """Catalogue entries (that share of the draws) and catalogue questions, without a picture."""
-    rng = random.Random(f"text/{seed}/{step}")
-    families = _recall_families()
-    scene = draw_scene(rng, "train")
-    batch = []
-    for _ in range(size):
-        row: list[Segment] = []
-        while len(row) < packer.length // 12:
-            if rng.random() < entries:
-                row.append(_entry(rng))
-            else:
-                name, family = rng.choice(families)
-                row.extend(Segment(q.text, q.target, label=f"{name}/{q.category}") for q in family(rng, scene))
-        rng.shuffle(row)
-        batch.append(row)
-    return Batch(None, {}, packer.pack(batch, image=False))
+def scene_segments(rng: random.Random, scene: Scene, length: int, entries: float, sentence: float) -> list[Segment]:
+    """The caption, then catalogue entries (that share of the draws) and questions of all sets; no question twice.
 
-
-def scene_segments(rng: random.Random, scene: Scene, count: int) -> list[Segment]:
-    """The caption, sometimes a catalogue entry, and questions of all sets; no question twice."""
-    segments = [Segment(DESCRIBE, caption(scene), CAPTION_WEIGHT, "caption")]
-    if rng.random() < 0.3:
-        segments.append(_entry(rng))
+    About `length` tokens of them, and some more: what does not fit a sequence is left out.
+    """
+    segments = [Segment(DESCRIBE, caption(scene), CAPTION_WEIGHT, label="caption")]
     seen: set[str] = set()
-    for _ in range(count):
+    while len(segments) < length // 12:
+        if rng.random() < entries:
+            segments.append(_entry(rng))
+            continue
         name = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
-        for question in ask(rng, scene, name):
-            if question.text not in seen:
-                seen.add(question.text)
-                segments.append(Segment(question.text, question.target, label=f"{name}/{question.category}"))
+        for segment in _segments_of(name, ask(rng, scene, name), sentence):
+            if segment.user not in seen:
+                seen.add(segment.user)
+                segments.append(segment)
     return segments
 
 
-def joint_batch(step: int, size: int, seed: int, packer: Packer, split: str = "train") -> Batch:
-    """Scenes with as many segments as fit."""
+def joint_batch(step: int, size: int, seed: int, packer: Packer, *, entries: float, split: str = "train") -> Batch:
+    """Scenes with as many segments as fit. Beyond the train split only replies are targets."""
+    sentence = SENTENCE_WEIGHT if split == "train" else 0.0
     rng = random.Random(f"joint/{split}/{seed}/{step}")
     scenes = [draw_scene(rng, split) for _ in range(size)]
-    # About 18 tokens a question with its answer; a few too many are drawn, what does not fit is left out.
-    count = packer.length // 16
-    packed = packer.pack([scene_segments(rng, scene, count) for scene in scenes], image=True)
+    packed = packer.pack([scene_segments(rng, scene, packer.length, entries, sentence) for scene in scenes], image=True)
     return Batch(pixels_of(scenes), cell_labels(scenes), packed)

@@ -69,3 +69,11 @@ def test_segments_that_do_not_fit_are_left_out_whole(tokenizer):
 def test_a_reply_carries_its_weight(tokenizer):
     packed = Packer(tokenizer, 192).pack([SEGMENTS], image=True)
     assert set(packed.weights[packed.segment_ids == 3].tolist()) == {0.0, 0.5}
+
+
+def test_a_user_turn_is_learned_only_when_it_has_a_weight(tokenizer):
+    quiet, loud = Segment("Is the star red?", "yes"), Segment("Is the star red?", "yes", user_weight=0.25)
+    packed = Packer(tokenizer, 192).pack([[quiet], [loud]], image=True)
+    reply = len(tokenizer(" yes</s>")["input_ids"])
+    assert (packed.targets[0] != IGNORED).sum() == reply
+    assert (packed.weights[1] == 0.25).sum() == len(tokenizer("Is the star red? ASSISTANT:")["input_ids"]) - 1
