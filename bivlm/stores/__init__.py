@@ -1,0 +1,59 @@
+"""Where the bytes of a workspace are kept: a folder, or an S3 bucket.
+
+A store knows names and bytes, not what they mean. Whatever is put under a name becomes visible whole or not at all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+
+class Store(ABC):
+    """Files under names such as ``objects/ab/abcd...`` (always forward slashes)."""
+
+    url: str  # what opens this store again
+
+    @property
+    @abstractmethod
+    def local(self) -> Path:
+        """A folder on this machine for files that need one: the store itself, or its cache."""
+
+    @abstractmethod
+    def put_file(self, name: str, path: Path) -> None:
+        """Store the bytes of `path` under `name`, replacing what was there."""
+
+    @abstractmethod
+    def put_bytes(self, name: str, data: bytes) -> None:
+        """Store `data` under `name`, replacing what was there."""
+
+    @abstractmethod
+    def read_bytes(self, name: str) -> bytes | None:
+        """The bytes under `name`, or None if there are none."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """The number of bytes under `name`, or None if there is nothing."""
+
+    @abstractmethod
+    def path(self, name: str) -> Path | None:
+        """A local file with the bytes under `name`, to be read only; None if there is nothing under that name."""
+
+    @abstractmethod
+    def refresh(self, name: str) -> bool:
+        """Forget a local copy of `name`; False if there is none, which means that `path` shows the stored bytes."""
+
+
+def open_store(location: str | Path) -> Store:
+    """The store at a folder (made if it is missing) or at ``s3://bucket/prefix``.
+
+    Raises `InputError` naming the location if it cannot be one.
+    """
+    # Each store is imported when it is asked for, so that a folder never needs boto3.
+    if str(location).startswith("s3://"):
+        from bivlm.stores.s3 import S3Store
+
+        return S3Store(str(location))
+    from bivlm.stores.folder import FolderStore
+
+    return FolderStore(Path(location))

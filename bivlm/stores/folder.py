@@ -1,0 +1,91 @@
+"""A store that is a folder on a local or shared disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from bivlm.errors import InputError
+from bivlm.stores import Store
+
+
+class FolderStore(Store):
+    """Files written beside their place, flushed to disk and renamed into it, so that a killed writer leaves nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.expanduser().absolute()
+        if self._folder.exists() and not self._folder.is_dir():
+            raise InputError(f"workspace {folder}: not a folder; expected a folder or s3://bucket/prefix")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"workspace {folder}: cannot be made: {error.strerror}") from error
+        self.url = str(self._folder)
+
+    @property
+    def local(self) -> Path:
+        return self._folder
+
+    def put_file(self, name: str, path: Path) -> None:
+        with path.open("rb") as source:
+            write_atomically(self._folder / name, lambda target: shutil.copyfileobj(source, target, 1 << 20))
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        write_atomically(self._folder / name, lambda target: target.write(data))
+
+    def read_bytes(self, name: str) -> bytes | None:
+        try:
+            return (self._folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self._folder / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def path(self, name: str) -> Path | None:
+        path = self._folder / name
+        return path if path.is_file() else None
+
+    def refresh(self, name: str) -> bool:
+        return False
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Make `path` with what `write` writes: it appears whole, flushed to disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_beside(path) as temporary:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    _flush_folder(path.parent)
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A new empty file in the folder of `path`, removed at the end unless it was renamed."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    # A rename is on disk only when its folder is; without this a power cut can undo a finished step.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,109 @@
+"""A store that is a prefix in an S3 bucket, with a cache folder on this machine.
+
+Credentials, region and ``AWS_ENDPOINT_URL`` come from the environment, as boto3 reads them. Every object is put in one
+request or one multipart upload, so that no reader ever sees a part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import boto3
+from boto3.exceptions import S3UploadFailedError
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from bivlm.errors import InputError
+from bivlm.stores import Store
+from bivlm.stores.folder import temporary_beside
+from bivlm.stores.location import cache_folder
+
+_ABSENT = {"404", "NoSuchKey", "NotFound"}
+_REFUSED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket"}
+
+
+class S3Store(Store):
+    """Objects under ``s3://bucket/prefix/``; files are read through ``<cache folder>/s3/<hash of the url>/``."""
+
+    def __init__(self, url: str) -> None:
+        match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?))?/*", url)
+        if match is None:
+            raise InputError(f"workspace {url!r}: not an S3 location; expected s3://bucket or s3://bucket/prefix")
+        self._bucket, prefix = match[1], match[2]
+        self._prefix = f"{prefix}/" if prefix else ""
+        self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        # Servers other than AWS do not all know the newer trailing checksums; our own SHA-256 covers every read.
+        config = Config(
+            retries={"mode": "standard", "max_attempts": 5},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        try:
+            self._client = boto3.client("s3", config=config)
+            self._client.head_bucket(Bucket=self._bucket)
+        except ClientError as error:
+            if _code(error) in _ABSENT | _REFUSED:
+                raise InputError(f"workspace {url}: bucket {self._bucket!r} cannot be opened: {error}") from error
+            raise
+        except BotoCoreError as error:
+            raise InputError(f"workspace {url}: {error}") from error
+        # One URL means different buckets at different endpoints, so the endpoint is part of the cache's name.
+        place = f"{self._client.meta.endpoint_url}|{self.url}"
+        self._cache = cache_folder() / "s3" / hashlib.sha256(place.encode()).hexdigest()[:16]
+        self._cache.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def local(self) -> Path:
+        return self._cache
+
+    def put_file(self, name: str, path: Path) -> None:
+        try:
+            self._client.upload_file(str(path), self._bucket, self._prefix + name)
+        except S3UploadFailedError as error:
+            raise ConnectionError(f"{self.url}/{name}: {error}") from error
+        self.refresh(name)
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data)
+        self.refresh(name)
+
+    def read_bytes(self, name: str) -> bytes | None:
+        try:
+            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
+        except ClientError as error:
+            if _code(error) in _ABSENT:
+                return None
+            raise
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"]
+        except ClientError as error:
+            if _code(error) in _ABSENT:
+                return None
+            raise
+
+    def path(self, name: str) -> Path | None:
+        size = self.size(name)
+        if size is None:
+            return None
+        path = self._cache / name
+        if path.is_file() and path.stat().st_size == size:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(path) as temporary:
+            self._client.download_file(self._bucket, self._prefix + name, str(temporary))
+            temporary.replace(path)
+        return path
+
+    def refresh(self, name: str) -> bool:
+        path = self._cache / name
+        present = path.is_file()
+        path.unlink(missing_ok=True)
+        return present
+
+
+def _code(error: ClientError) -> str:
+    return error.response["Error"]["Code"]

@@ -1,0 +1,164 @@
+"""Content-addressed files and the steps that made them: the only cache of the pipeline.
+
+``objects/<aa>/<sha256>`` holds bytes under their own hash, ``steps/<key>.json`` says that a step is done and what it
+made. A step counts as done only while every file it made is there with the right bytes; reads are checked against the
+hash. Writes appear whole or not at all, so any number of workers may share a workspace and any of them may be killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from bivlm.errors import InputError
+from bivlm.identity import canonical_json, file_digest
+from bivlm.stores import Store, open_store
+
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class WorkspaceError(RuntimeError):
+    """An object of the workspace is missing or its bytes are not what its name says."""
+
+
+class Reference(BaseModel):
+    """The name of an object: SHA-256 and length of its bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str = Field(pattern=_SHA256)
+    nbytes: int = Field(ge=0)
+
+
+class StepRecord(BaseModel):
+    """What a finished step made: files by name, figures small enough to travel, and how long it took.
+
+    `figures` is JSON; what later steps or the report need to know without opening a file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str
+    outputs: dict[str, Reference] = {}
+    figures: dict[str, JsonValue] = {}
+    seconds: float = Field(ge=0)
+
+
+class Workspace:
+    """A folder or an S3 prefix that holds objects and finished steps."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @classmethod
+    def open(cls, location: str | Path) -> Workspace:
+        """The workspace at a folder (made if missing) or ``s3://bucket/prefix``; raises `InputError` naming it."""
+        return cls(open_store(location))
+
+    @property
+    def url(self) -> str:
+        """What opens this workspace again, on any machine that can reach it."""
+        return self._store.url
+
+    @property
+    def local(self) -> Path:
+        """A folder on this machine that belongs to the workspace: itself, or the cache of the S3 prefix."""
+        return self._store.local
+
+    def put_file(self, path: str | Path) -> Reference:
+        """Store a copy of the file at `path`; storing the same bytes again changes nothing."""
+        path = Path(path)
+        reference = Reference(sha256=file_digest(path), nbytes=path.stat().st_size)
+        if not self.holds(reference):
+            self._store.put_file(_object_name(reference), path)
+        return reference
+
+    def put_bytes(self, data: bytes) -> Reference:
+        """Store `data`; storing the same bytes again changes nothing."""
+        reference = Reference(sha256=hashlib.sha256(data).hexdigest(), nbytes=len(data))
+        if not self.holds(reference):
+            self._store.put_bytes(_object_name(reference), data)
+        return reference
+
+    def fetch(self, reference: Reference) -> Path:
+        """A local file with exactly these bytes, to be read only; raises `WorkspaceError` if there are none."""
+        name = _object_name(reference)
+        path = self._store.path(name)
+        if path is None:
+            raise WorkspaceError(f"{self.url}: object {reference.sha256} is missing; run the step that makes it again")
+        if _is(path, reference):
+            return path
+        # A local copy may have been damaged while the stored object is sound: look once at what is really stored.
+        if self._store.refresh(name):
+            path = self._store.path(name)
+            if path is not None and _is(path, reference):
+                return path
+        raise WorkspaceError(
+            f"{self.url}: object {reference.sha256} holds other bytes; run the step that makes it again"
+        )
+
+    def read(self, reference: Reference) -> bytes:
+        """The bytes of an object; raises `WorkspaceError` as `fetch` does."""
+        return self.fetch(reference).read_bytes()
+
+    def holds(self, reference: Reference) -> bool:
+        """Whether the object is there with the right bytes."""
+        try:
+            self.fetch(reference)
+        except WorkspaceError:
+            return False
+        return True
+
+    def fetch_folder(self, outputs: dict[str, Reference], folder: str | Path) -> Path:
+        """Lay copies of `outputs` under `folder` by their names (forward slashes make subfolders)."""
+        folder = Path(folder)
+        for name, reference in outputs.items():
+            target = folder / name
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"output {name!r}: leaves the folder {folder}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.fetch(reference), target)
+        return folder
+
+    def put_folder(self, folder: str | Path) -> dict[str, Reference]:
+        """Store every file under `folder`; the names are paths relative to it, in order."""
+        folder = Path(folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): self.put_file(path) for path in files}
+
+    def step(self, key: str) -> StepRecord | None:
+        """The finished step `key`; None if there is none, if its record is not readable or if any of its outputs is
+        missing or differs, which all mean that the step must run again."""
+        data = self._store.read_bytes(_step_name(key))
+        if data is None:
+            return None
+        try:
+            record = StepRecord.model_validate_json(data)
+        except ValidationError:
+            return None
+        return record if all(self.holds(reference) for reference in record.outputs.values()) else None
+
+    def finish_step(self, key: str, record: StepRecord) -> None:
+        """Write down that step `key` is done; its outputs must be stored already (`WorkspaceError` if one is not)."""
+        for name, reference in record.outputs.items():
+            size = self._store.size(_object_name(reference))
+            if size != reference.nbytes:
+                raise WorkspaceError(f"{self.url}: output {name!r} of {record.stage} is not stored; put it first")
+        content: dict[str, Any] = record.model_dump(mode="json")
+        self._store.put_bytes(_step_name(key), canonical_json(content) + b"\n")
+
+
+def _is(path: Path, reference: Reference) -> bool:
+    return path.stat().st_size == reference.nbytes and file_digest(path) == reference.sha256
+
+
+def _object_name(reference: Reference) -> str:
+    return f"objects/{reference.sha256[:2]}/{reference.sha256}"
+
+
+def _step_name(key: str) -> str:
+    return f"steps/{key}.json"

@@ -1,0 +1,175 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import boto3
+import pytest
+
+from bivlm.errors import InputError
+from bivlm.memory import peak_bytes, reset_peak
+from bivlm.stores.folder import write_atomically
+from bivlm.workspace import Reference, StepRecord, Workspace, WorkspaceError
+
+KEY = "ab" * 32
+
+
+@pytest.fixture
+def damage(location):
+    """Replace or remove the stored bytes of an object behind the workspace's back."""
+
+    def change(reference, data):
+        name = f"objects/{reference.sha256[:2]}/{reference.sha256}"
+        if location.startswith("s3://"):
+            client, key = boto3.client("s3"), f"{location.removeprefix('s3://bivlm-tests/')}/{name}"
+            if data is None:
+                client.delete_object(Bucket="bivlm-tests", Key=key)
+            else:
+                client.put_object(Bucket="bivlm-tests", Key=key, Body=data)
+        elif data is None:
+            (Path(location) / name).unlink()
+        else:
+            (Path(location) / name).write_bytes(data)
+
+    return change
+
+
+def test_what_is_put_comes_back(workspace, tmp_path):
+    (tmp_path / "weights").write_bytes(b"weights")
+    reference = workspace.put_file(tmp_path / "weights")
+    assert reference == workspace.put_bytes(b"weights")
+    assert workspace.fetch(reference).read_bytes() == b"weights"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Go on as a worker on another machine, with no local copies."""
+    return lambda: monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "another machine"))
+
+
+def test_any_worker_finds_a_finished_step(workspace, location, elsewhere):
+    record = StepRecord(
+        stage="plan", outputs={"plan": workspace.put_bytes(b"{}")}, figures={"error": 0.25, "groups": [1, 2]}, seconds=2
+    )
+    workspace.finish_step(KEY, record)
+    elsewhere()
+    assert Workspace.open(location).step(KEY) == record
+
+
+def test_a_step_nobody_ran_is_not_done(workspace):
+    assert workspace.step(KEY) is None
+
+
+@pytest.mark.parametrize("data", [None, b"", b"other b"], ids=["missing", "cut off", "other bytes of the same length"])
+def test_a_step_whose_output_is_missing_or_differs_is_not_done(
+    workspace, location, damage, data, tmp_path, monkeypatch
+):
+    reference = workspace.put_bytes(b"weights")
+    workspace.finish_step(KEY, StepRecord(stage="pack", outputs={"shard": reference}, seconds=1))
+    damage(reference, data)
+    monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "another machine"))
+    assert Workspace.open(location).step(KEY) is None
+    with pytest.raises(WorkspaceError, match=reference.sha256):
+        Workspace.open(location).fetch(reference)
+
+
+def test_running_the_step_again_mends_it(workspace, damage):
+    reference = workspace.put_bytes(b"weights")
+    damage(reference, b"other b")
+    workspace.put_bytes(b"weights")
+    assert workspace.read(reference) == b"weights"
+
+
+def test_a_record_that_is_not_readable_is_no_record(workspace, location):
+    workspace.finish_step(KEY, StepRecord(stage="plan", seconds=1))
+    if location.startswith("s3://"):
+        key = f"{location.removeprefix('s3://bivlm-tests/')}/steps/{KEY}.json"
+        boto3.client("s3").put_object(Bucket="bivlm-tests", Key=key, Body=b'{"stage": "pl')
+    else:
+        (Path(location) / "steps" / f"{KEY}.json").write_bytes(b'{"stage": "pl')
+    assert workspace.step(KEY) is None
+
+
+def test_a_step_cannot_be_finished_before_its_outputs_are_stored(workspace):
+    missing = Reference(sha256="0" * 64, nbytes=3)
+    with pytest.raises(WorkspaceError, match="'shard' of pack is not stored"):
+        workspace.finish_step(KEY, StepRecord(stage="pack", outputs={"shard": missing}, seconds=1))
+
+
+def test_a_folder_comes_back_file_by_file(workspace, tmp_path):
+    (tmp_path / "samples" / "images").mkdir(parents=True)
+    (tmp_path / "samples" / "images" / "0.png").write_bytes(b"png")
+    (tmp_path / "samples" / "conversations.jsonl").write_bytes(b"{}\n")
+    outputs = workspace.put_folder(tmp_path / "samples")
+    assert list(outputs) == ["conversations.jsonl", "images/0.png"]
+    copy = workspace.fetch_folder(outputs, tmp_path / "copy")
+    assert (copy / "images" / "0.png").read_bytes() == b"png"
+
+
+def test_an_output_never_leaves_its_folder(workspace, tmp_path):
+    with pytest.raises(InputError, match="leaves the folder"):
+        workspace.fetch_folder({"../outside": workspace.put_bytes(b"x")}, tmp_path / "copy")
+
+
+def test_a_damaged_local_copy_of_a_sound_object_is_fetched_again(s3_location):
+    workspace = Workspace.open(s3_location)
+    reference = workspace.put_bytes(b"weights")
+    workspace.fetch(reference).write_bytes(b"other b")
+    assert workspace.fetch(reference).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("location", ["s3://", "s3:///prefix", "s3://Not_A_Bucket"])
+def test_what_is_not_an_s3_location_is_refused(location):
+    with pytest.raises(InputError, match="expected s3://bucket"):
+        Workspace.open(location)
+
+
+def test_a_bucket_that_does_not_exist_is_refused(s3_location):
+    with pytest.raises(InputError, match="no-such-bucket"):
+        Workspace.open("s3://no-such-bucket/prefix")
+
+
+def test_a_file_is_not_a_workspace(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="not a folder"):
+        Workspace.open(tmp_path / "file")
+
+
+def test_a_writer_killed_in_the_middle_leaves_no_object(tmp_path):
+    script = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from bivlm.stores.folder import write_atomically
+        def write(file):
+            file.write(b"half"), file.flush()
+            print("writing", flush=True)
+            time.sleep(60)
+        write_atomically(Path(sys.argv[1]), write)
+    """)
+    target = tmp_path / "objects" / "whole"
+    with subprocess.Popen([sys.executable, "-c", script, str(target)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"writing\n"
+        os.kill(writer.pid, signal.SIGKILL)
+    assert not target.exists()
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "objects" / "whole", fail)
+    assert list((tmp_path / "objects").iterdir()) == []
+
+
+def test_the_peak_of_memory_counts_from_its_reset():
+    before = bytearray(64 << 20)
+    before[::4096] = b"x" * len(before[::4096])
+    high = peak_bytes()
+    del before
+    if not reset_peak():
+        pytest.skip("this system cannot reset the peak")
+    assert peak_bytes() < high - (32 << 20)
