@@ -18,3 +18,5 @@ letter meaning
 ``D``  hidden size
 ====== ==========================================
 """
+
+import bivlm.transformers_plugin  # noqa: F401

@@ -1,0 +1,23 @@
+"""The tensors of a Hugging Face checkpoint one at a time, and the packed checkpoint that is made of them.
+
+`reading` opens a folder, `linears` says which of its tensors are linear weights and of what component, `writing` makes
+the packed folder, `tensor_file` knows the safetensors format.
+"""
+
+from bivlm.checkpoint.linears import LeftAlone, Linear, anatomy, linears, select
+from bivlm.checkpoint.reading import Checkpoint, ResolvedModel, resolve_model
+from bivlm.checkpoint.tensor_file import TensorEntry
+from bivlm.checkpoint.writing import write_packed_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "LeftAlone",
+    "Linear",
+    "ResolvedModel",
+    "TensorEntry",
+    "anatomy",
+    "linears",
+    "resolve_model",
+    "select",
+    "write_packed_checkpoint",
+]

@@ -1,0 +1,256 @@
+"""Which tensors of a checkpoint are linear weights, of which component, and under what name each is loaded.
+
+The module tree comes from the config alone, on the meta device. Names on disk are mapped to names in the loaded model
+by transformers' own conversion rules, the ones `from_pretrained` applies.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry
+from bivlm.errors import InputError
+from bivlm.families import Family, family
+from bivlm.packing.container import read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedModel
+
+    from bivlm.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer whose weight is one tensor on disk.
+
+    Attributes:
+        name: of the module in the loaded model, for example "model.language_model.layers.0.self_attn.q_proj".
+        disk_name: of its weight on disk.
+        component: "vision", "adaptor" or "language".
+        shape: (M, N) of the weight.
+        dtype: of the weight; of the rebuilt weight where the tensor is packed.
+        tied_to: the loaded parameter that it shares its tensor with (a head tied to the embedding), else None.
+    """
+
+    name: str
+    disk_name: str
+    component: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    tied_to: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of weights, M * N."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A tensor on disk that is no `Linear`'s weight, and what it is: `kind` is for people to read."""
+
+    disk_name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Every tensor of a checkpoint, once: linear layers in module order, then the rest by name.
+
+    A tied head stands among the linears although the tensor counts as the embedding's and is in `left_alone`.
+    """
+
+    linears: list[Linear]
+    left_alone: list[LeftAlone]
+
+
+@dataclass(frozen=True)
+class LoadedName:
+    """Where a tensor on disk goes: `names` in the loaded model, `converted` if more than its name changes."""
+
+    names: tuple[str, ...]
+    converted: bool
+
+
+def linears(checkpoint: Checkpoint) -> list[Linear]:
+    """The linear layers that can be packed, in module order, `lm_head` included; see `anatomy`."""
+    return anatomy(checkpoint).linears
+
+
+def anatomy(checkpoint: Checkpoint) -> Anatomy:
+    """Linear layers and what is left alone, from config and headers (and the headers of packed weights).
+
+    Left alone are tensors that no plain `torch.nn.Linear` uses as they are: embeddings, norms, biases, convolutions,
+    subclasses of Linear whose code reads the weight itself, and weights that transformers merges, splits or permutes
+    while loading. Raises `InputError` for an unknown architecture and for a Linear whose weight is missing on disk,
+    there twice, or of another shape than the config says.
+    """
+    members = family(checkpoint.config.get("model_type", ""))
+    model = skeleton(checkpoint)
+    loaded = loaded_names(model, checkpoint.entries)
+    sources = _sources(loaded, checkpoint)
+    converted = {name for goal in loaded.values() if goal.converted for name in goal.names}
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    found = []
+    for name, module in model.named_modules():
+        weight, component = f"{name}.weight", members.component(name)
+        if type(module) is not nn.Linear or component is None or weight in converted:
+            continue
+        disk_name = sources.get(weight) or sources.get(tied.get(weight, ""))
+        if disk_name is None:
+            raise InputError(f"checkpoint {checkpoint.folder}: the tensor of {weight} is missing")
+        shape = (module.out_features, module.in_features)
+        dtype = _dtype(name, shape, disk_name, checkpoint)
+        found.append(Linear(name, disk_name, component, shape, dtype, tied.get(weight)))
+    packable = {linear.disk_name for linear in found if linear.tied_to is None}
+    kinds = {
+        disk_name: _kind(model, members, loaded[disk_name])
+        for disk_name in checkpoint.entries
+        if disk_name not in packable
+    }
+    left = [_left_alone(checkpoint.entries[disk_name], kind) for disk_name, kind in kinds.items()]
+    return Anatomy(found, left)
+
+
+def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Linear]]:
+    """(chosen, kept): the linears of the recipe's components less those that its `keep` names, and all others.
+
+    Raises `InputError` for a pattern that matches no linear, a component without linears, a tied head that nothing
+    keeps, and a recipe that chooses nothing.
+    """
+    patterns = [_matcher(pattern, linears) for pattern in recipe.keep]
+    for component in recipe.components:
+        if not any(linear.component == component for linear in linears):
+            raise InputError(f"recipe {recipe.name}: components.{component}: the model has no linear layer in it")
+    chosen = [
+        linear
+        for linear in linears
+        if linear.component in recipe.components and not any(pattern.fullmatch(linear.name) for pattern in patterns)
+    ]
+    for linear in chosen:
+        if linear.tied_to is not None:
+            raise InputError(
+                f"recipe {recipe.name}: {linear.name} shares its tensor with {linear.tied_to}, so that packing it "
+                f"would change that too; add {linear.name} to 'keep'"
+            )
+    if not chosen:
+        raise InputError(f"recipe {recipe.name}: 'keep' leaves no linear layer to compress")
+    return chosen, [linear for linear in linears if linear not in chosen]
+
+
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model without its weights, on the meta device; raises `InputError` for a config that makes no model."""
+    # Imported here because they bring in the model zoo, which takes seconds.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"), no_init_weights():
+            return AutoModelForImageTextToText.from_config(config)
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(f"checkpoint {checkpoint.folder}: its config makes no image-text model: {error}") from error
+
+
+def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, LoadedName]:
+    """Where `from_pretrained` puts every tensor on disk, by name on disk.
+
+    Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`: all renamings, then at most one
+    converter, then the base model's prefix; the order of the names matters to some renamings.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
+    state = model.state_dict()
+    loaded = {}
+    for disk_name in sorted(disk_names, key=dot_natural_key):
+        name, source = rename_source_key(disk_name, renamings, converters, model.base_model_prefix, state)
+        if name not in state and disk_name in state:
+            name, source = rename_source_key(disk_name, [], [], model.base_model_prefix, state)
+        names = (name,) if source is None else tuple(name.replace(targets[source][0], to) for to in targets[source])
+        loaded[disk_name] = LoadedName(names, converted=source is not None)
+    return loaded
+
+
+def _sources(loaded: dict[str, LoadedName], checkpoint: Checkpoint) -> dict[str, str]:
+    """Name on disk by name in the loaded model, of tensors that are loaded as they are."""
+    sources: dict[str, str] = {}
+    for disk_name, goal in loaded.items():
+        if goal.converted:
+            continue
+        other = sources.setdefault(goal.names[0], disk_name)
+        if other != disk_name:
+            raise InputError(
+                f"checkpoint {checkpoint.folder}: {other} and {disk_name} are both loaded as {goal.names[0]}"
+            )
+    return sources
+
+
+def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkpoint) -> torch.dtype:
+    """The weight's dtype, its shape on disk checked."""
+    entry = checkpoint.entries[disk_name]
+    if name in checkpoint.packed:
+        header = read_header(checkpoint.read(disk_name), disk_name)
+        found, dtype = header.shape, header.dtype
+    else:
+        found, dtype = entry.shape, DTYPES.get(entry.dtype)
+    if found != shape:
+        raise InputError(f"{disk_name}: shape {found} on disk, {shape} by the config")
+    if dtype is None:
+        raise InputError(f"{disk_name}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
+    return dtype
+
+
+def _left_alone(entry: TensorEntry, kind: str) -> LeftAlone:
+    return LeftAlone(entry.name, kind, entry.shape, entry.dtype, entry.numel if entry.is_floating else 0)
+
+
+def _kind(model: PreTrainedModel, members: Family, goal: LoadedName) -> str:
+    """What a tensor is, in words."""
+    module_name, _, tensor_name = goal.names[0].rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        return "not used by the model"
+    kind = type(module).__name__
+    if goal.converted:
+        return f"{kind}, merged, split or permuted while loading"
+    if not hasattr(module, tensor_name):
+        return "not used by the model"
+    if isinstance(module, nn.Linear) and tensor_name == "weight" and members.component(module_name) is None:
+        return f"{kind} outside vision, adaptor and language"
+    return kind if tensor_name == "weight" else f"{kind}.{tensor_name}"
+
+
+def _matcher(pattern: str, linears: list[Linear]) -> re.Pattern[str]:
+    names = [linear.name for linear in linears]
+    try:
+        matcher = re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else re.escape(pattern))
+    except re.error as error:
+        raise InputError(f"recipe: keep: {pattern!r} is not a regular expression: {error}") from None
+    if not any(matcher.fullmatch(name) for name in names):
+        close = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=3, cutoff=0)
+        raise InputError(
+            f"recipe: keep: {pattern!r} matches no linear layer of the model; names are as in the loaded model, "
+            f"for example {', '.join(close)}"
+        )
+    return matcher

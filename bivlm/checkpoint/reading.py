@@ -1,0 +1,213 @@
+"""Opening a Hugging Face checkpoint folder: its config, its tensors, its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from bivlm.checkpoint.tensor_file import CHUNK_BYTES, TensorEntry, read_entries, read_tensor
+from bivlm.errors import InputError
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+REPORT = "compression_report.json"
+QUANT_METHOD = "bivlm"
+
+# Files that a model needs beside its weights: configs, tokenizer, processor, chat template.
+_SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
+_TEMPLATES = "additional_chat_templates"
+_NOT_SIDE_FILES = {CONFIG, WEIGHTS_INDEX, REPORT, "pytorch_model.bin.index.json", "trainer_state.json"}
+_LICENCES = ("license", "licence", "notice", "use_policy")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, opened but not loaded.
+
+    Attributes:
+        folder: the folder.
+        config: what config.json says.
+        entries: every tensor by its name on disk, in the order of names.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    entries: dict[str, TensorEntry]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read config and tensor headers, no weights.
+
+        As in transformers, one ``model.safetensors`` goes before an index of shards. Raises `InputError` naming folder
+        and file if the config is missing or unreadable, weights are missing, cut short, only there as pickles, or an
+        index names a file outside the folder.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"checkpoint {folder}: no such folder")
+        config = _read_json(folder / CONFIG)
+        files = _weight_files(folder)
+        entries: dict[str, TensorEntry] = {}
+        for file in files:
+            for entry in read_entries(file):
+                if entry.name in entries:
+                    raise InputError(f"tensor {entry.name} is both in {entries[entry.name].file} and in {file}")
+                entries[entry.name] = entry
+        for name, file in _indexed_tensors(folder):
+            if name not in entries:
+                raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {file}; it is not there")
+        return cls(folder, config, dict(sorted(entries.items())))
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The quantization config, of whatever method, or None."""
+        return self.config.get("quantization_config")
+
+    @property
+    def packed(self) -> dict[str, int]:
+        """Byte length of every packed weight by the linear's name in the loaded model; empty unless we packed it."""
+        quantization = self.quantization or {}
+        return dict(quantization.get("packed", {})) if quantization.get("quant_method") == QUANT_METHOD else {}
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by name."""
+        return sorted({entry.file for entry in self.entries.values()})
+
+    @cached_property
+    def side_files(self) -> list[Path]:
+        """Tokenizer, processor, chat templates, generation config: what is read beside config and weights."""
+        templates = (self.folder / _TEMPLATES).glob("*.jinja")
+        files = [file for file in self.folder.iterdir() if _is_side_file(file)]
+        return sorted([*files, *templates])
+
+    @cached_property
+    def licence_files(self) -> list[Path]:
+        """Licences and notices, which have to travel with the weights."""
+        return sorted(
+            file for file in self.folder.iterdir() if file.is_file() and file.name.lower().startswith(_LICENCES)
+        )
+
+    def read(self, disk_name: str) -> torch.Tensor:
+        """The tensor called `disk_name` on disk; raises `InputError` if there is none."""
+        try:
+            entry = self.entries[disk_name]
+        except KeyError:
+            raise InputError(f"checkpoint {self.folder}: no tensor {disk_name}") from None
+        return read_tensor(entry)
+
+    def digest(self) -> str:
+        """sha256 of what the checkpoint is: weight files, config, tokenizer and processor files.
+
+        Names within the folder and contents enter, the folder's own path does not. Files are streamed.
+        """
+        total = hashlib.sha256(b"bivlm checkpoint 1\n")
+        files = {file.relative_to(self.folder).as_posix(): file for file in (*self.weight_files, *self.side_files)}
+        for name, file in sorted({CONFIG: self.folder / CONFIG, **files}.items()):
+            total.update(f"{_file_sha256(file)} {name}\n".encode())
+        return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where a model lies: `folder`, the `id` it was asked for by, and the hub's commit hash (None for a folder)."""
+
+    folder: Path
+    id: str
+    revision: str | None
+
+
+def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
+    """A local folder as it is, anything else from the Hugging Face hub (or its cache, when offline).
+
+    Raises `InputError` for a revision of a local folder and when neither folder nor hub has the model.
+    """
+    if Path(model).is_dir():
+        if revision is not None:
+            raise InputError(f"model {model} is a folder, which has no revision {revision!r}; leave the revision out")
+        return ResolvedModel(Path(model), model, None)
+    try:
+        folder = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=["*.safetensors", *(f"*{suffix}" for suffix in sorted(_SIDE_SUFFIXES)), "LICEN[CS]E*"],
+            ignore_patterns=["original/*", "consolidated*", "onnx/*"],
+        )
+    except HFValidationError:
+        raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        wanted = f"{model} at revision {revision}" if revision else model
+        raise InputError(
+            f"model {model!r}: no such folder, and {wanted} cannot be had from the hub: {error}"
+        ) from error
+    return ResolvedModel(Path(folder), model, Path(folder).name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / WEIGHTS_INDEX).exists():
+        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise InputError(
+                f"checkpoint {folder}: its weights are pickles ({pickles[0]}), which can run code when they are read; "
+                "save it with safetensors first"
+            )
+        raise InputError(f"checkpoint {folder}: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+    return sorted({folder / file for _, file in _indexed_tensors(folder)})
+
+
+def _indexed_tensors(folder: Path) -> list[tuple[str, str]]:
+    """(tensor, file) of the index of shards, checked; empty where a single file holds the weights."""
+    index = folder / WEIGHTS_INDEX
+    if (folder / WEIGHTS).exists() or not index.exists():
+        return []
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: expected a mapping 'weight_map' from tensors to files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _inside(file):
+            raise InputError(f"{index}: tensor {name} is said to be in {file!r}, which is not a file of this folder")
+    return list(weight_map.items())
+
+
+def _inside(file: str) -> bool:
+    # Judged by the text: in the hub's cache the files themselves are links to a folder beside this one.
+    path = PurePosixPath(file)
+    drive = PureWindowsPath(file).drive
+    return bool(path.parts) and not path.is_absolute() and not drive and ".." not in path.parts and "\\" not in file
+
+
+def _is_side_file(file: Path) -> bool:
+    named = file.suffix in _SIDE_SUFFIXES and file.name not in _NOT_SIDE_FILES
+    return named and not file.name.lower().startswith(_LICENCES) and file.is_file()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: the file is missing") from None
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _file_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,206 @@
+"""The safetensors format: headers read strictly, files written tensor by tensor.
+
+A file is an 8-byte little-endian length, a JSON header of that length, then the tensors without gaps. Reading here is
+plain ``seek`` and ``readinto``: pages of a memory map would count as the process's memory until the kernel takes them
+back. Writing streams, so that no more than one tensor is ever held; `safetensors.torch.save_file` wants all of them.
+
+Format: https://huggingface.co/docs/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from bivlm.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+CHUNK_BYTES = 16 << 20
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies.
+
+    Attributes:
+        name: as in the file.
+        file: the file that holds it.
+        dtype: the format's name of the dtype, for example "BF16".
+        shape: of the tensor.
+        begin: offset of its first byte in the file.
+        nbytes: its length.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of the tensor."""
+        return prod(self.shape)
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether its entries are floating-point numbers."""
+        return self.dtype.startswith(("F", "BF"))
+
+
+def read_entries(file: Path) -> list[TensorEntry]:
+    """The tensors of `file` in the order of its header.
+
+    Raises `InputError` naming the file if it is absent, cut short, or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise InputError(f"{file}: not a safetensors file or cut short ({size} bytes, header of {length})")
+            text = stream.read(length)
+    except FileNotFoundError:
+        raise InputError(f"{file}: the file is missing") from None
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = [_entry(name, record, file, data=8 + length) for name, record in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: its header is not a safetensors header ({error!r})") from None
+    _check_layout(entries, file, begin=8 + length, end=size)
+    return entries
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """The tensor, alone in memory; raises `InputError` naming it for an unknown dtype or a file that ends early."""
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise InputError(f"{entry.name} in {entry.file}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
+    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.begin)
+        _read_into(stream, memoryview(raw.numpy()), entry)
+    return raw.view(dtype).reshape(entry.shape)
+
+
+def tensor_chunks(entry: TensorEntry) -> Iterator[memoryview]:
+    """The tensor's bytes, a few megabytes at a time."""
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(entry.nbytes, 1))))
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.begin)
+        left = entry.nbytes
+        while left:
+            chunk = buffer[: min(left, len(buffer))]
+            _read_into(stream, chunk, entry)
+            left -= len(chunk)
+            yield chunk
+
+
+def header_text(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
+    """A tensor's entry as it stands in a header: ``"name":{...},`` with offsets into the data part."""
+    record = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    return f"{_compact(name)}:{_compact(record)},"
+
+
+@dataclass(frozen=True)
+class OutgoingTensor:
+    """A tensor to be written: `chunks` is called once, when its turn comes, and yields `nbytes` bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+
+
+def file_order(tensors: Iterable[OutgoingTensor]) -> list[OutgoingTensor]:
+    """Wide dtypes first, then by name: every tensor begins at a multiple of its item size, as the library does it."""
+    return sorted(tensors, key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
+
+
+def write_tensors(file: Path, tensors: Sequence[OutgoingTensor]) -> None:
+    """Write a safetensors file of `tensors` in the order given, one at a time, and flush it to the disk.
+
+    The same tensors give the same bytes. Raises `InputError` naming a tensor that yields another number of bytes than
+    it announced.
+    """
+    texts, offset = ['"__metadata__":{"format":"pt"},'], 0
+    for tensor in tensors:
+        texts.append(header_text(tensor.name, tensor.dtype, tensor.shape, offset, offset + tensor.nbytes))
+        offset += tensor.nbytes
+    header = "{" + "".join(texts).removesuffix(",") + "}"
+    encoded = header.encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("xb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little"))
+        stream.write(encoded)
+        for tensor in tensors:
+            written = sum(stream.write(chunk) for chunk in tensor.chunks())
+            if written != tensor.nbytes:
+                raise InputError(f"{tensor.name}: {written} bytes came, {tensor.nbytes} were announced")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _entry(name: str, record: dict[str, Any], file: Path, data: int) -> TensorEntry:
+    begin, end = record["data_offsets"]
+    shape = tuple(record["shape"])
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"{name}: offsets {record['data_offsets']} and shape {record['shape']}")
+    entry = TensorEntry(name, file, record["dtype"], shape, data + begin, end - begin)
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is not None and entry.nbytes != entry.numel * dtype.itemsize:
+        raise ValueError(f"{name}: {entry.nbytes} bytes for {entry.dtype} of shape {entry.shape}")
+    return entry
+
+
+def _check_layout(entries: list[TensorEntry], file: Path, begin: int, end: int) -> None:
+    position = begin
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.nbytes)):
+        if entry.begin != position or entry.nbytes < 0:
+            raise InputError(f"{file}: tensor {entry.name} begins at byte {entry.begin}, expected {position}")
+        position += entry.nbytes
+        if position > end:
+            raise InputError(f"{file}: cut short: tensor {entry.name} ends at byte {position} of {end}")
+    if position != end:
+        raise InputError(f"{file}: {end - position} bytes after the last tensor")
+
+
+def _read_into(stream: BinaryIO, target: memoryview, entry: TensorEntry) -> None:
+    # One read returns at most 2 GiB on Linux, so a long tensor takes several.
+    done = 0
+    while done < len(target):
+        count = stream.readinto(target[done:])
+        if not count:
+            raise InputError(f"{entry.name}: {entry.file} ends {len(target) - done} bytes early")
+        done += count

@@ -1,0 +1,238 @@
+"""The packed checkpoint: the base's folder with packed weights in place of the chosen ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bivlm.checkpoint.linears import Linear
+from bivlm.checkpoint.reading import CONFIG, QUANT_METHOD, WEIGHTS, WEIGHTS_INDEX, Checkpoint
+from bivlm.checkpoint.tensor_file import (
+    CHUNK_BYTES,
+    OutgoingTensor,
+    file_order,
+    tensor_chunks,
+    write_tensors,
+)
+from bivlm.errors import InputError
+from bivlm.packing import open_packed
+
+FORMAT = 1
+
+Packed = Callable[[], torch.Tensor] | Path
+
+
+def write_packed_checkpoint(
+    checkpoint: Checkpoint,
+    packed: Mapping[str, Packed],
+    chosen: Sequence[Linear],
+    output: str | Path,
+    quantization_config: Mapping[str, Any],
+    extra_files: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write the packed checkpoint to the folder `output` and return it.
+
+    `packed` gives every chosen linear, by name, its packed weight: a function that returns the tensor (uint8, 1-D;
+    called once, when its turn comes) or a file whose bytes are the tensor. It is stored under the weight's own name on
+    disk. All other tensors, tokenizer, processor, templates and licences are copied byte for byte; config.json gets
+    the quantization config: `quantization_config` and, by linear, the lengths of the packed tensors.
+    `extra_files` are written beside them.
+
+    One tensor is in memory at a time. The folder is built beside `output` under a temporary name and put in its place
+    by renaming, so that a half-written one is never seen; the same input gives the same bytes. Raises `InputError` if
+    `output` holds anything but an earlier packed checkpoint, if the base is quantized already, or if a packed weight
+    is damaged or not its linear's.
+    """
+    output = Path(output).absolute()
+    _check_base(checkpoint, packed, chosen)
+    _check_output(output, checkpoint)
+    partial = _fresh_folder(output.with_name(f".{output.name}.partial"))
+    spool = partial / ".packed"
+    spool.mkdir()
+    try:
+        files = {linear.name: _spooled(linear, packed[linear.name], spool / str(i)) for i, linear in enumerate(chosen)}
+        lengths = {name: file.stat().st_size for name, file in files.items()}
+        by_disk_name = {linear.disk_name: files[linear.name] for linear in chosen}
+        _write_weights(checkpoint, by_disk_name, partial, max_shard_bytes)
+        shutil.rmtree(spool)
+        _copy_files(checkpoint, partial)
+        _write_config(checkpoint, quantization_config, lengths, partial)
+        for name, content in (extra_files or {}).items():
+            _write_new(partial, name, content)
+        _sync_folder(partial)
+        _replace(output, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output
+
+
+def _check_base(checkpoint: Checkpoint, packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> None:
+    if checkpoint.quantization is not None:
+        method = checkpoint.quantization.get("quant_method")
+        raise InputError(f"checkpoint {checkpoint.folder}: already quantized ({method}); expected full precision")
+    names = {linear.name for linear in chosen}
+    if names != set(packed):
+        differing = sorted(names ^ set(packed))
+        raise InputError(f"chosen linears and packed weights differ in {', '.join(differing[:3])} ({len(differing)})")
+
+
+def _check_output(output: Path, checkpoint: Checkpoint) -> None:
+    base = checkpoint.folder.resolve()
+    if output.resolve() == base or output.resolve() in base.parents or base in output.resolve().parents:
+        raise InputError(f"output {output}: overlaps the base checkpoint {base}; choose a folder of its own")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise InputError(f"output {output}: exists and is not a folder")
+    if output.is_dir() and any(output.iterdir()) and not _is_ours(output):
+        raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _fresh_folder(folder: Path) -> Path:
+    # A fixed name: what a killed run left behind is cleared by the next one instead of piling up.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _spooled(linear: Linear, packed: Packed, spool: Path) -> Path:
+    """A file with the packed bytes, verified. Lengths must be known before a safetensors header can be written."""
+    if isinstance(packed, Path):
+        file, tensor = packed, torch.from_numpy(np.fromfile(packed, dtype=np.uint8))
+    else:
+        file, tensor = spool, packed()
+    _, header = open_packed(tensor, linear.disk_name)
+    if header.shape != linear.shape or header.dtype != linear.dtype:
+        raise InputError(
+            f"{linear.disk_name}: packed weight of shape {header.shape} and {header.dtype}, "
+            f"the linear is {linear.shape} and {linear.dtype}"
+        )
+    if file is spool:
+        spool.write_bytes(memoryview(tensor.cpu().numpy()))
+    return file
+
+
+def _write_weights(checkpoint: Checkpoint, packed: Mapping[str, Path], folder: Path, max_shard_bytes: int) -> None:
+    outgoing = [
+        _packed_tensor(name, packed[name])
+        if name in packed
+        else OutgoingTensor(name, entry.dtype, entry.shape, entry.nbytes, lambda entry=entry: tensor_chunks(entry))
+        for name, entry in checkpoint.entries.items()
+    ]
+    shards = _shards(outgoing, max_shard_bytes)
+    if len(shards) == 1:
+        write_tensors(folder / WEIGHTS, file_order(outgoing))
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, file_order(shard))
+        weight_map.update({tensor.name: file for tensor in shard})
+    total = sum(tensor.nbytes for tensor in outgoing)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_new(folder, WEIGHTS_INDEX, _json_bytes(index))
+
+
+def _packed_tensor(name: str, file: Path) -> OutgoingTensor:
+    nbytes = file.stat().st_size
+    return OutgoingTensor(name, "U8", (nbytes,), nbytes, lambda: _file_chunks(file))
+
+
+def _shards(tensors: Sequence[OutgoingTensor], max_bytes: int) -> list[list[OutgoingTensor]]:
+    """Tensors in their order, cut so that no shard is longer than `max_bytes` unless one tensor alone is."""
+    shards: list[list[OutgoingTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
+    for file in (*checkpoint.side_files, *checkpoint.licence_files):
+        target = folder / file.relative_to(checkpoint.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+        _sync_file(target)
+
+
+def _write_config(
+    checkpoint: Checkpoint, quantization_config: Mapping[str, Any], lengths: dict[str, int], folder: Path
+) -> None:
+    announced = quantization_config.get("packed", lengths)
+    if announced != lengths:
+        wrong = next(name for name in {*announced, *lengths} if announced.get(name) != lengths.get(name))
+        raise InputError(f"{wrong}: {lengths.get(wrong)} packed bytes, {announced.get(wrong)} were announced")
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "format": FORMAT,
+        "dequantize": "load",
+        **quantization_config,
+        "packed": lengths,
+    }
+    _write_new(folder, CONFIG, _json_bytes({**checkpoint.config, "quantization_config": quantization}))
+
+
+def _write_new(folder: Path, name: str, content: bytes) -> None:
+    if Path(name).name != name:
+        raise InputError(f"extra file {name!r}: expected a plain file name")
+    try:
+        with (folder / name).open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except FileExistsError:
+        raise InputError(f"extra file {name!r}: the checkpoint has a file of that name") from None
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _file_chunks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _replace(output: Path, partial: Path) -> None:
+    """Put `partial` in the place of `output`; an earlier output stays whole until the new one is."""
+    earlier = output.with_name(f".{output.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if output.exists():
+        output.rename(earlier)
+    partial.rename(output)
+    _sync_folder(output.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _sync_file(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,176 @@
+"""`from_pretrained` for packed checkpoints.
+
+Importing this module registers ``quant_method: bivlm`` with transformers. Nothing has to be passed: the checkpoint's
+config asks for it. Two ways to use the packed weights:
+
+- ``dequantize: load`` (as written): rebuild them once, layer by layer, into ordinary linear layers. The result is an
+  ordinary model; saving it writes the rebuilt weights and no quantization config.
+- ``dequantize: forward``: keep the packed bytes and rebuild a weight each time its layer is called. Saving it writes
+  the packed bytes again.
+
+The checkpoint's way is overridden with ``from_pretrained(folder, quantization_config=BiVLMConfig(dequantize=...))``.
+
+transformers only warns where tensors are missing, and fills them with random numbers. Here the files' headers are
+compared with the model before anything is read, and every packed weight's checksum afterwards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bivlm.checkpoint.linears import loaded_names
+from bivlm.checkpoint.reading import QUANT_METHOD
+from bivlm.checkpoint.tensor_file import TensorEntry, read_entries
+from bivlm.checkpoint.writing import FORMAT
+from bivlm.errors import InputError
+from bivlm.linear import PackedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Dequantize = Literal["load", "forward"]
+
+
+@register_quantization_config(QUANT_METHOD)
+class BiVLMConfig(QuantizationConfigMixin):
+    """The quantization config of a packed checkpoint.
+
+    `when` is "load" or "forward", written ``dequantize`` in config.json; `packed` holds the byte length of every
+    packed weight by the linear's name in the loaded model. Keys it does not know are kept.
+    """
+
+    def __init__(
+        self,
+        quant_method: str = QUANT_METHOD,
+        format: int = FORMAT,
+        dequantize: Dequantize = "load",
+        packed: dict[str, int] | None = None,
+        **further: Any,
+    ):
+        if format != FORMAT:
+            raise InputError(f"quantization_config: format {format!r}, this code reads {FORMAT}; update bivlm")
+        if dequantize not in get_args(Dequantize):
+            raise InputError(f"quantization_config: dequantize {dequantize!r}, expected 'load' or 'forward'")
+        self.quant_method = quant_method
+        self.format = format
+        self.when = dequantize
+        self.packed = dict(packed or {})
+        self.further = further
+
+    @property
+    def dequantize(self) -> bool:
+        """transformers' question whether the loaded model is an ordinary one again."""
+        return self.when == "load"
+
+    def get_loading_attributes(self) -> dict[str, str]:
+        """What a config passed to `from_pretrained` overrides."""
+        return {"when": self.when}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json."""
+        return {
+            "quant_method": self.quant_method,
+            "format": self.format,
+            "dequantize": self.when,
+            "packed": dict(self.packed),
+            **self.further,
+        }
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+
+# transformers lets a passed config override the stored one only for the classes of this tuple.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, BiVLMConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class BiVLMQuantizer(HfQuantizer):
+    """Swaps packed layers in before the weights are read, checks them, and rebuilds them if asked to."""
+
+    requires_calibration = True  # a model is compressed by the pipeline, never on the fly
+    quantization_config: BiVLMConfig
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes an element takes once loaded: transformers plans device memory with it."""
+        module = model.get_submodule(param_name.rpartition(".")[0])
+        if self.quantization_config.dequantize and isinstance(module, PackedLinear) and param is module.weight:
+            return module.in_features * module.out_features * module.dtype.itemsize / param.numel()
+        return super().param_element_size(model, param_name, param)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        for name, nbytes in self.quantization_config.packed.items():
+            path, linear = _find_linear(model, name)
+            with torch.device("meta"):
+                model.set_submodule(path, PackedLinear.replacing(linear, nbytes, path))
+        if checkpoint_files:
+            _check_files(model, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, PackedLinear):
+                continue
+            if module.weight.is_meta:
+                raise InputError(f"{name}.weight: offloaded; packed weights have to be on a CPU or an accelerator")
+            module.verify()
+            if self.quantization_config.dequantize:
+                model.set_submodule(name, module.dequantized())
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                model.set_submodule(name, module.dequantized(dtype))
+        return model
+
+
+def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:
+    """The linear called `name`, also where `model` is the base model of the one that was packed."""
+    for path in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(module, nn.Linear):
+            return path, module
+    raise InputError(f"quantization_config: packed: {type(model).__name__} has no linear layer called {name}")
+
+
+def _check_files(model: PreTrainedModel, files: list[str]) -> None:
+    """Raise `InputError` naming a tensor of `model` that is in none of the `files` or packed to another length."""
+    entries: dict[str, TensorEntry] = {entry.name: entry for file in files for entry in read_entries(Path(file))}
+    sources = {
+        name: entries[disk_name] for disk_name, goal in loaded_names(model, entries).items() for name in goal.names
+    }
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    modules = dict(model.named_modules())
+    for name in model.state_dict():
+        entry = sources.get(name)
+        if entry is None:
+            if name not in tied or tied[name] not in sources:
+                raise InputError(f"tensor {name} is missing in {', '.join(Path(file).name for file in files)}")
+            continue
+        module = modules[name.rpartition(".")[0]]
+        if isinstance(module, PackedLinear) and name.endswith(".weight"):
+            expected = (module.weight.numel(),)
+            if (entry.dtype, entry.shape) != ("U8", expected):
+                raise InputError(
+                    f"tensor {name} ({entry.name} in {entry.file}): {entry.dtype} of shape {entry.shape}, "
+                    f"expected a packed weight, U8 of shape {expected} by quantization_config"
+                )

@@ -1,0 +1,42 @@
+"""What several rooms' tests share: a tiny checkpoint, packed by the simplest codec there could be."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from raw_codec import pack_raw
+from tiny_llava import make_tiny_llava
+
+from bivlm.checkpoint import Checkpoint, linears, select, write_packed_checkpoint
+from bivlm.recipe import parse_recipe
+
+METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory) -> Path:
+    """A random full-precision checkpoint; do not write to it."""
+    return make_tiny_llava(tmp_path_factory.mktemp("tiny") / "llava")
+
+
+@pytest.fixture(scope="session")
+def whole_recipe():
+    """Packs every linear of every component but the head."""
+    return parse_recipe({"name": "whole", "format": 1, "components": dict.fromkeys(_COMPONENTS, METHOD)})
+
+
+@pytest.fixture(scope="session")
+def _packed_once(tiny_llava, whole_recipe, tmp_path_factory) -> Path:
+    checkpoint = Checkpoint.open(tiny_llava)
+    chosen, _ = select(linears(checkpoint), whole_recipe)
+    packed = {linear.name: (lambda name=linear.disk_name: pack_raw(checkpoint.read(name))) for linear in chosen}
+    return write_packed_checkpoint(checkpoint, packed, chosen, tmp_path_factory.mktemp("packed") / "llava", {})
+
+
+@pytest.fixture
+def packed_llava(_packed_once, tmp_path) -> Path:
+    """The tiny checkpoint with every linear but the head packed; a copy that may be damaged."""
+    return Path(shutil.copytree(_packed_once, tmp_path / "packed"))
+
+
+_COMPONENTS = ("vision", "adaptor", "language")

@@ -1,0 +1,36 @@
+"""A codec for tests: the top byte of every bfloat16 weight, stored as it is."""
+
+import numpy as np
+import torch
+
+from bivlm import packing
+from bivlm.packing import Codec, FormatBits, container
+
+
+class TopByte(Codec):
+    """Keeps the sign and the exponent but its last bit, so that a packed model differs from its base."""
+
+    name = "top-byte"
+
+    def unpack(self, packed, header):
+        begin, end = header.sections[0]
+        words = packed[begin:end].to(torch.int32) << 8
+        return words.to(torch.uint16).view(torch.bfloat16).reshape(header.shape)
+
+    def bits(self, packed, header):
+        return FormatBits(nominal=8.0 * header.shape[0] * header.shape[1], entropy=1.0, stored=8 * packed.numel())
+
+
+packing._codecs.cache_clear()
+
+
+def pack_raw(weight: torch.Tensor) -> torch.Tensor:
+    """The packed weight of a bfloat16 matrix."""
+    words = weight.contiguous().view(torch.uint16).numpy()
+    return container.write("top-byte", tuple(weight.shape), torch.bfloat16, [(words >> 8).astype(np.uint8).reshape(-1)])
+
+
+def top_bytes(weight: torch.Tensor) -> torch.Tensor:
+    """What `pack_raw` keeps of a bfloat16 matrix, computed on integers."""
+    words = weight.contiguous().view(torch.int16).to(torch.int32) & 0xFF00
+    return words.to(torch.int16).view(torch.bfloat16)
