@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from bivlm.identity import canonical_json, file_digest
 from bivlm.stores import Store, open_store
 
 _SHA256 = r"^[0-9a-f]{64}$"
+_SCRATCH_SECONDS = 24 * 3600
 
 
 class WorkspaceError(RuntimeError):
@@ -68,6 +73,22 @@ class Workspace:
     def local(self) -> Path:
         """A folder on this machine that belongs to the workspace: itself, or the cache of the S3 prefix."""
         return self._store.local
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder on the workspace's disk for a step at work, removed at the end.
+
+        What killed steps left behind is removed once it is a day old.
+        """
+        parent = self.local / "scratch"
+        parent.mkdir(exist_ok=True)
+        for left in parent.iterdir():
+            # Another worker may be removing the same folder, hence the tolerance.
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _SCRATCH_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            yield Path(folder)
 
     def put_file(self, path: str | Path) -> Reference:
         """Store a copy of the file at `path`; storing the same bytes again changes nothing."""

@@ -1,0 +1,148 @@
+"""The command line. Each command imports what it needs and no more: `bits` and `inspect` load no orchestrator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DONE, FAILED, BAD_INPUT, GATE_NOT_PASSED = 0, 1, 2, 3
+
+_EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input or usage, 3 a gate was not passed"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code.
+
+    Bad input is told in one message on stderr. Of any other failure the whole trace is shown, because it is ours to
+    mend.
+    """
+    options = _parser().parse_args(arguments)
+    from bivlm.errors import InputError
+
+    try:
+        return options.run(options)
+    except InputError as error:
+        print(f"bivlm {options.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"bivlm {options.command}: interrupted; run it again to go on from where it was", file=sys.stderr)
+        return FAILED
+    except Exception as error:
+        traceback.print_exc()
+        print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bivlm", description="Vision-language models at an honest two bits and below.", epilog=_EXIT_CODES
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    compress = commands.add_parser("compress", help="compress a model, evaluate it and record everything in MLflow")
+    compress.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the full-precision checkpoint")
+    compress.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    compress.add_argument("--recipe", required=True, metavar="R", help="name of a shipped recipe, or a YAML file")
+    compress.add_argument("--output", required=True, metavar="DIR", help="folder for the packed checkpoint")
+    compress.add_argument(
+        "--workspace",
+        metavar="DIR_OR_URL",
+        help="folder or s3://bucket/prefix for finished steps (default: $BIVLM_WORKSPACE or ~/.cache/bivlm/workspace)",
+    )
+    compress.add_argument("--no-evaluate", action="store_true", help="leave accuracy and divergence out")
+    compress.set_defaults(run=_compress)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy of a checkpoint, packed or not, on one task")
+    evaluate.add_argument("--model", required=True, metavar="DIR", type=Path)
+    evaluate.add_argument("--task", required=True, metavar="TASK", help="reference:SET or vqa:FOLDER")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(run=_evaluate)
+
+    inspect = commands.add_parser("inspect", help="components, linear layers and weight statistics of a checkpoint")
+    inspect.add_argument("--model", required=True, metavar="DIR", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=_inspect)
+
+    bits = commands.add_parser("bits", help="bits a weight of a checkpoint: nominal, entropy and stored")
+    bits.add_argument("folder", metavar="DIR", type=Path)
+    bits.add_argument("--json", action="store_true", help="print one JSON object")
+    bits.set_defaults(run=_bits)
+    return parser
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from flows.quiet import quieten
+
+    quieten()
+    from flows.compress import compress_flow
+    from flows.tables import print_compression
+
+    result = compress_flow(
+        model=options.model,
+        recipe=options.recipe,
+        output=options.output,
+        revision=options.revision,
+        workspace=options.workspace,
+        evaluate=not options.no_evaluate,
+    )
+    print_compression(result)
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
+    from bivlm.stores.location import cache_folder
+
+    benchmark = load_benchmark(options.task, options.limit)
+    model, processor = load_model(options.model)
+    result = evaluate(model, processor, benchmark)
+    stem = f"{options.model.resolve().name}-{benchmark.name}-{benchmark.digest[:8]}"
+    outcomes = write_outcomes(result.outcomes, cache_folder() / "outcomes" / f"{stem}.parquet")
+    record = {"model": str(options.model), **result.record(), "outcomes": str(outcomes)}
+    if options.json:
+        _print_json(record)
+    else:
+        from flows.tables import print_evaluation
+
+        print_evaluation(record)
+    return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from bivlm.inspection import inspect
+
+    found = inspect(options.model)
+    if options.json:
+        _print_json(found)
+    else:
+        from flows.tables import print_inspection
+
+        print_inspection(found)
+    return DONE
+
+
+def _bits(options: argparse.Namespace) -> int:
+    from bivlm.bits import bits_of
+
+    bits = bits_of(options.folder)
+    if options.json:
+        _print_json(bits)
+    else:
+        from flows.tables import print_bits
+
+        print_bits(bits)
+    return DONE
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

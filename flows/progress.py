@@ -1,0 +1,59 @@
+"""Progress as people see it: rows in the terminal, one artifact in Prefect's UI."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+ARTIFACT_KEY = "bivlm-compress"
+
+
+class FlowProgress:
+    """One bar in the terminal with a row a stage, and its total as a Prefect progress artifact.
+
+    `stages` gives the number of units of every stage in their order. `advance` may be called from any thread;
+    `publish` only from the flow, because it talks to Prefect's server.
+    """
+
+    def __init__(self, stages: dict[str, int], console: Console, description: str) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description:<18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._rows = {stage: self._bar.add_task(stage, total=units, start=False) for stage, units in stages.items()}
+        self._lock = threading.Lock()
+        self._artifact = create_progress_artifact(progress=0.0, key=ARTIFACT_KEY, description=description)
+
+    def advance(self, stage: str, units: float = 1.0) -> None:
+        with self._lock:
+            row = self._rows.get(stage)
+            if row is None:
+                return
+            self._bar.start_task(row) if self._bar.tasks[row].start_time is None else None
+            self._bar.advance(row, units)
+
+    def publish(self) -> None:
+        """Tell Prefect the percentage of stages that are done, each stage counting alike."""
+        rows = self._bar.tasks
+        done = sum(min(row.completed / row.total, 1.0) if row.total else 1.0 for row in rows)
+        update_progress_artifact(self._artifact, progress=100.0 * done / len(rows))
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if kind is None:
+            self.publish()

@@ -1,0 +1,92 @@
+"""What the commands print for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_bits(bits: dict[str, Any]) -> None:
+    """The result of `bivlm.bits.bits_of`."""
+    table = Table("", "weights", "nominal", "entropy", "stored", title="bits a weight")
+    rows = [("packed linears", bits["linears"]), *bits["by_component"].items(), ("whole model", bits["model"])]
+    for name, figures in rows:
+        if figures is not None:
+            shown = [_bits(figures.get(key)) for key in ("nominal", "entropy", "stored")]
+            _row(table, name, f"{figures['weights']:,}", *shown)
+    _print(table)
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    """The result of `bivlm.inspection.inspect`."""
+    components = Table("component", "linears", "packed", "parameters", "share", title=found["model_type"])
+    for name, part in found["components"].items():
+        _row(components, name, part["linears"], part["packed"], f"{part['parameters']:,}", f"{part['share']:.1%}")
+    left = found["left_alone"]
+    _row(components, "left alone", "", "", f"{left['parameters']:,}", f"{left['share']:.1%}")
+    _print(components)
+
+    linears = Table("linear", "component", "shape", "dtype", "mean", "std", "kurtosis", "KL to Gaussian")
+    for linear in found["linears"]:
+        figures = [_figure(linear[key], ".4g") for key in ("mean", "std", "kurtosis", "kl_gaussian")]
+        dtype = f"{linear['dtype']}, packed" if linear["packed"] else linear["dtype"]
+        _row(linears, linear["name"], linear["component"], _shape(linear["shape"]), dtype, *figures)
+    _print(linears)
+
+    tensors = Table("left alone", "what it is", "shape", "dtype", "share")
+    for tensor in left["tensors"]:
+        share = f"{tensor['share']:.2%}"
+        _row(tensors, tensor["name"], tensor["kind"], _shape(tensor["shape"]), tensor["dtype"], share)
+    _print(tensors)
+
+
+def print_evaluation(record: dict[str, Any]) -> None:
+    """The record that `bivlm evaluate --json` prints."""
+    table = Table("metric", "value", title=f"{record['model']} on {record['task']} ({record['n']} questions)")
+    for name, value in record["metrics"].items():
+        _row(table, name, f"{value:.2f}")
+    low, high = record["ci95"]
+    _row(table, "accuracy, 95 % interval", f"{low:.2f} to {high:.2f}")
+    _print(table)
+    print(f"outcomes: {record['outcomes']}")
+
+
+def print_compression(result: dict[str, Any]) -> None:
+    """What `flows.compress.compress_flow` returned."""
+    print_bits(result["bits"])
+    if found := result["evaluation"]:
+        table = Table("accuracy", "full precision", "packed", "95 % interval", title="evaluation")
+        for benchmark, packed in found["packed"].items():
+            before = found["full_precision"][benchmark]["metrics"]["accuracy"]
+            low, high = packed["ci95"]
+            _row(table, benchmark, f"{before:.1f}", f"{packed['metrics']['accuracy']:.1f}", f"{low:.1f} to {high:.1f}")
+        _print(table)
+        print(f"KL to full precision: {found['kl']:.4f} nats a token")
+    tracked = result["mlflow"]
+    print(f"checkpoint: {result['output']}")
+    print(f"report: {result['report']}")
+    print(f"MLflow: model {tracked['registered_model']} version {tracked['version']}, run {tracked['run_id']}")
+    print(f"to see it: {tracked['ui']}")
+
+
+def _bits(value: float | None) -> str:
+    return _figure(value, ".3f")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _row(table: Table, *cells: Any) -> None:
+    # Names of tensors and folders may hold brackets, which rich would read as markup.
+    table.add_row(*(str(cell).replace("[", r"\[") for cell in cells))
+
+
+def _print(table: Table) -> None:
+    Console().print(table)

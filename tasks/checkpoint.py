@@ -1,0 +1,89 @@
+"""The base checkpoint's identity, and the packed checkpoint made from it and the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from bivlm.checkpoint import Checkpoint, Linear, ResolvedModel, linears, resolve_model, write_packed_checkpoint
+from bivlm.errors import InputError
+from bivlm.identity import step_key
+from bivlm.workspace import StepRecord
+from tasks import binarization
+from tasks.policy import OVER_NETWORK
+from tasks.progress import advance
+from tasks.steps import Done, open_workspace
+
+STAGE = "checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model to compress: where it is, what it is, and the linear layers it has."""
+
+    model: ResolvedModel
+    sha256: str
+    linears: list[Linear]
+
+
+@task(name="base-model", **OVER_NETWORK)
+def resolve_base(model: str, revision: str | None) -> Base:
+    """Find the model (a folder, or the hub), hash it and list its linear layers."""
+    resolved = resolve_model(model, revision)
+    checkpoint = Checkpoint.open(resolved.folder)
+    return Base(resolved, checkpoint.digest(), linears(checkpoint))
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """A packed checkpoint in its folder; `reused` if it already lay there, byte for byte."""
+
+    folder: str
+    sha256: str
+    reused: bool
+
+
+@task(name="checkpoint", **OVER_NETWORK)
+def write_checkpoint(
+    base: Base,
+    chosen: Sequence[Linear],
+    shards: dict[str, Done],
+    quantization_config: dict[str, Any],
+    output: str,
+    workspace: str,
+) -> PackedCheckpoint:
+    """The packed checkpoint in the folder `output`; written only if what lies there is not already it."""
+    store = open_workspace(workspace)
+    references = {name: done.record.outputs[binarization.FILE] for name, done in shards.items()}
+    key = step_key(
+        STAGE,
+        VERSION,
+        {"checkpoint": base.sha256, "shards": {name: shard.sha256 for name, shard in references.items()}},
+        quantization_config,
+        exact=True,
+    )
+    record = store.step(key)
+    if record is not None and _digest_at(output) == record.figures["sha256"]:
+        advance(STAGE)
+        return PackedCheckpoint(output, record.figures["sha256"], reused=True)
+    packed = {name: store.fetch(reference) for name, reference in references.items()}
+    write_packed_checkpoint(Checkpoint.open(base.model.folder), packed, chosen, output, quantization_config)
+    sha256 = Checkpoint.open(output).digest()
+    store.finish_step(key, StepRecord(stage=STAGE, figures={"sha256": sha256}, seconds=0))
+    advance(STAGE)
+    return PackedCheckpoint(output, sha256, reused=False)
+
+
+def _digest_at(output: str) -> str | None:
+    """The digest of the checkpoint in a folder, None if there is none that can be read."""
+    if not Path(output).is_dir():
+        return None
+    try:
+        return Checkpoint.open(output).digest()
+    except InputError:
+        return None

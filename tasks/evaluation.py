@@ -1,0 +1,129 @@
+"""What the full-precision and the packed model can do: accuracy per benchmark, and the divergence between them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from bivlm.calibration import load_samples
+from bivlm.divergence import kl_divergence, reference_logits
+from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
+from bivlm.evaluation.generation import default_batch_size
+from bivlm.identity import step_key
+from tasks.device import Device, gpu_slot
+from tasks.policy import OVER_NETWORK, smaller_after_out_of_memory
+from tasks.progress import advance
+from tasks.steps import Done, do_step, open_workspace
+
+STAGE = "evaluation"
+LOGITS_STAGE = "reference logits"
+DIVERGENCE_STAGE = "divergence"
+VERSION = 1
+OUTCOMES_FILE = "outcomes.parquet"
+LOGITS_FILE = "logits.safetensors"
+
+
+@task(name="evaluate", task_run_name="evaluate-{benchmark}", **OVER_NETWORK)
+def evaluate_checkpoint(
+    folder: str, sha256: str, benchmark: str, limit: int | None, device: Device, workspace: str
+) -> Done:
+    """One checkpoint on one benchmark: figures as `Evaluation.record`, the outcomes as a parquet file."""
+    store = open_workspace(workspace)
+    questions = load_benchmark(benchmark, limit)
+    key = step_key(
+        STAGE,
+        VERSION,
+        {"checkpoint": sha256, "benchmark": questions.digest},
+        {"task": benchmark},
+        exact=False,
+        device=device.kind,
+    )
+    shown = 0
+
+    def ask(place: Path) -> dict[str, Any]:
+        def progress(answered: int, _total: int) -> None:
+            # A second attempt with smaller batches begins at the first question again; the bar does not go back.
+            nonlocal shown
+            if answered > shown:
+                advance(STAGE, answered - shown)
+                shown = answered
+
+        with gpu_slot(device):
+            model, processor = _loaded(folder, sha256, device.place)
+            result = smaller_after_out_of_memory(
+                lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
+                default_batch_size(model),
+            )
+        write_outcomes(result.outcomes, place / OUTCOMES_FILE)
+        return {**result.record(), "benchmark_sha256": questions.digest, "name": questions.name}
+
+    done = do_step(store, STAGE, key, ask)
+    advance(STAGE, len(questions) - shown)
+    return done
+
+
+@task(name="reference-logits", **OVER_NETWORK)
+def compute_reference_logits(folder: str, sha256: str, calibration: Done, device: Device, workspace: str) -> Done:
+    """What the full-precision model says at the assistant's tokens of the calibration samples."""
+    store = open_workspace(workspace)
+    key = step_key(
+        LOGITS_STAGE,
+        VERSION,
+        {"checkpoint": sha256, "samples": calibration.record.figures["sha256"]},
+        None,
+        exact=False,
+        device=device.kind,
+    )
+
+    def compute(place: Path) -> dict[str, Any]:
+        with store.scratch() as samples, gpu_slot(device):
+            conversations = load_samples(store.fetch_folder(calibration.record.outputs, samples))
+            model, processor = _loaded(folder, sha256, device.place)
+            reference_logits(model, processor, conversations, place / LOGITS_FILE)
+        return {}
+
+    done = do_step(store, LOGITS_STAGE, key, compute)
+    advance(DIVERGENCE_STAGE)
+    return done
+
+
+@task(name="divergence", **OVER_NETWORK)
+def measure_divergence(
+    folder: str, sha256: str, calibration: Done, logits: Done, device: Device, workspace: str
+) -> Done:
+    """`figures["kl"]`: mean KL divergence (nats a token) of the packed model from full precision."""
+    store = open_workspace(workspace)
+    reference = logits.record.outputs[LOGITS_FILE]
+    key = step_key(
+        DIVERGENCE_STAGE,
+        VERSION,
+        {"checkpoint": sha256, "logits": reference.sha256, "samples": calibration.record.figures["sha256"]},
+        None,
+        exact=False,
+        device=device.kind,
+    )
+
+    def compute(_place: Path) -> dict[str, Any]:
+        with store.scratch() as samples, gpu_slot(device):
+            conversations = load_samples(store.fetch_folder(calibration.record.outputs, samples))
+            model, processor = _loaded(folder, sha256, device.place)
+            return {"kl": kl_divergence(model, processor, conversations, store.fetch(reference))}
+
+    done = do_step(store, DIVERGENCE_STAGE, key, compute)
+    advance(DIVERGENCE_STAGE)
+    return done
+
+
+def forget_models() -> None:
+    """Let go of the model that is held between the tasks of a run."""
+    _loaded.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: str, sha256: str, place: str) -> tuple[Any, Any]:
+    # One model is held between tasks: loading takes longer than asking a few questions. `sha256` makes a rewritten
+    # folder another model.
+    return load_model(folder, place)

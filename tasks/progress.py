@@ -1,0 +1,38 @@
+"""How tasks say how far they are, without knowing who listens."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Somebody who shows progress. Called from several threads."""
+
+    def advance(self, stage: str, units: float = 1.0) -> None:
+        """`units` more of a stage are done."""
+
+
+class _Silent:
+    def advance(self, stage: str, units: float = 1.0) -> None:
+        """Nobody listens, for example in a worker process."""
+
+
+# Prefect's thread pool copies the context into its threads, so that tasks there find the flow's listener.
+_listener: ContextVar[Progress] = ContextVar("progress", default=_Silent())  # noqa: B039
+
+
+def advance(stage: str, units: float = 1.0) -> None:
+    """Tell whoever shows progress that `units` more of `stage` are done."""
+    _listener.get().advance(stage, units)
+
+
+@contextmanager
+def shown_by(progress: Progress):
+    """Within this block, and in the tasks it starts in this process, progress goes to `progress`."""
+    token = _listener.set(progress)
+    try:
+        yield progress
+    finally:
+        _listener.reset(token)
