@@ -153,24 +153,21 @@ def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:
 
 
 def _check_files(model: PreTrainedModel, files: list[str]) -> None:
-    """Raise `InputError` naming a tensor of `model` that is in none of the `files` or packed to another length."""
+    """Raise `InputError` naming a tensor of `model` that is in none of the `files`, or there in another shape."""
     entries: dict[str, TensorEntry] = {entry.name: entry for file in files for entry in read_entries(Path(file))}
-    sources = {
-        name: entries[disk_name] for disk_name, goal in loaded_names(model, entries).items() for name in goal.names
-    }
+    goals = loaded_names(model, entries)
+    sources = {name: entries[disk_name] for disk_name, goal in goals.items() for name in goal.names}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    modules = dict(model.named_modules())
-    for name in model.state_dict():
-        entry = sources.get(name)
+    for name, tensor in model.state_dict().items():
+        entry = sources.get(name) or sources.get(tied.get(name, ""))
         if entry is None:
-            if name not in tied or tied[name] not in sources:
-                raise InputError(f"tensor {name} is missing in {', '.join(Path(file).name for file in files)}")
+            raise InputError(f"tensor {name} is missing in {', '.join(Path(file).name for file in files)}")
+        if goals[entry.name].converted:
             continue
-        module = modules[name.rpartition(".")[0]]
-        if isinstance(module, PackedLinear) and name.endswith(".weight"):
-            expected = (module.weight.numel(),)
-            if (entry.dtype, entry.shape) != ("U8", expected):
-                raise InputError(
-                    f"tensor {name} ({entry.name} in {entry.file}): {entry.dtype} of shape {entry.shape}, "
-                    f"expected a packed weight, U8 of shape {expected} by quantization_config"
-                )
+        packed = tensor.dtype == torch.uint8
+        if entry.shape != tuple(tensor.shape) or (packed and entry.dtype != "U8"):
+            expected = "a packed weight, U8 of shape" if packed else "shape"
+            raise InputError(
+                f"tensor {name} ({entry.name} in {entry.file}): {entry.dtype} of shape {entry.shape}, "
+                f"expected {expected} {tuple(tensor.shape)} by the config"
+            )

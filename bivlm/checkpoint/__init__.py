@@ -4,12 +4,13 @@
 the packed folder, `tensor_file` knows the safetensors format.
 """
 
-from bivlm.checkpoint.linears import LeftAlone, Linear, anatomy, linears, select
+from bivlm.checkpoint.linears import Anatomy, LeftAlone, Linear, anatomy, linears, select
 from bivlm.checkpoint.reading import Checkpoint, ResolvedModel, resolve_model
 from bivlm.checkpoint.tensor_file import TensorEntry
 from bivlm.checkpoint.writing import write_packed_checkpoint
 
 __all__ = [
+    "Anatomy",
     "Checkpoint",
     "LeftAlone",
     "Linear",

@@ -248,9 +248,11 @@ def _matcher(pattern: str, linears: list[Linear]) -> re.Pattern[str]:
     except re.error as error:
         raise InputError(f"recipe: keep: {pattern!r} is not a regular expression: {error}") from None
     if not any(matcher.fullmatch(name) for name in names):
-        close = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=3, cutoff=0)
+        wanted = pattern.removeprefix("re:")
+        same_end = [name for name in names if name.rpartition(".")[2] == wanted.rpartition(".")[2]]
+        examples = (same_end or difflib.get_close_matches(wanted, names, n=3, cutoff=0))[:3]
         raise InputError(
             f"recipe: keep: {pattern!r} matches no linear layer of the model; names are as in the loaded model, "
-            f"for example {', '.join(close)}"
+            f"for example {', '.join(examples)}"
         )
     return matcher

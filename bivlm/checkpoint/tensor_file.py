@@ -53,6 +53,7 @@ class TensorEntry:
         shape: of the tensor.
         begin: offset of its first byte in the file.
         nbytes: its length.
+        data_begin: offset of the file's data part, from which its header counts.
     """
 
     name: str
@@ -61,6 +62,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     begin: int
     nbytes: int
+    data_begin: int
 
     @property
     def numel(self) -> int:
@@ -177,7 +179,7 @@ def _entry(name: str, record: dict[str, Any], file: Path, data: int) -> TensorEn
     shape = tuple(record["shape"])
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
         raise ValueError(f"{name}: offsets {record['data_offsets']} and shape {record['shape']}")
-    entry = TensorEntry(name, file, record["dtype"], shape, data + begin, end - begin)
+    entry = TensorEntry(name, file, record["dtype"], shape, data + begin, end - begin, data)
     dtype = DTYPES.get(entry.dtype)
     if dtype is not None and entry.nbytes != entry.numel * dtype.itemsize:
         raise ValueError(f"{name}: {entry.nbytes} bytes for {entry.dtype} of shape {entry.shape}")
