@@ -1,0 +1,93 @@
+"""What a benchmark is: questions, how an answer is scored, and what is reported of a set beside accuracy."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, Self
+
+import pandas as pd
+
+from bivlm.errors import InputError
+from bivlm.evaluation.metrics import category_accuracies
+from bivlm.identity import digest
+from bivlm.samples import VqaSample
+
+
+class Benchmark(ABC):
+    """One file in `bivlm.evaluation` holds one subclass; that is all a new benchmark needs.
+
+    A task is written `kind:argument`, for example ``reference:open``. `version` enters the digest: raise it when the
+    same questions are asked or scored in another way.
+    """
+
+    kind: ClassVar[str]
+    argument: ClassVar[str]  # what stands after the colon, as the error messages show it
+    version: ClassVar[int]
+
+    name: str  # short, for tables
+    max_new_tokens: int
+
+    @classmethod
+    @abstractmethod
+    def load(cls, argument: str, limit: int | None) -> Self:
+        """The benchmark that `argument` names, its first `limit` questions; raises `InputError`."""
+
+    @property
+    @abstractmethod
+    def task(self) -> str:
+        """The task as it was asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of questions."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[VqaSample]:
+        """The questions in order, pictures made or read as they are needed; questions of one image stand together."""
+
+    @abstractmethod
+    def score(self, sample: VqaSample, prediction: str) -> float:
+        """How right an answer is, in [0, 1]."""
+
+    def summarize(self, outcomes: pd.DataFrame) -> dict[str, float]:
+        """Figures of the set beside accuracy, from the columns that `bivlm.evaluation.outcomes.COLUMNS` names."""
+        return category_accuracies(outcomes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the kind, its version, and the content of every question and picture: for step keys."""
+        asked = [
+            [
+                {name: value for name, value in vars(sample).items() if name != "image"},
+                [sample.image.mode, sample.image.size, hashlib.sha256(sample.image.tobytes()).hexdigest()],
+            ]
+            for sample in self
+        ]
+        return digest([self.kind, self.version, self.max_new_tokens, asked])
+
+
+def benchmark_kinds() -> dict[str, type[Benchmark]]:
+    """Every kind of benchmark by the name that a task begins with."""
+    package = importlib.import_module("bivlm.evaluation")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"bivlm.evaluation.{module.name}")
+    return {cls.kind: cls for cls in Benchmark.__subclasses__()}
+
+
+def load_benchmark(task: str, limit: int | None = None) -> Benchmark:
+    """The benchmark of a task such as ``reference:open`` or ``vqa:FOLDER``, all of it or its first `limit` questions.
+
+    Raises `InputError` on an unknown task, a limit below 1, and whatever the benchmark finds wrong.
+    """
+    kinds = benchmark_kinds()
+    kind, colon, argument = task.partition(":")
+    if kind not in kinds or not colon or not argument:
+        valid = ", ".join(f"{name}:{kinds[name].argument}" for name in sorted(kinds))
+        raise InputError(f"evaluation task {task!r} is not known; valid: {valid}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit of {task}: found {limit}, expected 1 or more questions")
+    return kinds[kind].load(argument, limit)

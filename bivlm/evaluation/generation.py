@@ -1,0 +1,115 @@
+"""Loading a model for evaluation, and its greedy answers to batches of questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
+
+import bivlm  # noqa: F401  registers the quantization method, so that packed checkpoints load
+from bivlm.chat import encode, render_prompt
+from bivlm.errors import InputError
+from bivlm.samples import VqaSample
+
+Progress = Callable[[int, int], None]
+
+WINDOW = 4  # batches that are drawn together, so that questions of one length meet
+SMALL_MODEL = 500_000_000  # parameters
+BATCH_SMALL, BATCH_LARGE = 64, 8
+
+
+def load_model(
+    folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor of a checkpoint folder, packed or not, ready to answer.
+
+    `device` is the GPU if there is one, else the CPU. `dtype` is what the model computes in: "auto" takes the
+    checkpoint's; the weights are the stored ones whatever it is, since float32 holds every bf16 and fp16 number.
+    Raises `InputError` when the folder holds no checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model {folder}: expected a checkpoint folder, found no config.json in it")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = AutoProcessor.from_pretrained(folder)
+    if not isinstance(processor, ProcessorMixin):
+        found = type(processor).__name__
+        raise InputError(f"model {folder}: expected a processor for pictures and text, found {found}")
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token  # padding is masked: any token will do
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval(), processor
+
+
+def default_batch_size(model: PreTrainedModel) -> int:
+    """Questions a batch when the caller does not say."""
+    return BATCH_SMALL if model.num_parameters() < SMALL_MODEL else BATCH_LARGE
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[VqaSample], max_new_tokens: int
+) -> list[str]:
+    """The model's greedy answers, without special tokens and white space around.
+
+    Raises `InputError` naming the question when its text holds the image placeholder.
+    """
+    inputs = encode(
+        processor, model, [_prompt(processor, sample) for sample in samples], [sample.image for sample in samples]
+    )
+    produced = model.generate(**inputs, generation_config=greedy(model, processor, max_new_tokens))
+    texts = processor.tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def answers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Iterator[VqaSample],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[VqaSample, str]]:
+    """Every sample with its answer, in the order of `samples`; at most `WINDOW` batches of pictures are held."""
+    samples = iter(samples)
+    while window := list(islice(samples, WINDOW * batch_size)):
+        said: dict[int, str] = {}
+        for batch in _batches(window, batch_size):
+            chosen = [window[index] for index in batch]
+            said.update(zip(batch, answer_batch(model, processor, chosen, max_new_tokens), strict=True))
+        yield from ((sample, said[index]) for index, sample in enumerate(window))
+
+
+def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
+    """Plain greedy decoding, whatever sampling and penalties the checkpoint recommends for chatting."""
+    own = model.generation_config
+    ends = own.eos_token_id if own.eos_token_id is not None else processor.tokenizer.eos_token_id
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+
+
+def _batches(window: Sequence[VqaSample], batch_size: int) -> list[list[int]]:
+    """Positions in the window, questions of like length together: less padding, the same answers."""
+    by_length = sorted(range(len(window)), key=lambda index: len(window[index].question))
+    return [by_length[start : start + batch_size] for start in range(0, len(window), batch_size)]
+
+
+def _prompt(processor: ProcessorMixin, sample: VqaSample) -> str:
+    try:
+        return render_prompt(processor, sample.question)
+    except InputError as error:
+        raise InputError(f"question {sample.question_id}: {error}") from None

@@ -1,0 +1,63 @@
+"""From scores of questions to the figures of a set: accuracy, its confidence interval, the MME score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+_CHUNK = 1 << 20  # drawn image counts held at once
+
+
+def accuracy(scores: Sequence[float]) -> float:
+    """Mean score in percent; scores are in [0, 1]."""
+    return 100.0 * float(np.mean(scores))
+
+
+def category_accuracies(outcomes: pd.DataFrame) -> dict[str, float]:
+    """`{category}/acc` in percent for every named category, in alphabetical order."""
+    named = outcomes[outcomes["category"] != ""]
+    return {f"{category}/acc": accuracy(group["score"]) for category, group in named.groupby("category")}
+
+
+def mme_metrics(outcomes: pd.DataFrame) -> dict[str, float]:
+    """The score of MME (Fu et al., 2023): over the categories, the sum of acc and acc+, each 0 to 100.
+
+    `{category}/acc` is the percentage of questions answered right, `{category}/acc_plus` of images whose two questions
+    are both right; `mme_score` is their sum and `mme_max` 200 a category. A limit can cut a set within an image: one
+    that was asked about once does not count for acc_plus, unless its category has no other.
+    """
+    metrics: dict[str, float] = {}
+    categories = outcomes.groupby("category")
+    for category, group in categories:
+        images = group.groupby("image_id")["score"].agg(["min", "size"])
+        pairs = images[images["size"] > 1] if (images["size"] > 1).any() else images
+        metrics[f"{category}/acc"] = accuracy(group["score"])
+        metrics[f"{category}/acc_plus"] = accuracy(pairs["min"] == 1.0)
+    return {"mme_score": sum(metrics.values()), "mme_max": 200.0 * categories.ngroups, **metrics}
+
+
+def bootstrap_interval(
+    scores: Sequence[float], images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean score, in percent.
+
+    Questions about one image stand and fall together, so whole images are drawn with replacement (the cluster
+    bootstrap: Davison and Hinkley, 1997, section 3.8), and the mean is over the questions that they bring.
+    """
+    _, image_of = np.unique(np.asarray(images, dtype=str), return_inverse=True)
+    total = np.bincount(image_of, weights=np.asarray(scores, dtype=np.float64))
+    asked = np.bincount(image_of)
+    random = np.random.default_rng(seed)
+    means: list[np.ndarray] = []
+    step = max(1, _CHUNK // len(total))
+    for start in range(0, resamples, step):
+        shape = (min(step, resamples - start), len(total))
+        drawn = random.integers(len(total), size=shape)
+        means.append(total[drawn].sum(1) / asked[drawn].sum(1))
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(100 * np.concatenate(means), [tail, 100 - tail])
+    return float(low), float(high)

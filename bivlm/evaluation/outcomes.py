@@ -1,0 +1,113 @@
+"""Running a benchmark: one row a question, and the figures made of the rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from bivlm.evaluation.benchmark import Benchmark
+from bivlm.evaluation.generation import Progress, answers, default_batch_size
+from bivlm.evaluation.metrics import accuracy, bootstrap_interval
+
+SCHEMA = pa.schema(
+    [
+        pa.field("question_id", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("answers", pa.list_(pa.string()), nullable=False),
+        pa.field("prediction", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+    ]
+)
+COLUMNS = tuple(SCHEMA.names)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of a benchmark.
+
+    `metrics` begins with `accuracy`, the mean score in percent; `ci95` is its 95 % interval by bootstrap over images.
+    `outcomes` has `COLUMNS`, one row a question in the order of the benchmark.
+    """
+
+    task: str
+    n: int
+    metrics: dict[str, float]
+    ci95: list[float]
+    outcomes: pd.DataFrame
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the rows, ready for JSON."""
+        return {"task": self.task, "n": self.n, "metrics": self.metrics, "ci95": self.ci95}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    benchmark: Benchmark,
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    device: str | torch.device | None = None,
+) -> Evaluation:
+    """Ask the model every question of the benchmark, greedily, and score the answers.
+
+    `progress(done, total)` is called after every question that is answered. The answers do not depend on the batch
+    size, except where two tokens are so close that rounding decides.
+    """
+    if device is not None:
+        model = model.to(device)
+    rows = []
+    answered = answers(
+        model,
+        processor,
+        iter(benchmark),
+        max_new_tokens=benchmark.max_new_tokens,
+        batch_size=batch_size or default_batch_size(model),
+    )
+    for sample, prediction in answered:
+        rows.append(
+            {
+                "question_id": sample.question_id,
+                "image_id": sample.image_id,
+                "category": sample.category,
+                "question": sample.question,
+                "answers": list(sample.answers),
+                "prediction": prediction,
+                "score": benchmark.score(sample, prediction),
+            }
+        )
+        if progress is not None:
+            progress(len(rows), len(benchmark))
+    outcomes = pd.DataFrame(rows, columns=list(COLUMNS))
+    return Evaluation(
+        task=benchmark.task,
+        n=len(outcomes),
+        metrics={"accuracy": accuracy(outcomes["score"]), **benchmark.summarize(outcomes)},
+        ci95=list(bootstrap_interval(outcomes["score"], outcomes["image_id"])),
+        outcomes=outcomes,
+    )
+
+
+def write_outcomes(outcomes: pd.DataFrame, path: Path) -> Path:
+    """One parquet file with `SCHEMA`; it appears whole or not at all. The same rows give the same bytes."""
+    table = pa.Table.from_pandas(outcomes, schema=SCHEMA, preserve_index=False).replace_schema_metadata(None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    pq.write_table(table, partial, compression="zstd")
+    return partial.replace(path)
+
+
+def read_outcomes(path: Path) -> pd.DataFrame:
+    """The rows of `write_outcomes`, answers as lists."""
+    outcomes = pq.read_table(path, schema=SCHEMA).to_pandas()
+    return outcomes.assign(answers=[list(answers) for answers in outcomes["answers"]])

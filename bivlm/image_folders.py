@@ -1,0 +1,150 @@
+"""Folders of pictures with a ``data.jsonl``: one JSON object a line, read strictly.
+
+Every complaint is an `InputError` that names the file, the line, the key, the value found and the valid form. Picture
+paths are relative to the folder and must not leave it, neither by ``..`` nor through a link.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from PIL import Image, ImageOps
+
+from bivlm.errors import InputError
+
+FILE_NAME = "data.jsonl"
+# Pillow also opens formats that start another program (EPS); these are decoded in this process alone.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_NOT_A_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One object of a JSON-lines file, and where it stands."""
+
+    folder: Path
+    file: Path
+    number: int  # counted from 1, as editors do
+    values: dict[str, Any]
+
+    def complain(self, key: str, found: Any, valid: str) -> NoReturn:
+        """Raises `InputError` about the value of a key."""
+        raise InputError(f"{self.file}, line {self.number}, key {key!r}: found {short(found)}, expected {valid}")
+
+    def check_keys(self, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+        """Raises `InputError` on a key that is missing or not known."""
+        for key in required:
+            if key not in self.values:
+                raise InputError(f"{self.file}, line {self.number}: key {key!r} is missing, found {list(self.values)}")
+        for key in self.values:
+            if key not in required + optional:
+                self.complain(key, self.values[key], f"one of the keys {', '.join(required + optional)}")
+
+    def text(self, key: str) -> str:
+        """The value of a key that must be a string with something in it; raises `InputError`."""
+        value = self.values[key]
+        self._check_text(key, value, "a string that is not empty")
+        return value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """The value of a key that must be a list of strings, at least one, none empty; raises `InputError`."""
+        value, valid = self.values[key], "a list of strings, at least one and none empty"
+        if not isinstance(value, list) or not value:
+            self.complain(key, value, valid)
+        for item in value:
+            self._check_text(key, item, valid)
+        return tuple(value)
+
+    def picture(self, key: str = "image") -> Path:
+        """The picture that a key names, checked to lie in the folder and to look like one; raises `InputError`."""
+        value = self.text(key)
+        valid = f"the path of a picture in {self.folder}, relative to it"
+        try:
+            path = (self.folder / value).resolve()
+            inside, there = path.is_relative_to(self.folder.resolve()), path.is_file()
+        except (OSError, ValueError):  # too long a name, a NUL in it, a loop of links
+            self.complain(key, value, valid)
+        if Path(value).is_absolute() or not inside:
+            self.complain(key, value, f"{valid} and not outside")
+        if not there:
+            self.complain(key, value, f"{valid}; there is no such file")
+        try:
+            with Image.open(path, formats=FORMATS):
+                return path
+        except _NOT_A_PICTURE as error:
+            self.complain(key, value, f"a picture ({', '.join(FORMATS)}): {error}")
+
+    def _check_text(self, key: str, value: Any, valid: str) -> None:
+        if not isinstance(value, str) or not value.strip():
+            self.complain(key, value, valid)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self.complain(key, value, f"{valid} and without lone surrogates")
+
+
+def read_lines(folder: Path, file_name: str = FILE_NAME) -> Iterator[Line]:
+    """The objects of ``data.jsonl``; blank lines are skipped.
+
+    Raises `InputError` when the folder or the file is missing, on a line that is no JSON object, is not UTF-8 or has a
+    key twice, and when there is no line at all.
+    """
+    file = folder / file_name
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a folder with pictures and {file_name}")
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; expected one JSON object a line")
+    lines = 0
+    with file.open("rb") as stream:
+        for number, content in enumerate(stream, start=1):
+            text = _decode(file, number, content)
+            if text.strip():
+                lines += 1
+                yield Line(folder, file, number, _parse(file, number, text))
+    if not lines:
+        raise InputError(f"{file}: found no line, expected one JSON object a line")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture, decoded, upright (EXIF orientation applied) and in RGB; raises `InputError` naming the file."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except _NOT_A_PICTURE as error:
+        raise InputError(f"{path}: expected a picture ({', '.join(FORMATS)}), cannot decode it: {error}") from error
+
+
+def short(value: Any) -> str:
+    """`repr` of a value, cut so that a message stays readable."""
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _decode(file: Path, number: int, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _parse(file: Path, number: int, text: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"{file}, line {number}: key {key!r} stands there twice, expected once")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{file}, line {number}: not a JSON object ({error}), found {short(text.strip())}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}, line {number}: found {short(value)}, expected a JSON object")
+    return value

@@ -1,0 +1,132 @@
+"""Answers are the model's own, whatever the batch, the padding and the checkpoint's taste in sampling."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from raw_codec import top_bytes
+
+from bivlm.errors import InputError
+from bivlm.evaluation.generation import answer_batch, answers, load_model
+from bivlm.samples import VqaSample
+
+
+def _samples(count: int) -> list[VqaSample]:
+    """Questions whose lengths are in no order, each about a picture of its own."""
+    pixels = np.random.default_rng(0).integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
+    return [
+        VqaSample(
+            question_id=str(index),
+            image_id=str(index),
+            image=Image.fromarray(pixels[index]),
+            question="Why" + " so" * (7 * index % 11) + "?",
+            answers=("",),
+        )
+        for index in range(count)
+    ]
+
+
+@torch.inference_mode()
+def _token_by_token(model, processor, sample, steps):
+    """Greedy decoding without cache, padding or `generate`."""
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    inputs = processor(images=sample.image, text=text, return_tensors="pt")
+    tokens = inputs["input_ids"]
+    for _ in range(steps):
+        best = model(input_ids=tokens, pixel_values=inputs["pixel_values"]).logits[0, -1].argmax()
+        if best == model.generation_config.eos_token_id:
+            break
+        tokens = torch.cat([tokens, best.view(1, 1)], dim=1)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_a_batch_gives_the_answers_of_plain_decoding_one_by_one(loaded):
+    samples = _samples(6)
+    expected = [_token_by_token(*loaded, sample, steps=6) for sample in samples]
+    assert answer_batch(*loaded, samples, max_new_tokens=6) == expected
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_answers_come_in_the_order_of_the_questions(loaded, batch_size):
+    samples = _samples(14)
+    expected = [(sample.question_id, answer_batch(*loaded, [sample], 4)[0]) for sample in samples]
+    answered = answers(*loaded, iter(samples), max_new_tokens=4, batch_size=batch_size)
+    assert [(sample.question_id, text) for sample, text in answered] == expected
+
+
+def test_questions_are_drawn_as_they_are_needed(loaded):
+    drawn = []
+    source = (drawn.append(sample) or sample for sample in _samples(20))
+    next(answers(*loaded, source, max_new_tokens=1, batch_size=2))
+    assert len(drawn) == 8  # four batches
+
+
+def test_an_answer_ends_where_the_model_ends_it(loaded):
+    model, processor = loaded
+    sample = _samples(1)[0]
+    tokens = []
+    original = processor.tokenizer.batch_decode
+    endless = copy.copy(model.generation_config)
+    try:
+        processor.tokenizer.batch_decode = lambda ids, **kw: tokens.append(ids[0].tolist()) or original(ids, **kw)
+        answer_batch(model, processor, [sample], 6)
+        model.generation_config.eos_token_id = tokens[0][2]
+        answer_batch(model, processor, [sample], 6)
+    finally:
+        model.generation_config = endless
+        del processor.tokenizer.batch_decode
+    first = tokens[0].index(tokens[0][2])
+    assert len(tokens[0]) == 6
+    assert tokens[1] == tokens[0][: first + 1]
+
+
+def test_what_the_checkpoint_recommends_for_chatting_does_not_matter(loaded):
+    model, processor = loaded
+    samples = _samples(4)
+    expected = answer_batch(model, processor, samples, 6)
+    own = model.generation_config
+    try:
+        model.generation_config = copy.copy(own)
+        model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=1, top_k=3)
+        assert answer_batch(model, processor, samples, 6) == expected
+    finally:
+        model.generation_config = own
+
+
+def test_a_question_with_the_image_placeholder_is_refused_by_name(loaded):
+    sample = VqaSample("q7", "i", Image.new("RGB", (32, 32)), "What is <image>?", ("x",))
+    with pytest.raises(InputError, match=r"question q7: .*'<image>'.*without it"):
+        answer_batch(*loaded, [sample], 2)
+
+
+def test_a_checkpoint_without_chat_template_is_refused(loaded):
+    model, processor = loaded
+    silent = copy.copy(processor)
+    silent.chat_template = None
+    with pytest.raises(InputError, match="LlavaProcessor has no chat template"):
+        answer_batch(model, silent, _samples(1), 2)
+
+
+def test_auto_computes_in_the_dtype_of_the_checkpoint(tiny_llava):
+    assert load_model(tiny_llava, device="cpu")[0].dtype == torch.bfloat16
+
+
+def test_a_packed_checkpoint_answers_as_its_rebuilt_weights(loaded, packed_llava):
+    rebuilt = copy.deepcopy(loaded[0])
+    for name in json.loads((packed_llava / "config.json").read_text())["quantization_config"]["packed"]:
+        layer = rebuilt.get_submodule(name)
+        layer.weight.data = top_bytes(layer.weight.data.bfloat16()).float()
+    packed = load_model(packed_llava, device="cpu", dtype="float32")
+    samples = _samples(5)
+    assert answer_batch(*packed, samples, 6) == answer_batch(rebuilt, loaded[1], samples, 6)
+
+
+def test_a_folder_without_a_checkpoint_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=rf"model {tmp_path}: .*no config.json"):
+        load_model(tmp_path)
