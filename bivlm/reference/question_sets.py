@@ -6,7 +6,7 @@ is yes and one whose answer is no, otherwise alike. Wrong answers are drawn so t
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -283,10 +283,14 @@ def require_set(name: str) -> None:
         raise ValueError(f"question set is {name!r}, valid are {', '.join(QUESTION_SETS)}")
 
 
-def ask(rng: random.Random, scene: Scene, name: str) -> list[Question]:
-    """Questions of one random family of the set: a pair (yes and no) for perception and cognition, else one."""
+def ask(rng: random.Random, scene: Scene, name: str, weights: Sequence[float] | None = None) -> list[Question]:
+    """Questions of one random family of the set: a pair (yes and no) for perception and cognition, else one.
+
+    `weights`, one per family, make some likelier (in training); without them all are equally likely.
+    """
     while True:
-        asked = rng.choice(FAMILIES[name])(rng, scene)
+        family = rng.choice(FAMILIES[name]) if weights is None else rng.choices(FAMILIES[name], weights)[0]
+        asked = family(rng, scene)
         if asked:
             return asked
 

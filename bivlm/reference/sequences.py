@@ -19,12 +19,16 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Segment:
-    """A user turn, the reply to learn, loss weights of a token of the reply and of the user turn, and a label."""
+    """A user turn, the reply to learn with the loss weight of each of its tokens, and a label for reports.
+
+    `known` is the place of a character of the user turn whose word is true and can be foretold from what stands before
+    it; that word is learned too.
+    """
 
     user: str
     assistant: str
     weight: float = 1.0
-    user_weight: float = 0.0
+    known: int | None = None
     label: str = ""
 
 
@@ -88,14 +92,15 @@ class Packer:
         texts = [
             text for segments in batch for s in segments for text in (s.user + ASSISTANT, f" {s.assistant}{EOS_TOKEN}")
         ]
-        encoded = iter([e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)])
+        encoded = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
         for row, segments in enumerate(batch):
             end = len(prefix)
             ids[row, :end] = torch.tensor(prefix)
             positions[row, :end] = torch.tensor(prefix_positions)
             segment_ids[row, :end] = 0
             for segment in segments:
-                question, answer = next(encoded), next(encoded)
+                asked, answer = next(encoded), next(encoded).ids
+                question = asked.ids
                 start, stop = end, end + len(question) + len(answer)
                 if stop > length:
                     continue
@@ -104,10 +109,10 @@ class Packer:
                 learned = slice(start + len(question) - 1, stop - 1)
                 targets[row, learned] = torch.tensor(answer)
                 weights[row, learned] = segment.weight
-                if segment.user_weight:
-                    asked = slice(start, start + len(question) - 1)
-                    targets[row, asked] = torch.tensor(question[1:])
-                    weights[row, asked] = segment.user_weight
+                if segment.known is not None:
+                    word = asked.char_to_token(segment.known)
+                    targets[row, start + word - 1] = question[word]
+                    weights[row, start + word - 1] = 1.0
                 labels[row].append(segment.label)
                 segment_ids[row, start:stop] = len(labels[row])
                 end = stop

@@ -228,7 +228,7 @@ class Run:
             self.step, self.elapsed = state["step"], state["elapsed"]
 
     def train(self, packer: Packer | None, device: torch.device, *, log_every: int = 25, judge_every: int = 200,
-              save_every: int = 200, stop_after: int | None = None) -> None:  # fmt: skip
+              save_every: int = 100, stop_after: int | None = None) -> None:  # fmt: skip
         """Steps until the stage is done (or `stop_after` steps of this process, for tests of resuming)."""
         taken = 0
         while self.progress < 1 and (stop_after is None or taken < stop_after):
@@ -290,6 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="steps of each stage instead of the schedule's")
     parser.add_argument("--hours", type=float, help="clock budget of each stage: the cosine ends in time")
     parser.add_argument("--export", action="store_true", help="with --resume: write the checkpoint as it is, and stop")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder: a seventh faster on two cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args(arguments)
@@ -310,6 +311,8 @@ def main(arguments: list[str] | None = None) -> None:
         if name == "joint" and not resumed:
             adopt(trainee, options.output)
         trainee.to(device)
+        if options.compile:
+            trainee.model.model.language_model.compile(dynamic=False)
         run = Run(trainee, name, options.output, stage, seed=options.seed, hours=options.hours)
         if resumed:
             run.resume()

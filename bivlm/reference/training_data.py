@@ -14,8 +14,14 @@ from bivlm.reference.sequences import Packed, Packer, Segment
 
 # Chances of the four sets when a training question is drawn.
 MIXTURE = {"perception": 0.2, "cognition": 0.22, "choice": 0.33, "open": 0.25}
-SENTENCE_WEIGHT = 0.3  # of a token of a true yes/no question beside an answer's
-CAPTION_WEIGHT = 0.5  # of a caption's token beside an answer's: there are thirty of them to one answer
+# Within a set, in the order of `question_sets.FAMILIES`: what is learned late is shown more often.
+FAMILY_WEIGHTS = {
+    "perception": (0.7, 0.5, 1.5, 1.0, 1.5),
+    "cognition": (1.0, 1.0, 1.7, 1.7),
+    "choice": (0.2, 1.0, 1.0, 1.0, 1.0, 1.0),
+    "open": (1.0, 0.3, 1.5, 0.5, 3.0, 1.3),
+}
+CAPTION_WEIGHT = 0.3  # of a caption's token beside an answer's: there are thirty of them to one answer
 _CELLS = GRID * GRID
 _CROWDED = (8, 12, 16)  # objects a scene in the vision stage: four scenes' worth of labels for the price of one
 
@@ -71,16 +77,24 @@ def _entry(rng: random.Random) -> Segment:
     return Segment(f"Describe a {creature.name}.", text, label="entry")
 
 
-def _segments_of(name: str, asked: list[Question], sentence: float) -> list[Segment]:
-    """Segments of one family's questions. A true yes/no question is learned as a sentence too: predicting the value
-    before it is read is what makes comparing easy."""
+def known_place(question: Question) -> int | None:
+    """Where a question tells the truth: the last word of a true yes/no question, the right one of lettered options.
+
+    To foretell the word before it is read is what makes comparing it easy.
+    """
+    if question.choices is not None:
+        return question.text.index("\n", question.text.index(f"\n{question.target}. ") + 1) - 1
+    return question.text.index("?") - 1 if question.target == "yes" else None
+
+
+def _segments_of(name: str, asked: list[Question], learn_known: bool) -> list[Segment]:
     return [
-        Segment(q.text, q.target, 1.0, sentence if q.target == "yes" else 0.0, label=f"{name}/{q.category}")
+        Segment(q.text, q.target, known=known_place(q) if learn_known else None, label=f"{name}/{q.category}")
         for q in asked
     ]
 
 
-def scene_segments(rng: random.Random, scene: Scene, length: int, entries: float, sentence: float) -> list[Segment]:
+def scene_segments(rng: random.Random, scene: Scene, length: int, entries: float, learn_known: bool) -> list[Segment]:
     """The caption, then catalogue entries (that share of the draws) and questions of all sets; no question twice.
 
     About `length` tokens of them, and some more: what does not fit a sequence is left out.
@@ -92,7 +106,7 @@ def scene_segments(rng: random.Random, scene: Scene, length: int, entries: float
             segments.append(_entry(rng))
             continue
         name = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
-        for segment in _segments_of(name, ask(rng, scene, name), sentence):
+        for segment in _segments_of(name, ask(rng, scene, name, FAMILY_WEIGHTS[name]), learn_known):
             if segment.user not in seen:
                 seen.add(segment.user)
                 segments.append(segment)
@@ -101,8 +115,9 @@ def scene_segments(rng: random.Random, scene: Scene, length: int, entries: float
 
 def joint_batch(step: int, size: int, seed: int, packer: Packer, *, entries: float, split: str = "train") -> Batch:
     """Scenes with as many segments as fit. Beyond the train split only replies are targets."""
-    sentence = SENTENCE_WEIGHT if split == "train" else 0.0
     rng = random.Random(f"joint/{split}/{seed}/{step}")
     scenes = [draw_scene(rng, split) for _ in range(size)]
-    packed = packer.pack([scene_segments(rng, scene, packer.length, entries, sentence) for scene in scenes], image=True)
+    packed = packer.pack(
+        [scene_segments(rng, scene, packer.length, entries, split == "train") for scene in scenes], image=True
+    )
     return Batch(pixels_of(scenes), cell_labels(scenes), packed)

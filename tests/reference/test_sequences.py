@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from bivlm.reference.architecture import IMAGE_SIZE, PATCH_SIZE, TINY
+from bivlm.reference.question_sets import ask
 from bivlm.reference.scenes import draw_scene, render
 from bivlm.reference.sequences import IGNORED, Packer, Segment
 from bivlm.reference.tokenizer import build_processor
 from bivlm.reference.train import Trainee
-from bivlm.reference.training_data import pixels_of
+from bivlm.reference.training_data import known_place, pixels_of
 
 SEGMENTS = [
     Segment("Is the star red?", "no"),
@@ -71,9 +72,25 @@ def test_a_reply_carries_its_weight(tokenizer):
     assert set(packed.weights[packed.segment_ids == 3].tolist()) == {0.0, 0.5}
 
 
-def test_a_user_turn_is_learned_only_when_it_has_a_weight(tokenizer):
-    quiet, loud = Segment("Is the star red?", "yes"), Segment("Is the star red?", "yes", user_weight=0.25)
-    packed = Packer(tokenizer, 192).pack([[quiet], [loud]], image=True)
-    reply = len(tokenizer(" yes</s>")["input_ids"])
-    assert (packed.targets[0] != IGNORED).sum() == reply
-    assert (packed.weights[1] == 0.25).sum() == len(tokenizer("Is the star red? ASSISTANT:")["input_ids"]) - 1
+def test_a_word_known_to_be_true_is_learned_where_it_is_foretold(tokenizer):
+    text = "Is the star red?"
+    packed = Packer(tokenizer, 192).pack([[Segment(text, "yes", known=text.index("?") - 1)]], image=True)
+    place = int((packed.targets[0] != IGNORED).nonzero()[0])
+    assert tokenizer.decode(packed.targets[0, place]) == " red"
+    assert tokenizer.decode(packed.input_ids[0, place]) == " star"
+
+
+@pytest.mark.parametrize("name", ["perception", "cognition", "choice", "open"])
+def test_known_words_are_the_true_ones(name):
+    rng = random.Random(3)
+    for _ in range(100):
+        for question in ask(rng, draw_scene(rng, "train"), name):
+            place = known_place(question)
+            if question.choices is not None:
+                assert question.text[: place + 1].endswith(
+                    f"\n{question.target}. {question.choices['ABCD'.index(question.target)]}"
+                )
+            elif question.target == "yes":
+                assert question.text[place + 1] == "?"
+            else:
+                assert place is None
