@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import ClassVar, Self
 
 import pandas as pd
@@ -57,7 +58,7 @@ class Benchmark(ABC):
         """Figures of the set beside accuracy, from the columns that `bivlm.evaluation.outcomes.COLUMNS` names."""
         return category_accuracies(outcomes)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the kind, its version, and the content of every question and picture: for step keys."""
         asked = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -28,20 +28,26 @@ def load_model(
 
     `device` is the GPU if there is one, else the CPU. `dtype` is what the model computes in: "auto" takes the
     checkpoint's; the weights are the stored ones whatever it is, since float32 holds every bf16 and fp16 number.
-    Raises `InputError` when the folder holds no checkpoint.
+    Raises `InputError` when the folder holds no checkpoint, or one that lacks weights or the processor.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"model {folder}: expected a checkpoint folder, found no config.json in it")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = AutoProcessor.from_pretrained(folder)
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {folder}: expected a processor beside the weights: {error}") from error
     if not isinstance(processor, ProcessorMixin):
         found = type(processor).__name__
         raise InputError(f"model {folder}: expected a processor for pictures and text, found {found}")
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # padding is masked: any token will do
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if loading["missing_keys"]:  # transformers warns, and leaves random numbers in them
+        missing = ", ".join(sorted(loading["missing_keys"]))
+        raise InputError(f"model {folder}: expected a weight for every parameter, found none for {missing}")
     return model.to(device).eval(), processor
 
 
@@ -69,19 +75,20 @@ def answer_batch(
 def answers(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    samples: Iterator[VqaSample],
+    samples: Iterable[VqaSample],
     *,
     max_new_tokens: int,
     batch_size: int,
-) -> Iterator[tuple[VqaSample, str]]:
-    """Every sample with its answer, in the order of `samples`; at most `WINDOW` batches of pictures are held."""
-    samples = iter(samples)
-    while window := list(islice(samples, WINDOW * batch_size)):
-        said: dict[int, str] = {}
+) -> Iterator[list[tuple[int, VqaSample, str]]]:
+    """Batches of (position in `samples`, sample, answer), as they are answered and in no order.
+
+    At most `WINDOW` batches of pictures are held.
+    """
+    numbered = enumerate(samples)
+    while window := list(islice(numbered, WINDOW * batch_size)):
         for batch in _batches(window, batch_size):
-            chosen = [window[index] for index in batch]
-            said.update(zip(batch, answer_batch(model, processor, chosen, max_new_tokens), strict=True))
-        yield from ((sample, said[index]) for index, sample in enumerate(window))
+            said = answer_batch(model, processor, [sample for _, sample in batch], max_new_tokens)
+            yield [(position, sample, text) for (position, sample), text in zip(batch, said, strict=True)]
 
 
 def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
@@ -102,10 +109,15 @@ def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: in
     )
 
 
-def _batches(window: Sequence[VqaSample], batch_size: int) -> list[list[int]]:
-    """Positions in the window, questions of like length together: less padding, the same answers."""
-    by_length = sorted(range(len(window)), key=lambda index: len(window[index].question))
-    return [by_length[start : start + batch_size] for start in range(0, len(window), batch_size)]
+def _batches(window: list[tuple[int, VqaSample]], batch_size: int) -> list[list[tuple[int, VqaSample]]]:
+    """Samples of like picture and question length together: less padding, the same answers."""
+
+    def length(numbered: tuple[int, VqaSample]) -> tuple[int, int]:
+        _, sample = numbered
+        return sample.image.width * sample.image.height, len(sample.question)
+
+    window = sorted(window, key=length)
+    return [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
 
 
 def _prompt(processor: ProcessorMixin, sample: VqaSample) -> str:

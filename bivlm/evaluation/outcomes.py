@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from bivlm.evaluation.benchmark import Benchmark
 from bivlm.evaluation.generation import Progress, answers, default_batch_size
 from bivlm.evaluation.metrics import accuracy, bootstrap_interval
+from bivlm.samples import VqaSample
 
 SCHEMA = pa.schema(
     [
@@ -61,34 +62,19 @@ def evaluate(
 ) -> Evaluation:
     """Ask the model every question of the benchmark, greedily, and score the answers.
 
-    `progress(done, total)` is called after every question that is answered. The answers do not depend on the batch
-    size, except where two tokens are so close that rounding decides.
+    `progress(done, total)`, in questions, is called after every batch. The answers do not depend on the batch size,
+    except where two tokens are so close that rounding decides.
     """
     if device is not None:
         model = model.to(device)
-    rows = []
-    answered = answers(
-        model,
-        processor,
-        iter(benchmark),
-        max_new_tokens=benchmark.max_new_tokens,
-        batch_size=batch_size or default_batch_size(model),
-    )
-    for sample, prediction in answered:
-        rows.append(
-            {
-                "question_id": sample.question_id,
-                "image_id": sample.image_id,
-                "category": sample.category,
-                "question": sample.question,
-                "answers": list(sample.answers),
-                "prediction": prediction,
-                "score": benchmark.score(sample, prediction),
-            }
-        )
+    size = default_batch_size(model) if batch_size is None else batch_size
+    rows: dict[int, dict[str, Any]] = {}
+    for batch in answers(model, processor, benchmark, max_new_tokens=benchmark.max_new_tokens, batch_size=size):
+        for position, sample, prediction in batch:
+            rows[position] = _row(sample, prediction, benchmark.score(sample, prediction))
         if progress is not None:
             progress(len(rows), len(benchmark))
-    outcomes = pd.DataFrame(rows, columns=list(COLUMNS))
+    outcomes = pd.DataFrame([rows[position] for position in sorted(rows)], columns=list(COLUMNS))
     return Evaluation(
         task=benchmark.task,
         n=len(outcomes),
@@ -96,6 +82,18 @@ def evaluate(
         ci95=list(bootstrap_interval(outcomes["score"], outcomes["image_id"])),
         outcomes=outcomes,
     )
+
+
+def _row(sample: VqaSample, prediction: str, score: float) -> dict[str, Any]:
+    return {
+        "question_id": sample.question_id,
+        "image_id": sample.image_id,
+        "category": sample.category,
+        "question": sample.question,
+        "answers": list(sample.answers),
+        "prediction": prediction,
+        "score": score,
+    }
 
 
 def write_outcomes(outcomes: pd.DataFrame, path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Self
 
 import pandas as pd
@@ -44,7 +45,7 @@ class ReferenceSet(Benchmark):
     def load(cls, argument: str, limit: int | None) -> Self:
         if argument not in QUESTION_SETS:
             raise InputError(f"reference set {argument!r} is not known; valid: {', '.join(QUESTION_SETS)}")
-        return cls(argument, TEST_QUESTIONS if limit is None else min(limit, TEST_QUESTIONS))
+        return _once(argument, TEST_QUESTIONS if limit is None else min(limit, TEST_QUESTIONS))
 
     @property
     def task(self) -> str:
@@ -71,3 +72,9 @@ class ReferenceSet(Benchmark):
         unreadable = accuracy([READINGS[self.name](text) is None for text in outcomes["prediction"]])
         figures = category_accuracies(outcomes) if self.name == "choice" else mme_metrics(outcomes)
         return {**figures, "unreadable": unreadable}
+
+
+@cache
+def _once(name: str, count: int) -> ReferenceSet:
+    """One object a set, so that its pictures are drawn once for the digest, however many models are evaluated."""
+    return ReferenceSet(name, count)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -102,7 +102,7 @@ class VqaFolder(Benchmark):
     def score(self, sample: VqaSample, prediction: str) -> float:
         return float(plain(prediction) in {plain(answer) for answer in sample.answers})
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """As `Benchmark.digest`, over the files of the pictures, so that none must be decoded."""
         root = self.folder.resolve()

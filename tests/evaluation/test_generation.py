@@ -2,12 +2,15 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from raw_codec import top_bytes
+from safetensors.torch import load_file, save_file
 
 from bivlm.errors import InputError
 from bivlm.evaluation.generation import answer_batch, answers, load_model
@@ -52,12 +55,26 @@ def test_a_batch_gives_the_answers_of_plain_decoding_one_by_one(loaded):
     assert len(set(expected)) > 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 20])
-def test_answers_come_in_the_order_of_the_questions(loaded, batch_size):
+@pytest.fixture(scope="module")
+def one_by_one(loaded):
+    """Fourteen samples and their answers."""
     samples = _samples(14)
-    expected = [(sample.question_id, answer_batch(*loaded, [sample], 4)[0]) for sample in samples]
-    answered = answers(*loaded, iter(samples), max_new_tokens=4, batch_size=batch_size)
-    assert [(sample.question_id, text) for sample, text in answered] == expected
+    return samples, [answer_batch(*loaded, [sample], 4)[0] for sample in samples]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_every_position_gets_the_answer_to_its_own_question(loaded, one_by_one, batch_size):
+    samples, expected = one_by_one
+    batches = list(answers(*loaded, samples, max_new_tokens=4, batch_size=batch_size))
+    answered = {position: (sample, text) for batch in batches for position, sample, text in batch}
+    assert [answered[position] for position in range(14)] == list(zip(samples, expected, strict=True))
+    assert max(map(len, batches)) == min(batch_size, 14)
+
+
+def test_questions_of_like_length_share_a_batch(loaded, one_by_one):
+    batches = answers(*loaded, one_by_one[0], max_new_tokens=1, batch_size=4)
+    lengths = [len(sample.question) for batch in batches for _, sample, _ in batch]
+    assert lengths == sorted(lengths)
 
 
 def test_questions_are_drawn_as_they_are_needed(loaded):
@@ -125,6 +142,24 @@ def test_a_packed_checkpoint_answers_as_its_rebuilt_weights(loaded, packed_llava
     packed = load_model(packed_llava, device="cpu", dtype="float32")
     samples = _samples(5)
     assert answer_batch(*packed, samples, 6) == answer_batch(rebuilt, loaded[1], samples, 6)
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused_instead_of_answering_at_random(tiny_llava, tmp_path):
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
+    weights = load_file(folder / "model.safetensors")
+    lacking = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    del weights[lacking]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"found none for model\.language_model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer.json"])
+def test_a_checkpoint_without_its_processor_is_refused(tiny_llava, tmp_path, file):
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
+    (folder / file).unlink()
+    with pytest.raises(InputError, match=rf"model {folder}: expected a processor beside the weights"):
+        load_model(folder)
 
 
 def test_a_folder_without_a_checkpoint_is_refused_by_name(tmp_path):
