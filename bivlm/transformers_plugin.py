@@ -25,9 +25,8 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bivlm.checkpoint.linears import loaded_names
-from bivlm.checkpoint.reading import QUANT_METHOD
+from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD, check_quantization
 from bivlm.checkpoint.tensor_file import TensorEntry, read_entries
-from bivlm.checkpoint.writing import FORMAT
 from bivlm.errors import InputError
 from bivlm.linear import PackedLinear
 
@@ -53,14 +52,12 @@ class BiVLMConfig(QuantizationConfigMixin):
         packed: dict[str, int] | None = None,
         **further: Any,
     ):
-        if format != FORMAT:
-            raise InputError(f"quantization_config: format {format!r}, this code reads {FORMAT}; update bivlm")
         if dequantize not in get_args(Dequantize):
             raise InputError(f"quantization_config: dequantize {dequantize!r}, expected 'load' or 'forward'")
         self.quant_method = quant_method
         self.format = format
         self.when = dequantize
-        self.packed = dict(packed or {})
+        self.packed = check_quantization(format, packed or {}, "checkpoint")
         self.further = further
 
     @property

@@ -204,6 +204,14 @@ class TestWhatIsRefused:
         with pytest.raises(InputError, match="quantization_config: format 2, this code reads 1"):
             load(packed_llava)
 
+    @pytest.mark.parametrize("packed", [{A_LAYER: "8224"}, {A_LAYER: -1}, [A_LAYER]])
+    def test_lengths_that_are_none_are_refused(self, packed_llava, packed):
+        change_config(packed_llava, lambda config: config.update(packed=packed))
+        with pytest.raises(InputError, match="expected a byte length by linear"):
+            load(packed_llava)
+        with pytest.raises(InputError, match="expected a byte length by linear"):
+            linears(Checkpoint.open(packed_llava))
+
     def test_an_unknown_way_to_dequantize_is_named(self, packed_llava):
         change_config(packed_llava, lambda config: config.update(dequantize="never"))
         with pytest.raises(InputError, match="dequantize 'never', expected 'load' or 'forward'"):

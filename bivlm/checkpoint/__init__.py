@@ -7,7 +7,7 @@ the packed folder, `tensor_file` knows the safetensors format.
 from bivlm.checkpoint.linears import Anatomy, LeftAlone, Linear, anatomy, linears, select
 from bivlm.checkpoint.reading import Checkpoint, ResolvedModel, resolve_model
 from bivlm.checkpoint.tensor_file import TensorEntry
-from bivlm.checkpoint.writing import write_packed_checkpoint
+from bivlm.checkpoint.writing import check_output, write_packed_checkpoint
 
 __all__ = [
     "Anatomy",
@@ -17,6 +17,7 @@ __all__ = [
     "ResolvedModel",
     "TensorEntry",
     "anatomy",
+    "check_output",
     "linears",
     "resolve_model",
     "select",

@@ -21,6 +21,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 REPORT = "compression_report.json"
 QUANT_METHOD = "bivlm"
+FORMAT = 1  # of the packed checkpoint
 
 # Files that a model needs beside its weights: configs, tokenizer, processor, chat template.
 _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
@@ -73,11 +74,16 @@ class Checkpoint:
         """The quantization config, of whatever method, or None."""
         return self.config.get("quantization_config")
 
-    @property
+    @cached_property
     def packed(self) -> dict[str, int]:
-        """Byte length of every packed weight by the linear's name in the loaded model; empty unless we packed it."""
+        """Byte length of every packed weight by the linear's name in the loaded model; empty unless we packed it.
+
+        Raises `InputError` for a packed checkpoint of another format.
+        """
         quantization = self.quantization or {}
-        return dict(quantization.get("packed", {})) if quantization.get("quant_method") == QUANT_METHOD else {}
+        if quantization.get("quant_method") != QUANT_METHOD:
+            return {}
+        return check_quantization(quantization.get("format"), quantization.get("packed"), self.folder / CONFIG)
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -116,6 +122,15 @@ class Checkpoint:
         for name, file in sorted({CONFIG: self.folder / CONFIG, **files}.items()):
             total.update(f"{_file_sha256(file)} {name}\n".encode())
         return total.hexdigest()
+
+
+def check_quantization(format: Any, packed: Any, source: str | Path) -> dict[str, int]:
+    """`packed`, the lengths by linear; raises `InputError` naming `source` for an unknown format or bad lengths."""
+    if format != FORMAT:
+        raise InputError(f"{source}: quantization_config: format {format!r}, this code reads {FORMAT}; update bivlm")
+    if not isinstance(packed, dict) or not all(type(length) is int and length > 0 for length in packed.values()):
+        raise InputError(f"{source}: quantization_config: packed: expected a byte length by linear, found {packed!r}")
+    return packed
 
 
 @dataclass(frozen=True)

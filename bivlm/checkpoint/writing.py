@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bivlm.checkpoint.linears import Linear
-from bivlm.checkpoint.reading import CONFIG, QUANT_METHOD, WEIGHTS, WEIGHTS_INDEX, Checkpoint
+from bivlm.checkpoint.reading import CONFIG, FORMAT, QUANT_METHOD, WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from bivlm.checkpoint.tensor_file import (
     CHUNK_BYTES,
     OutgoingTensor,
@@ -23,8 +23,6 @@ from bivlm.checkpoint.tensor_file import (
 )
 from bivlm.errors import InputError
 from bivlm.packing import open_packed
-
-FORMAT = 1
 
 Packed = Callable[[], torch.Tensor] | Path
 
@@ -52,8 +50,8 @@ def write_packed_checkpoint(
     is damaged or not its linear's.
     """
     output = Path(output).absolute()
-    _check_base(checkpoint, packed, chosen)
-    _check_output(output, checkpoint)
+    check_output(checkpoint, output)
+    _check_packed(packed, chosen)
     partial = _fresh_folder(output.with_name(f".{output.name}.partial"))
     spool = partial / ".packed"
     spool.mkdir()
@@ -75,17 +73,16 @@ def write_packed_checkpoint(
     return output
 
 
-def _check_base(checkpoint: Checkpoint, packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> None:
+def check_output(checkpoint: Checkpoint, output: str | Path) -> None:
+    """Whether `checkpoint` may be packed into the folder `output`: to be asked before hours of work.
+
+    Raises `InputError` if the base is quantized already, or if `output` overlaps it, is no folder, or holds anything
+    but an earlier packed checkpoint.
+    """
     if checkpoint.quantization is not None:
         method = checkpoint.quantization.get("quant_method")
         raise InputError(f"checkpoint {checkpoint.folder}: already quantized ({method}); expected full precision")
-    names = {linear.name for linear in chosen}
-    if names != set(packed):
-        differing = sorted(names ^ set(packed))
-        raise InputError(f"chosen linears and packed weights differ in {', '.join(differing[:3])} ({len(differing)})")
-
-
-def _check_output(output: Path, checkpoint: Checkpoint) -> None:
+    output = Path(output).absolute()
     base = checkpoint.folder.resolve()
     if output.resolve() == base or output.resolve() in base.parents or base in output.resolve().parents:
         raise InputError(f"output {output}: overlaps the base checkpoint {base}; choose a folder of its own")
@@ -93,6 +90,13 @@ def _check_output(output: Path, checkpoint: Checkpoint) -> None:
         raise InputError(f"output {output}: exists and is not a folder")
     if output.is_dir() and any(output.iterdir()) and not _is_ours(output):
         raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
+
+
+def _check_packed(packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> None:
+    names = {linear.name for linear in chosen}
+    if names != set(packed):
+        differing = sorted(names ^ set(packed))
+        raise InputError(f"chosen linears and packed weights differ in {', '.join(differing[:3])} ({len(differing)})")
 
 
 def _is_ours(folder: Path) -> bool:
