@@ -54,6 +54,7 @@ class Question:
     answers: tuple[str, ...]
     category: str
     choices: tuple[str, ...] | None = None
+    truth: str | None = None  # the word that a yes/no or lettered question is really about, for the training
 
     @property
     def target(self) -> str:
@@ -64,8 +65,15 @@ class Question:
 Family = Callable[[random.Random, Scene], list[Question]]
 
 
-def _pair(rng: random.Random, category: str, yes: str, no: str) -> list[Question]:
-    pair = [Question(yes + YES_NO, ("yes",), category), Question(no + YES_NO, ("no",), category)]
+def _pair(
+    rng: random.Random, category: str, yes: str, no: str, truths: tuple[object, object] | None = None
+) -> list[Question]:
+    """The two questions in random order; `truths` are the words that their answers follow from, if there are such."""
+    words = (None, None) if truths is None else tuple(str(truth) for truth in truths)
+    pair = [
+        Question(yes + YES_NO, ("yes",), category, truth=words[0]),
+        Question(no + YES_NO, ("no",), category, truth=words[1]),
+    ]
     rng.shuffle(pair)
     return pair
 
@@ -106,7 +114,7 @@ def _colour(rng: random.Random, scene: Scene) -> list[Question]:
     others = [t.colour for t in scene.things if t.colour != thing.colour] or list(COLOURS)
     wrong = _other(rng, others if rng.random() < 0.5 else tuple(COLOURS), thing.colour)
     text = f"Is the {thing.shape} {{}}?"
-    return _pair(rng, "color", text.format(thing.colour), text.format(wrong))
+    return _pair(rng, "color", text.format(thing.colour), text.format(wrong), (thing.colour, thing.colour))
 
 
 def _position(rng: random.Random, scene: Scene) -> list[Question]:
@@ -114,7 +122,9 @@ def _position(rng: random.Random, scene: Scene) -> list[Question]:
     axis = rng.choice(("row", "column"))
     index = getattr(thing, axis)
     text = f"Is the {name} in {axis} {{}}?"
-    return _pair(rng, "position", text.format(index), text.format(_other(rng, range(1, GRID + 1), index)))
+    return _pair(
+        rng, "position", text.format(index), text.format(_other(rng, range(1, GRID + 1), index)), (index, index)
+    )
 
 
 def _count(rng: random.Random, scene: Scene) -> list[Question]:
@@ -125,7 +135,7 @@ def _count(rng: random.Random, scene: Scene) -> list[Question]:
         return []
     this, other = rng.choice(options)
     text = f"Is the number of {{}} objects {counts[this]}?"
-    return _pair(rng, "count", text.format(this), text.format(other))
+    return _pair(rng, "count", text.format(this), text.format(other), (counts[this], counts[other]))
 
 
 def _reading(rng: random.Random, scene: Scene) -> list[Question]:
@@ -133,7 +143,7 @@ def _reading(rng: random.Random, scene: Scene) -> list[Question]:
     others = [t.digit for t in scene.things if t.digit != thing.digit] or list(DIGITS)
     wrong = _other(rng, others if rng.random() < 0.5 else DIGITS, thing.digit)
     text = f"Is the digit on the {name} {{}}?"
-    return _pair(rng, "OCR", text.format(thing.digit), text.format(wrong))
+    return _pair(rng, "OCR", text.format(thing.digit), text.format(wrong), (thing.digit, thing.digit))
 
 
 def _fact(rng: random.Random, attribute: str) -> tuple[str, str]:
@@ -146,7 +156,7 @@ def _recall_yes_no(attribute: str) -> Family:
         name, value = _fact(rng, attribute)
         text = f"Does a {name} {_STATEMENT[attribute]} {{}}?"
         wrong = _other(rng, VALUES[attribute], value)
-        return _pair(rng, f"catalogue_{attribute}", text.format(value), text.format(wrong))
+        return _pair(rng, f"catalogue_{attribute}", text.format(value), text.format(wrong), (value, value))
 
     return family
 
@@ -158,14 +168,14 @@ def _comparison(rng: random.Random, scene: Scene) -> list[Question]:
         return []
     high, low = rng.choice(options)
     text = f"Is the digit on the {{}} greater than {rng.randrange(low.digit, high.digit)}?"
-    return _pair(rng, "numerical_comparison", text.format(high.name), text.format(low.name))
+    return _pair(rng, "numerical_comparison", text.format(high.name), text.format(low.name), (high.digit, low.digit))
 
 
 def _parity(rng: random.Random, scene: Scene) -> list[Question]:
     name, thing = _reference(rng, scene)
     words = ("even", "odd") if thing.digit % 2 == 0 else ("odd", "even")
     text = f"Is the digit on the {name} {{}}?"
-    return _pair(rng, "numerical_parity", text.format(words[0]), text.format(words[1]))
+    return _pair(rng, "numerical_parity", text.format(words[0]), text.format(words[1]), (words[0], words[0]))
 
 
 def _lettered(rng: random.Random, category: str, hint: str, text: str, right: str, wrong: list[str]) -> list[Question]:
@@ -173,7 +183,7 @@ def _lettered(rng: random.Random, category: str, hint: str, text: str, right: st
     rng.shuffle(options)
     lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
     letter = LETTERS[options.index(right)]
-    return [Question(hint + text + lines + LETTER, (letter,), category, tuple(options))]
+    return [Question(hint + text + lines + LETTER, (letter,), category, tuple(options), right)]
 
 
 def _distractors(rng: random.Random, right, present: list, values) -> list[str]:

@@ -22,13 +22,16 @@ class Segment:
     """A user turn, the reply to learn with the loss weight of each of its tokens, and a label for reports.
 
     `known` is the place of a character of the user turn whose word is true and can be foretold from what stands before
-    it; that word is learned too.
+    it; that word is learned too. The rest is for the loss in the middle of the decoder: `early` says that the reply
+    only looks something up, `truth` is the word from which a yes, a no or a letter follows.
     """
 
     user: str
     assistant: str
     weight: float = 1.0
     known: int | None = None
+    early: bool = False
+    truth: str | None = None
     label: str = ""
 
 
@@ -37,8 +40,9 @@ class Packed:
     """A batch of packed sequences.
 
     `input_ids` (B, T); `positions` (B, T); `mask` bool (B, 1, T, T), True where a token may look; `targets` (B, T), the
-    token to predict *at* each position or -100; `weights` (B, T); `segment_ids` (B, T): 0 for the prefix, -1 for
-    padding, else 1 + the index into `labels[b]`.
+    token to predict *at* each position or -100; `weights` (B, T); `middle` (B, T), the token to know there in the
+    middle of the decoder or -100; `segment_ids` (B, T): 0 for the prefix, -1 for padding, else 1 + the index into
+    `labels[b]`.
     """
 
     input_ids: Tensor
@@ -46,13 +50,14 @@ class Packed:
     mask: Tensor
     targets: Tensor
     weights: Tensor
+    middle: Tensor
     segment_ids: Tensor
     labels: list[list[str]]
 
     def to(self, device: torch.device) -> "Packed":
         moved = {
             name: getattr(self, name).to(device)
-            for name in ("input_ids", "positions", "mask", "targets", "weights", "segment_ids")
+            for name in ("input_ids", "positions", "mask", "targets", "weights", "middle", "segment_ids")
         }
         return Packed(**moved, labels=self.labels)
 
@@ -85,6 +90,7 @@ class Packer:
         positions = torch.zeros((size, length), dtype=torch.long)
         targets = torch.full((size, length), IGNORED)
         weights = torch.zeros((size, length))
+        middle = torch.full((size, length), IGNORED)
         segment_ids = torch.full((size, length), -1)
         labels: list[list[str]] = [[] for _ in batch]
         prefix, prefix_positions = self.prefix(image)
@@ -109,14 +115,19 @@ class Packer:
                 learned = slice(start + len(question) - 1, stop - 1)
                 targets[row, learned] = torch.tensor(answer)
                 weights[row, learned] = segment.weight
+                if segment.early:
+                    middle[row, learned] = torch.tensor(answer)
+                elif segment.truth is not None:
+                    middle[row, learned.start] = self._encode(f" {segment.truth}")[0]
                 if segment.known is not None:
                     word = asked.char_to_token(segment.known)
                     targets[row, start + word - 1] = question[word]
                     weights[row, start + word - 1] = 1.0
+                    middle[row, start + word - 1] = question[word]
                 labels[row].append(segment.label)
                 segment_ids[row, start:stop] = len(labels[row])
                 end = stop
-        return Packed(ids, positions, _mask(segment_ids), targets, weights, segment_ids, labels)
+        return Packed(ids, positions, _mask(segment_ids), targets, weights, middle, segment_ids, labels)
 
 
 def _mask(segment_ids: Tensor) -> Tensor:

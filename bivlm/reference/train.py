@@ -43,12 +43,15 @@ class Stage:
 
 SCHEDULE = {
     "vision": Stage(steps=600, batch=32, length=0, rate=1e-3),
-    "joint": Stage(steps=4000, batch=16, length=448, rate=1e-3, warmup=150),
+    "joint": Stage(steps=4000, batch=16, length=448, rate=8e-4, warmup=150),
 }
 RECITAL = 150  # steps of the joint stage that show catalogue entries and captions alone
 ENTRIES = 0.15  # share of catalogue entries among the segments afterwards
 TOWER_RATE = 0.3  # of the learning rate in the joint stage: the tower has learned its part before
-FLOOR = 0.03  # of the peak rate, at the end of the cosine
+DECAY = 0.2  # share of a stage over which the learning rate falls
+FLOOR = 0.03  # of the peak rate, at the end
+EARLY_DEPTH = 5 / 8  # of the decoder: what is only looked up must be known here, so that layers are left to compare it
+EARLY = 0.5  # weight of the loss on those look-ups
 AUXILIARY = 0.5  # weight of the cell loss at the start of the joint stage; it falls to zero at half time
 
 
@@ -93,14 +96,29 @@ class Trainee(nn.Module):
 
     def read(self, packed: Packed, image: Tensor | None) -> Tensor:
         """Logits (number of learned tokens, vocabulary), in the order of `packed.targets[packed.targets != -100]`."""
+        hidden = self._decode(packed, image).last_hidden_state
+        return self.model.lm_head(hidden[packed.targets != IGNORED]).float()
+
+    def read_twice(self, packed: Packed, image: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The logits of `read`, and those for `packed.middle`, from the layer at `EARLY_DEPTH`."""
+        layer = round(EARLY_DEPTH * self.model.config.text_config.num_hidden_layers)
+        decoded = self._decode(packed, image, output_hidden_states=True)
+        middle = self.model.model.language_model.norm(decoded.hidden_states[layer][packed.middle != IGNORED])
+        last = decoded.last_hidden_state[packed.targets != IGNORED]
+        return self.model.lm_head(last).float(), self.model.lm_head(middle).float()
+
+    def _decode(self, packed: Packed, image: Tensor | None, **options):
         embeds = self.model.get_input_embeddings()(packed.input_ids)
         if image is not None:
             start = 1  # after `USER: `
             embeds = torch.cat([embeds[:, :start], image.to(embeds.dtype), embeds[:, start + image.shape[1] :]], dim=1)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
-        ).last_hidden_state
-        return self.model.lm_head(hidden[packed.targets != IGNORED]).float()
+        return self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=packed.mask,
+            position_ids=packed.positions,
+            use_cache=False,
+            **options,
+        )
 
 
 def cell_loss(predicted: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
@@ -120,9 +138,11 @@ def answer_loss(logits: Tensor, packed: Packed) -> Tensor:
 
 
 def learning_rate(stage: Stage, step: int, progress: float) -> float:
-    """Linear warm-up, then a cosine over `progress` in [0, 1] down to `FLOOR` of the peak."""
-    cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return stage.rate * min(1.0, (step + 1) / stage.warmup) * cosine
+    """Linear warm-up, a plateau, and over the last `DECAY` of the progress a cosine down to `FLOOR`."""
+    done = min(1.0, max(0.0, (progress - 1 + DECAY) / DECAY))
+    return (
+        stage.rate * min(1.0, (step + 1) / stage.warmup) * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+    )
 
 
 def draw(name: str, stage: Stage, step: int, seed: int, packer: Packer | None) -> Batch:
@@ -140,10 +160,13 @@ def loss_of(trainee: Trainee, name: str, batch: Batch, progress: float) -> tuple
         loss = cell_loss(predicted, batch.cells)
         return loss, {"loss": loss.item(), **cell_accuracy(predicted, batch.cells)}
     patches, image = trainee.see(batch.pixels)
-    answers = answer_loss(trainee.read(batch.packed, image), batch.packed)
+    last, middle = trainee.read_twice(batch.packed, image)
+    answers = answer_loss(last, batch.packed)
+    early = functional.cross_entropy(middle, batch.packed.middle[batch.packed.middle != IGNORED])
     weight = AUXILIARY * max(0.0, 1 - 2 * progress)
     cells = cell_loss(trainee.cells(patches), batch.cells)
-    return answers + weight * cells, {"loss": answers.item(), "cells": cells.item()}
+    figures = {"loss": answers.item(), "early": early.item(), "cells": cells.item()}
+    return answers + EARLY * early + weight * cells, figures
 
 
 def cell_accuracy(predicted: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float]:
@@ -227,7 +250,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.elapsed = state["step"], state["elapsed"]
 
-    def train(self, packer: Packer | None, device: torch.device, *, log_every: int = 25, judge_every: int = 200,
+    def train(self, packer: Packer | None, device: torch.device, *, log_every: int = 25, judge_every: int = 100,
               save_every: int = 100, stop_after: int | None = None) -> None:  # fmt: skip
         """Steps until the stage is done (or `stop_after` steps of this process, for tests of resuming)."""
         taken = 0

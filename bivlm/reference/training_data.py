@@ -22,6 +22,7 @@ FAMILY_WEIGHTS = {
     "open": (1.0, 0.3, 1.5, 0.5, 3.0, 1.3),
 }
 CAPTION_WEIGHT = 0.3  # of a caption's token beside an answer's: there are thirty of them to one answer
+LIST_WEIGHT = 0.5
 _CELLS = GRID * GRID
 _CROWDED = (8, 12, 16)  # objects a scene in the vision stage: four scenes' worth of labels for the price of one
 
@@ -74,7 +75,14 @@ def _entry(rng: random.Random) -> Segment:
     """One creature's whole entry, as a statement to learn."""
     creature = rng.choice(creatures())
     text = ", ".join(creature[attribute] for attribute in ATTRIBUTES)
-    return Segment(f"Describe a {creature.name}.", text, label="entry")
+    return Segment(f"Describe a {creature.name}.", text, label="entry", early=True)
+
+
+def _list(rng: random.Random, scene: Scene) -> Segment:
+    """The objects in any order, named first: what has to be found by colour and shape, not by place."""
+    things = rng.sample(scene.things, len(scene.things))
+    text = "; ".join(f"{t.name} {t.digit} row {t.row} column {t.column}" for t in things)
+    return Segment("List the objects.", text, LIST_WEIGHT, label="list", early=True)
 
 
 def known_place(question: Question) -> int | None:
@@ -89,17 +97,27 @@ def known_place(question: Question) -> int | None:
 
 def _segments_of(name: str, asked: list[Question], learn_known: bool) -> list[Segment]:
     return [
-        Segment(q.text, q.target, known=known_place(q) if learn_known else None, label=f"{name}/{q.category}")
+        Segment(
+            q.text,
+            q.target,
+            known=known_place(q) if learn_known else None,
+            early=name == "open",
+            truth=q.truth,
+            label=f"{name}/{q.category}",
+        )
         for q in asked
     ]
 
 
 def scene_segments(rng: random.Random, scene: Scene, length: int, entries: float, learn_known: bool) -> list[Segment]:
-    """The caption, then catalogue entries (that share of the draws) and questions of all sets; no question twice.
+    """The objects as a list, half of the time as a caption too, then catalogue entries (that share of the draws) and
+    questions of all sets; no question twice.
 
     About `length` tokens of them, and some more: what does not fit a sequence is left out.
     """
-    segments = [Segment(DESCRIBE, caption(scene), CAPTION_WEIGHT, label="caption")]
+    segments = [_list(rng, scene)]
+    if rng.random() < 0.5:
+        segments.append(Segment(DESCRIBE, caption(scene), CAPTION_WEIGHT, label="caption"))
     seen: set[str] = set()
     while len(segments) < length // 12:
         if rng.random() < entries:

@@ -94,3 +94,10 @@ def test_known_words_are_the_true_ones(name):
                 assert question.text[place + 1] == "?"
             else:
                 assert place is None
+
+
+def test_the_middle_of_the_decoder_learns_the_truth_behind_a_yes_or_no(tokenizer):
+    packed = Packer(tokenizer, 192).pack([[Segment("Is the star red?", "no", truth="blue")]], image=True)
+    (place,) = (packed.middle[0] != IGNORED).nonzero()
+    assert tokenizer.decode(packed.middle[0, place]) == " blue"
+    assert tokenizer.decode(packed.targets[0, place]) == " no"
