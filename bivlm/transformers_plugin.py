@@ -120,9 +120,8 @@ class BiVLMQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, PackedLinear):
-                continue
+        for name in _packed_layers(model):
+            module = model.get_submodule(name)
             if module.weight.is_meta:
                 raise InputError(f"{name}.weight: offloaded; packed weights have to be on a CPU or an accelerator")
             module.verify()
@@ -131,10 +130,14 @@ class BiVLMQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
-                model.set_submodule(name, module.dequantized(dtype))
+        for name in _packed_layers(model):
+            model.set_submodule(name, model.get_submodule(name).dequantized(dtype))
         return model
+
+
+def _packed_layers(model: nn.Module) -> list[str]:
+    """Names, not modules: a list of modules would keep every packed weight until the last one is rebuilt."""
+    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
 
 
 def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:

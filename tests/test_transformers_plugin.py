@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -111,6 +112,20 @@ class TestWhatIsLoaded:
     def test_nothing_is_reported_missing(self, packed_llava):
         _, info = load(packed_llava, output_loading_info=True)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+    def test_packed_bytes_are_dropped_layer_by_layer(self, packed_llava, monkeypatch):
+        alive, seen = [], []
+        dequantized = PackedLinear.dequantized
+
+        def watched(module, dtype=None):
+            seen.append(sum(reference() is not None for reference in alive))
+            alive.append(weakref.ref(module.weight))
+            return dequantized(module, dtype)
+
+        monkeypatch.setattr(PackedLinear, "dequantized", watched)
+        load(packed_llava)
+        # The layer before is still held by a variable of the loop.
+        assert len(seen) == 28 and max(seen) <= 1
 
     def test_shards_load_as_a_single_file_does(self, tiny_llava, whole_recipe, packed_llava, tmp_path, twin, inputs):
         base, packed = Checkpoint.open(tiny_llava), Checkpoint.open(packed_llava)

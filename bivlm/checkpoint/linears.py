@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from bivlm.checkpoint.reading import Checkpoint
+from bivlm.checkpoint.reading import QUANT_METHOD, Checkpoint
 from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry
 from bivlm.errors import InputError
 from bivlm.families import Family, family
@@ -94,10 +94,13 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
 
     Left alone are tensors that no plain `torch.nn.Linear` uses as they are: embeddings, norms, biases, convolutions,
     subclasses of Linear whose code reads the weight itself, and weights that transformers merges, splits or permutes
-    while loading. Raises `InputError` for an unknown architecture and for a Linear whose weight is missing on disk,
-    there twice, or of another shape than the config says.
+    while loading. Raises `InputError` for an unknown architecture, for a checkpoint quantized by another method, and
+    for a Linear whose weight is missing on disk, there twice, or of another shape than the config says.
     """
     members = family(checkpoint.config.get("model_type", ""))
+    method = (checkpoint.quantization or {}).get("quant_method", QUANT_METHOD)
+    if method != QUANT_METHOD:
+        raise InputError(f"checkpoint {checkpoint.folder}: quantized by {method}; expected full precision")
     model = skeleton(checkpoint)
     loaded = loaded_names(model, checkpoint.entries)
     sources = _sources(loaded, checkpoint)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from bivlm.checkpoint.tensor_file import CHUNK_BYTES, TensorEntry, read_entries, read_tensor
 from bivlm.errors import InputError
@@ -28,6 +28,7 @@ _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".
 _TEMPLATES = "additional_chat_templates"
 _NOT_SIDE_FILES = {CONFIG, WEIGHTS_INDEX, REPORT, "pytorch_model.bin.index.json", "trainer_state.json"}
 _LICENCES = ("license", "licence", "notice", "use_policy")
+_REFUSALS = {401, 403, 404}  # no access, no such model, no such revision
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -145,12 +146,17 @@ class ResolvedModel:
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
     """A local folder as it is, anything else from the Hugging Face hub (or its cache, when offline).
 
-    Raises `InputError` for a revision of a local folder and when neither folder nor hub has the model.
+    Raises `InputError` for a revision of a local folder and when neither folder nor hub has the model, and
+    `ConnectionError` when the hub cannot be reached and its cache has no copy.
     """
     if Path(model).is_dir():
         if revision is not None:
             raise InputError(f"model {model} is a folder, which has no revision {revision!r}; leave the revision out")
         return ResolvedModel(Path(model), model, None)
+    # The hub also knows ids without an owner, but no vision-language model is called so: it is a mistyped folder.
+    if "/" not in model:
+        raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name")
+    wanted = f"{model} at revision {revision}" if revision else model
     try:
         folder = snapshot_download(
             model,
@@ -160,11 +166,14 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
         )
     except HFValidationError:
         raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        wanted = f"{model} at revision {revision}" if revision else model
-        raise InputError(
-            f"model {model!r}: no such folder, and {wanted} cannot be had from the hub: {error}"
-        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        # The second stands for whatever went wrong on the way, which is its cause.
+        reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        if isinstance(reason, OfflineModeIsEnabled):
+            raise InputError(f"model {model!r}: no such folder, and {wanted} is not in the hub's cache") from error
+        if isinstance(reason, HfHubHTTPError) and reason.response.status_code in _REFUSALS:
+            raise InputError(f"model {model!r}: no such folder, and the hub gives no {wanted}: {reason}") from error
+        raise ConnectionError(f"model {model!r}: no such folder, and the hub cannot be reached for {wanted}") from error
     return ResolvedModel(Path(folder), model, Path(folder).name)
 
 

@@ -138,6 +138,14 @@ def test_an_unknown_architecture_is_named(tmp_path):
         linears(Checkpoint.open(folder))
 
 
+def test_a_checkpoint_of_another_quantization_method_is_refused(tmp_path):
+    folder = make_tiny_llava(tmp_path / "llava")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(InputError, match="quantized by gptq; expected full precision"):
+        linears(Checkpoint.open(folder))
+
+
 def test_a_config_that_makes_no_model_is_refused(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
     config = json.loads((folder / "config.json").read_text())
