@@ -103,6 +103,13 @@ def test_a_folder_that_holds_something_is_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "empty").mkdir()
+    frozen = freeze_samples(CalibrationSettings(samples=1), tmp_path / "empty")
+    assert len(load_samples(frozen.folder)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
 def test_a_source_that_fails_half_way_leaves_nothing(source, tmp_path):
     Image.effect_noise((64, 64), 50).save(source / "5.png")
     (source / "5.png").write_bytes((source / "5.png").read_bytes()[:900])

@@ -117,6 +117,19 @@ def test_a_model_that_gives_nan_fails_and_leaves_no_file(loaded, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_tokens_that_a_model_rules_out_cost_nothing_unless_full_precision_allows_them(loaded, tmp_path):
+    model, processor = loaded
+    strict = copy.deepcopy(model)
+    head = strict.lm_head = torch.nn.Linear(64, 259).to(strict.device)
+    head.weight.data, head.bias.data = model.lm_head.weight.data.clone(), torch.zeros(259)
+    head.bias.data[7] = -torch.inf
+    stored = reference_logits(strict, processor, CONVERSATIONS, tmp_path / "strict.safetensors")
+    assert kl_divergence(strict, processor, CONVERSATIONS, stored) < 1e-6
+    assert 0 < kl_divergence(model, processor, CONVERSATIONS, stored) < 1
+    allowing = reference_logits(model, processor, CONVERSATIONS, tmp_path / "all.safetensors")
+    assert kl_divergence(strict, processor, CONVERSATIONS, allowing) == torch.inf
+
+
 def test_bfloat16_and_float32_read_the_same_model(tiny_llava, stored):
     half = load_model(tiny_llava, device="cpu")
     assert 0 < kl_divergence(*half, CONVERSATIONS, stored) < 1e-3
