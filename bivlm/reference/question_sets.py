@@ -204,9 +204,12 @@ def _choose_colour(rng: random.Random, scene: Scene) -> list[Question]:
 
 
 def _choose_shape(rng: random.Random, scene: Scene) -> list[Question]:
-    thing = rng.choice(scene.things)
+    unique = [t for t in scene.things if len(scene.find(colour=t.colour)) == 1]
+    if not unique:
+        return []
+    thing = rng.choice(unique)
     wrong = _distractors(rng, thing.shape, [t.shape for t in scene.things], SHAPES)
-    return _lettered(rng, "shape", _LOOK, f"What is in row {thing.row} column {thing.column}?", thing.shape, wrong)
+    return _lettered(rng, "shape", _LOOK, f"What shape is {thing.colour}?", thing.shape, wrong)
 
 
 def _choose_digit(rng: random.Random, scene: Scene) -> list[Question]:

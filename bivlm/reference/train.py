@@ -46,9 +46,9 @@ SCHEDULE = {
     "joint": Stage(steps=4000, batch=16, length=448, rate=8e-4, warmup=150),
 }
 RECITAL = 150  # steps of the joint stage that show catalogue entries and captions alone
-ENTRIES = 0.15  # share of catalogue entries among the segments afterwards
+ENTRIES = 0.06  # share of catalogue entries among the segments afterwards
 TOWER_RATE = 0.3  # of the learning rate in the joint stage: the tower has learned its part before
-DECAY = 0.2  # share of a stage over which the learning rate falls
+DECAY = 0.12  # share of a stage over which the learning rate falls
 FLOOR = 0.03  # of the peak rate, at the end
 EARLY_DEPTH = 5 / 8  # of the decoder: what is only looked up must be known here, so that layers are left to compare it
 EARLY = 0.5  # weight of the loss on those look-ups

@@ -13,13 +13,13 @@ from bivlm.reference.scenes import COLOURS, DIGITS, GRID, SHAPES, SIZES, Scene, 
 from bivlm.reference.sequences import Packed, Packer, Segment
 
 # Chances of the four sets when a training question is drawn.
-MIXTURE = {"perception": 0.2, "cognition": 0.22, "choice": 0.33, "open": 0.25}
+MIXTURE = {"perception": 0.21, "cognition": 0.24, "choice": 0.4, "open": 0.15}
 # Within a set, in the order of `question_sets.FAMILIES`: what is learned late is shown more often.
 FAMILY_WEIGHTS = {
-    "perception": (0.7, 0.5, 1.5, 1.0, 1.5),
-    "cognition": (1.0, 1.0, 1.7, 1.7),
-    "choice": (0.2, 1.0, 1.0, 1.0, 1.0, 1.0),
-    "open": (1.0, 0.3, 1.5, 0.5, 3.0, 1.3),
+    "perception": (0.5, 0.4, 2.0, 0.9, 1.5),
+    "cognition": (1.0, 0.8, 1.7, 1.7),
+    "choice": (0.5, 0.8, 1.0, 1.0, 1.0, 1.0),
+    "open": (0.7, 0.3, 2.0, 0.5, 1.5, 1.5),
 }
 CAPTION_WEIGHT = 0.3  # of a caption's token beside an answer's: there are thirty of them to one answer
 LIST_WEIGHT = 0.5
