@@ -103,13 +103,16 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
 
 
 def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
-    """Check `data` (as read from YAML or JSON) and return the recipe; raises `InputError` naming `source` and the key."""
+    """The recipe in `data` (as read from YAML or JSON); raises `InputError` naming `source` and the key."""
     if not isinstance(data, dict):
         raise InputError(f"{source}: expected a mapping with name, format and components, found {type(data).__name__}")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}, found {_short(e['input'])}" for e in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}, found {_short(e['input'])}"
+            for e in error.errors()
+        ]
         raise InputError("\n".join([f"{source} is not valid:", *lines])) from None
 
 

@@ -54,7 +54,7 @@ def _codecs() -> dict[str, Codec]:
 
 
 def open_packed(packed: torch.Tensor, name: str = "packed weight", *, check: bool = True) -> tuple[Codec, Header]:
-    """The codec and header of `packed`, checksum verified unless `check` is false; raises `InputError` naming `name`."""
+    """Codec and header of `packed`, checksum verified unless `check` is false; raises `InputError` naming `name`."""
     header = container.read_header(packed, name)
     codec = _codecs().get(header.codec)
     if codec is None:

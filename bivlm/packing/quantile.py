@@ -1,0 +1,241 @@
+"""The codec of quantile-grouped weights: a sign and a group for every weight, a level for the salient ones.
+
+Sections of the packed weight:
+
+0. parameters: groups K, salient bits N_b, mode, Rice parameter (uint8 each), exponent (int16), salient weights S
+   (uint32); then float16 group scales (K,) and, if S > 0, float16 centres (2^N_b,).
+1. float16 row scales (M,), if S > 0.
+2. symbols, one for every weight (`radix`). Unsalient: ``2 * group + (w < 0)``.
+3. - 5. in sparse mode, of the salient weights: unary gaps, gap remainders (`sparse`), and what of the level the symbol
+   at their place cannot hold. A salient weight's symbol is its level modulo 2 K, so from K = 2 on a two-bit level
+   costs nothing beside its position. In alphabet mode a salient weight has a symbol of its own, ``2 K + level``, which
+   is smaller when many weights are salient. `pack` takes the smaller of the two.
+
+Scales are float16 times 2^exponent, so that weights of any size keep 11 significant bits. A product of a scale and a
+centre has at most 22 and is exact in float32: a rebuilt weight is rounded once, to the weight's dtype, with the same
+result on every device.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bivlm.errors import InputError
+from bivlm.packing import Codec, FormatBits, container
+from bivlm.packing.container import Header
+from bivlm.packing.radix import CHUNK_SYMBOLS, pack_symbols, radix, symbols_at, unpack_values
+from bivlm.packing.sparse import pack_positions, pack_small, rice_cost, unpack_positions, unpack_small
+from bivlm.statistics import magnitude_patterns
+
+NAME = "quantile"
+_PARAMETERS = struct.Struct("<BBBBhI")
+_SPARSE, _ALPHABET = 0, 1
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    groups: int
+    salient_bits: int
+    mode: int
+    rice: int
+    salient: int
+    group_scales_K: torch.Tensor  # float32, exact
+    centres_L: torch.Tensor  # float32, exact
+    exponent: int
+
+    @property
+    def alphabet(self) -> int:
+        return 2 * self.groups + (1 << self.salient_bits if self.mode == _ALPHABET else 0)
+
+
+def packed_nbytes(shape: tuple[int, int], groups: int, salient_bits: int, positions_S: np.ndarray) -> int:
+    """Bytes that `pack` would store for a layer with salient weights at `positions_S`, without packing it."""
+    salient = len(positions_S)
+    head = 28 + 6 * 4 + _PARAMETERS.size + 2 * groups + (2 * ((1 << salient_bits) + shape[0]) if salient else 0)
+    return head + _body_nbytes(shape, groups, salient_bits, positions_S)[1]
+
+
+def pack(
+    weight_MN: torch.Tensor,
+    *,
+    boundaries_K: list[int],
+    group_scales_K: np.ndarray,
+    salient_bits: int,
+    positions_S: np.ndarray,
+    levels_S: np.ndarray,
+    centres_L: np.ndarray,
+    row_scales_M: np.ndarray,
+) -> torch.Tensor:
+    """The packed weight, uint8 (bytes,).
+
+    `boundaries_K` are magnitude bit patterns: group k holds the patterns above boundary k-1 and up to boundary k.
+    """
+    shape = (weight_MN.shape[0], weight_MN.shape[1])
+    groups, salient = len(boundaries_K), len(positions_S)
+    mode, _, rice = _body_nbytes(shape, groups, salient_bits, positions_S)
+    exponent = _exponent(max(float(np.max(group_scales_K)), float(np.max(np.abs(row_scales_M), initial=0.0))))
+    numbers = [_scaled_half(group_scales_K, exponent)] + ([centres_L.astype("<f2").view(np.uint8)] if salient else [])
+    parameters = _PARAMETERS.pack(groups, salient_bits, mode, rice, exponent, salient)
+    if mode == _SPARSE:
+        marked, extra_bits = levels_S % (2 * groups), _extra_bits(groups, salient_bits)
+        sparse = [*pack_positions(positions_S, rice), pack_small(levels_S // (2 * groups), extra_bits)]
+    else:
+        marked, sparse = levels_S + 2 * groups, [np.empty(0, np.uint8)] * 3
+    alphabet = 2 * groups + (1 << salient_bits if mode == _ALPHABET else 0)
+    sections = [
+        np.concatenate([np.frombuffer(parameters, np.uint8), *numbers]),
+        _scaled_half(row_scales_M, exponent) if salient else np.empty(0, np.uint8),
+        _pack_all_symbols(weight_MN, boundaries_K, alphabet, positions_S, marked.astype(np.uint8)),
+        *sparse,
+    ]
+    return container.write(NAME, shape, weight_MN.dtype, sections)
+
+
+class QuantileCodec(Codec):
+    """Reads what `pack` wrote."""
+
+    name = NAME
+
+    def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
+        parameters = _read_parameters(packed, header)
+        values = parameters.group_scales_K.repeat_interleave(2)
+        values[1::2] *= -1
+        table = torch.zeros(parameters.alphabet)
+        table[: len(values)] = torch.ldexp(values, torch.tensor(parameters.exponent))
+        table = table.to(device=packed.device, dtype=header.dtype)
+        planes = _planes(packed, header, parameters.alphabet)
+        weight_MN = unpack_values(planes, table, header.shape[1])
+        if parameters.salient:
+            positions, levels = _salient(packed, header, parameters)
+            halves = _section(packed, header, 1).view(torch.float16)
+            row_scales = torch.ldexp(halves.to(torch.float32), torch.tensor(parameters.exponent))
+            centres = parameters.centres_L.to(packed.device)
+            rebuilt = row_scales[positions // header.shape[1]] * centres[levels]
+            weight_MN.view(-1)[positions] = rebuilt.to(header.dtype)
+        return weight_MN
+
+    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+        parameters = _read_parameters(packed, header)
+        m, n = header.shape
+        size, salient = m * n, parameters.salient
+        symbols = _all_symbols(packed, header, parameters)
+        counts = torch.bincount(symbols, minlength=parameters.alphabet)
+        unsalient = counts[: 2 * parameters.groups].clone()
+        if salient and parameters.mode == _SPARSE:
+            positions, _ = _salient(packed, header, parameters)
+            unsalient -= torch.bincount(symbols[positions], minlength=parameters.alphabet)
+        group_counts = unsalient.view(-1, 2).sum(-1).tolist()
+        shares = [count / size for count in [*group_counts, salient] if count]
+        index = -sum(share * math.log2(share) for share in shares) * size
+        scales = 16 * parameters.groups + 16 * m  # (26)
+        return FormatBits(
+            nominal=size + (parameters.salient_bits - 1) * salient + scales,
+            entropy=index
+            + (size - salient)
+            + parameters.salient_bits * salient
+            + (scales if salient else scales - 16 * m),
+            stored=8 * packed.numel(),
+        )
+
+
+def _body_nbytes(
+    shape: tuple[int, int], groups: int, salient_bits: int, positions_S: np.ndarray
+) -> tuple[int, int, int]:
+    """The smaller mode, the bytes of its symbols and sparse streams, and the Rice parameter."""
+    rice, streams = rice_cost(positions_S)
+    extra = -(-len(positions_S) * _extra_bits(groups, salient_bits) // 8)
+    sparse = radix(2 * groups).nbytes(*shape) + streams + extra
+    alphabet = radix(2 * groups + (1 << salient_bits)).nbytes(*shape)
+    return (_SPARSE, sparse, rice) if sparse <= alphabet else (_ALPHABET, alphabet, 0)
+
+
+def _extra_bits(groups: int, salient_bits: int) -> int:
+    """Bits of a level that its symbol cannot hold."""
+    return (-(-(1 << salient_bits) // (2 * groups)) - 1).bit_length()
+
+
+def _exponent(largest: float) -> int:
+    """The power of two that puts the largest scale near 2^10: 34 binades above float16's smallest step."""
+    return math.frexp(largest)[1] - 11 if largest > 0 else 0
+
+
+def _scaled_half(scales: np.ndarray, exponent: int) -> np.ndarray:
+    return np.ldexp(scales, -exponent).astype("<f2").view(np.uint8)
+
+
+def _pack_all_symbols(
+    weight_MN: torch.Tensor, boundaries_K: list[int], alphabet: int, positions_S: np.ndarray, marked_S: np.ndarray
+) -> np.ndarray:
+    """All planes, one after another, made a few rows at a time so that temporaries stay small."""
+    rows, columns = weight_MN.shape
+    code = radix(alphabet)
+    planes = [np.empty((rows, nbytes), np.uint8) for nbytes in code.plane_row_bytes(columns)]
+    step = max(1, CHUNK_SYMBOLS // columns)
+    for begin in range(0, rows, step):
+        chunk = weight_MN[begin : begin + step].contiguous()
+        symbols = _unsalient_symbols(chunk, boundaries_K)
+        first, last = np.searchsorted(positions_S, [begin * columns, (begin + len(chunk)) * columns])
+        inside = torch.from_numpy(positions_S[first:last] - begin * columns).to(chunk.device)
+        symbols.view(-1)[inside] = torch.from_numpy(marked_S[first:last]).to(chunk.device)
+        for plane, part in zip(planes, pack_symbols(symbols, alphabet), strict=True):
+            plane[begin : begin + step] = part
+    return np.concatenate([plane.reshape(-1) for plane in planes])
+
+
+def _unsalient_symbols(weight_MN: torch.Tensor, boundaries_K: list[int]) -> torch.Tensor:
+    """``2 * group + sign bit`` of every weight, uint8 (M, N); what lies above the last boundary is in the top group."""
+    integers = weight_MN.view(torch.int16 if weight_MN.element_size() == 2 else torch.int32)
+    patterns = magnitude_patterns(weight_MN)
+    symbols = (integers < 0).to(torch.uint8)
+    for boundary in boundaries_K[:-1]:
+        symbols += (patterns > boundary).to(torch.uint8) << 1
+    return symbols
+
+
+def _section(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
+    begin, end = header.sections[index]
+    # A float16 view must begin at an even address, which a section need not.
+    return packed[begin:end].clone()
+
+
+def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
+    section = _section(packed, header, 0).cpu().numpy()
+    groups, salient_bits, mode, rice, exponent, salient = _PARAMETERS.unpack(section[: _PARAMETERS.size].tobytes())
+    numbers = torch.from_numpy(section[_PARAMETERS.size :].view("<f2").astype(np.float32))
+    if len(numbers) != groups + (1 << salient_bits if salient else 0) or mode not in (_SPARSE, _ALPHABET):
+        raise InputError(f"packed weight of shape {header.shape}: damaged parameters ({groups} groups, mode {mode})")
+    return _Parameters(groups, salient_bits, mode, rice, salient, numbers[:groups], numbers[groups:], exponent)
+
+
+def _planes(packed: torch.Tensor, header: Header, alphabet: int) -> list[torch.Tensor]:
+    begin = header.sections[2][0]
+    planes = []
+    for row_bytes in radix(alphabet).plane_row_bytes(header.shape[1]):
+        planes.append(packed[begin : begin + header.shape[0] * row_bytes].view(header.shape[0], row_bytes))
+        begin += header.shape[0] * row_bytes
+    return planes
+
+
+def _all_symbols(packed: torch.Tensor, header: Header, parameters: _Parameters) -> torch.Tensor:
+    """Every weight's symbol, int64 (M * N,)."""
+    table = torch.arange(parameters.alphabet, dtype=torch.int16, device=packed.device)
+    return unpack_values(_planes(packed, header, parameters.alphabet), table, header.shape[1]).view(-1).to(torch.int64)
+
+
+def _salient(packed: torch.Tensor, header: Header, parameters: _Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions and levels of the salient weights, int64 (S,) each."""
+    if parameters.mode == _ALPHABET:
+        symbols = _all_symbols(packed, header, parameters)
+        positions = torch.nonzero(symbols >= 2 * parameters.groups).view(-1)
+        return positions, symbols[positions] - 2 * parameters.groups
+    unary, remainders, extra = (_section(packed, header, index) for index in (3, 4, 5))
+    positions = unpack_positions(unary, remainders, parameters.salient, parameters.rice)
+    planes = _planes(packed, header, parameters.alphabet)
+    low = symbols_at(planes, parameters.alphabet, header.shape[1], positions)
+    high = unpack_small(extra, parameters.salient, _extra_bits(parameters.groups, parameters.salient_bits))
+    return positions, low + 2 * parameters.groups * high

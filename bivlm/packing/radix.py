@@ -1,0 +1,178 @@
+"""Fixed-rate codes for symbols of any small alphabet: n symbols make one word, words lie in planes of 8, 4, 2, 1 bits.
+
+Three base-10 symbols, for example, fill 1,000 of the 1,024 values of a 10-bit word: an 8-bit and a 2-bit plane,
+3.333 bits a symbol against log2(10) = 3.322. Rows begin on byte boundaries of every plane, so a kernel can start at
+any row. Rebuilding is one table look-up a word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+_LARGEST_TABLE = 1 << 16
+CHUNK_SYMBOLS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Radix:
+    """How symbols of an alphabet of `symbols` are grouped: `per_word` of them in a word of `bits` bits."""
+
+    symbols: int
+    per_word: int
+    bits: int
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Widths in bits of the planes, lowest bits of the word first."""
+        return (8,) * (self.bits // 8) + tuple(width for width in (4, 2, 1) if self.bits & width)
+
+    def row_words(self, columns: int) -> int:
+        """Words in a row of `columns` symbols."""
+        return -(-columns // self.per_word)
+
+    def plane_row_bytes(self, columns: int) -> tuple[int, ...]:
+        """Bytes of one row in each plane."""
+        return tuple(-(-self.row_words(columns) * width // 8) for width in self.planes)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of a packed (rows, columns) matrix of symbols."""
+        return rows * sum(self.plane_row_bytes(columns))
+
+
+@cache
+def radix(symbols: int) -> Radix:
+    """The densest grouping whose table of words has at most 65,536 rows; whole bytes and short words break ties."""
+    choices = []
+    per_word = 1
+    while symbols**per_word <= _LARGEST_TABLE:
+        bits = (symbols**per_word - 1).bit_length()
+        choices.append((bits / per_word, bits % 8 != 0, per_word, bits))
+        per_word += 1
+    _, _, per_word, bits = min(choices)
+    return Radix(symbols, per_word, bits)
+
+
+def pack_symbols(symbols_MN: torch.Tensor, alphabet: int) -> list[np.ndarray]:
+    """Pack uint8 symbols (M, N), each below `alphabet`, into planes: one uint8 array (M, row bytes) a plane."""
+    code = radix(alphabet)
+    rows, columns = symbols_MN.shape
+    words = code.row_words(columns)
+    padded = words * code.per_word
+    if padded != columns:
+        symbols_MN = torch.nn.functional.pad(symbols_MN, (0, padded - columns))
+    return _split_planes(_words(symbols_MN.contiguous().view(rows, words, code.per_word), code), code)
+
+
+def unpack_values(planes: list[torch.Tensor], table_SV: torch.Tensor, columns: int) -> torch.Tensor:
+    """Look symbols up while unpacking: ``table[symbol]`` for every symbol, (M, columns), dtype of the table.
+
+    `planes` are uint8 (M, row bytes), as `pack_symbols` made them; `table_SV` has one value a symbol of the alphabet.
+    """
+    code = radix(len(table_SV))
+    rows, words = planes[0].shape[0], code.row_words(columns)
+    word_table = table_SV[_word_symbols(code.symbols, code.per_word, code.bits).to(table_SV.device)].contiguous()
+    out = torch.empty(rows, words * code.per_word, dtype=table_SV.dtype, device=planes[0].device)
+    step = max(1, CHUNK_SYMBOLS // max(1, out.shape[1]))
+    for begin in range(0, rows, step):
+        chunk = _join_planes([plane[begin : begin + step] for plane in planes], code, words)
+        target = out[begin : begin + step]
+        _gather_rows(word_table, chunk, target.view(-1, code.per_word))
+    return out if out.shape[1] == columns else out[:, :columns].contiguous()
+
+
+def symbols_at(planes: list[torch.Tensor], alphabet: int, columns: int, positions_S: torch.Tensor) -> torch.Tensor:
+    """Symbols, int64 (S,), at flat row-major `positions_S` of a packed (M, columns) matrix, without unpacking it."""
+    code = radix(alphabet)
+    rows, column = positions_S // columns, positions_S % columns
+    word_index = column // code.per_word
+    words, shift = torch.zeros_like(positions_S), 0
+    for plane, width in zip(planes, code.planes, strict=True):
+        bit = word_index * width
+        part = (plane[rows, bit // 8].to(torch.int64) >> (bit % 8)) & ((1 << width) - 1)
+        words += part << shift
+        shift += width
+    return words // torch.tensor(alphabet, device=words.device) ** (column % code.per_word) % alphabet
+
+
+def _words(symbols: torch.Tensor, code: Radix) -> torch.Tensor:
+    """Words (rows, words) from symbols (rows, words, per_word): symbol i has place value ``alphabet^i``."""
+    if code.symbols == 2 and code.per_word == 8:
+        # Multiplying moves the lowest bit of byte i to bit 56 + i; nothing else reaches the top byte.
+        gathered = symbols.view(torch.int64).squeeze(-1) * 0x0102040810204080
+        return (gathered >> 56) & 0xFF
+    if code.symbols == 4 and code.per_word == 4:
+        gathered = symbols.view(torch.int32).squeeze(-1) * ((1 << 24) | (1 << 18) | (1 << 12) | (1 << 6))
+        return (gathered >> 24) & 0xFF
+    words = symbols[..., 0].to(torch.int32)
+    for i in range(1, code.per_word):
+        words = words.add_(symbols[..., i], alpha=code.symbols**i)
+    return words
+
+
+def _split_planes(words: torch.Tensor, code: Radix) -> list[np.ndarray]:
+    planes, shift = [], 0
+    for width in code.planes:
+        part = ((words >> shift) & ((1 << width) - 1)).to(torch.uint8)
+        planes.append(_pack_small(part, width).cpu().numpy())
+        shift += width
+    return planes
+
+
+def _pack_small(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Pack values (rows, count) below 2^width, width 1, 2, 4 or 8, into bytes (rows, ...), lowest bits first."""
+    if width == 8:
+        return values
+    per_byte = 8 // width
+    short = -values.shape[1] % per_byte
+    if short:
+        values = torch.nn.functional.pad(values, (0, short))
+    grouped = values.view(values.shape[0], -1, per_byte)
+    packed = grouped[..., 0].clone()
+    for i in range(1, per_byte):
+        packed |= grouped[..., i] << (i * width)
+    return packed
+
+
+def _unpack_small(packed: torch.Tensor, width: int, count: int) -> torch.Tensor:
+    """Undo `_pack_small`: (rows, count), uint8."""
+    if width == 8:
+        return packed
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    values = (packed.unsqueeze(-1) >> shifts) & ((1 << width) - 1)
+    return values.view(packed.shape[0], -1)[:, :count]
+
+
+def _join_planes(planes: list[torch.Tensor], code: Radix, count: int) -> torch.Tensor:
+    """Words (rows, count) from their planes; uint8 where the word is one byte, int32 otherwise."""
+    if code.planes == (8,):
+        return planes[0]
+    words, shift = None, 0
+    for plane, width in zip(planes, code.planes, strict=True):
+        part = _unpack_small(plane, width, count).to(torch.int32) << shift
+        words = part if words is None else words.bitwise_or_(part)
+        shift += width
+    return words
+
+
+@cache
+def _word_symbols(symbols: int, per_word: int, bits: int) -> torch.Tensor:
+    """Symbols (2^bits, per_word) of every word; a word that no symbols make reads as symbols modulo the alphabet."""
+    words = torch.arange(1 << bits).unsqueeze(-1)
+    return (words // (symbols ** torch.arange(per_word))) % symbols
+
+
+def _gather_rows(table: torch.Tensor, words: torch.Tensor, out: torch.Tensor) -> None:
+    """``out[i] = table[words[i]]`` for rows of a few values."""
+    row_bytes = table.shape[1] * table.element_size()
+    whole = {2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}.get(row_bytes)
+    if words.device.type != "cpu" or whole is None:
+        torch.index_select(table, 0, words.reshape(-1).to(torch.int32), out=out)
+        return
+    # Moving a row as one number of its size is several times faster than as a row of bfloat16.
+    source = table.view(torch.uint8).numpy().reshape(-1).view(whole)
+    target = out.view(torch.uint8).numpy().reshape(-1).view(whole)
+    np.take(source, words.reshape(-1).numpy(), out=target, mode="clip")
