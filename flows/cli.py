@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.quiet import hide_loading_bars, quieten
+
 DONE, FAILED, BAD_INPUT, GATE_NOT_PASSED = 0, 1, 2, 3
 
 _EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input or usage, 3 a gate was not passed"
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mend.
     """
     options = _parser().parse_args(arguments)
+    quieten()
     from bivlm.errors import InputError
 
     try:
@@ -77,12 +80,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(options: argparse.Namespace) -> int:
-    from flows.quiet import quieten
-
-    quieten()
+    print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
     from flows.compress import compress_flow
     from flows.tables import print_compression
 
+    hide_loading_bars()
     result = compress_flow(
         model=options.model,
         recipe=options.recipe,
@@ -100,6 +102,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from bivlm.stores.location import cache_folder
 
     benchmark = load_benchmark(options.task, options.limit)
+    hide_loading_bars()
     model, processor = load_model(options.model)
     result = evaluate(model, processor, benchmark)
     stem = f"{options.model.resolve().name}-{benchmark.name}-{benchmark.digest[:8]}"

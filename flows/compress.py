@@ -65,8 +65,6 @@ def compress_flow(
     workspace, the output folder and MLflow already hold of an identical request is not done again. Raises `InputError`
     for anything the caller can mend.
     """
-    started = time.perf_counter()
-    reset_peak()
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
     output = str(Path(output).expanduser().absolute())
     store = Workspace.open(workspace or default_workspace())
@@ -74,7 +72,7 @@ def compress_flow(
     asked = {benchmark: len(load_benchmark(benchmark, questions)) for benchmark in benchmarks}
     device = choose_device()
     provide_gpu_slot(device)
-    base = checkpoint.resolve_base(model, revision)
+    base = checkpoint.resolve_base(model, revision, output)
     chosen, _kept = select(base.linears, chosen_recipe)
     layers = layers_of(chosen, chosen_recipe, str(base.model.folder), base.sha256)
     tracked = tracking.find_or_create_run(store, base, chosen_recipe)
@@ -87,11 +85,14 @@ def compress_flow(
         **({evaluation.STAGE: 2 * sum(asked.values()), evaluation.DIVERGENCE_STAGE: 2} if evaluate else {}),
         tracking.STAGE: 1,
     }
-    title = f"{model_name(base.model.id)} with {chosen_recipe.name}"
+    title = f"{model_name(base.model)} with {chosen_recipe.name}"
     progress = FlowProgress(stages, Console(stderr=True), title)
+    # From here to the written checkpoint is what the report calls the compression.
+    started = time.perf_counter()
+    reset_peak()
     with tracking.ends_run(tracked), progress, shown_by(progress):
         samples = calibration.freeze_calibration(chosen_recipe.calibration.model_dump(mode="json"), store.url)
-        layers, shards = _pack(layers, store.url, progress.publish)
+        layers, shards = pack_all(layers, store.url, progress.publish)
         packed = checkpoint.write_checkpoint(base, chosen, shards, {"code_version": code_version()}, output, store.url)
         report = earlier_report(output, base, chosen_recipe) if packed.reused else None
         if report is None:
@@ -123,12 +124,15 @@ def compress_flow(
             "tracking_uri": tracked.uri,
             "run_id": tracked.run_id,
             "ui": tracking.ui_command(tracked.uri),
+            "page": tracking.run_page(tracked),
             **registered,
         },
     }
 
 
-def _pack(layers: Sequence[Layer], workspace: str, publish: Callable[[], None]) -> tuple[list[Layer], dict[str, Done]]:
+def pack_all(
+    layers: Sequence[Layer], workspace: str, publish: Callable[[], None]
+) -> tuple[list[Layer], dict[str, Done]]:
     """The layers with their statistics and plans, and the shard of each by name."""
     measured = _in_chunks(saliency.measure_layers, layers, workspace, publish)
     layers = [replace(layer, statistics=measured[layer.name]) for layer in layers]

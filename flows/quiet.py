@@ -1,8 +1,9 @@
-"""Settings of the orchestrator for people at a terminal: made before Prefect or MLflow is imported."""
+"""Settings of the orchestrator and its companions for people at a terminal."""
 
 from __future__ import annotations
 
 import os
+import warnings
 
 # What somebody has set is respected. Errors reach the terminal through the command itself, hence CRITICAL.
 _SETTINGS = {
@@ -14,11 +15,22 @@ _SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
 
 def quieten() -> None:
-    """Let Prefect, MLflow and transformers speak only when something is wrong; call it before they are imported."""
+    """Let Prefect, MLflow and transformers speak only when something is wrong.
+
+    To be called before any of them is imported.
+    """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    # MLflow advises an input example and type hints; the model has a signature, which says the same.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.pyfunc")
+
+
+def hide_loading_bars() -> None:
+    """No bar of transformers for every model that is loaded; those of downloads stay."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

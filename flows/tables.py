@@ -68,7 +68,7 @@ def print_compression(result: dict[str, Any]) -> None:
     print(f"checkpoint: {result['output']}")
     print(f"report: {result['report']}")
     print(f"MLflow: model {tracked['registered_model']} version {tracked['version']}, run {tracked['run_id']}")
-    print(f"to see it: {tracked['ui']}")
+    print(f"to see it: {tracked['ui']}, then {tracked['page']}")
 
 
 def _bits(value: float | None) -> str:

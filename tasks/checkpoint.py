@@ -9,7 +9,15 @@ from typing import Any
 
 from prefect import task
 
-from bivlm.checkpoint import Checkpoint, Linear, ResolvedModel, linears, resolve_model, write_packed_checkpoint
+from bivlm.checkpoint import (
+    Checkpoint,
+    Linear,
+    ResolvedModel,
+    check_output,
+    linears,
+    resolve_model,
+    write_packed_checkpoint,
+)
 from bivlm.errors import InputError
 from bivlm.identity import step_key
 from bivlm.workspace import StepRecord
@@ -32,10 +40,11 @@ class Base:
 
 
 @task(name="base-model", **OVER_NETWORK)
-def resolve_base(model: str, revision: str | None) -> Base:
-    """Find the model (a folder, or the hub), hash it and list its linear layers."""
+def resolve_base(model: str, revision: str | None, output: str) -> Base:
+    """Find the model (a folder, or the hub), see that it may be packed into `output`, hash it and list its linears."""
     resolved = resolve_model(model, revision)
     checkpoint = Checkpoint.open(resolved.folder)
+    check_output(checkpoint, output)
     return Base(resolved, checkpoint.digest(), linears(checkpoint))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import PurePosixPath
+
+from bivlm.checkpoint import ResolvedModel
+
+_SAYS_NOTHING = {"checkpoint", "model", "snapshot", "weights"}  # as a folder's name, without its parent's
 
 
 def slug(text: str, keep: str = "") -> str:
@@ -11,17 +14,21 @@ def slug(text: str, keep: str = "") -> str:
     return re.sub(rf"[^A-Za-z0-9_.{re.escape(keep)}-]+", ".", text).strip(".")[-100:]
 
 
-def model_name(model: str) -> str:
-    """The last part of a hub id or a folder, without dots, which MLflow's model names do not allow."""
-    name = PurePosixPath(model.replace("\\", "/").rstrip("/")).name
+def model_name(model: ResolvedModel) -> str:
+    """Owner and name of a hub model, the folder's name otherwise; no dots, which MLflow's model names do not allow."""
+    if model.revision is None:
+        folder = model.folder.resolve()
+        name = f"{folder.parent.name}-{folder.name}" if folder.name in _SAYS_NOTHING else folder.name
+    else:
+        name = model.id.replace("/", "-")
     return slug(name).replace(".", "-") or "model"
 
 
-def run_name(model: str, recipe: str, request: str) -> str:
+def run_name(model: ResolvedModel, recipe: str, request: str) -> str:
     """For the list of runs: model, recipe and the beginning of the request's hash."""
     return f"{model_name(model)} · {recipe} · {request[:8]}"
 
 
-def registered_name(model: str, recipe: str) -> str:
+def registered_name(model: ResolvedModel, recipe: str) -> str:
     """One registered model per base model and recipe, so that each recipe has its own candidate."""
     return f"{model_name(model)}-{recipe.replace('.', '-')}"

@@ -37,7 +37,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the report beside the packed checkpoint in `output` and return it.
 
-    `seconds` is the time of the run that wrote the checkpoint; a layer's seconds are those of its steps when they ran.
+    `seconds` and `peak_memory_bytes` are those of the run that wrote the checkpoint, from the calibration samples to
+    the written files, libraries included; a layer's seconds are those of its steps when they ran.
     """
     canonical = recipe.canonical()
     report = {

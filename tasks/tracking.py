@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator
@@ -97,10 +98,18 @@ def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
 
 
 def ui_command(uri: str) -> str:
-    """The command that opens the MLflow UI on what was tracked at `uri`."""
-    if uri.startswith(("http://", "https://")):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {uri}"
+    """The command that starts the MLflow UI on what was tracked at `uri`; a server already shows its own."""
+    return f"open {uri}" if _is_server(uri) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def run_page(tracking: Tracking) -> str:
+    """Where the UI shows the parent run."""
+    address = tracking.uri.rstrip("/") if _is_server(tracking.uri) else "http://127.0.0.1:5000"
+    return f"{address}/#/experiments/{tracking.experiment_id}/runs/{tracking.run_id}"
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
 
 
 def request_digest(base: Base, recipe: Recipe) -> str:
@@ -114,7 +123,6 @@ def find_or_create_run(workspace: Workspace, base: Base, recipe: Recipe) -> Trac
     Search and creation are not one atomic step, so this is called once, in the flow's body.
     """
     uri, artifact_root = tracking_place(workspace)
-    mlflow.set_tracking_uri(uri)
     client = MlflowClient(tracking_uri=uri)
     experiment_id = _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT, artifact_root)
     request = request_digest(base, recipe)
@@ -125,10 +133,10 @@ def find_or_create_run(workspace: Workspace, base: Base, recipe: Recipe) -> Trac
             ROLE_TAG: "compression",
             "mlflow.note.content": _note(base, recipe),
         }
-        run = client.create_run(experiment_id, run_name=run_name(base.model.id, recipe.name, request), tags=tags)
+        run = client.create_run(experiment_id, run_name=run_name(base.model, recipe.name, request), tags=tags)
     params = {key: value for key, value in _params(base, recipe).items() if key not in run.data.params}
     client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
-    label = f"{model_name(base.model.id)} · {recipe.name}"
+    label = f"{model_name(base.model)} · {recipe.name}"
     return Tracking(uri, experiment_id, run.info.run_id, request, label)
 
 
@@ -239,11 +247,10 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
     found = _find_model(tracking, {REQUEST_TAG: tracking.request, PACKED_TAG: sha256})
     if found is not None:
         return found
-    mlflow.set_tracking_uri(tracking.uri)
     # MLflow ends the run that it logs a model in; the parent goes on.
-    with mlflow.start_run(run_id=tracking.run_id):
+    with _fluent(tracking), mlflow.start_run(run_id=tracking.run_id):
         logged = mlflow.pyfunc.log_model(
-            name=f"{model_name(base.model.id)}-{recipe.name.replace('.', '-')}",
+            name=registered_name(base.model, recipe.name),
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"checkpoint": folder},
             signature=_signature(),
@@ -264,7 +271,7 @@ def log_base_model(tracking: Tracking, base: Base) -> str:
     tags = {BASE_TAG: base.sha256, ROLE_TAG: "full precision", "bivlm.base.id": base.model.id}
     model = tracking.client.create_logged_model(
         tracking.experiment_id,
-        name=f"{model_name(base.model.id)}-full-precision",
+        name=f"{model_name(base.model)}-full-precision",
         source_run_id=tracking.run_id,
         tags=tags,
         model_type="full precision",
@@ -276,16 +283,33 @@ def log_base_model(tracking: Tracking, base: Base) -> str:
 @task(name="register", **TRACKING)
 def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str) -> tuple[str, int]:
     """(name, version) in the model registry; the alias `candidate` then points to that version."""
-    client, name = tracking.client, registered_name(base.model.id, recipe.name)
-    mlflow.set_tracking_uri(tracking.uri)
+    client, name = tracking.client, registered_name(base.model, recipe.name)
     versions = [version for version in _versions(client, name) if version.tags.get("bivlm.model_id") == model_id]
     if versions:
         version = max(int(version.version) for version in versions)
     else:
         tags = {**_lineage(base, recipe, tracking.request), "bivlm.model_id": model_id}
-        version = int(mlflow.register_model(f"models:/{model_id}", name, tags=tags).version)
+        with _fluent(tracking):
+            version = int(mlflow.register_model(f"models:/{model_id}", name, tags=tags).version)
     client.set_registered_model_alias(name, ALIAS, str(version))
     return name, version
+
+
+@contextmanager
+def _fluent(tracking: Tracking) -> Iterator[None]:
+    """Within this block MLflow's functions without a client track at `tracking.uri`.
+
+    `mlflow.set_tracking_uri` also writes MLFLOW_TRACKING_URI, which would send the next compression of this process to
+    the tracking store of this one.
+    """
+    configured = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking.uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if configured is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = configured
 
 
 def _versions(client: MlflowClient, name: str) -> list[Any]:

@@ -1,0 +1,119 @@
+"""The demo: the reference model, compressed by the three shipped recipes, in one table.
+
+``python -m flows.demo --output demo`` needs no server and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.quiet import hide_loading_bars, quieten
+
+RECIPES = ("bivlm-paper", "bivlm", "bivlm-1bit")
+QUESTIONS = 250
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compress, evaluate and print the table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m flows.demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", default="demo", type=Path, metavar="DIR", help="folder for all that the demo makes")
+    parser.add_argument(
+        "--questions", default=QUESTIONS, type=int, metavar="N", help="questions of every set (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    output = options.output.absolute()
+    # Nothing that is installed or configured on this machine shall change what the demo does.
+    os.environ.setdefault("PREFECT_HOME", str(output / "prefect"))
+    quieten()
+    from bivlm.errors import InputError
+    from bivlm.reference import CHECKPOINT
+    from flows.compress import compress_flow
+
+    hide_loading_bars()
+    results = {}
+    try:
+        for number, recipe in enumerate(RECIPES, start=1):
+            print(f"{number} of {len(RECIPES)}: {recipe}", file=sys.stderr)
+            results[recipe] = compress_flow(
+                model=str(CHECKPOINT),
+                recipe=recipe,
+                output=str(output / recipe),
+                workspace=str(output / "workspace"),
+                questions=options.questions,
+            )
+    except InputError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    _print(CHECKPOINT, results)
+    return 0
+
+
+def _print(base: Path, results: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(_table(base, results))
+    last = results[RECIPES[1]]
+    print("KL is the mean over the tokens of the calibration replies, in nats; accuracy is in percent.")
+    print("Seconds and peak memory are those of the compression, evaluation not included.")
+    print(f"report: {last['report']}")
+    print(f"MLflow: {last['mlflow']['ui']}")
+    print(f"  then: {last['mlflow']['page']}")
+
+
+def _table(base: Path, results: dict[str, dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    from bivlm.bits import bits_of
+    from bivlm.checkpoint import Checkpoint, linears
+    from bivlm.reference import chance
+
+    first = results[RECIPES[0]]
+    benchmarks = list(first["evaluation"]["packed"])
+    table = Table(
+        title=f"the reference model, {next(iter(first['evaluation']['packed'].values()))['n']} questions a set"
+    )
+    table.add_column("model", no_wrap=True)
+    for benchmark in benchmarks:
+        name = benchmark.partition(":")[2]
+        table.add_column(f"{name}\n(chance {100 * chance(name):.0f})", justify="right")
+    headings = (
+        "KL",
+        "nominal\nbits",
+        "entropy\nbits",
+        "stored\nbits",
+        "stored bits,\nwhole model",
+        "seconds",
+        "peak\nMB",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right")
+
+    checkpoint = Checkpoint.open(base)
+    width = {8 * linear.dtype.itemsize for linear in linears(checkpoint)}
+    plain = f"{max(width):.0f}" if len(width) == 1 else "-"
+    before = [f"{first['evaluation']['full_precision'][name]['metrics']['accuracy']:.1f}" for name in benchmarks]
+    whole = f"{bits_of(base)['model']['stored']:.2f}"
+    table.add_row("full precision", *before, "0", plain, "-", plain, whole, "-", "-")
+    for recipe, result in results.items():
+        after = [f"{result['evaluation']['packed'][name]['metrics']['accuracy']:.1f}" for name in benchmarks]
+        of_linears = result["bits"]["linears"]
+        table.add_row(
+            recipe,
+            *after,
+            f"{result['evaluation']['kl']:.3f}",
+            *(f"{of_linears[key]:.3f}" for key in ("nominal", "entropy", "stored")),
+            f"{result['bits']['model']['stored']:.2f}",
+            f"{result['seconds']:.1f}",
+            f"{result['peak_memory_bytes'] / 1e6:.0f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What the flow asks of Prefect: retries, chunks after memory ran out, slots for the GPU."""
+
+import threading
+import time
+
+import pytest
+from prefect import flow, task
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from bivlm.errors import InputError
+from bivlm.workspace import StepRecord
+from flows.compress import _in_chunks
+from tasks.device import Device, gpu_slot, provide_gpu_slot
+from tasks.layers import Layer
+from tasks.policy import OVER_NETWORK
+from tasks.steps import Done
+
+NOW = {"retry_delay_seconds": 0, "retry_jitter_factor": None}
+
+
+def failing(error, times):
+    """A task that raises `error` so many times, and what it was called with."""
+    calls = []
+
+    @task(**(OVER_NETWORK | NOW))
+    def work():
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+
+    @flow
+    def run():
+        work()
+
+    return run, calls
+
+
+def test_a_lost_connection_is_tried_again_until_it_holds():
+    run, calls = failing(ConnectionResetError("reset"), times=2)
+    run()
+    assert len(calls) == 3
+
+
+def test_a_connection_that_never_comes_back_ends_the_run():
+    run, calls = failing(ConnectionResetError("reset"), times=1000)
+    with pytest.raises(ConnectionResetError):
+        run()
+    assert len(calls) == 1 + OVER_NETWORK["retries"]
+
+
+def test_bad_input_is_tried_once():
+    run, calls = failing(InputError("groups: found 0"), times=1)
+    with pytest.raises(InputError, match="groups"):
+        run()
+    assert len(calls) == 1
+
+
+def layer(name, weights=1 << 18):
+    return Layer("", "", name, "", "vision", (weights, 1), {})
+
+
+def test_a_chunk_that_does_not_fit_is_done_in_smaller_ones():
+    seen = []
+
+    @task(**OVER_NETWORK)
+    def stage(chunk, workspace):
+        seen.append(len(chunk))
+        if len(chunk) > 1:
+            raise MemoryError
+        return {item.name: Done(item.name, StepRecord(stage="x", seconds=0), False) for item in chunk}
+
+    @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
+    def run():
+        return _in_chunks(stage, [layer(str(i)) for i in range(3)], "", lambda: None)
+
+    assert set(run()) == {"0", "1", "2"}
+    assert seen[:2] == [3, 3]
+    assert sorted(seen) == [1, 1, 1, 2, 3, 3]
+
+
+def test_a_layer_that_does_not_fit_alone_ends_the_run():
+    @task(**OVER_NETWORK)
+    def stage(chunk, workspace):
+        raise MemoryError
+
+    @flow
+    def run():
+        _in_chunks(stage, [layer("0")], "", lambda: None)
+
+    with pytest.raises(MemoryError):
+        run()
+
+
+def test_one_gpu_is_held_by_one_task_at_a_time():
+    device, inside, most = Device("cuda", "any GPU"), [], []
+    lock = threading.Lock()
+
+    @task
+    def work():
+        with gpu_slot(device):
+            with lock:
+                inside.append(1)
+                most.append(len(inside))
+            time.sleep(0.2)
+            with lock:
+                inside.pop()
+
+    @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
+    def run():
+        provide_gpu_slot(device)
+        provide_gpu_slot(device)  # a limit that is there already is no error
+        for future in [work.submit(), work.submit()]:
+            future.result()
+
+    run()
+    assert most == [1, 1]
