@@ -51,6 +51,9 @@ python -m bivlm.reference.train --output DIR
 python -m bivlm.reference.report --checkpoint DIR --rtn --card
 ```
 
+The first command takes two to three hours on two CPU cores (it has not been timed on a GPU, where it should take
+minutes); killed, it goes on with `--resume`.
+
 {training}
 
 ## Limits

@@ -109,7 +109,8 @@ def _card_facts(checkpoint: Path, model: nn.Module) -> dict:
     training = ""
     if log.exists():
         run = json.loads(log.read_text())
-        training = f"These weights: {run['steps']:,} joint steps in {run['hours']:.1f} hours on {run['device']}."
+        hours = f"{run['steps']:,} joint steps in {run['hours']:.1f} hours on {run['device']}"
+        training = f"These weights: {hours}. {run.get('note', '')}".strip()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vision_layers": vision.num_hidden_layers,
