@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from bivlm.errors import InputError
 from bivlm.methods import MethodSettings, method
@@ -26,39 +26,6 @@ class CalibrationSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
 
 
-class Recipe(BaseModel):
-    """A recipe, format 1. A component that is left out keeps its dtype."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    format: Literal[1]
-    components: dict[Component, MethodSettings] = Field(min_length=1)
-    keep: tuple[str, ...] = ("lm_head",)
-    calibration: CalibrationSettings = CalibrationSettings()
-    evaluation: tuple[str, ...] = ()
-
-    @field_validator("components", mode="before")
-    @classmethod
-    def _settings_of_the_method(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError("expected a mapping from vision, adaptor or language to a method's settings")
-        return {component: _settings(settings) for component, settings in value.items()}
-
-    @field_validator("keep", "evaluation", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_serializer("components")
-    def _all_settings(self, components: dict[str, MethodSettings]) -> dict[str, Any]:
-        return {name: settings.model_dump(mode="json") for name, settings in components.items()}
-
-    def canonical(self) -> dict[str, Any]:
-        """The recipe as JSON-ready data with every default written out: what is hashed and stored."""
-        return self.model_dump(mode="json")
-
-
 def _settings(settings: Any) -> MethodSettings:
     if isinstance(settings, MethodSettings):
         return settings
@@ -71,6 +38,30 @@ def _settings(settings: Any) -> MethodSettings:
     if chosen is None:
         raise ValueError(f"'method' must be the name of a method, found {settings['method']!r}")
     return chosen.Settings.model_validate(settings)
+
+
+class Recipe(BaseModel):
+    """A recipe, format 1. A component that is left out keeps its dtype."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    format: Literal[1]
+    components: dict[Component, SerializeAsAny[Annotated[MethodSettings, BeforeValidator(_settings)]]] = Field(
+        min_length=1
+    )
+    keep: tuple[str, ...] = ("lm_head",)
+    calibration: CalibrationSettings = CalibrationSettings()
+    evaluation: tuple[str, ...] = ()
+
+    @field_validator("keep", "evaluation", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    def canonical(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data with every default written out: what is hashed and stored."""
+        return self.model_dump(mode="json")
 
 
 def shipped_recipes() -> list[str]:

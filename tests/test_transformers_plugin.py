@@ -203,7 +203,7 @@ class TestWhatIsRefused:
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight"):
             load(packed_llava, dequantize)
 
-    @pytest.mark.parametrize("position", [0, 4, 6, 8, 16, 20, 24])
+    @pytest.mark.parametrize("position", [0, 4, 5, 6, 7, 8, 16, 20, 24])
     def test_a_flipped_bit_in_the_header_is_named(self, packed_llava, position):
         damaged(packed_llava, lambda tensors: flip(tensors[ITS_TENSOR], position))
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight"):

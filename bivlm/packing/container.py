@@ -11,7 +11,7 @@ Layout, little-endian::
     8:16   codec name, ASCII, padded with zeros
     16:20  M, out_features
     20:24  N, in_features
-    24:28  CRC-32 of everything after byte 28
+    24:28  CRC-32 of bytes 0:24 and of everything after byte 28
     28:    the sections' lengths, uint32 each, then the sections one after another
 
 The envelope knows nothing of what the sections mean; that is the codec's business.
@@ -32,6 +32,7 @@ from bivlm.errors import InputError
 MAGIC = b"BVLM"
 FORMAT_VERSION = 1
 _HEADER = struct.Struct("<4sBBBB8sIII")
+_CHECKSUM_AT = 24
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -66,10 +67,10 @@ def write(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequ
         raise InputError(f"a section of a packed weight has {max(lengths)} bytes; the format holds less than 4 GiB")
     table = np.array(lengths, dtype="<u4").view(np.uint8)
     body = np.concatenate([table, *(np.ascontiguousarray(s, dtype=np.uint8).reshape(-1) for s in sections)])
-    head = _HEADER.pack(
-        MAGIC, FORMAT_VERSION, _DTYPES.index(dtype), len(sections), 0, codec.encode("ascii"), *shape, zlib.crc32(body)
-    )
-    return torch.from_numpy(np.concatenate([np.frombuffer(head, dtype=np.uint8), body]))
+    fields = (MAGIC, FORMAT_VERSION, _DTYPES.index(dtype), len(sections), 0, codec.encode("ascii"), *shape)
+    checksum = zlib.crc32(body, zlib.crc32(_HEADER.pack(*fields, 0)[:_CHECKSUM_AT]))
+    head = np.frombuffer(_HEADER.pack(*fields, checksum), dtype=np.uint8)
+    return torch.from_numpy(np.concatenate([head, body]))
 
 
 def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
@@ -110,6 +111,7 @@ def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
 
 def verify(packed: torch.Tensor, header: Header, name: str = "packed weight") -> None:
     """Raise `InputError`, naming `name`, if the contents of `packed` do not have the checksum of its header."""
-    found = zlib.crc32(packed[_HEADER.size :].cpu().numpy())
+    content = packed.cpu().numpy()
+    found = zlib.crc32(content[_HEADER.size :], zlib.crc32(content[:_CHECKSUM_AT]))
     if found != header.crc32:
         raise InputError(f"{name}: checksum {found:08x}, its header says {header.crc32:08x}: the tensor is damaged")

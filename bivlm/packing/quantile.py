@@ -28,7 +28,7 @@ import torch
 from bivlm.errors import InputError
 from bivlm.packing import Codec, FormatBits, container
 from bivlm.packing.container import Header
-from bivlm.packing.radix import CHUNK_SYMBOLS, pack_symbols, radix, symbols_at, unpack_values
+from bivlm.packing.radix import CHUNK_SYMBOLS, count_symbols, pack_symbols, radix, symbols_at, unpack_values
 from bivlm.packing.sparse import pack_positions, pack_small, rice_cost, unpack_positions, unpack_small
 from bivlm.statistics import magnitude_patterns
 
@@ -123,13 +123,12 @@ class QuantileCodec(Codec):
         parameters = _read_parameters(packed, header)
         m, n = header.shape
         size, salient = m * n, parameters.salient
-        symbols = _all_symbols(packed, header, parameters)
-        counts = torch.bincount(symbols, minlength=parameters.alphabet)
-        unsalient = counts[: 2 * parameters.groups].clone()
+        symbols = 2 * parameters.groups
+        counts = count_symbols(_planes(packed, header, parameters.alphabet), parameters.alphabet, n)[:symbols]
         if salient and parameters.mode == _SPARSE:
-            positions, _ = _salient(packed, header, parameters)
-            unsalient -= torch.bincount(symbols[positions], minlength=parameters.alphabet)
-        group_counts = unsalient.view(-1, 2).sum(-1).tolist()
+            _, levels = _salient(packed, header, parameters)
+            counts = counts - np.bincount((levels % symbols).cpu().numpy(), minlength=symbols)
+        group_counts = counts.reshape(-1, 2).sum(-1).tolist()
         shares = [count / size for count in [*group_counts, salient] if count]
         index = -sum(share * math.log2(share) for share in shares) * size
         scales = 16 * parameters.groups + 16 * m  # (26)
@@ -221,18 +220,13 @@ def _planes(packed: torch.Tensor, header: Header, alphabet: int) -> list[torch.T
     return planes
 
 
-def _all_symbols(packed: torch.Tensor, header: Header, parameters: _Parameters) -> torch.Tensor:
-    """Every weight's symbol, int64 (M * N,)."""
-    table = torch.arange(parameters.alphabet, dtype=torch.int16, device=packed.device)
-    return unpack_values(_planes(packed, header, parameters.alphabet), table, header.shape[1]).view(-1).to(torch.int64)
-
-
 def _salient(packed: torch.Tensor, header: Header, parameters: _Parameters) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat positions and levels of the salient weights, int64 (S,) each."""
     if parameters.mode == _ALPHABET:
-        symbols = _all_symbols(packed, header, parameters)
+        table = torch.arange(parameters.alphabet, dtype=torch.int16, device=packed.device)
+        symbols = unpack_values(_planes(packed, header, parameters.alphabet), table, header.shape[1]).view(-1)
         positions = torch.nonzero(symbols >= 2 * parameters.groups).view(-1)
-        return positions, symbols[positions] - 2 * parameters.groups
+        return positions, symbols[positions].to(torch.int64) - 2 * parameters.groups
     unary, remainders, extra = (_section(packed, header, index) for index in (3, 4, 5))
     positions = unpack_positions(unary, remainders, parameters.salient, parameters.rice)
     planes = _planes(packed, header, parameters.alphabet)

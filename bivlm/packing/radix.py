@@ -98,6 +98,17 @@ def symbols_at(planes: list[torch.Tensor], alphabet: int, columns: int, position
     return words // torch.tensor(alphabet, device=words.device) ** (column % code.per_word) % alphabet
 
 
+def count_symbols(planes: list[torch.Tensor], alphabet: int, columns: int) -> np.ndarray:
+    """How often each symbol occurs in a packed (M, columns) matrix, int64 (alphabet,)."""
+    table = torch.arange(alphabet, dtype=torch.int16, device=planes[0].device)
+    counts = np.zeros(alphabet, np.int64)
+    step = max(1, CHUNK_SYMBOLS // columns)
+    for begin in range(0, planes[0].shape[0], step):
+        symbols = unpack_values([plane[begin : begin + step] for plane in planes], table, columns)
+        counts += np.bincount(symbols.view(-1).cpu().numpy(), minlength=alphabet)
+    return counts
+
+
 def _words(symbols: torch.Tensor, code: Radix) -> torch.Tensor:
     """Words (rows, words) from symbols (rows, words, per_word): symbol i has place value ``alphabet^i``."""
     if code.symbols == 2 and code.per_word == 8:
