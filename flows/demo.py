@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     output = options.output.absolute()
     # Nothing that is installed or configured on this machine shall change what the demo does.
-    os.environ.setdefault("PREFECT_HOME", str(output / "prefect"))
+    home = output / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PREFECT_HOME", str(home))
     quieten()
     from bivlm.errors import InputError
     from bivlm.reference import CHECKPOINT
@@ -81,7 +83,7 @@ def _table(base: Path, results: dict[str, dict[str, Any]]) -> Any:
     table.add_column("model", no_wrap=True)
     for benchmark in benchmarks:
         name = benchmark.partition(":")[2]
-        table.add_column(f"{name}\n(chance {100 * chance(name):.0f})", justify="right")
+        table.add_column(f"{name}\n(chance {chance(name):.0f})", justify="right")
     headings = (
         "KL",
         "nominal\nbits",

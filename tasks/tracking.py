@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ ROLE_TAG = "bivlm.role"  # compression | full precision | packed
 SUBJECT_TAG = "bivlm.evaluated"  # checkpoint and benchmark of an evaluation
 PACKED_TAG = "bivlm.packed.sha256"
 BASE_TAG = "bivlm.base.sha256"
+VERSIONS_TAG = "mlflow.modelVersions"
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,10 @@ def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
 
 def ui_command(uri: str) -> str:
     """The command that starts the MLflow UI on what was tracked at `uri`; a server already shows its own."""
-    return f"open {uri}" if _is_server(uri) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    if _is_server(uri):
+        return f"open {uri}"
+    program = "mlflow" if shutil.which("mlflow") else shlex.quote(str(Path(sys.executable).with_name("mlflow")))
+    return f"{program} ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def run_page(tracking: Tracking) -> str:
@@ -289,8 +295,14 @@ def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str) -> t
         version = max(int(version.version) for version in versions)
     else:
         tags = {**_lineage(base, recipe, tracking.request), "bivlm.model_id": model_id}
-        with _fluent(tracking):
-            version = int(mlflow.register_model(f"models:/{model_id}", name, tags=tags).version)
+        _make_registered_model(client, name)
+        source = f"models:/{model_id}"
+        with _fluent(tracking):  # a registry in a database looks the source up without a client
+            made = client.create_model_version(name, source, tracking.run_id, tags=tags, model_id=model_id)
+        version = int(made.version)
+    # A tracking server writes this link from the logged model's page itself, a database does not.
+    if VERSIONS_TAG not in client.get_logged_model(model_id).tags:
+        client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps([{"name": name, "version": version}])})
     client.set_registered_model_alias(name, ALIAS, str(version))
     return name, version
 
@@ -314,6 +326,14 @@ def _fluent(tracking: Tracking) -> Iterator[None]:
 
 def _versions(client: MlflowClient, name: str) -> list[Any]:
     return list(client.search_model_versions(f"name = '{name}'", max_results=1000))
+
+
+def _make_registered_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _experiment(client: MlflowClient, name: str, artifact_root: str | None) -> str:

@@ -109,6 +109,7 @@ def test_metrics_belong_to_the_model_and_to_the_data_they_were_measured_on(compr
     (benchmark,) = compressed.runs("packed")[0].inputs.dataset_inputs
     assert linked["accuracy"].dataset_digest == benchmark.dataset.digest
     assert linked["kl"].dataset_name.startswith("calibration.")
+    assert json.loads(logged.tags["mlflow.modelVersions"]) == [{"name": "llava-small", "version": 1}]
     assert linked["bits/linears/stored"].value == compressed.report()["bits"]["linears"]["stored"]
 
 
