@@ -53,17 +53,23 @@ def quantize_salient(
     for _ in range(iterations):
         scales = _row_scales(magnitudes, relaxed, starts)
         per_weight = np.repeat(scales, lengths)
-        relaxed = np.minimum(np.divide(magnitudes, per_weight, out=np.zeros_like(magnitudes), where=per_weight > 0), 1)
-    signed = np.copysign(relaxed, weights)
-    nonzero = signed[signed != 0]
-    mean, std = (float(nonzero.mean()), float(nonzero.std())) if len(nonzero) else (0.0, 0.0)
+        relaxed.fill(0)
+        np.divide(magnitudes, per_weight, out=relaxed, where=per_weight > 0)
+        np.minimum(relaxed, 1, out=relaxed)
+    del magnitudes, per_weight
+    signed = np.copysign(relaxed, weights, out=relaxed)
+    nonzero = signed != 0
+    mean, std = (
+        (float(np.mean(signed, where=nonzero)), float(np.std(signed, where=nonzero))) if nonzero.any() else (0.0, 0.0)
+    )
     centres = adaptive_centres(mean, std, bits, alpha)
     levels = np.searchsorted((centres[:-1] + centres[1:]) / 2, signed, side="left").astype(np.uint8)
     rounded = centres[levels]
     if refit:
         scales = _row_scales(weights, rounded, starts)
     scales_M[rows_S[starts]] = scales
-    error = float(np.sum((weights - np.repeat(scales, lengths) * rounded) ** 2))
+    rounded *= np.repeat(scales, lengths)
+    error = float(np.sum(np.square(np.subtract(weights, rounded, out=rounded), out=rounded)))
     return SalientCode(levels, scales_M, centres, error)
 
 

@@ -92,16 +92,20 @@ def search_share(
     `stored_bits` gives a candidate's bits a weight. The cheaper of two equal candidates wins.
     """
 
-    def cost(candidate: Candidate) -> float:
-        return candidate.error * 4.0 ** stored_bits(candidate) if objective == "rate" else candidate.error
+    best: tuple[float, float] | None = None
+    chosen: Candidate | None = None
 
-    tried = [evaluate(0.0)]
+    def visit(p_sal: float) -> float:
+        # Only the best is kept: a candidate holds the positions of its salient weights.
+        nonlocal best, chosen
+        candidate = evaluate(float(p_sal))
+        cost = candidate.error * 4.0 ** stored_bits(candidate) if objective == "rate" else candidate.error
+        if best is None or (cost, candidate.p_sal) < best:
+            best, chosen = (cost, candidate.p_sal), candidate
+        return cost
+
+    visit(0.0)
     if p_max > 0:
-        tried.append(evaluate(p_max))
-
-        def visit(p_sal: float) -> float:
-            tried.append(evaluate(float(p_sal)))
-            return cost(tried[-1])
-
+        visit(p_max)
         minimize_scalar(visit, bounds=(0.0, p_max), method="bounded", options={"xatol": TOLERANCE * p_max})
-    return min(tried, key=lambda candidate: (cost(candidate), candidate.p_sal))
+    return chosen

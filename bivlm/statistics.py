@@ -21,7 +21,7 @@ from scipy.special import log_ndtr, ndtri
 from bivlm.errors import InputError
 
 VERSION = 1
-CHUNK_WEIGHTS = 1 << 22  # how many weights are looked at together: temporaries stay in the tens of megabytes
+CHUNK_WEIGHTS = 1 << 20  # how many weights are looked at together: temporaries stay in the tens of megabytes
 _PATTERNS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint32}
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

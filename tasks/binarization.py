@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bivlm.compression import pack_layer
 from prefect import task
 
 from bivlm.checkpoint import Checkpoint
+from bivlm.compression import pack_layer
 from bivlm.identity import step_key
 from bivlm.methods import LayerPlan
 from bivlm.workspace import Reference

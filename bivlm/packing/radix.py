@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 _LARGEST_TABLE = 1 << 16
-CHUNK_SYMBOLS = 1 << 22
+CHUNK_SYMBOLS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,19 @@ def unpack_values(planes: list[torch.Tensor], table_SV: torch.Tensor, columns: i
 def symbols_at(planes: list[torch.Tensor], alphabet: int, columns: int, positions_S: torch.Tensor) -> torch.Tensor:
     """Symbols, int64 (S,), at flat row-major `positions_S` of a packed (M, columns) matrix, without unpacking it."""
     code = radix(alphabet)
-    rows, column = positions_S // columns, positions_S % columns
+    return torch.cat([_symbols_at(planes, code, columns, chunk) for chunk in positions_S.split(CHUNK_SYMBOLS >> 2)])
+
+
+def _symbols_at(planes: list[torch.Tensor], code: Radix, columns: int, positions: torch.Tensor) -> torch.Tensor:
+    rows, column = positions // columns, positions % columns
     word_index = column // code.per_word
-    words, shift = torch.zeros_like(positions_S), 0
+    words, shift = torch.zeros_like(positions), 0
     for plane, width in zip(planes, code.planes, strict=True):
         bit = word_index * width
         part = (plane[rows, bit // 8].to(torch.int64) >> (bit % 8)) & ((1 << width) - 1)
         words += part << shift
         shift += width
-    return words // torch.tensor(alphabet, device=words.device) ** (column % code.per_word) % alphabet
+    return words // torch.tensor(code.symbols, device=words.device) ** (column % code.per_word) % code.symbols
 
 
 def count_symbols(planes: list[torch.Tensor], alphabet: int, columns: int) -> np.ndarray:

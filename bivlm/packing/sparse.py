@@ -31,33 +31,32 @@ def pack_positions(positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarra
     ends = np.cumsum((gaps >> k) + 1) - 1
     unary = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
     unary[ends] = 1
-    remainders = ((gaps[:, None] >> np.arange(k)) & 1).astype(np.uint8)
-    return np.packbits(unary, bitorder="little"), np.packbits(remainders.reshape(-1), bitorder="little")
+    return np.packbits(unary, bitorder="little"), pack_small(gaps, k)
 
 
 def unpack_positions(unary: torch.Tensor, remainders: torch.Tensor, count: int, k: int) -> torch.Tensor:
     """Undo `pack_positions`: int64 (count,), ascending, on the device of the streams."""
     ends = torch.nonzero(_bits(unary)).view(-1)[:count]
     quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
-    low = ends.new_zeros(count)
-    if k:
-        weights = 1 << torch.arange(k, device=ends.device)
-        low = (_bits(remainders)[: count * k].view(count, k) * weights).sum(-1)
-    return torch.cumsum((quotients << k) + low + 1, 0) - 1
+    gaps = (quotients << k) + unpack_small(remainders, count, k)
+    return torch.cumsum(gaps.add_(1), 0).sub_(1)
 
 
 def pack_small(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack `values` (S,), each below 2^bits, one after another, lowest bit first."""
-    spread = ((values[:, None].astype(np.int64) >> np.arange(bits)) & 1).astype(np.uint8)
+    """Pack the `bits` low bits of `values` (S,) one after another, lowest bit first."""
+    spread = np.empty((len(values), bits), np.uint8)
+    for bit in range(bits):
+        spread[:, bit] = (values >> bit) & 1
     return np.packbits(spread.reshape(-1), bitorder="little")
 
 
 def unpack_small(packed: torch.Tensor, count: int, bits: int) -> torch.Tensor:
     """Undo `pack_small`: int64 (count,)."""
-    if bits == 0:
-        return torch.zeros(count, dtype=torch.int64, device=packed.device)
-    weights = 1 << torch.arange(bits, device=packed.device)
-    return (_bits(packed)[: count * bits].view(count, bits) * weights).sum(-1)
+    values = torch.zeros(count, dtype=torch.int64, device=packed.device)
+    spread = _bits(packed)[: count * bits].view(count, bits)
+    for bit in range(bits):
+        values += spread[:, bit].to(torch.int64) << bit
+    return values
 
 
 def _gaps(positions: np.ndarray) -> np.ndarray:

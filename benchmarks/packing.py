@@ -1,0 +1,60 @@
+"""How fast a layer's dense part is packed and unpacked, in weights a second, and the layer as a whole beside it.
+
+``python -m benchmarks.packing [--rows 4096] [--columns 11008]``; at least 100 million weights a second on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bivlm.methods import method
+from bivlm.packing import unpack
+from bivlm.statistics import LayerStatistics
+
+REPEATS = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one row a number of groups; returns 1 if a dense rate is below the bound."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.packing", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--columns", type=int, default=11008)
+    options = parser.parse_args(arguments)
+    bivlm, slowest = method("bivlm"), float("inf")
+    weight = torch.randn(options.rows, options.columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    print(f"{options.rows}x{options.columns} bfloat16, {torch.get_num_threads()} threads, {platform.machine()}")
+    print(f"{'million weights a second':<26}{'pack dense':>12}{'unpack dense':>14}{'pack 1 %':>10}{'unpack 1 %':>12}")
+    for groups in (1, 2, 3, 5, 6):
+        rates = []
+        for p_max in (0.0, 0.01):
+            settings = bivlm.Settings.model_validate({"method": "bivlm", "groups": groups, "p_max": p_max})
+            plan = bivlm.plan(LayerStatistics.measure(weight, p_max), settings)
+            packed = bivlm.quantize(weight, plan)
+            rates.append(_rate(weight, lambda plan=plan: bivlm.quantize(weight, plan)))
+            rates.append(_rate(weight, lambda packed=packed: unpack(packed, check=False)))
+        slowest = min(slowest, *rates[:2])
+        print(
+            f"{groups:>2} groups{'':<17}"
+            + "".join(f"{r:>{w}.0f}" for r, w in zip(rates, (12, 14, 10, 12), strict=True))
+        )
+    print(f"slowest dense rate {slowest:.0f} million weights a second; bound 100")
+    return int(slowest < 100)
+
+
+def _rate(weight: torch.Tensor, work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return weight.numel() / sorted(times)[REPEATS // 2] / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main())
