@@ -23,6 +23,7 @@ from bivlm.checkpoint.tensor_file import (
 )
 from bivlm.errors import InputError
 from bivlm.packing import open_packed
+from bivlm.stores.folder import flush_folder
 
 Packed = Callable[[], torch.Tensor] | Path
 
@@ -65,7 +66,7 @@ def write_packed_checkpoint(
         _write_config(checkpoint, quantization_config, lengths, partial)
         for name, content in (extra_files or {}).items():
             _write_new(partial, name, content)
-        _sync_folder(partial)
+        flush_folder(partial)
         _replace(output, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -225,18 +226,10 @@ def _replace(output: Path, partial: Path) -> None:
     if output.exists():
         output.rename(earlier)
     partial.rename(output)
-    _sync_folder(output.parent)
+    flush_folder(output.parent)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _sync_file(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -55,6 +55,11 @@ class Header:
         return self.sections[-1][1]
 
 
+def envelope_nbytes(sections: int) -> int:
+    """Bytes of the header and the table of `sections` lengths."""
+    return _HEADER.size + 4 * sections
+
+
 def write(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]) -> torch.Tensor:
     """Join `sections` (each a 1-D uint8 array) into one packed tensor, uint8 of shape (bytes,).
 
@@ -92,7 +97,7 @@ def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
         raise InputError(
             f"{name}: packed format version {version}, this code reads version {FORMAT_VERSION}; update bivlm"
         )
-    begin = _HEADER.size + 4 * count
+    begin = envelope_nbytes(count)
     if dtype >= len(_DTYPES) or count == 0 or packed.numel() < begin:
         raise InputError(f"{name}: damaged header (dtype code {dtype}, {count} sections, {packed.numel()} bytes)")
     lengths = packed[_HEADER.size : begin].cpu().numpy().view("<u4")

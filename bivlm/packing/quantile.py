@@ -34,6 +34,7 @@ from bivlm.statistics import magnitude_patterns
 
 NAME = "quantile"
 _PARAMETERS = struct.Struct("<BBBBhI")
+_SECTIONS = 6
 _SPARSE, _ALPHABET = 0, 1
 
 
@@ -56,7 +57,8 @@ class _Parameters:
 def packed_nbytes(shape: tuple[int, int], groups: int, salient_bits: int, positions_S: np.ndarray) -> int:
     """Bytes that `pack` would store for a layer with salient weights at `positions_S`, without packing it."""
     salient = len(positions_S)
-    head = 28 + 6 * 4 + _PARAMETERS.size + 2 * groups + (2 * ((1 << salient_bits) + shape[0]) if salient else 0)
+    numbers = groups + ((1 << salient_bits) + shape[0] if salient else 0)
+    head = container.envelope_nbytes(_SECTIONS) + _PARAMETERS.size + 2 * numbers
     return head + _body_nbytes(shape, groups, salient_bits, positions_S)[1]
 
 

@@ -67,7 +67,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 @contextmanager
@@ -82,8 +82,8 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _flush_folder(folder: Path) -> None:
-    # A rename is on disk only when its folder is; without this a power cut can undo a finished step.
+def flush_folder(folder: Path) -> None:
+    """Put the renames in `folder` on disk; without it a power cut can undo what was finished."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
