@@ -132,7 +132,8 @@ def kl_divergence(
     """Mean over all judged positions of KL(full precision || model), in nats, summed in float64.
 
     `file` is from `reference_logits` with the same conversations. Raises `InputError` when it is not, or when the model
-    reads other tokens than the full-precision one did; ArithmeticError when the model gives NaN.
+    reads other tokens than the full-precision one did; ArithmeticError when the model gives NaN, or never gives what
+    full precision may, so that the divergence is infinite.
     """
     file = Path(file)
     divergences: list[float] = []
@@ -148,7 +149,10 @@ def kl_divergence(
                 raise InputError(f"{file}, conversation {index}: the model reads other tokens than full precision did")
             full = torch.log_softmax(stored.get_tensor(_entry(index)).to(model.device).double(), dim=-1)
             divergences += _kl(full, reply_log_probabilities(model, reply)).tolist()
-    return math.fsum(divergences) / len(divergences)
+    mean = math.fsum(divergences) / len(divergences)
+    if not math.isfinite(mean):
+        raise ArithmeticError("the model gives probability 0 to tokens that full precision may say; KL is infinite")
+    return mean
 
 
 def _kl(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -82,17 +82,19 @@ def _parser() -> argparse.ArgumentParser:
 def _compress(options: argparse.Namespace) -> int:
     print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
     from flows.compress import compress_flow
+    from flows.local import no_idle_heartbeats
     from flows.tables import print_compression
 
     hide_loading_bars()
-    result = compress_flow(
-        model=options.model,
-        recipe=options.recipe,
-        output=options.output,
-        revision=options.revision,
-        workspace=options.workspace,
-        evaluate=not options.no_evaluate,
-    )
+    with no_idle_heartbeats():
+        result = compress_flow(
+            model=options.model,
+            recipe=options.recipe,
+            output=options.output,
+            revision=options.revision,
+            workspace=options.workspace,
+            evaluate=not options.no_evaluate,
+        )
     print_compression(result)
     return DONE
 

@@ -35,19 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bivlm.errors import InputError
     from bivlm.reference import CHECKPOINT
     from flows.compress import compress_flow
+    from flows.local import no_idle_heartbeats
 
     hide_loading_bars()
     results = {}
     try:
         for number, recipe in enumerate(RECIPES, start=1):
             print(f"{number} of {len(RECIPES)}: {recipe}", file=sys.stderr)
-            results[recipe] = compress_flow(
-                model=str(CHECKPOINT),
-                recipe=recipe,
-                output=str(output / recipe),
-                workspace=str(output / "workspace"),
-                questions=options.questions,
-            )
+            with no_idle_heartbeats():
+                results[recipe] = compress_flow(
+                    model=str(CHECKPOINT),
+                    recipe=recipe,
+                    output=str(output / recipe),
+                    workspace=str(output / "workspace"),
+                    questions=options.questions,
+                )
     except InputError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -73,7 +75,7 @@ def _table(base: Path, results: dict[str, dict[str, Any]]) -> Any:
 
     from bivlm.bits import bits_of
     from bivlm.checkpoint import Checkpoint, linears
-    from bivlm.reference import chance
+    from bivlm.evaluation.reference_sets import chance
 
     first = results[RECIPES[0]]
     benchmarks = list(first["evaluation"]["packed"])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from prefect import task
+from transformers import PreTrainedModel, ProcessorMixin
 
 from bivlm.calibration import load_samples
 from bivlm.divergence import kl_divergence, reference_logits
 from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
 from bivlm.identity import step_key
+from bivlm.samples import Conversation
+from bivlm.workspace import Workspace
 from tasks.device import Device, gpu_slot
 from tasks.policy import OVER_NETWORK, smaller_after_out_of_memory
 from tasks.progress import advance
@@ -21,7 +26,7 @@ from tasks.steps import Done, do_step, open_workspace
 STAGE = "evaluation"
 LOGITS_STAGE = "reference logits"
 DIVERGENCE_STAGE = "divergence"
-VERSION = 1
+VERSION = 2  # raised when a CPU computes in another dtype, too
 OUTCOMES_FILE = "outcomes.parquet"
 LOGITS_FILE = "logits.safetensors"
 
@@ -79,9 +84,7 @@ def compute_reference_logits(folder: str, sha256: str, calibration: Done, device
     )
 
     def compute(place: Path) -> dict[str, Any]:
-        with store.scratch() as samples, gpu_slot(device):
-            conversations = load_samples(store.fetch_folder(calibration.record.outputs, samples))
-            model, processor = _loaded(folder, sha256, device.place)
+        with _asked(folder, sha256, calibration, device, store) as (model, processor, conversations):
             reference_logits(model, processor, conversations, place / LOGITS_FILE)
         return {}
 
@@ -107,9 +110,7 @@ def measure_divergence(
     )
 
     def compute(_place: Path) -> dict[str, Any]:
-        with store.scratch() as samples, gpu_slot(device):
-            conversations = load_samples(store.fetch_folder(calibration.record.outputs, samples))
-            model, processor = _loaded(folder, sha256, device.place)
+        with _asked(folder, sha256, calibration, device, store) as (model, processor, conversations):
             return {"kl": kl_divergence(model, processor, conversations, store.fetch(reference))}
 
     done = do_step(store, DIVERGENCE_STAGE, key, compute)
@@ -122,8 +123,18 @@ def forget_models() -> None:
     _loaded.cache_clear()
 
 
+@contextmanager
+def _asked(
+    folder: str, sha256: str, calibration: Done, device: Device, store: Workspace
+) -> Iterator[tuple[PreTrainedModel, ProcessorMixin, list[Conversation]]]:
+    """Model, processor and the calibration samples; the device is held within the block."""
+    with store.scratch() as samples, gpu_slot(device):
+        conversations = load_samples(store.fetch_folder(calibration.record.outputs, samples))
+        yield *_loaded(folder, sha256, device.place), conversations
+
+
 @lru_cache(maxsize=1)
-def _loaded(folder: str, sha256: str, place: str) -> tuple[Any, Any]:
+def _loaded(folder: str, sha256: str, place: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     # One model is held between tasks: loading takes longer than asking a few questions. `sha256` makes a rewritten
     # folder another model.
     return load_model(folder, place)

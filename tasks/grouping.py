@@ -11,10 +11,9 @@ from bivlm.identity import canonical_json, step_key
 from bivlm.statistics import LayerStatistics
 from bivlm.workspace import Reference
 from tasks import saliency
-from tasks.layers import Layer
+from tasks.layers import Layer, do_layers
 from tasks.policy import OVER_NETWORK
-from tasks.progress import advance
-from tasks.steps import Done, do_step, open_workspace
+from tasks.steps import Done, open_workspace
 
 STAGE = "plan"
 FILE = "plan.json"
@@ -24,16 +23,18 @@ FILE = "plan.json"
 def plan_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     """The plans of a chunk of layers whose statistics are done; steps by layer name."""
     store = open_workspace(workspace)
-    done = {}
-    for layer in chunk:
-        measured = layer.statistics.record.outputs[saliency.FILE]
-        key = step_key(STAGE, layer.method.version, {"statistics": measured.sha256}, layer.settings, exact=True)
 
-        def plan(folder: Path, layer: Layer = layer, measured: Reference = measured) -> dict[str, Any]:
-            chosen = layer.method.plan(LayerStatistics.load(store.fetch(measured)), layer.method_settings)
-            (folder / FILE).write_bytes(canonical_json(chosen.model_dump(mode="json")))
-            return layer.method.describe(chosen)
+    def key(layer: Layer) -> str:
+        inputs = {"statistics": _measured(layer).sha256}
+        return step_key(STAGE, layer.method.version, inputs, layer.settings, exact=True)
 
-        done[layer.name] = do_step(store, STAGE, key, plan)
-        advance(STAGE)
-    return done
+    def plan(layer: Layer, folder: Path) -> dict[str, Any]:
+        chosen = layer.method.plan(LayerStatistics.load(store.fetch(_measured(layer))), layer.method_settings)
+        (folder / FILE).write_bytes(canonical_json(chosen.model_dump(mode="json")))
+        return layer.method.describe(chosen)
+
+    return do_layers(chunk, workspace, STAGE, key, plan)
+
+
+def _measured(layer: Layer) -> Reference:
+    return layer.statistics.record.outputs[saliency.FILE]

@@ -1,15 +1,19 @@
-"""What a task needs to know of a layer, and how layers are put into chunks."""
+"""What a task needs to know of a layer, how layers are put into chunks, and how a chunk is done."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from bivlm.checkpoint import Linear
 from bivlm.methods import Method, MethodSettings, method
+from bivlm.neighbours import neighbours_up_to
 from bivlm.recipe import Recipe
-from tasks.steps import Done
+from tasks.progress import advance
+from tasks.steps import Done, do_step, open_workspace
 
 # About ten seconds of the slowest stage on two cores. Smaller chunks would pay more for scheduling than they gain.
 CHUNK_WEIGHTS = 1 << 28
@@ -75,12 +79,23 @@ def in_chunks(layers: Sequence[Layer], workers: int) -> list[list[Layer]]:
     """
     total = sum(layer.weights for layer in layers)
     limit = max(min(CHUNK_WEIGHTS, -(-total // workers)), SMALLEST_CHUNK_WEIGHTS)
-    chunks: list[list[Layer]] = [[]]
-    filled = 0
-    for layer in layers:
-        if chunks[-1] and filled + layer.weights > limit:
-            chunks.append([])
-            filled = 0
-        chunks[-1].append(layer)
-        filled += layer.weights
-    return chunks
+    return neighbours_up_to(limit, layers, lambda layer: layer.weights)
+
+
+def do_layers(
+    chunk: Sequence[Layer],
+    workspace: str,
+    stage: str,
+    key: Callable[[Layer], str],
+    work: Callable[[Layer, Path], dict[str, Any]],
+) -> dict[str, Done]:
+    """One step a layer, one after the other; steps by layer name.
+
+    ``key(layer)`` is the step's key, ``work(layer, folder)`` what `do_step` runs where the step is not done yet.
+    """
+    store = open_workspace(workspace)
+    done = {}
+    for layer in chunk:
+        done[layer.name] = do_step(store, stage, key(layer), partial(work, layer))
+        advance(stage)
+    return done

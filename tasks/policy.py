@@ -1,7 +1,7 @@
 """What is tried again, how, and what is not: the whole retry policy, in one place.
 
 - Out of memory: again with smaller chunks (or batches), see `smaller_after_out_of_memory`.
-- Network, S3, tracking server: again with growing, jittered pauses, and an end (`OVER_NETWORK`, `TRACKING`).
+- Network, S3, tracking server: again with growing, jittered pauses, and an end (`OVER_NETWORK`).
 - Bad input: never; the message says what to mend.
 - Anything else: never; a defect is not healed by repetition.
 """
@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import botocore.exceptions
-import httpx
-import requests
+import httpx  # Prefect's
+import httpx2  # the hub's
+import requests  # MLflow's
 import torch
 from boto3.exceptions import S3TransferFailedError, S3UploadFailedError
 from prefect.cache_policies import NO_CACHE
@@ -29,6 +30,7 @@ _CONNECTION = (
     requests.exceptions.ConnectionError,
     requests.exceptions.Timeout,
     httpx.TransportError,
+    httpx2.TransportError,
     botocore.exceptions.ConnectionError,
     botocore.exceptions.HTTPClientError,
     S3TransferFailedError,
@@ -71,7 +73,6 @@ OVER_NETWORK: dict[str, Any] = _PLAIN | {
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": may_heal,
 }
-TRACKING: dict[str, Any] = OVER_NETWORK
 
 
 def smaller_after_out_of_memory(work: Callable[[int], T], size: int) -> T:
@@ -99,7 +100,7 @@ def _busy_answer(error: BaseException) -> bool:
     if isinstance(error, botocore.exceptions.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status in _BUSY or error.response.get("Error", {}).get("Code") in {"SlowDown", "RequestTimeout"}
-    if isinstance(error, requests.exceptions.HTTPError | httpx.HTTPStatusError):
+    if isinstance(error, requests.exceptions.HTTPError | httpx.HTTPStatusError | httpx2.HTTPStatusError):
         return error.response is not None and error.response.status_code in _BUSY
     # By name, so that tasks that do not track anything need not import MLflow; a locked SQLite file comes this way.
     if type(error).__name__ in {"MlflowException", "RestException"}:

@@ -16,7 +16,7 @@ PICTURE = Image.new("RGB", (32, 32), "red")
 
 @pytest.fixture(scope="module")
 def loaded(tiny_llava):
-    return load_model(tiny_llava, device="cpu")
+    return load_model(tiny_llava, device="cpu", dtype="auto")
 
 
 def test_a_prompt_ends_where_the_assistant_begins_and_a_dialogue_with_its_turn(loaded):

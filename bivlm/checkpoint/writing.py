@@ -22,6 +22,7 @@ from bivlm.checkpoint.tensor_file import (
     write_tensors,
 )
 from bivlm.errors import InputError
+from bivlm.neighbours import neighbours_up_to
 from bivlm.packing import open_packed
 from bivlm.stores.folder import flush_folder
 
@@ -140,7 +141,7 @@ def _write_weights(checkpoint: Checkpoint, packed: Mapping[str, Path], folder: P
         else OutgoingTensor(name, entry.dtype, entry.shape, entry.nbytes, lambda entry=entry: tensor_chunks(entry))
         for name, entry in checkpoint.entries.items()
     ]
-    shards = _shards(outgoing, max_shard_bytes)
+    shards = neighbours_up_to(max_shard_bytes, outgoing, lambda tensor: tensor.nbytes)
     if len(shards) == 1:
         write_tensors(folder / WEIGHTS, file_order(outgoing))
         return
@@ -157,19 +158,6 @@ def _write_weights(checkpoint: Checkpoint, packed: Mapping[str, Path], folder: P
 def _packed_tensor(name: str, file: Path) -> OutgoingTensor:
     nbytes = file.stat().st_size
     return OutgoingTensor(name, "U8", (nbytes,), nbytes, lambda: _file_chunks(file))
-
-
-def _shards(tensors: Sequence[OutgoingTensor], max_bytes: int) -> list[list[OutgoingTensor]]:
-    """Tensors in their order, cut so that no shard is longer than `max_bytes` unless one tensor alone is."""
-    shards: list[list[OutgoingTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.nbytes
-    return shards
 
 
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:

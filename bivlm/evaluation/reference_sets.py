@@ -15,7 +15,7 @@ from bivlm.evaluation.benchmark import Benchmark
 from bivlm.evaluation.metrics import accuracy, category_accuracies, mme_metrics
 from bivlm.evaluation.vqa_accuracy import vqa_accuracy
 from bivlm.reference import QUESTION_SETS, questions
-from bivlm.reference.question_sets import TEST_QUESTIONS
+from bivlm.reference.question_sets import TEST_QUESTIONS, Question, questions_alone
 from bivlm.samples import VqaSample
 
 Reading = Callable[[str], str | None]
@@ -57,7 +57,7 @@ class ReferenceSet(Benchmark):
     def __iter__(self) -> Iterator[VqaSample]:
         return questions(self.name, limit=self.count)
 
-    def score(self, sample: VqaSample, prediction: str) -> float:
+    def score(self, sample: VqaSample | Question, prediction: str) -> float:
         if self.name not in READINGS:
             return vqa_accuracy(prediction, sample.answers)
         return float(READINGS[self.name](prediction) == sample.answers[0])
@@ -78,3 +78,15 @@ class ReferenceSet(Benchmark):
 def _once(name: str, count: int) -> ReferenceSet:
     """One object a set, so that its pictures are drawn once for the digest, however many models are evaluated."""
     return ReferenceSet(name, count)
+
+
+@cache
+def chance(name: str) -> float:
+    """Percent that the best constant answer scores on all test questions; for choice, what a random letter scores."""
+    if name == "choice":
+        return 100 / OPTIONS
+    asked, scored = questions_alone(name), ReferenceSet(name, TEST_QUESTIONS)
+    return max(
+        accuracy([scored.score(question, constant) for question in asked])
+        for constant in {question.target for question in asked}
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 
 ENOUGH = 3  # people that must agree
@@ -54,6 +55,7 @@ _CONTRACTIONS = {
 }
 
 
+@lru_cache(maxsize=1 << 16)  # the same few words are given by ten people and asked for again with every model
 def normalise(answer: str) -> str:
     """The answer as it is compared."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bivlm.reference.question_sets import QUESTION_SETS, calibration_samples, chance, questions
+from bivlm.reference.question_sets import QUESTION_SETS, calibration_samples, questions
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
-__all__ = ["CHECKPOINT", "QUESTION_SETS", "calibration_samples", "chance", "questions"]
+__all__ = ["CHECKPOINT", "QUESTION_SETS", "calibration_samples", "questions"]

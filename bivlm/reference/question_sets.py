@@ -8,7 +8,7 @@ is yes and one whose answer is no, otherwise alike. Wrong answers are drawn so t
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import islice
 
 from bivlm.reference.catalogue import ATTRIBUTES, VALUES, creatures
 from bivlm.reference.scenes import (
@@ -23,7 +23,6 @@ from bivlm.reference.scenes import (
     render,
     require_split,
 )
-from bivlm.reference.scoring import vqa_score
 from bivlm.samples import Conversation, VqaSample
 
 QUESTION_SETS = ("perception", "cognition", "choice", "open")
@@ -346,17 +345,10 @@ def _samples(name: str, split: str, limit: int, seed: int) -> Iterator[VqaSample
         )
 
 
-@cache
-def chance(name: str) -> float:
-    """Percent that the best constant answer scores on the test questions; for choice, what a random letter scores."""
+def questions_alone(name: str) -> list[Question]:
+    """The 2,000 test questions of a set without their pictures; raises ValueError on an unknown set."""
     require_set(name)
-    if name == "choice":
-        return 100 / len(LETTERS)
-    asked = [q for _, (_, _, q) in zip(range(TEST_QUESTIONS), _scene_questions(name, "test", 0), strict=False)]
-    scorer = vqa_score if name == "open" else lambda answer, answers: float(answer == answers[0])
-    return max(
-        100 * sum(scorer(constant, q.answers) for q in asked) / len(asked) for constant in {q.target for q in asked}
-    )
+    return [question for _, _, question in islice(_scene_questions(name, "test", 0), TEST_QUESTIONS)]
 
 
 def calibration_samples(n: int, seed: int) -> list[Conversation]:

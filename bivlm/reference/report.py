@@ -1,74 +1,43 @@
 """Scores of a checkpoint on the four sets: `python -m bivlm.reference.report [--checkpoint DIR] [--rtn]`.
 
-The checkpoint is loaded with the Auto classes and answers by greedy generation, as any user would run it. With `--rtn`
-the same is done once more after plain round-to-nearest to 2 bits, which says how sensitive the model is.
+The checkpoint is loaded and asked as `bivlm evaluate` does. With `--rtn` the same is done once more after plain
+round-to-nearest to 2 bits, which says how sensitive the model is.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from bivlm.reference import CHECKPOINT, QUESTION_SETS, chance, questions
+from bivlm.evaluation import Evaluation, evaluate, load_benchmark, load_model
+from bivlm.evaluation.reference_sets import chance
+from bivlm.reference import CHECKPOINT, QUESTION_SETS
 from bivlm.reference.catalogue import ATTRIBUTES, creatures
 from bivlm.reference.model_card import write_card
-from bivlm.reference.scoring import mme_score, score
 
 
-@dataclass(frozen=True)
-class Result:
-    """Percent right on a set and what chance scores; the MME score where the set has one; percent per category."""
-
-    accuracy: float
-    chance: float
-    mme: float | None
-    categories: dict[str, float]
+def evaluate_sets(model, processor, limit: int | None = None) -> dict[str, Evaluation]:
+    """The model on each of the four sets, all questions or the first `limit`."""
+    return {name: evaluate(model, processor, load_benchmark(f"reference:{name}", limit)) for name in QUESTION_SETS}
 
 
-def load(checkpoint: Path, device: torch.device, dtype: torch.dtype = torch.float32):
-    """The processor and the model in evaluation mode. float32 by default: bf16 products are slow on most CPUs."""
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    return processor, AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-
-
-@torch.inference_mode()
-def answer(processor, model, samples) -> list[str]:
-    """The model's greedy answers to a batch of samples."""
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}],
-            add_generation_prompt=True,
-        )
-        for sample in samples
-    ]
-    inputs = processor(images=[sample.image for sample in samples], text=prompts, padding=True, return_tensors="pt")
-    produced = model.generate(**inputs.to(model.device), max_new_tokens=8)
-    return processor.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def evaluate(processor, model, name: str, *, limit: int | None = None, batch: int = 50, split: str = "test") -> Result:
-    """Scores the model on a set."""
-    rows = []
-    asked = questions(name, split=split, limit=limit)
-    while samples := list(islice(asked, batch)):
-        for sample, said in zip(samples, answer(processor, model, samples), strict=True):
-            rows.append((sample.category, sample.image_id, score(name, said, sample.answers)))
-    categories = {
-        category: 100 * sum(right) / len(right)
-        for category in sorted({row[0] for row in rows})
-        for right in [[row[2] for row in rows if row[0] == category]]
+def summary(results: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    """Per set, in percent: accuracy, chance, accuracy by category; and the MME score where the set has one."""
+    return {
+        name: {
+            "accuracy": result.metrics["accuracy"],
+            "chance": chance(name),
+            "mme": result.metrics.get("mme_score"),
+            "categories": {
+                key.removesuffix("/acc"): value for key, value in result.metrics.items() if key.endswith("/acc")
+            },
+        }
+        for name, result in results.items()
     }
-    return Result(
-        accuracy=100 * sum(row[2] for row in rows) / len(rows),
-        chance=chance(name),
-        mme=mme_score(rows) if name in ("perception", "cognition") else None,
-        categories=categories,
-    )
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:
@@ -92,14 +61,14 @@ def quantize_plainly(model: nn.Module, bits: int = 2, group: int = 128) -> int:
     return count
 
 
-def table(title: str, results: dict[str, Result], before: dict[str, Result] | None = None) -> str:
-    """A printed table, one line a set and its categories below."""
+def table(title: str, figures: dict[str, dict[str, Any]], before: dict[str, dict[str, Any]] | None = None) -> str:
+    """A printed table of `summary`, one line a set and its categories below."""
     lines = [title, f"{'set':<12}{'accuracy':>10}{'chance':>10}{'MME':>10}" + (f"{'lost':>10}" if before else "")]
-    for name, result in results.items():
-        mme = "" if result.mme is None else f"{result.mme:.1f}"
-        lost = f"{before[name].accuracy - result.accuracy:>10.2f}" if before else ""
-        lines.append(f"{name:<12}{result.accuracy:>10.2f}{result.chance:>10.2f}{mme:>10}{lost}")
-        lines.append("    " + "  ".join(f"{category} {value:.1f}" for category, value in result.categories.items()))
+    for name, of_set in figures.items():
+        mme = "" if of_set["mme"] is None else f"{of_set['mme']:.1f}"
+        lost = f"{before[name]['accuracy'] - of_set['accuracy']:>10.2f}" if before else ""
+        lines.append(f"{name:<12}{of_set['accuracy']:>10.2f}{of_set['chance']:>10.2f}{mme:>10}{lost}")
+        lines.append("    " + "  ".join(f"{category} {value:.1f}" for category, value in of_set["categories"].items()))
     return "\n".join(lines)
 
 
@@ -133,16 +102,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--card", action="store_true", help="write the checkpoint's README.md with these figures")
     options = parser.parse_args(arguments)
-    processor, model = load(options.checkpoint, torch.device(options.device))
+    model, processor = load_model(options.checkpoint, options.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    full = {name: evaluate(processor, model, name, limit=options.limit) for name in QUESTION_SETS}
-    print(table("as trained", full), flush=True)
-    record = {"full": {name: asdict(result) for name, result in full.items()}}
+    record = {"full": summary(evaluate_sets(model, processor, options.limit))}
+    print(table("as trained", record["full"]), flush=True)
     if options.rtn:
         count = quantize_plainly(model)
-        rounded = {name: evaluate(processor, model, name, limit=options.limit) for name in QUESTION_SETS}
-        print(table(f"2-bit round-to-nearest, groups of 128, {count:,} weights", rounded, full), flush=True)
-        record["rtn2_g128"] = {name: asdict(result) for name, result in rounded.items()}
+        record["rtn2_g128"] = summary(evaluate_sets(model, processor, options.limit))
+        title = f"2-bit round-to-nearest, groups of 128, {count:,} weights"
+        print(table(title, record["rtn2_g128"], record["full"]), flush=True)
     if options.card:
         write_card(options.checkpoint, record, _card_facts(options.checkpoint, model))
     if options.json:

@@ -130,8 +130,9 @@ def test_a_checkpoint_without_chat_template_is_refused(loaded):
         answer_batch(model, silent, _samples(1), 2)
 
 
-def test_auto_computes_in_the_dtype_of_the_checkpoint(tiny_llava):
-    assert load_model(tiny_llava, device="cpu")[0].dtype == torch.bfloat16
+def test_a_cpu_computes_in_float32_unless_told_otherwise(tiny_llava):
+    assert load_model(tiny_llava, device="cpu")[0].dtype == torch.float32
+    assert load_model(tiny_llava, device="cpu", dtype="auto")[0].dtype == torch.bfloat16
 
 
 def test_a_packed_checkpoint_answers_as_its_rebuilt_weights(loaded, packed_llava):

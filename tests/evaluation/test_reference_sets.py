@@ -5,6 +5,7 @@ import pytest
 
 from bivlm.errors import InputError
 from bivlm.evaluation import load_benchmark
+from bivlm.evaluation.reference_sets import chance
 
 
 def _run(task, limit, answer):
@@ -63,3 +64,10 @@ def test_the_digest_tells_questions_apart_and_stays():
     digests = [load_benchmark(task, n).digest for task, n in [("reference:open", 5), ("reference:open", 6), ("reference:choice", 5)]]  # fmt: skip  # noqa: E501
     assert len(set(digests)) == 3
     assert digests[0] == load_benchmark("reference:open", 5).digest
+
+
+def test_chance_is_what_the_best_constant_answer_scores():
+    assert chance("perception") == chance("cognition") == 50.0
+    assert chance("choice") == 25.0
+    constant, _ = _run("reference:open", 2000, lambda sample: "unanswerable")
+    assert 100 * constant <= chance("open") < 35

@@ -4,27 +4,28 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bivlm.reference import CHECKPOINT, QUESTION_SETS, chance
-from bivlm.reference.report import evaluate, load
+from bivlm.evaluation import evaluate, load_benchmark, load_model
+from bivlm.evaluation.reference_sets import chance
+from bivlm.reference import CHECKPOINT, QUESTION_SETS
 
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no checkpoint in this tree")
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load(CHECKPOINT, torch.device("cpu"))
+    return load_model(CHECKPOINT, "cpu")
 
 
 def test_the_auto_classes_load_a_llava_model_with_a_siglip_tower_and_a_qwen_decoder(loaded):
-    config = loaded[1].config
-    assert type(loaded[1]).__name__ == "LlavaForConditionalGeneration"
+    config = loaded[0].config
+    assert type(loaded[0]).__name__ == "LlavaForConditionalGeneration"
     assert (config.vision_config.model_type, config.text_config.model_type) == ("siglip_vision_model", "qwen2")
     assert config.vision_config.vision_use_head is False
     assert config.vision_feature_layer == -1
 
 
 def test_the_shape_is_the_promised_one(loaded):
-    model = loaded[1]
+    model = loaded[0]
     vision, text = model.config.vision_config, model.config.text_config
     assert 5e6 <= sum(p.numel() for p in model.parameters()) <= 12e6
     assert (vision.image_size // vision.patch_size) ** 2 >= 64
@@ -41,12 +42,12 @@ def test_shards_are_bf16_and_at_most_fifteen_megabytes():
 
 
 def test_a_conversation_is_rendered_as_in_training(loaded):
-    processor = loaded[0]
+    processor = loaded[1]
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
     assert processor.apply_chat_template(turns, add_generation_prompt=True) == "USER: <image>\nIs it? ASSISTANT:"
 
 
 @pytest.mark.parametrize("name", QUESTION_SETS)
 def test_answers_are_far_above_chance(loaded, name):
-    result = evaluate(*loaded, name, limit=64)
-    assert result.accuracy > chance(name) + 25
+    result = evaluate(*loaded, load_benchmark(f"reference:{name}", 64))
+    assert result.metrics["accuracy"] > chance(name) + 25

@@ -1,5 +1,6 @@
 import botocore.exceptions
 import httpx
+import httpx2
 import pytest
 import requests
 import torch
@@ -25,6 +26,7 @@ PASSING = [
     TimeoutError("late"),
     requests.exceptions.ConnectionError("refused"),
     httpx.ConnectError("refused"),
+    httpx2.ReadTimeout("late"),
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://s3"),
     botocore.exceptions.ReadTimeoutError(endpoint_url="http://s3"),
     client_error(503, "SlowDown"),

@@ -1,0 +1,28 @@
+"""What MLflow is told of a compression: one parent run, a child run per evaluation, the model and its version.
+
+Every function finds what an earlier attempt has already written and adds only what is missing, so that each may be
+tried again, and a request that was fulfilled before leaves no second trace.
+"""
+
+from tasks.tracking.models import ALIAS, log_base_model, log_model, register
+from tasks.tracking.record import log_comparison, log_compression, log_evaluation
+from tasks.tracking.run import Tracking, ends_run, find_or_create_run, request_digest, run_page, ui_command
+
+STAGE = "registration"
+
+__all__ = [
+    "ALIAS",
+    "STAGE",
+    "Tracking",
+    "ends_run",
+    "find_or_create_run",
+    "log_base_model",
+    "log_comparison",
+    "log_compression",
+    "log_evaluation",
+    "log_model",
+    "register",
+    "request_digest",
+    "run_page",
+    "ui_command",
+]

@@ -1,0 +1,135 @@
+"""The full-precision and the packed model in MLflow: logged models, and the registry's versions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from prefect import task
+
+from bivlm.identity import digest
+from bivlm.recipe import Recipe
+from tasks.checkpoint import Base
+from tasks.naming import model_name, registered_name
+from tasks.policy import OVER_NETWORK
+from tasks.report import code_version
+from tasks.tracking.record import PACKED_TAG
+from tasks.tracking.run import BASE_TAG, REQUEST_TAG, ROLE_TAG, Tracking, lineage_tags
+
+ALIAS = "candidate"
+VERSIONS_TAG = "mlflow.modelVersions"
+SERVED_MODEL = Path(__file__).parents[1] / "served_model.py"
+
+
+@task(name="log-model", **OVER_NETWORK)
+def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha256: str) -> str:
+    """The packed checkpoint as a logged model that `mlflow.pyfunc.load_model` really loads; returns its id."""
+    found = _find_model(tracking, {REQUEST_TAG: tracking.request, PACKED_TAG: sha256})
+    if found is not None:
+        return found
+    # MLflow ends the run that it logs a model in; the parent goes on.
+    with _fluent(tracking), mlflow.start_run(run_id=tracking.run_id):
+        logged = mlflow.pyfunc.log_model(
+            name=registered_name(base.model, recipe.name),
+            python_model=str(SERVED_MODEL),
+            artifacts={"checkpoint": folder},
+            signature=_signature(),
+            pip_requirements=[f"bivlm=={code_version()}"],
+            params={"recipe": recipe.name, "recipe_sha256": digest(recipe.canonical())},
+            tags={**lineage_tags(base, recipe, tracking.request), PACKED_TAG: sha256},
+        )
+    tracking.client.update_run(tracking.run_id, status="RUNNING")
+    return logged.model_id
+
+
+@task(name="log-base-model", **OVER_NETWORK)
+def log_base_model(tracking: Tracking, base: Base) -> str:
+    """The full-precision model as a logged model without files, so that its metrics have something to belong to."""
+    found = _find_model(tracking, {BASE_TAG: base.sha256, ROLE_TAG: "full precision"})
+    if found is not None:
+        return found
+    tags = {BASE_TAG: base.sha256, ROLE_TAG: "full precision", "bivlm.base.id": base.model.id}
+    model = tracking.client.create_logged_model(
+        tracking.experiment_id,
+        name=f"{model_name(base.model)}-full-precision",
+        source_run_id=tracking.run_id,
+        tags=tags,
+        model_type="full precision",
+    )
+    tracking.client.finalize_logged_model(model.model_id, "READY")
+    return model.model_id
+
+
+@task(name="register", **OVER_NETWORK)
+def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str) -> tuple[str, int]:
+    """(name, version) in the model registry; the alias `candidate` then points to that version."""
+    client, name = tracking.client, registered_name(base.model, recipe.name)
+    versions = [version for version in _versions(client, name) if version.tags.get("bivlm.model_id") == model_id]
+    if versions:
+        version = max(int(version.version) for version in versions)
+    else:
+        tags = {**lineage_tags(base, recipe, tracking.request), "bivlm.model_id": model_id}
+        _make_registered_model(client, name)
+        source = f"models:/{model_id}"
+        with _fluent(tracking):  # a registry in a database looks the source up without a client
+            made = client.create_model_version(name, source, tracking.run_id, tags=tags, model_id=model_id)
+        version = int(made.version)
+    # A tracking server writes this link from the logged model's page itself, a database does not.
+    if VERSIONS_TAG not in client.get_logged_model(model_id).tags:
+        client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps([{"name": name, "version": version}])})
+    client.set_registered_model_alias(name, ALIAS, str(version))
+    return name, version
+
+
+@contextmanager
+def _fluent(tracking: Tracking) -> Iterator[None]:
+    """Within this block MLflow's functions without a client track at `tracking.uri`.
+
+    `mlflow.set_tracking_uri` also writes MLFLOW_TRACKING_URI, which would send the next compression of this process to
+    the tracking store of this one.
+    """
+    configured = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking.uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if configured is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = configured
+
+
+def _versions(client: MlflowClient, name: str) -> list[Any]:
+    return list(client.search_model_versions(f"name = '{name}'", max_results=1000))
+
+
+def _make_registered_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _find_model(tracking: Tracking, tags: dict[str, str]) -> str | None:
+    """The id of the logged model with these tags, if it was logged to its end."""
+    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    models = tracking.client.search_logged_models([tracking.experiment_id], filter_string=condition)
+    ready = [model.model_id for model in models if str(model.status) == "READY"]
+    return ready[-1] if ready else None
+
+
+def _signature() -> mlflow.models.ModelSignature:
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    return mlflow.models.ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "image"), ColSpec(DataType.string, "question")]),
+        outputs=Schema([ColSpec(DataType.string)]),
+        params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, 16)]),
+    )

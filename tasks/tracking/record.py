@@ -1,0 +1,167 @@
+"""What a compression and its evaluations measured: metrics, tables, data sets, child runs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param
+from prefect import task
+
+from bivlm.identity import digest
+from tasks.naming import slug
+from tasks.policy import OVER_NETWORK
+from tasks.steps import Done, open_workspace
+from tasks.tracking.run import REQUEST_TAG, ROLE_TAG, Tracking, find_run
+
+PACKED_TAG = "bivlm.packed.sha256"
+SUBJECT_TAG = "bivlm.evaluated"  # checkpoint and benchmark of an evaluation
+
+
+@dataclass(frozen=True)
+class LoggedData:
+    """A data set as MLflow knows it; `digest` is cut to the 36 characters that MLflow allows."""
+
+    name: str
+    digest: str
+    source: str
+    samples: int
+
+    def entity(self) -> Dataset:
+        return Dataset(
+            name=self.name,
+            digest=self.digest,
+            source_type="bivlm",
+            source=json.dumps({"uri": self.source}),
+            profile=json.dumps({"num_samples": self.samples}),
+        )
+
+
+def benchmark_data(evaluation: Done) -> LoggedData:
+    """The data set of an evaluation."""
+    figures = evaluation.record.figures
+    return LoggedData(slug(figures["task"]), figures["benchmark_sha256"][:32], figures["task"], figures["n"])
+
+
+def calibration_data(calibration: Done) -> LoggedData:
+    """The calibration samples as a data set."""
+    figures = calibration.record.figures
+    return LoggedData(
+        "calibration." + slug(figures["source"]), figures["sha256"][:32], figures["source"], figures["samples"]
+    )
+
+
+@task(name="log-compression", **OVER_NETWORK)
+def log_compression(
+    tracking: Tracking, report: dict[str, Any], packed_sha256: str, calibration: Done, model_id: str
+) -> None:
+    """Bits, layers, report and calibration set on the parent run; metrics belong to the logged model, too."""
+    client, run = tracking.client, tracking.client.get_run(tracking.run_id)
+    if run.data.tags.get(PACKED_TAG) == packed_sha256:
+        return
+    bits = report["bits"]
+    metrics = {
+        "seconds": report["seconds"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        **{f"bits/linears/{key}": value for key, value in bits["linears"].items()},
+        **{f"bits/model/{key}": value for key, value in bits["model"].items()},
+        **{
+            f"bits/{component}/{key}": value
+            for component, figures in bits["by_component"].items()
+            for key, value in figures.items()
+        },
+    }
+    _log_metrics(client, tracking.run_id, metrics, model_id=model_id)
+    data = DatasetInput(calibration_data(calibration).entity(), [InputTag("mlflow.data.context", "calibration")])
+    client.log_inputs(tracking.run_id, datasets=[data])
+    client.log_text(tracking.run_id, json.dumps(report, indent=2, ensure_ascii=False), "compression_report.json")
+    client.log_text(tracking.run_id, json.dumps(report["recipe"], indent=2, ensure_ascii=False), "recipe.json")
+    if "mlflow.loggedArtifacts" not in run.data.tags:  # log_table appends to a table that is there
+        client.log_table(tracking.run_id, _layer_table(report["layers"]), "layers.json")
+    # Last, because it says that all of the above is there.
+    client.set_tag(tracking.run_id, PACKED_TAG, packed_sha256)
+
+
+@task(name="log-evaluation", **OVER_NETWORK)
+def log_evaluation(tracking: Tracking, role: str, sha256: str, evaluation: Done, model_id: str, workspace: str) -> None:
+    """A child run for one model on one benchmark, its metrics linked to model and data set."""
+    client, figures, data = tracking.client, evaluation.record.figures, benchmark_data(evaluation)
+    subject = digest({"checkpoint": sha256, "step": evaluation.key})
+    tags = {REQUEST_TAG: tracking.request, ROLE_TAG: role, SUBJECT_TAG: subject}
+    run = find_run(client, tracking.experiment_id, tags)
+    if run is not None and run.info.status == "FINISHED":
+        return
+    if run is None:
+        tags |= {"mlflow.parentRunId": tracking.run_id, "mlflow.source.name": "bivlm compress"}
+        name = f"{figures['task']} · {role} · {tracking.label}"
+        run = client.create_run(tracking.experiment_id, run_name=name, tags=tags)
+    run_id = run.info.run_id
+    client.log_batch(run_id, params=[Param("task", figures["task"]), Param("checkpoint", sha256)])
+    client.log_inputs(
+        run_id,
+        datasets=[DatasetInput(data.entity(), [InputTag("mlflow.data.context", "evaluation")])],
+        models=[LoggedModelInput(model_id=model_id)],
+    )
+    low, high = figures["ci95"]
+    metrics = {**figures["metrics"], "accuracy_ci95_low": low, "accuracy_ci95_high": high, "questions": figures["n"]}
+    _log_metrics(client, run_id, metrics, model_id=model_id, data=data)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, reference in evaluation.record.outputs.items():
+            open_workspace(workspace).fetch_folder({name: reference}, folder)
+        client.log_artifacts(run_id, folder)
+    client.set_terminated(run_id, "FINISHED")
+
+
+@task(name="log-comparison", **OVER_NETWORK)
+def log_comparison(
+    tracking: Tracking,
+    full_precision: dict[str, Done],
+    packed: dict[str, Done],
+    divergence: Done,
+    calibration: Done,
+    model_id: str,
+) -> None:
+    """What the parent run says at a glance: accuracies of both models, and the divergence (linked to the model)."""
+    client = tracking.client
+    known = client.get_run(tracking.run_id).data.metrics
+    metrics = {
+        f"{role}/{slug(benchmark)}/accuracy": done.record.figures["metrics"]["accuracy"]
+        for role, evaluations in (("full_precision", full_precision), ("packed", packed))
+        for benchmark, done in evaluations.items()
+    }
+    _log_metrics(client, tracking.run_id, {key: value for key, value in metrics.items() if known.get(key) != value})
+    kl = divergence.record.figures["kl"]
+    if known.get("kl") != kl:
+        _log_metrics(client, tracking.run_id, {"kl": kl}, model_id=model_id, data=calibration_data(calibration))
+
+
+def _log_metrics(
+    client: MlflowClient,
+    run_id: str,
+    metrics: dict[str, float | None],
+    model_id: str | None = None,
+    data: LoggedData | None = None,
+) -> None:
+    now = int(time.time() * 1000)
+    link = {"dataset_name": data.name, "dataset_digest": data.digest} if data else {}
+    entries = [
+        Metric(slug(key, "/"), float(value), now, 0, model_id=model_id, run_id=run_id if model_id else None, **link)
+        for key, value in metrics.items()
+        if value is not None
+    ]
+    for start in range(0, len(entries), 500):
+        client.log_batch(run_id, metrics=entries[start : start + 500])
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    rows = [
+        {key: value for key, value in layer.items() if key not in ("shape", "bits")}
+        | {"shape": " x ".join(map(str, layer["shape"]))}
+        | {f"bits_{key}": value for key, value in layer["bits"].items()}
+        for layer in layers
+    ]
+    return {key: [row[key] for row in rows] for key in rows[0]}

@@ -1,0 +1,167 @@
+"""A compression's place in MLflow: the store, the experiment and the parent run, and what is written on it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Param, Run
+from mlflow.exceptions import MlflowException
+
+from bivlm.identity import digest
+from bivlm.recipe import Recipe
+from bivlm.workspace import Workspace
+from tasks.checkpoint import Base
+from tasks.naming import model_name, run_name
+from tasks.report import code_version
+
+EXPERIMENT = "bivlm"
+REQUEST_TAG = "bivlm.request"
+ROLE_TAG = "bivlm.role"  # compression | full precision | packed
+BASE_TAG = "bivlm.base.sha256"
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """A compression's place in MLflow."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+    request: str
+    label: str  # model and recipe, for people
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=self.uri)
+
+
+def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
+    """(tracking URI, artifact root): ``MLFLOW_TRACKING_URI`` with its own artifacts, else files in the workspace."""
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri, None
+    return f"sqlite:///{workspace.local / 'mlflow.db'}", (workspace.local / "mlflow-artifacts").as_uri()
+
+
+def ui_command(uri: str) -> str:
+    """The command that starts the MLflow UI on what was tracked at `uri`; a server already shows its own."""
+    if _is_server(uri):
+        return f"open {uri}"
+    program = "mlflow" if shutil.which("mlflow") else shlex.quote(str(Path(sys.executable).with_name("mlflow")))
+    return f"{program} ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def run_page(tracking: Tracking) -> str:
+    """Where the UI shows the parent run."""
+    address = tracking.uri.rstrip("/") if _is_server(tracking.uri) else "http://127.0.0.1:5000"
+    return f"{address}/#/experiments/{tracking.experiment_id}/runs/{tracking.run_id}"
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def request_digest(base: Base, recipe: Recipe) -> str:
+    """What makes two compressions the same one: base model, recipe, code."""
+    return digest({"checkpoint": base.sha256, "recipe": recipe.canonical(), "code": code_version()})
+
+
+def find_or_create_run(workspace: Workspace, base: Base, recipe: Recipe) -> Tracking:
+    """The parent run of this compression, found by its request tag or created.
+
+    Search and creation are not one atomic step, so this is called once, in the flow's body.
+    """
+    uri, artifact_root = tracking_place(workspace)
+    client = MlflowClient(tracking_uri=uri)
+    experiment_id = _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT, artifact_root)
+    request = request_digest(base, recipe)
+    run = find_run(client, experiment_id, {REQUEST_TAG: request, ROLE_TAG: "compression"})
+    if run is None:
+        tags = {
+            **lineage_tags(base, recipe, request),
+            ROLE_TAG: "compression",
+            "mlflow.note.content": _note(base, recipe),
+        }
+        run = client.create_run(experiment_id, run_name=run_name(base.model, recipe.name, request), tags=tags)
+    params = {key: value for key, value in _params(base, recipe).items() if key not in run.data.params}
+    client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
+    label = f"{model_name(base.model)} · {recipe.name}"
+    return Tracking(uri, experiment_id, run.info.run_id, request, label)
+
+
+def close_run(tracking: Tracking, *, failed: bool = False) -> None:
+    """Mark the parent run as ended."""
+    tracking.client.set_terminated(tracking.run_id, "FAILED" if failed else "FINISHED")
+
+
+@contextmanager
+def ends_run(tracking: Tracking) -> Iterator[None]:
+    """Within this block the parent run is running; afterwards it has finished, or failed."""
+    tracking.client.update_run(tracking.run_id, status="RUNNING")
+    try:
+        yield
+    except BaseException:
+        close_run(tracking, failed=True)
+        raise
+    close_run(tracking)
+
+
+def find_run(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> Run | None:
+    """The oldest run with these tags."""
+    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    runs = client.search_runs([experiment_id], condition, max_results=1, order_by=["attributes.start_time ASC"])
+    return runs[0] if runs else None
+
+
+def lineage_tags(base: Base, recipe: Recipe, request: str) -> dict[str, str]:
+    """Where a run, a model or a version comes from; the same tags on all of them."""
+    return {
+        REQUEST_TAG: request,
+        "bivlm.base.id": base.model.id,
+        "bivlm.base.revision": base.model.revision or "",
+        BASE_TAG: base.sha256,
+        "bivlm.recipe": recipe.name,
+        "bivlm.recipe.sha256": digest(recipe.canonical()),
+        "bivlm.code_version": code_version(),
+        "mlflow.source.name": "bivlm compress",
+    }
+
+
+def _experiment(client: MlflowClient, name: str, artifact_root: str | None) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    try:
+        return client.create_experiment(name, artifact_location=artifact_root)
+    except MlflowException as error:
+        # Somebody else created it between the look and the attempt.
+        if error.error_code == "RESOURCE_ALREADY_EXISTS":
+            return client.get_experiment_by_name(name).experiment_id
+        raise
+
+
+def _params(base: Base, recipe: Recipe) -> dict[str, str]:
+    canonical = recipe.canonical()
+    flat = {"model": base.model.id, "revision": base.model.revision or "", "recipe": recipe.name}
+    for component, settings in canonical["components"].items():
+        flat |= {f"{component}.{key}": value for key, value in settings.items()}
+    flat["keep"] = ", ".join(canonical["keep"])
+    flat |= {f"calibration.{key}": value for key, value in canonical["calibration"].items()}
+    return {key: str(value)[:6000] for key, value in flat.items()}
+
+
+def _note(base: Base, recipe: Recipe) -> str:
+    return (
+        f"**{base.model.id}** compressed with the recipe **{recipe.name}**.\n\n"
+        f"- base model: `{base.model.id}`, revision `{base.model.revision or 'none (a folder)'}`\n"
+        f"- sha256 of the base model: `{base.sha256}`\n"
+        f"- sha256 of the recipe: `{digest(recipe.canonical())}`\n\n"
+        "Child runs hold the evaluations; `layers.json` and `compression_report.json` are among the artifacts."
+    )
