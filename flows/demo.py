@@ -9,6 +9,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +35,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PREFECT_HOME", str(home))
     quieten()
     from bivlm.errors import InputError
+
+    results = {}
+    try:
+        for number, recipe in enumerate(RECIPES, start=1):
+            print(f"{number} of {len(RECIPES)}: {recipe}", file=sys.stderr)
+            # A process of its own each, as `bivlm compress` is: none starts with the memory that another has left.
+            with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+                results[recipe] = process.submit(_compress, recipe, output, options.questions).result()
+    except InputError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    _print(results)
+    return 0
+
+
+def _compress(recipe: str, output: Path, questions: int) -> dict[str, Any]:
+    quieten()
     from bivlm.reference import CHECKPOINT
     from flows.compress import compress_flow
     from flows.local import no_idle_heartbeats
 
     hide_loading_bars()
-    results = {}
-    try:
-        for number, recipe in enumerate(RECIPES, start=1):
-            print(f"{number} of {len(RECIPES)}: {recipe}", file=sys.stderr)
-            with no_idle_heartbeats():
-                results[recipe] = compress_flow(
-                    model=str(CHECKPOINT),
-                    recipe=recipe,
-                    output=str(output / recipe),
-                    workspace=str(output / "workspace"),
-                    questions=options.questions,
-                )
-    except InputError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    _print(CHECKPOINT, results)
-    return 0
+    with no_idle_heartbeats():
+        return compress_flow(
+            model=str(CHECKPOINT),
+            recipe=recipe,
+            output=str(output / recipe),
+            workspace=str(output / "workspace"),
+            questions=questions,
+        )
 
 
-def _print(base: Path, results: dict[str, dict[str, Any]]) -> None:
+def _print(results: dict[str, dict[str, Any]]) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(_table(base, results))
+    console.print(_table(results))
     last = results[RECIPES[1]]
     print("KL is the mean over the tokens of the calibration replies, in nats; accuracy is in percent.")
     print("Seconds and peak memory are those of the compression, evaluation not included.")
@@ -70,12 +80,13 @@ def _print(base: Path, results: dict[str, dict[str, Any]]) -> None:
     print(f"  then: {last['mlflow']['page']}")
 
 
-def _table(base: Path, results: dict[str, dict[str, Any]]) -> Any:
+def _table(results: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Table
 
     from bivlm.bits import bits_of
     from bivlm.checkpoint import Checkpoint, linears
     from bivlm.evaluation.reference_sets import chance
+    from bivlm.reference import CHECKPOINT
 
     first = results[RECIPES[0]]
     benchmarks = list(first["evaluation"]["packed"])
@@ -98,11 +109,11 @@ def _table(base: Path, results: dict[str, dict[str, Any]]) -> Any:
     for heading in headings:
         table.add_column(heading, justify="right")
 
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(CHECKPOINT)
     width = {8 * linear.dtype.itemsize for linear in linears(checkpoint)}
     plain = f"{max(width):.0f}" if len(width) == 1 else "-"
     before = [f"{first['evaluation']['full_precision'][name]['metrics']['accuracy']:.1f}" for name in benchmarks]
-    whole = f"{bits_of(base)['model']['stored']:.2f}"
+    whole = f"{bits_of(CHECKPOINT)['model']['stored']:.2f}"
     table.add_row("full precision", *before, "0", plain, "-", plain, whole, "-", "-")
     for recipe, result in results.items():
         after = [f"{result['evaluation']['packed'][name]['metrics']['accuracy']:.1f}" for name in benchmarks]
