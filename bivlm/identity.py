@@ -43,19 +43,19 @@ def file_digest(path: str | Path) -> str:
     return sha.hexdigest()
 
 
-def step_key(
+def step_identity(
     stage: str, version: int, inputs: Mapping[str, Any], recipe_part: Any, *, exact: bool, device: str = "cpu"
-) -> str:
-    """The key of one step: it changes with everything that may change what the step makes.
+) -> dict[str, Any]:
+    """What makes a step the one it is: it changes with everything that may change what the step makes.
 
     `inputs` holds the hashes of what the step reads, `recipe_part` what the recipe says about it, `version` is raised
     when the step's code makes something else. A step that is not `exact` across devices also carries the device class
-    and the torch version.
+    and the torch version. The digest of it all is the step's key.
     """
     identity: dict[str, Any] = {"stage": stage, "version": version, "inputs": dict(inputs), "recipe": recipe_part}
     if not exact:
         identity |= {"device": device, "torch": metadata.version("torch")}
-    return digest(identity)
+    return identity
 
 
 def _check(value: Any, path: str) -> None:

@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from bivlm.errors import InputError
-from bivlm.identity import canonical_json, file_digest
+from bivlm.identity import canonical_json, digest, file_digest
 from bivlm.stores import Store, open_store
 
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -40,17 +40,36 @@ class Reference(BaseModel):
 
 
 class StepRecord(BaseModel):
-    """What a finished step made: files by name, figures small enough to travel, and how long it took.
+    """What a finished step was and made: files by name, figures small enough to travel, how long it took, and where.
 
-    `figures` is JSON; what later steps or the report need to know without opening a file.
+    `identity` is from `bivlm.identity.step_identity`; `figures` is what later steps or the report need to know without
+    opening a file; `environment` says what ran it (`bivlm.environment.software`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    stage: str
+    identity: dict[str, JsonValue]
     outputs: dict[str, Reference] = {}
     figures: dict[str, JsonValue] = {}
     seconds: float = Field(ge=0)
+    environment: dict[str, str] = {}
+
+    @field_validator("identity")
+    @classmethod
+    def _names_its_stage(cls, identity: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if not isinstance(identity.get("stage"), str):
+            raise ValueError("expected the name of a stage under 'stage'")
+        return identity
+
+    @property
+    def key(self) -> str:
+        """The digest of the identity."""
+        return digest(self.identity)
+
+    @property
+    def stage(self) -> str:
+        """The name of the step's stage."""
+        return self.identity["stage"]
 
 
 class Workspace:
@@ -152,25 +171,27 @@ class Workspace:
         return {path.relative_to(folder).as_posix(): self.put_file(path) for path in files}
 
     def step(self, key: str) -> StepRecord | None:
-        """The finished step `key`; None if there is none, if its record is not readable or if any of its outputs is
-        missing or differs, which all mean that the step must run again."""
+        """The finished step `key`; None if there is none, if its record cannot be read or is that of another step, or
+        if any of its outputs is missing or differs: all of which mean that the step must run again."""
         data = self._store.read_bytes(_step_name(key))
         if data is None:
             return None
         try:
             record = StepRecord.model_validate_json(data)
-        except ValidationError:
+            if record.key != key:
+                return None
+        except (ValidationError, InputError):
             return None
         return record if all(self.holds(reference) for reference in record.outputs.values()) else None
 
-    def finish_step(self, key: str, record: StepRecord) -> None:
-        """Write down that step `key` is done; its outputs must be stored already (`WorkspaceError` if one is not)."""
+    def finish_step(self, record: StepRecord) -> None:
+        """Write down that a step is done; its outputs must be stored already (`WorkspaceError` if one is not)."""
         for name, reference in record.outputs.items():
             size = self._store.size(_object_name(reference))
             if size != reference.nbytes:
                 raise WorkspaceError(f"{self.url}: output {name!r} of {record.stage} is not stored; put it first")
         content: dict[str, Any] = record.model_dump(mode="json")
-        self._store.put_bytes(_step_name(key), canonical_json(content) + b"\n")
+        self._store.put_bytes(_step_name(record.key), canonical_json(content) + b"\n")
 
 
 def _is(path: Path, reference: Reference) -> bool:

@@ -94,7 +94,7 @@ def compress_flow(
         samples = calibration.freeze_calibration(chosen_recipe.calibration.model_dump(mode="json"), store.url)
         layers, shards = pack_all(layers, store.url, progress.publish)
         packed = checkpoint.write_checkpoint(base, chosen, shards, {"code_version": code_version()}, output, store.url)
-        report = earlier_report(output, base, chosen_recipe) if packed.reused else None
+        report = earlier_report(output, base, chosen_recipe) if packed.step.reused else None
         if report is None:
             report = write_report(
                 base,
@@ -115,7 +115,7 @@ def compress_flow(
         "output": output,
         "report": str(Path(output) / "compression_report.json"),
         "packed_sha256": packed.sha256,
-        "reused": packed.reused,
+        "reused": packed.step.reused,
         "bits": report["bits"],
         "seconds": report["seconds"],
         "peak_memory_bytes": report["peak_memory_bytes"],

@@ -9,7 +9,7 @@ from prefect import task
 
 from bivlm.checkpoint import Checkpoint
 from bivlm.compression import pack_layer
-from bivlm.identity import step_key
+from bivlm.identity import step_identity
 from bivlm.methods import LayerPlan
 from bivlm.workspace import Reference
 from tasks import grouping
@@ -27,9 +27,9 @@ def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     store = open_workspace(workspace)
     checkpoint = Checkpoint.open(chunk[0].folder)
 
-    def key(layer: Layer) -> str:
+    def identity(layer: Layer) -> dict[str, Any]:
         inputs = {"checkpoint": layer.checkpoint, "tensor": layer.disk_name, "plan": _planned(layer).sha256}
-        return step_key(STAGE, layer.method.version, inputs, None, exact=True)
+        return step_identity(STAGE, layer.method.version, inputs, None, exact=True)
 
     def pack(layer: Layer, folder: Path) -> dict[str, Any]:
         plan = LayerPlan.model_validate_json(store.read(_planned(layer)))
@@ -37,7 +37,7 @@ def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
         (folder / FILE).write_bytes(memoryview(packed.numpy()))
         return record.model_dump(mode="json")
 
-    return do_layers(chunk, workspace, STAGE, key, pack)
+    return do_layers(chunk, workspace, identity, pack)
 
 
 def _planned(layer: Layer) -> Reference:

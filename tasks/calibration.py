@@ -8,14 +8,14 @@ from typing import Any
 from prefect import task
 
 from bivlm.calibration import freeze_samples
-from bivlm.identity import step_key
+from bivlm.identity import digest, step_identity
 from bivlm.recipe import CalibrationSettings
-from bivlm.workspace import StepRecord
 from tasks.policy import OVER_NETWORK
 from tasks.progress import advance
-from tasks.steps import Done, open_workspace
+from tasks.steps import Done, finish, open_workspace
 
 STAGE = "calibration"
+VERSION = 1
 
 
 @task(name="calibration", **OVER_NETWORK)
@@ -30,13 +30,12 @@ def freeze_calibration(settings: dict[str, Any], workspace: str) -> Done:
     with store.scratch() as folder:
         frozen = freeze_samples(CalibrationSettings.model_validate(settings), folder)
         outputs = store.put_folder(folder)
-    key = step_key(STAGE, 1, {"samples": frozen.sha256}, settings, exact=True)
-    record = store.step(key)
-    reused = record is not None
-    if record is None:
+    identity = step_identity(STAGE, VERSION, {"samples": frozen.sha256}, settings, exact=True)
+    record = store.step(digest(identity))
+    if record is not None:
+        done = Done(record, reused=True)
+    else:
         figures = {"sha256": frozen.sha256, "samples": settings["samples"], "source": settings["source"]}
-        seconds = time.perf_counter() - started
-        record = StepRecord(stage=STAGE, outputs=outputs, figures=figures, seconds=seconds)
-        store.finish_step(key, record)
+        done = finish(store, identity, outputs, figures, time.perf_counter() - started)
     advance(STAGE)
-    return Done(key, record, reused)
+    return done

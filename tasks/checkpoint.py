@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,11 @@ from bivlm.checkpoint import (
     write_packed_checkpoint,
 )
 from bivlm.errors import InputError
-from bivlm.identity import step_key
-from bivlm.workspace import StepRecord
+from bivlm.identity import digest, step_identity
 from tasks import binarization
 from tasks.policy import OVER_NETWORK
 from tasks.progress import advance
-from tasks.steps import Done, open_workspace
+from tasks.steps import Done, finish, open_workspace
 
 STAGE = "checkpoint"
 VERSION = 1
@@ -50,11 +50,11 @@ def resolve_base(model: str, revision: str | None, output: str) -> Base:
 
 @dataclass(frozen=True)
 class PackedCheckpoint:
-    """A packed checkpoint in its folder; `reused` if it already lay there, byte for byte."""
+    """A packed checkpoint in its folder; its step is `reused` if it already lay there, byte for byte."""
 
     folder: str
     sha256: str
-    reused: bool
+    step: Done
 
 
 @task(name="checkpoint", **OVER_NETWORK)
@@ -69,23 +69,24 @@ def write_checkpoint(
     """The packed checkpoint in the folder `output`; written only if what lies there is not already it."""
     store = open_workspace(workspace)
     references = {name: done.record.outputs[binarization.FILE] for name, done in shards.items()}
-    key = step_key(
+    identity = step_identity(
         STAGE,
         VERSION,
         {"checkpoint": base.sha256, "shards": {name: shard.sha256 for name, shard in references.items()}},
         quantization_config,
         exact=True,
     )
-    record = store.step(key)
+    record = store.step(digest(identity))
     if record is not None and _digest_at(output) == record.figures["sha256"]:
         advance(STAGE)
-        return PackedCheckpoint(output, record.figures["sha256"], reused=True)
+        return PackedCheckpoint(output, record.figures["sha256"], Done(record, reused=True))
+    started = time.perf_counter()
     packed = {name: store.fetch(reference) for name, reference in references.items()}
     write_packed_checkpoint(Checkpoint.open(base.model.folder), packed, chosen, output, quantization_config)
     sha256 = Checkpoint.open(output).digest()
-    store.finish_step(key, StepRecord(stage=STAGE, figures={"sha256": sha256}, seconds=0))
+    step = finish(store, identity, {}, {"sha256": sha256}, time.perf_counter() - started)
     advance(STAGE)
-    return PackedCheckpoint(output, sha256, reused=False)
+    return PackedCheckpoint(output, sha256, step)
 
 
 def _digest_at(output: str) -> str | None:

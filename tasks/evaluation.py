@@ -15,7 +15,7 @@ from bivlm.calibration import load_samples
 from bivlm.divergence import kl_divergence, reference_logits
 from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
-from bivlm.identity import step_key
+from bivlm.identity import step_identity
 from bivlm.samples import Conversation
 from bivlm.workspace import Workspace
 from tasks.device import Device, gpu_slot
@@ -38,7 +38,7 @@ def evaluate_checkpoint(
     """One checkpoint on one benchmark: figures as `Evaluation.record`, the outcomes as a parquet file."""
     store = open_workspace(workspace)
     questions = load_benchmark(benchmark, limit)
-    key = step_key(
+    identity = step_identity(
         STAGE,
         VERSION,
         {"checkpoint": sha256, "benchmark": questions.digest},
@@ -65,7 +65,7 @@ def evaluate_checkpoint(
         write_outcomes(result.outcomes, place / OUTCOMES_FILE)
         return {**result.record(), "benchmark_sha256": questions.digest, "name": questions.name}
 
-    done = do_step(store, STAGE, key, ask)
+    done = do_step(store, identity, ask)
     advance(STAGE, len(questions) - shown)
     return done
 
@@ -74,7 +74,7 @@ def evaluate_checkpoint(
 def compute_reference_logits(folder: str, sha256: str, calibration: Done, device: Device, workspace: str) -> Done:
     """What the full-precision model says at the assistant's tokens of the calibration samples."""
     store = open_workspace(workspace)
-    key = step_key(
+    identity = step_identity(
         LOGITS_STAGE,
         VERSION,
         {"checkpoint": sha256, "samples": calibration.record.figures["sha256"]},
@@ -88,7 +88,7 @@ def compute_reference_logits(folder: str, sha256: str, calibration: Done, device
             reference_logits(model, processor, conversations, place / LOGITS_FILE)
         return {}
 
-    done = do_step(store, LOGITS_STAGE, key, compute)
+    done = do_step(store, identity, compute)
     advance(DIVERGENCE_STAGE)
     return done
 
@@ -100,7 +100,7 @@ def measure_divergence(
     """`figures["kl"]`: mean KL divergence (nats a token) of the packed model from full precision."""
     store = open_workspace(workspace)
     reference = logits.record.outputs[LOGITS_FILE]
-    key = step_key(
+    identity = step_identity(
         DIVERGENCE_STAGE,
         VERSION,
         {"checkpoint": sha256, "logits": reference.sha256, "samples": calibration.record.figures["sha256"]},
@@ -113,7 +113,7 @@ def measure_divergence(
         with _asked(folder, sha256, calibration, device, store) as (model, processor, conversations):
             return {"kl": kl_divergence(model, processor, conversations, store.fetch(reference))}
 
-    done = do_step(store, DIVERGENCE_STAGE, key, compute)
+    done = do_step(store, identity, compute)
     advance(DIVERGENCE_STAGE)
     return done
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import task
 
-from bivlm.identity import canonical_json, step_key
+from bivlm.identity import canonical_json, step_identity
 from bivlm.statistics import LayerStatistics
 from bivlm.workspace import Reference
 from tasks import saliency
@@ -24,16 +24,16 @@ def plan_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     """The plans of a chunk of layers whose statistics are done; steps by layer name."""
     store = open_workspace(workspace)
 
-    def key(layer: Layer) -> str:
+    def identity(layer: Layer) -> dict[str, Any]:
         inputs = {"statistics": _measured(layer).sha256}
-        return step_key(STAGE, layer.method.version, inputs, layer.settings, exact=True)
+        return step_identity(STAGE, layer.method.version, inputs, layer.settings, exact=True)
 
     def plan(layer: Layer, folder: Path) -> dict[str, Any]:
         chosen = layer.method.plan(LayerStatistics.load(store.fetch(_measured(layer))), layer.method_settings)
         (folder / FILE).write_bytes(canonical_json(chosen.model_dump(mode="json")))
         return layer.method.describe(chosen)
 
-    return do_layers(chunk, workspace, STAGE, key, plan)
+    return do_layers(chunk, workspace, identity, plan)
 
 
 def _measured(layer: Layer) -> Reference:

@@ -85,17 +85,16 @@ def in_chunks(layers: Sequence[Layer], workers: int) -> list[list[Layer]]:
 def do_layers(
     chunk: Sequence[Layer],
     workspace: str,
-    stage: str,
-    key: Callable[[Layer], str],
+    identity: Callable[[Layer], dict[str, Any]],
     work: Callable[[Layer, Path], dict[str, Any]],
 ) -> dict[str, Done]:
     """One step a layer, one after the other; steps by layer name.
 
-    ``key(layer)`` is the step's key, ``work(layer, folder)`` what `do_step` runs where the step is not done yet.
+    ``identity(layer)`` is the step's identity, ``work(layer, folder)`` what `do_step` runs if it is not done yet.
     """
     store = open_workspace(workspace)
     done = {}
     for layer in chunk:
-        done[layer.name] = do_step(store, stage, key(layer), partial(work, layer))
-        advance(stage)
+        step = done[layer.name] = do_step(store, identity(layer), partial(work, layer))
+        advance(step.record.stage)
     return done

@@ -9,7 +9,7 @@ from prefect import task
 
 from bivlm import statistics
 from bivlm.checkpoint import Checkpoint
-from bivlm.identity import step_key
+from bivlm.identity import step_identity
 from bivlm.statistics import LayerStatistics
 from tasks.layers import Layer, do_layers
 from tasks.policy import OVER_NETWORK
@@ -24,16 +24,16 @@ def measure_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     """The statistics of a chunk of layers, one weight in memory at a time; steps by layer name."""
     checkpoint = Checkpoint.open(chunk[0].folder)
 
-    def key(layer: Layer) -> str:
+    def identity(layer: Layer) -> dict[str, Any]:
         inputs = {"checkpoint": layer.checkpoint, "tensor": layer.disk_name}
-        return step_key(STAGE, statistics.VERSION, inputs, {"tail_share": _tail_share(layer)}, exact=True)
+        return step_identity(STAGE, statistics.VERSION, inputs, {"tail_share": _tail_share(layer)}, exact=True)
 
     def measure(layer: Layer, folder: Path) -> dict[str, Any]:
         measured = LayerStatistics.measure(checkpoint.read(layer.disk_name), _tail_share(layer), layer.name)
         measured.save(folder / FILE)
         return measured.summary()
 
-    return do_layers(chunk, workspace, STAGE, key, measure)
+    return do_layers(chunk, workspace, identity, measure)
 
 
 def _tail_share(layer: Layer) -> float:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bivlm.errors import InputError
-from bivlm.identity import canonical_json, digest, file_digest, step_key
+from bivlm.identity import canonical_json, digest, file_digest, step_identity
 
 values = st.recursive(
     st.none()
@@ -83,10 +83,10 @@ KEY = {"stage": "plan", "version": 1, "inputs": {"weight": "ab"}, "recipe_part":
     [{"stage": "pack"}, {"version": 2}, {"inputs": {"weight": "cd"}}, {"recipe_part": {"groups": 3}}],
     ids=lambda change: next(iter(change)),
 )
-def test_a_step_key_changes_with_every_part_of_the_step(change):
-    assert step_key(**KEY, exact=True) != step_key(**(KEY | change), exact=True)
+def test_a_step_is_another_one_with_every_part_of_the_step(change):
+    assert step_identity(**KEY, exact=True) != step_identity(**(KEY | change), exact=True)
 
 
 def test_only_a_step_that_is_not_exact_depends_on_the_device():
-    assert step_key(**KEY, exact=True, device="cpu") == step_key(**KEY, exact=True, device="cuda")
-    assert step_key(**KEY, exact=False, device="cpu") != step_key(**KEY, exact=False, device="cuda")
+    assert step_identity(**KEY, exact=True, device="cpu") == step_identity(**KEY, exact=True, device="cuda")
+    assert step_identity(**KEY, exact=False, device="cpu") != step_identity(**KEY, exact=False, device="cuda")

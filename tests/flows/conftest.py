@@ -111,7 +111,7 @@ class Compression:
     def steps(self, stage: str) -> list[dict[str, Any]]:
         """The records of a stage that the workspace holds."""
         records = [json.loads(path.read_text()) for path in sorted((self.workspace / "steps").glob("*.json"))]
-        return [record for record in records if record["stage"] == stage]
+        return [record for record in records if record["identity"]["stage"] == stage]
 
     def weights(self) -> dict[str, bytes]:
         """The files of the packed checkpoint, the report left out because it says how long things took."""

@@ -67,7 +67,7 @@ def test_a_chunk_that_does_not_fit_is_done_in_smaller_ones():
         seen.append(len(chunk))
         if len(chunk) > 1:
             raise MemoryError
-        return {item.name: Done(item.name, StepRecord(stage="x", seconds=0), False) for item in chunk}
+        return {item.name: Done(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
 
     @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
     def run():

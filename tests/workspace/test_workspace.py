@@ -9,10 +9,12 @@ import boto3
 import pytest
 
 from bivlm.errors import InputError
+from bivlm.identity import digest
 from bivlm.stores.folder import write_atomically
 from bivlm.workspace import Reference, StepRecord, Workspace, WorkspaceError
 
-KEY = "ab" * 32
+IDENTITY = {"stage": "pack", "version": 1, "inputs": {}, "recipe": None}
+KEY = digest(IDENTITY)
 
 
 @pytest.fixture
@@ -50,9 +52,12 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_any_worker_finds_a_finished_step(workspace, location, elsewhere):
     record = StepRecord(
-        stage="plan", outputs={"plan": workspace.put_bytes(b"{}")}, figures={"error": 0.25, "groups": [1, 2]}, seconds=2
+        identity=IDENTITY,
+        outputs={"plan": workspace.put_bytes(b"{}")},
+        figures={"error": 0.25, "groups": [1, 2]},
+        seconds=2,
     )
-    workspace.finish_step(KEY, record)
+    workspace.finish_step(record)
     elsewhere()
     assert Workspace.open(location).step(KEY) == record
 
@@ -66,7 +71,7 @@ def test_a_step_whose_output_is_missing_or_differs_is_not_done(
     workspace, location, damage, data, tmp_path, monkeypatch
 ):
     reference = workspace.put_bytes(b"weights")
-    workspace.finish_step(KEY, StepRecord(stage="pack", outputs={"shard": reference}, seconds=1))
+    workspace.finish_step(StepRecord(identity=IDENTITY, outputs={"shard": reference}, seconds=1))
     damage(reference, data)
     monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "another machine"))
     assert Workspace.open(location).step(KEY) is None
@@ -81,20 +86,29 @@ def test_running_the_step_again_mends_it(workspace, damage):
     assert workspace.read(reference) == b"weights"
 
 
-def test_a_record_that_is_not_readable_is_no_record(workspace, location):
-    workspace.finish_step(KEY, StepRecord(stage="plan", seconds=1))
+OF_ANOTHER_STEP = StepRecord(identity=IDENTITY | {"version": 2}, seconds=1).model_dump_json().encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"identity": {"st', b"", b"null", b'{"identity": {}, "seconds": 1}', OF_ANOTHER_STEP],
+    ids=["cut off", "empty", "no record", "no stage", "another step's"],
+)
+def test_a_record_that_is_not_that_of_its_step_is_no_record(workspace, location, content):
+    workspace.finish_step(StepRecord(identity=IDENTITY, seconds=1))
+    assert workspace.step(KEY) is not None
     if location.startswith("s3://"):
         key = f"{location.removeprefix('s3://bivlm-tests/')}/steps/{KEY}.json"
-        boto3.client("s3").put_object(Bucket="bivlm-tests", Key=key, Body=b'{"stage": "pl')
+        boto3.client("s3").put_object(Bucket="bivlm-tests", Key=key, Body=content)
     else:
-        (Path(location) / "steps" / f"{KEY}.json").write_bytes(b'{"stage": "pl')
+        (Path(location) / "steps" / f"{KEY}.json").write_bytes(content)
     assert workspace.step(KEY) is None
 
 
 def test_a_step_cannot_be_finished_before_its_outputs_are_stored(workspace):
     missing = Reference(sha256="0" * 64, nbytes=3)
     with pytest.raises(WorkspaceError, match="'shard' of pack is not stored"):
-        workspace.finish_step(KEY, StepRecord(stage="pack", outputs={"shard": missing}, seconds=1))
+        workspace.finish_step(StepRecord(identity=IDENTITY, outputs={"shard": missing}, seconds=1))
 
 
 def test_a_folder_comes_back_file_by_file(workspace, tmp_path):
