@@ -31,7 +31,7 @@ from safetensors.torch import save_file  # noqa: E402
 from bivlm.checkpoint import Checkpoint  # noqa: E402
 from bivlm.recipe import load_recipe  # noqa: E402
 from flows.compress import WORKERS, pack_all  # noqa: E402
-from flows.local import no_idle_heartbeats  # noqa: E402
+from flows.local import temporary_server  # noqa: E402
 from tasks import binarization, grouping, saliency  # noqa: E402
 from tasks.layers import Layer, in_chunks  # noqa: E402
 
@@ -48,8 +48,11 @@ def make_layers(folder: Path, count: int, width: int) -> list[Layer]:
     checkpoint = Checkpoint.open(folder)
     settings = load_recipe("bivlm").canonical()["components"]["language"]
     names = [name.removesuffix(".weight") for name in checkpoint.entries]
-    sha256 = checkpoint.digest()
-    return [Layer(str(folder), sha256, name, f"{name}.weight", "language", (width, width), settings) for name in names]
+    digests = checkpoint.digests().tensors
+    return [
+        Layer(str(folder), name, f"{name}.weight", "language", (width, width), digests[f"{name}.weight"], settings)
+        for name in names
+    ]
 
 
 def without_prefect(layers: Sequence[Layer], workspace: str) -> None:
@@ -94,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds: dict[str, list[float]] = {"without Prefect": [], "with Prefect": []}
     with tempfile.TemporaryDirectory() as place:
         layers = make_layers(Path(place) / "model", options.layers, options.width)
-        with no_idle_heartbeats():
+        with temporary_server():
             with_prefect(layers[:2], str(Path(place) / "warm"))
             for repeat in range(options.repeats):
                 for name, run in (("without Prefect", without_prefect), ("with Prefect", with_prefect)):

@@ -57,7 +57,9 @@ class Recipe(BaseModel):
     @field_validator("keep", "evaluation", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        if not isinstance(value, list | tuple):
+            raise ValueError("expected a list of names")
+        return tuple(value)
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as JSON-ready data with every default written out: what is hashed and stored."""

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from scipy.special import log_ndtr, ndtri
 
 from bivlm.errors import InputError
 
-VERSION = 1
+VERSION = 2
 CHUNK_WEIGHTS = 1 << 20  # how many weights are looked at together: temporaries stay in the tens of megabytes
+HISTOGRAM_EDGES = np.arange(-64, 65) / 8  # in standard deviations from the mean
 _PATTERNS = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint32}
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -118,11 +120,11 @@ class LayerStatistics:
         """How many of the distinct magnitudes are at most `cut_off`."""
         return int(np.searchsorted(self.magnitudes_V, cut_off, side="right"))
 
-    def summary(self) -> dict[str, float | int | None]:
-        """Mean, std, extremes, kurtosis, share of zeros and KL to the fitted Gaussian, ready for JSON.
+    def summary(self) -> dict[str, Any]:
+        """Mean, std, extremes, kurtosis, share of zeros, KL to the fitted Gaussian and `histogram`, ready for JSON.
 
-        `kurtosis` is the fourth standardised moment (3 for a Gaussian); it and `kl_gaussian` are None for a constant
-        weight, which has neither.
+        `kurtosis` is the fourth standardised moment (3 for a Gaussian); it, `kl_gaussian` and the histogram are None
+        for a constant weight, which has none of them.
         """
         positive, negative = self.counts_V > self.negatives_V, self.negatives_V > 0
         lowest = -self.magnitudes_V[negative][-1] if negative.any() else self.magnitudes_V[positive][0]
@@ -136,26 +138,36 @@ class LayerStatistics:
             "kurtosis": self._central_moment(4) / self.std**4 if self.std > 0 else None,
             "zeros": zeros / self.size,
             "kl_gaussian": self.kl_gaussian(),
+            "histogram": None if self.std == 0 else self.histogram().tolist(),
         }
 
-    def kl_gaussian(self) -> float | None:
-        """KL(histogram || fitted Gaussian) in nats, the paper's diagnostic (figures 5 and 6).
+    def histogram(self) -> np.ndarray:
+        """int64 (130,): how many signed weights lie below, between and above `HISTOGRAM_EDGES`.
 
-        The bins are std / 8 wide, from 8 std below the mean to 8 std above it, and the two outermost are open, so that
-        the figure does not depend on the size of the layer's largest weight. None for a constant weight.
+        The edges are in standard deviations from the mean. The outermost bins are open, so that the picture does not
+        depend on the size of the layer's largest weight. Raises ZeroDivisionError for a constant weight.
+        """
+        if self.std == 0:
+            raise ZeroDivisionError("a constant weight has no standard deviation to measure its histogram in")
+        signed = np.concatenate([-self.magnitudes_V, self.magnitudes_V])
+        counts = np.concatenate([self.negatives_V, self.counts_V - self.negatives_V])
+        bins = np.searchsorted(HISTOGRAM_EDGES, (signed - self.mean) / self.std, side="left")
+        # Exact: float64 counts whole numbers up to 2^53.
+        return np.bincount(bins, weights=counts, minlength=len(HISTOGRAM_EDGES) + 1).astype(np.int64)
+
+    def kl_gaussian(self) -> float | None:
+        """KL(`histogram` || fitted Gaussian) in nats, the paper's diagnostic (figures 5 and 6).
+
+        None for a constant weight.
         """
         if self.std == 0:
             return None
-        edges = np.arange(-64, 65) / 8
-        signed = np.concatenate([-self.magnitudes_V, self.magnitudes_V])
-        counts = np.concatenate([self.negatives_V, self.counts_V - self.negatives_V])
-        bins = np.searchsorted(edges, (signed - self.mean) / self.std, side="left")
-        share = np.bincount(bins, weights=counts, minlength=len(edges) + 1) / self.size
+        share = self.histogram() / self.size
         filled = share > 0
-        return float(np.sum(share[filled] * (np.log(share[filled]) - _log_gaussian_mass(edges)[filled])))
+        return float(np.sum(share[filled] * (np.log(share[filled]) - _log_gaussian_mass(HISTOGRAM_EDGES)[filled])))
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
+        """Write to a safetensors file; the same statistics give the same bytes."""
         arrays = {
             "patterns": self.patterns_V,
             "counts": self.counts_V,
@@ -165,18 +177,19 @@ class LayerStatistics:
             "shape": np.array(self.shape, np.int64),
             "tail_share": np.array([self.tail_share], np.float64),
         }
-        save_file(arrays, path, metadata={"dtype": DTYPE_NAMES[self.dtype], "version": str(VERSION)})
+        # One entry: several are written in an order that differs from process to process.
+        save_file(arrays, path, metadata={"statistics": f"{VERSION} {DTYPE_NAMES[self.dtype]}"})
 
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
         """Read what `save` wrote; raises `InputError` for another version."""
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("version") != str(VERSION):
-                raise InputError(f"{path}: layer statistics version {metadata.get('version')!r}, expected {VERSION}")
+            version, _, dtype = (file.metadata() or {}).get("statistics", "").partition(" ")
+            if version != str(VERSION) or dtype not in _DTYPES:
+                raise InputError(f"{path}: layer statistics version {version!r}, expected {VERSION}")
             return cls(
                 shape=tuple(file.get_tensor("shape").tolist()),
-                dtype=_DTYPES[metadata["dtype"]],
+                dtype=_DTYPES[dtype],
                 patterns_V=file.get_tensor("patterns"),
                 counts_V=file.get_tensor("counts"),
                 negatives_V=file.get_tensor("negatives"),

@@ -30,6 +30,10 @@ class WorkspaceError(RuntimeError):
     """An object of the workspace is missing or its bytes are not what its name says."""
 
 
+class MissingObject(WorkspaceError):
+    """An object of the workspace is not there."""
+
+
 class Reference(BaseModel):
     """The name of an object: SHA-256 and length of its bytes."""
 
@@ -129,7 +133,7 @@ class Workspace:
         name = _object_name(reference)
         path = self._store.path(name)
         if path is None:
-            raise WorkspaceError(f"{self.url}: object {reference.sha256} is missing; run the step that makes it again")
+            raise MissingObject(f"{self.url}: object {reference.sha256} is missing; run the step that makes it again")
         if _is(path, reference):
             return path
         # A local copy may have been damaged while the stored object is sound: look once at what is really stored.

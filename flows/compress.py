@@ -13,21 +13,46 @@ from prefect import Task, flow, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
-from bivlm.checkpoint import select
-from bivlm.evaluation import load_benchmark
+from bivlm.checkpoint import REPORT, Linear, select
+from bivlm.evaluation import Benchmark, load_benchmark
+from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
-from bivlm.stores.location import default_workspace
+from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.workspace import Workspace
 from flows.progress import FlowProgress
-from tasks import binarization, calibration, checkpoint, evaluation, grouping, saliency, tracking
-from tasks.device import Device, choose_device, provide_gpu_slot
+from tasks import binarization, calibration, checkpoint, curves, evaluation, grouping, saliency, tracking
+from tasks.device import Device, choose_device
 from tasks.layers import Layer, in_chunks, layers_of
+from tasks.lineage import write_lineage
+from tasks.locks import one_at_a_time
 from tasks.naming import model_name
 from tasks.policy import halves, is_out_of_memory
 from tasks.progress import shown_by
-from tasks.report import code_version, earlier_report, write_report
+from tasks.report import (
+    PAGE,
+    code_version,
+    earlier_report,
+    layers_for_figures,
+    points_for_figures,
+    write_page,
+    write_report,
+)
 from tasks.steps import Done
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be done: everything that the caller said, looked up and found to be in order."""
+
+    base: checkpoint.Base
+    recipe: Recipe
+    chosen: list[Linear]
+    output: str
+    store: Workspace
+    benchmarks: dict[str, Benchmark]
+    questions: int | None
+    device: Device
 
 
 @dataclass(frozen=True)
@@ -36,7 +61,32 @@ class Results:
 
     full_precision: dict[str, Done]
     packed: dict[str, Done]
+    logits: Done
     divergence: Done
+
+    def by_name(self) -> dict[str, Done]:
+        """Every step by what it measured, for the lineage record."""
+        return {
+            **{f"full precision, {benchmark}": done for benchmark, done in self.full_precision.items()},
+            **{f"packed, {benchmark}": done for benchmark, done in self.packed.items()},
+            "full precision, calibration samples": self.logits,
+            "packed, calibration samples": self.divergence,
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """Accuracy (percent) of both models by benchmark, and KL (nats a token)."""
+
+        def short(evaluations: dict[str, Done]) -> dict[str, Any]:
+            return {
+                benchmark: {key: done.record.figures[key] for key in ("n", "metrics", "ci95")} | {"reused": done.reused}
+                for benchmark, done in evaluations.items()
+            }
+
+        return {
+            "full_precision": short(self.full_precision),
+            "packed": short(self.packed),
+            "kl": self.divergence.record.figures["kl"],
+        }
 
 
 # Each worker holds one layer; more of them than cores would only add memory.
@@ -68,60 +118,72 @@ def compress_flow(
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
     output = str(Path(output).expanduser().absolute())
     store = Workspace.open(workspace or default_workspace())
-    benchmarks = list(chosen_recipe.evaluation) if evaluate else []
-    asked = {benchmark: len(load_benchmark(benchmark, questions)) for benchmark in benchmarks}
-    device = choose_device()
-    provide_gpu_slot(device)
+    names = chosen_recipe.evaluation if evaluate else ()
+    benchmarks = {name: load_benchmark(name, questions) for name in names}
     base = checkpoint.resolve_base(model, revision, output)
     chosen, _kept = select(base.linears, chosen_recipe)
-    layers = layers_of(chosen, chosen_recipe, str(base.model.folder), base.sha256)
-    tracked = tracking.find_or_create_run(store, base, chosen_recipe)
+    request = Request(base, chosen_recipe, chosen, output, store, benchmarks, questions, choose_device())
+    console = Console(stderr=True)
+
+    def wait() -> None:
+        console.print("another process is busy with the same compression or the same output: waiting for it")
+
+    # Two identical requests at once would both find nothing done and do all of it twice, MLflow's runs included; two
+    # that write one folder would report on each other's files.
+    same_request = store.local / "locks" / f"{tracking.request_digest(base, chosen_recipe)}.lock"
+    same_output = cache_folder() / "locks" / f"output-{digest(output)[:32]}.lock"
+    with one_at_a_time(same_request, wait), one_at_a_time(same_output, wait):
+        return _compress(request, console)
+
+
+def _compress(request: Request, console: Console) -> dict[str, Any]:
+    base, recipe, store = request.base, request.recipe, request.store
+    layers = layers_of(request.chosen, recipe, str(base.model.folder), base.digests.tensors)
+    varied = [layer for layer in layers if curves.has_curve(layer)]
+    tracked = tracking.find_or_create_run(store, base, recipe)
+    answers = 2 * sum(map(len, request.benchmarks.values()))
     stages = {
         calibration.STAGE: 1,
         saliency.STAGE: len(layers),
         grouping.STAGE: len(layers),
         binarization.STAGE: len(layers),
         checkpoint.STAGE: 1,
-        **({evaluation.STAGE: 2 * sum(asked.values()), evaluation.DIVERGENCE_STAGE: 2} if evaluate else {}),
+        **({evaluation.STAGE: answers, evaluation.DIVERGENCE_STAGE: 2} if answers else {}),
+        curves.STAGE: len(varied),
         tracking.STAGE: 1,
     }
-    title = f"{model_name(base.model)} with {chosen_recipe.name}"
-    progress = FlowProgress(stages, Console(stderr=True), title)
+    progress = FlowProgress(stages, console, f"{model_name(base.model)} with {recipe.name}")
     # From here to the written checkpoint is what the report calls the compression.
     started = time.perf_counter()
     reset_peak()
     with tracking.ends_run(tracked), progress, shown_by(progress):
-        samples = calibration.freeze_calibration(chosen_recipe.calibration.model_dump(mode="json"), store.url)
+        samples = calibration.freeze_calibration(recipe.calibration.model_dump(mode="json"), store.url)
         layers, shards = pack_all(layers, store.url, progress.publish)
-        packed = checkpoint.write_checkpoint(base, chosen, shards, {"code_version": code_version()}, output, store.url)
-        report = earlier_report(output, base, chosen_recipe) if packed.step.reused else None
+        settings = {"code_version": code_version()}
+        packed = checkpoint.write_checkpoint(base, request.chosen, shards, settings, request.output, store.url)
+        report = earlier_report(request.output, base, recipe) if packed.step.reused else None
         if report is None:
+            seconds = time.perf_counter() - started
             report = write_report(
-                base,
-                chosen_recipe,
-                layers,
-                shards,
-                output,
-                seconds=time.perf_counter() - started,
-                peak_memory_bytes=peak_bytes(),
+                base, recipe, layers, shards, request.output, seconds=seconds, peak_memory_bytes=peak_bytes()
             )
         progress.publish()
-        results = None
-        if evaluate:
-            results = _evaluate(base, packed, samples, benchmarks, questions, device, store.url, progress.publish)
-        registered = _track(tracked, base, chosen_recipe, packed, report, samples, results, store.url)
+        results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None
+        measured = _in_chunks(curves.measure_curves, varied, store.url, progress.publish) if varied else {}
+        registered = _record(request, tracked, layers, shards, samples, packed, report, results, measured)
         progress.advance(tracking.STAGE)
     return {
-        "output": output,
-        "report": str(Path(output) / "compression_report.json"),
+        "output": request.output,
+        "report": str(Path(request.output) / REPORT),
+        "page": str(Path(request.output) / PAGE),
         "packed_sha256": packed.sha256,
         "reused": packed.step.reused,
         "bits": report["bits"],
         "seconds": report["seconds"],
         "peak_memory_bytes": report["peak_memory_bytes"],
-        "evaluation": _figures(results),
+        "evaluation": results.figures() if results else None,
         "mlflow": {
-            "tracking_uri": tracked.uri,
+            "tracking_uri": tracking.public_uri(tracked.uri),
             "run_id": tracked.run_id,
             "ui": tracking.ui_command(tracked.uri),
             "page": tracking.run_page(tracked),
@@ -175,24 +237,18 @@ def _in_chunks(
 
 
 def _evaluate(
-    base: checkpoint.Base,
-    packed: checkpoint.PackedCheckpoint,
-    samples: Done,
-    benchmarks: Sequence[str],
-    questions: int | None,
-    device: Device,
-    workspace: str,
-    publish: Callable[[], None],
+    request: Request, packed: checkpoint.PackedCheckpoint, samples: Done, publish: Callable[[], None]
 ) -> Results:
     """Full precision first (once per base model, whatever the recipe), then the packed checkpoint as it is stored.
 
     One after the other: each already uses all cores, or the one GPU, and a model is loaded once for its benchmarks.
     """
+    base, device, workspace = request.base, request.device, request.store.url
 
     def ask(folder: str, sha256: str) -> dict[str, Done]:
         done = {}
-        for benchmark in benchmarks:
-            done[benchmark] = evaluation.evaluate_checkpoint(folder, sha256, benchmark, questions, device, workspace)
+        for name in request.benchmarks:
+            done[name] = evaluation.evaluate_checkpoint(folder, sha256, name, request.questions, device, workspace)
             publish()
         return done
 
@@ -205,20 +261,37 @@ def _evaluate(
         publish()
     finally:
         evaluation.forget_models()
-    return Results(full_precision, asked, divergence)
+    return Results(full_precision, asked, logits, divergence)
 
 
-def _track(
+def _record(
+    request: Request,
     tracked: tracking.Tracking,
-    base: checkpoint.Base,
-    recipe: Recipe,
+    layers: Sequence[Layer],
+    shards: dict[str, Done],
+    samples: Done,
     packed: checkpoint.PackedCheckpoint,
     report: dict[str, Any],
-    samples: Done,
     results: Results | None,
-    workspace: str,
+    measured: dict[str, Done],
 ) -> dict[str, Any]:
-    """Everything into MLflow; returns what names the model there."""
+    """The lineage record and the page beside the checkpoint, and everything into MLflow; returns what names it there.
+
+    The files come first: MLflow's copy of the checkpoint holds them.
+    """
+    base, recipe, workspace = request.base, request.recipe, request.store.url
+    place = {"uri": tracking.public_uri(tracked.uri), "experiment": tracked.experiment_id, "run": tracked.run_id}
+    evaluations = results.by_name() if results else {}
+    write_lineage(base, recipe, layers, shards, samples, packed, evaluations, place, workspace)
+    figures = results.figures() if results else None
+    others = tracking.other_points(tracked, base.sha256, results.packed) if results else []
+    drawn = layers_for_figures(report, layers, measured)
+    points = points_for_figures(base, recipe, report, figures, others)
+    chance = {
+        name: level for name, benchmark in request.benchmarks.items() if (level := benchmark.chance()) is not None
+    }
+    write_page(request.output, report, figures, drawn, points, chance)
+
     model_id = tracking.log_model(tracked, base, recipe, packed.folder, packed.sha256)
     tracking.log_compression(tracked, report, packed.sha256, samples, model_id)
     if results is not None:
@@ -228,23 +301,6 @@ def _track(
         for done in results.packed.values():
             tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
         tracking.log_comparison(tracked, results.full_precision, results.packed, results.divergence, samples, model_id)
+    tracking.log_documents(tracked, request.output, drawn, points, chance)
     name, version = tracking.register(tracked, base, recipe, model_id)
     return {"model_id": model_id, "registered_model": name, "version": version}
-
-
-def _figures(results: Results | None) -> dict[str, Any] | None:
-    """Accuracy (percent) of both models by benchmark, and KL (nats a token)."""
-    if results is None:
-        return None
-
-    def short(evaluations: dict[str, Done]) -> dict[str, Any]:
-        return {
-            benchmark: {key: done.record.figures[key] for key in ("n", "metrics", "ci95")} | {"reused": done.reused}
-            for benchmark, done in evaluations.items()
-        }
-
-    return {
-        "full_precision": short(results.full_precision),
-        "packed": short(results.packed),
-        "kl": results.divergence.record.figures["kl"],
-    }

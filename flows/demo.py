@@ -54,10 +54,10 @@ def _compress(recipe: str, output: Path, questions: int) -> dict[str, Any]:
     quieten()
     from bivlm.reference import CHECKPOINT
     from flows.compress import compress_flow
-    from flows.local import no_idle_heartbeats
+    from flows.local import temporary_server
 
     hide_loading_bars()
-    with no_idle_heartbeats():
+    with temporary_server():
         return compress_flow(
             model=str(CHECKPOINT),
             recipe=recipe,
@@ -75,7 +75,7 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
     last = results[RECIPES[1]]
     print("KL is the mean over the tokens of the calibration replies, in nats; accuracy is in percent.")
     print("Seconds and peak memory are those of the compression, evaluation not included.")
-    print(f"report: {last['report']}")
+    print(f"report: {last['page']}")
     print(f"MLflow: {last['mlflow']['ui']}")
     print(f"  then: {last['mlflow']['page']}")
 

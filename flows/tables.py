@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from bivlm.lineage import Finding, Lineage
 
 
 def print_bits(bits: dict[str, Any]) -> None:
@@ -66,9 +71,36 @@ def print_compression(result: dict[str, Any]) -> None:
         print(f"KL to full precision: {found['kl']:.4f} nats a token")
     tracked = result["mlflow"]
     print(f"checkpoint: {result['output']}")
-    print(f"report: {result['report']}")
+    print(f"report: {result['page']}")
     print(f"MLflow: model {tracked['registered_model']} version {tracked['version']}, run {tracked['run_id']}")
     print(f"to see it: {tracked['ui']}, then {tracked['page']}")
+
+
+_MARKS = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "not checked": "[yellow]not checked[/]"}
+
+
+def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
+    """The chain from the base model to the packed files, then what was found of each link."""
+    chain = Table("", "", title=f"lineage of {name}", show_header=False)
+    base, code = lineage.base_model, lineage.code
+    commit = f", commit {code['commit']}{' (changed)' if code.get('changed') else ''}" if "commit" in code else ""
+    samples = lineage.steps[lineage.calibration].identity["recipe"] if lineage.calibration in lineage.steps else {}
+    stages = Counter(stage for steps in lineage.layers.values() for stage in steps)
+    _row(chain, "base model", f"{base.id}, revision {base.revision or 'none (a folder)'}\nsha256 {base.sha256}")
+    _row(chain, "recipe", f"{lineage.recipe.get('name')}\nsha256 {lineage.recipe_sha256}")
+    _row(chain, "calibration", ", ".join(f"{key} {value}" for key, value in samples.items()))
+    _row(chain, "layers", ", ".join(f"{count} {stage}" for stage, count in stages.items()) + " steps")
+    _row(chain, "packed", f"sha256 {lineage.packed.sha256}")
+    _row(chain, "evaluated", "\n".join(lineage.evaluations) or "no")
+    _row(chain, "recorded", f"{lineage.created} by bivlm {code['version']}{commit}")
+    _row(chain, "on", "\n".join(f"{key} {value}" for key, value in lineage.hardware.items()))
+    _row(chain, "with", ", ".join(f"{key} {value}" for key, value in lineage.packages.items()))
+    _row(chain, "in MLflow", "\n".join(f"{key} {value}" for key, value in lineage.tracking.items()))
+    _print(chain)
+    found = Table("checked", "", "what was found")
+    for finding in findings:
+        found.add_row(finding.subject, _MARKS[finding.state], escape(finding.detail))
+    _print(found)
 
 
 def _bits(value: float | None) -> str:
@@ -85,7 +117,7 @@ def _shape(shape: list[int]) -> str:
 
 def _row(table: Table, *cells: Any) -> None:
     # Names of tensors and folders may hold brackets, which rich would read as markup.
-    table.add_row(*(str(cell).replace("[", r"\[") for cell in cells))
+    table.add_row(*(escape(str(cell)) for cell in cells))
 
 
 def _print(table: Table) -> None:

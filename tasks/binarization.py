@@ -28,12 +28,13 @@ def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     checkpoint = Checkpoint.open(chunk[0].folder)
 
     def identity(layer: Layer) -> dict[str, Any]:
-        inputs = {"checkpoint": layer.checkpoint, "tensor": layer.disk_name, "plan": _planned(layer).sha256}
+        inputs = {"weight": layer.weight_sha256, "plan": _planned(layer).sha256}
         return step_identity(STAGE, layer.method.version, inputs, None, exact=True)
 
     def pack(layer: Layer, folder: Path) -> dict[str, Any]:
         plan = LayerPlan.model_validate_json(store.read(_planned(layer)))
-        packed, record = pack_layer(checkpoint.read(layer.disk_name), plan, layer.name)
+        weight = checkpoint.read(layer.disk_name, layer.weight_sha256)
+        packed, record = pack_layer(weight, plan, layer.name)
         (folder / FILE).write_bytes(memoryview(packed.numpy()))
         return record.model_dump(mode="json")
 

@@ -12,9 +12,11 @@ from prefect import task
 
 from bivlm.checkpoint import (
     Checkpoint,
+    Digests,
     Linear,
     ResolvedModel,
     check_output,
+    digest_of_files,
     linears,
     resolve_model,
     write_packed_checkpoint,
@@ -35,8 +37,12 @@ class Base:
     """The model to compress: where it is, what it is, and the linear layers it has."""
 
     model: ResolvedModel
-    sha256: str
+    digests: Digests
     linears: list[Linear]
+
+    @property
+    def sha256(self) -> str:
+        return self.digests.sha256
 
 
 @task(name="base-model", **OVER_NETWORK)
@@ -45,7 +51,7 @@ def resolve_base(model: str, revision: str | None, output: str) -> Base:
     resolved = resolve_model(model, revision)
     checkpoint = Checkpoint.open(resolved.folder)
     check_output(checkpoint, output)
-    return Base(resolved, checkpoint.digest(), linears(checkpoint))
+    return Base(resolved, checkpoint.digests(), linears(checkpoint))
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class PackedCheckpoint:
 
     folder: str
     sha256: str
+    files: dict[str, str]  # sha256 by name
     step: Done
 
 
@@ -77,23 +84,24 @@ def write_checkpoint(
         exact=True,
     )
     record = store.step(digest(identity))
-    if record is not None and _digest_at(output) == record.figures["sha256"]:
+    files = _digests_at(output) if record is not None else {}
+    if record is not None and digest_of_files(files) == record.figures["sha256"]:
         advance(STAGE)
-        return PackedCheckpoint(output, record.figures["sha256"], Done(record, reused=True))
+        return PackedCheckpoint(output, record.figures["sha256"], files, Done(record, reused=True))
     started = time.perf_counter()
     packed = {name: store.fetch(reference) for name, reference in references.items()}
     write_packed_checkpoint(Checkpoint.open(base.model.folder), packed, chosen, output, quantization_config)
-    sha256 = Checkpoint.open(output).digest()
-    step = finish(store, identity, {}, {"sha256": sha256}, time.perf_counter() - started)
+    digests = Checkpoint.open(output).digests()
+    step = finish(store, identity, {}, {"sha256": digests.sha256}, time.perf_counter() - started)
     advance(STAGE)
-    return PackedCheckpoint(output, sha256, step)
+    return PackedCheckpoint(output, digests.sha256, digests.files, step)
 
 
-def _digest_at(output: str) -> str | None:
-    """The digest of the checkpoint in a folder, None if there is none that can be read."""
+def _digests_at(output: str) -> dict[str, str]:
+    """The files of the checkpoint in a folder; none if it cannot be read."""
     if not Path(output).is_dir():
-        return None
+        return {}
     try:
-        return Checkpoint.open(output).digest()
+        return Checkpoint.open(output).digests().files
     except InputError:
-        return None
+        return {}

@@ -1,54 +1,48 @@
-"""Where models run, and the slots that keep two of them off one GPU."""
+"""Where models run, and the slot that keeps two of them off one GPU."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
-from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-GPU_SLOT = "bivlm-gpu"
+from bivlm.stores.location import cache_folder
+from tasks.locks import one_at_a_time
 
 
 @dataclass(frozen=True)
 class Device:
-    """`place` is what torch calls it ("cpu", "cuda"), `kind` what enters keys: results differ between kinds."""
+    """`place` is what torch calls it ("cpu", "cuda"), `kind` what enters keys: results differ between kinds.
+
+    `unit` tells the GPUs of one kind apart.
+    """
 
     place: str
     kind: str
+    unit: str = ""
 
 
 def choose_device() -> Device:
     """The GPU if there is one, else the CPU."""
     if torch.cuda.is_available():
-        return Device("cuda", torch.cuda.get_device_name())
+        return Device("cuda", torch.cuda.get_device_name(), str(torch.cuda.get_device_properties(0).uuid))
     return Device("cpu", "cpu")
-
-
-def provide_gpu_slot(device: Device) -> None:
-    """Make sure that the limit `GPU_SLOT` exists where a GPU is used; a limit that somebody has set stays as it is."""
-    if device.place == "cpu":
-        return
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(GPU_SLOT)
-        except ObjectNotFound:
-            try:
-                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_SLOT, limit=1))
-            except ObjectAlreadyExists:
-                return
 
 
 @contextmanager
 def gpu_slot(device: Device) -> Iterator[None]:
-    """Hold the GPU while a model is on it; nothing is held on the CPU."""
+    """Hold the GPU within this block, waiting for whoever holds it; nothing is held on the CPU.
+
+    A lock of this machine, not a limit of Prefect's server: a GPU belongs to a machine, and a killed run lets go of a
+    lock at once. A limit on the server stays taken until its lease runs out, and for ever where a temporary server died
+    with the run.
+    """
     if device.place == "cpu":
         yield
         return
-    with concurrency(GPU_SLOT, occupy=1, strict=True):
+    name = re.sub(r"[^\w.-]+", "-", f"gpu-{device.kind}-{device.unit}")
+    with one_at_a_time(cache_folder() / "locks" / f"{name}.lock"):
         yield

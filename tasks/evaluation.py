@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+import torch
 from prefect import task
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -56,12 +57,11 @@ def evaluate_checkpoint(
                 advance(STAGE, answered - shown)
                 shown = answered
 
-        with gpu_slot(device):
-            model, processor = _loaded(folder, sha256, device.place)
-            result = smaller_after_out_of_memory(
-                lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
-                default_batch_size(model),
-            )
+        model, processor = _loaded(folder, sha256, device)
+        result = smaller_after_out_of_memory(
+            lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
+            default_batch_size(model),
+        )
         write_outcomes(result.outcomes, place / OUTCOMES_FILE)
         return {**result.record(), "benchmark_sha256": questions.digest, "name": questions.name}
 
@@ -119,22 +119,54 @@ def measure_divergence(
 
 
 def forget_models() -> None:
-    """Let go of the model that is held between the tasks of a run."""
-    _loaded.cache_clear()
+    """Let go of the model that is held between the tasks of a run, and of the GPU with it."""
+    with _guard:
+        _held.clear()
 
 
 @contextmanager
 def _asked(
     folder: str, sha256: str, calibration: Done, device: Device, store: Workspace
 ) -> Iterator[tuple[PreTrainedModel, ProcessorMixin, list[Conversation]]]:
-    """Model, processor and the calibration samples; the device is held within the block."""
-    with store.scratch() as samples, gpu_slot(device):
+    """Model, processor and the calibration samples."""
+    with store.scratch() as samples:
         conversations = load_samples(store.fetch_folder(calibration.record.outputs, samples))
-        yield *_loaded(folder, sha256, device.place), conversations
+        yield *_loaded(folder, sha256, device), conversations
 
 
-@lru_cache(maxsize=1)
-def _loaded(folder: str, sha256: str, place: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    # One model is held between tasks: loading takes longer than asking a few questions. `sha256` makes a rewritten
-    # folder another model.
-    return load_model(folder, place)
+class _HeldModel:
+    """At most one model, and the GPU slot for as long as it is there."""
+
+    def __init__(self) -> None:
+        self._which: tuple[str, str, Device] | None = None
+        self._model: tuple[PreTrainedModel, ProcessorMixin] | None = None
+        self._slot = ExitStack()
+
+    def load(self, folder: str, sha256: str, device: Device) -> tuple[PreTrainedModel, ProcessorMixin]:
+        """The model of this folder; `sha256` makes a rewritten folder another model."""
+        wanted = (folder, sha256, device)
+        if self._which != wanted:
+            self.clear()
+            with ExitStack() as slot:
+                slot.enter_context(gpu_slot(device))
+                self._model = load_model(folder, device.place)
+                self._slot = slot.pop_all()
+            self._which = wanted
+        return self._model
+
+    def clear(self) -> None:
+        """Forget the model, then let go of the GPU."""
+        self._model = self._which = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._slot.close()
+
+
+# Loading takes longer than asking a few questions, so a model stays between the tasks of a run.
+_held = _HeldModel()
+_guard = Lock()
+
+
+def _loaded(folder: str, sha256: str, device: Device) -> tuple[PreTrainedModel, ProcessorMixin]:
+    with _guard:
+        return _held.load(folder, sha256, device)

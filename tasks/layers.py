@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,18 +26,20 @@ class Layer:
     """One linear layer on its way through the stages.
 
     Attributes:
-        folder, checkpoint: where the base checkpoint lies on this machine, and its digest.
+        folder: where the base checkpoint lies on this machine.
         name, disk_name, component, shape: as in `bivlm.checkpoint.Linear`.
+        weight_sha256: of the weight, as in `bivlm.checkpoint.Digests`. The key of what is made of the weight alone, so
+            that a new revision of the model is computed anew only where its weights are new.
         settings: what the recipe says about the layer, ready for JSON.
         statistics, plan: the steps of the stages before, once they are done.
     """
 
     folder: str
-    checkpoint: str
     name: str
     disk_name: str
     component: str
     shape: tuple[int, int]
+    weight_sha256: str
     settings: dict[str, Any]
     statistics: Done | None = None
     plan: Done | None = None
@@ -55,17 +57,17 @@ class Layer:
         return self.method.Settings.model_validate(self.settings)
 
 
-def layers_of(linears: Sequence[Linear], recipe: Recipe, folder: str, checkpoint: str) -> list[Layer]:
-    """The layers that the recipe compresses, in the order of `linears`."""
+def layers_of(linears: Sequence[Linear], recipe: Recipe, folder: str, tensors: Mapping[str, str]) -> list[Layer]:
+    """The layers that the recipe compresses, in the order of `linears`; `tensors` are the digests of the weights."""
     settings = recipe.canonical()["components"]
     return [
         Layer(
             folder,
-            checkpoint,
             linear.name,
             linear.disk_name,
             linear.component,
             linear.shape,
+            tensors[linear.disk_name],
             settings[linear.component],
         )
         for linear in linears

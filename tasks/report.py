@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from bivlm.bits import bits_of
+from bivlm.checkpoint import LINEAGE, REPORT
 from bivlm.identity import digest
 from bivlm.recipe import Recipe
+from bivlm.report_page import render
 from bivlm.stores.folder import write_atomically
 from tasks.checkpoint import Base
 from tasks.layers import Layer
 from tasks.steps import Done
 
-FILE = "compression_report.json"
+PAGE = "report.html"
 FORMAT = 1
 
 
@@ -53,19 +55,80 @@ def write_report(
         "peak_memory_bytes": peak_memory_bytes,
     }
     content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(Path(output) / FILE, lambda file: file.write(content.encode()))
+    write_atomically(Path(output) / REPORT, lambda file: file.write(content.encode()))
     return report
 
 
 def earlier_report(output: str, base: Base, recipe: Recipe) -> dict[str, Any] | None:
     """The report in `output` if it is about this base model, recipe and code; else None."""
     try:
-        report = json.loads((Path(output) / FILE).read_text(encoding="utf-8"))
+        report = json.loads((Path(output) / REPORT).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     expected = {"format": FORMAT, "recipe_sha256": digest(recipe.canonical()), "code_version": code_version()}
     same = isinstance(report, dict) and all(report.get(key) == value for key, value in expected.items())
     return report if same and report.get("base_model", {}).get("sha256") == base.sha256 else None
+
+
+def write_page(
+    output: str,
+    report: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    layers: list[dict[str, Any]],
+    points: list[dict[str, Any]],
+    chance: dict[str, float],
+) -> None:
+    """Write `report.html` beside the packed checkpoint: the report, the lineage record and every figure on one page.
+
+    A page that is there already stays if it says the same.
+    """
+    lineage = json.loads((Path(output) / LINEAGE).read_text(encoding="utf-8"))
+    # The steps stay in the record: there are hundreds.
+    shown = {key: value for key, value in lineage.items() if key not in ("format", "recipe", "layers", "steps")}
+    page = render(report, shown, evaluation, points, layers, chance=chance).encode()
+    file = Path(output) / PAGE
+    if not file.is_file() or file.read_bytes() != page:
+        write_atomically(file, lambda stream: stream.write(page))
+
+
+def points_for_figures(
+    base: Base,
+    recipe: Recipe,
+    report: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    others: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Full precision, this run and `others`, as `bivlm.figures.accuracy_against_bits` draws them."""
+    if evaluation is None:
+        return []
+
+    def accuracy(role: str) -> dict[str, float]:
+        return {task: figures["metrics"]["accuracy"] for task, figures in evaluation[role].items()}
+
+    weights = sum(linear.size for linear in base.linears)
+    full_bits = sum(8 * linear.dtype.itemsize * linear.size for linear in base.linears) / weights
+    full = {"label": "full precision", "stored_bits": full_bits, "kl": 0.0, "this_run": False}
+    this = {"label": recipe.name, "stored_bits": report["bits"]["linears"]["stored"], "kl": evaluation["kl"]}
+    return [
+        full | {"accuracy": accuracy("full_precision")},
+        *(point for point in others if point["label"] != recipe.name),
+        this | {"this_run": True, "accuracy": accuracy("packed")},
+    ]
+
+
+def layers_for_figures(
+    report: dict[str, Any], layers: Sequence[Layer], curves: dict[str, Done]
+) -> list[dict[str, Any]]:
+    """The report's layers with what only pictures need: mean, std, histogram, and error by p_max where it is known."""
+    described = {layer["name"]: layer for layer in report["layers"]}
+    return [
+        {
+            **described[layer.name],
+            **{key: layer.statistics.record.figures[key] for key in ("mean", "std", "histogram")},
+            "error_by_p_max": curves[layer.name].record.figures["error_by_p_max"] if layer.name in curves else None,
+        }
+        for layer in layers
+    ]
 
 
 def _layer(layer: Layer, shard: Done) -> dict[str, Any]:

@@ -25,11 +25,13 @@ def measure_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     checkpoint = Checkpoint.open(chunk[0].folder)
 
     def identity(layer: Layer) -> dict[str, Any]:
-        inputs = {"checkpoint": layer.checkpoint, "tensor": layer.disk_name}
+        inputs = {"weight": layer.weight_sha256}
         return step_identity(STAGE, statistics.VERSION, inputs, {"tail_share": _tail_share(layer)}, exact=True)
 
     def measure(layer: Layer, folder: Path) -> dict[str, Any]:
-        measured = LayerStatistics.measure(checkpoint.read(layer.disk_name), _tail_share(layer), layer.name)
+        measured = LayerStatistics.measure(
+            checkpoint.read(layer.disk_name, layer.weight_sha256), _tail_share(layer), layer.name
+        )
         measured.save(folder / FILE)
         return measured.summary()
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from scipy import stats
 
 from bivlm.errors import InputError
 from bivlm.quantiles import cut_offs, group
-from bivlm.statistics import LayerStatistics, magnitude_patterns, pattern_values
+from bivlm.statistics import HISTOGRAM_EDGES, LayerStatistics, magnitude_patterns, pattern_values
 
 
 def weight_of(dtype, seed=0, shape=(60, 70)):
@@ -113,3 +114,25 @@ def test_groups_partition_the_unsalient_weights():
 def test_what_is_no_weight_matrix_is_refused_by_name(weight, message):
     with pytest.raises(InputError, match=message):
         LayerStatistics.measure(weight, 0.05, "q_proj")
+
+
+def test_the_file_has_the_same_bytes_every_time(tmp_path):
+    statistics = LayerStatistics.measure(weight_of(torch.bfloat16), 0.02)
+    contents = set()
+    for _ in range(20):
+        statistics.save(tmp_path / "layer.safetensors")
+        contents.add((tmp_path / "layer.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
+def test_the_histogram_counts_the_signed_weights_between_its_edges():
+    weight = weight_of(torch.bfloat16)
+    statistics = LayerStatistics.measure(weight, 0.0)
+    values = weight.double().numpy().ravel()
+    standardised = (values - values.mean()) / values.std()
+    expected = [
+        np.sum((standardised > low) & (standardised <= high))
+        for low, high in pairwise([-np.inf, *HISTOGRAM_EDGES, np.inf])
+    ]
+    assert statistics.histogram().tolist() == expected
+    assert sum(statistics.summary()["histogram"]) == weight.numel()

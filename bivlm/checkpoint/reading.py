@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,20 +14,22 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from bivlm.checkpoint.tensor_file import CHUNK_BYTES, TensorEntry, read_entries, read_tensor
+from bivlm.checkpoint.tensor_file import TensorEntry, digest_file, read_entries, read_tensor
 from bivlm.errors import InputError
+from bivlm.identity import file_digest
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 REPORT = "compression_report.json"
+LINEAGE = "lineage.json"
 QUANT_METHOD = "bivlm"
 FORMAT = 1  # of the packed checkpoint
 
 # Files that a model needs beside its weights: configs, tokenizer, processor, chat template.
 _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
 _TEMPLATES = "additional_chat_templates"
-_NOT_SIDE_FILES = {CONFIG, WEIGHTS_INDEX, REPORT, "pytorch_model.bin.index.json", "trainer_state.json"}
+_NOT_SIDE_FILES = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, "pytorch_model.bin.index.json", "trainer_state.json"}
 _LICENCES = ("license", "licence", "notice", "use_policy")
 _REFUSALS = {401, 403, 404}  # no access, no such model, no such revision
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -105,24 +108,52 @@ class Checkpoint:
             file for file in self.folder.iterdir() if file.is_file() and file.name.lower().startswith(_LICENCES)
         )
 
-    def read(self, disk_name: str) -> torch.Tensor:
-        """The tensor called `disk_name` on disk; raises `InputError` if there is none."""
+    def read(self, disk_name: str, sha256: str | None = None) -> torch.Tensor:
+        """The tensor called `disk_name` on disk; raises `InputError` if there is none, or if it is not of `sha256`."""
         try:
             entry = self.entries[disk_name]
         except KeyError:
             raise InputError(f"checkpoint {self.folder}: no tensor {disk_name}") from None
-        return read_tensor(entry)
+        return read_tensor(entry, sha256)
+
+    def digests(self) -> Digests:
+        """sha256 of the checkpoint's files and tensors; every file is streamed once."""
+        files = {CONFIG: file_digest(self.folder / CONFIG)}
+        files |= {self._name(file): file_digest(file) for file in self.side_files}
+        tensors: dict[str, str] = {}
+        for file in self.weight_files:
+            inside = [entry for entry in self.entries.values() if entry.file == file]
+            files[self._name(file)], of_file = digest_file(file, inside)
+            tensors |= of_file
+        return Digests(dict(sorted(files.items())), tensors)
 
     def digest(self) -> str:
-        """sha256 of what the checkpoint is: weight files, config, tokenizer and processor files.
+        """sha256 of what the checkpoint is, wherever it lies: see `Digests`."""
+        return self.digests().sha256
 
-        Names within the folder and contents enter, the folder's own path does not. Files are streamed.
-        """
-        total = hashlib.sha256(b"bivlm checkpoint 1\n")
-        files = {file.relative_to(self.folder).as_posix(): file for file in (*self.weight_files, *self.side_files)}
-        for name, file in sorted({CONFIG: self.folder / CONFIG, **files}.items()):
-            total.update(f"{_file_sha256(file)} {name}\n".encode())
-        return total.hexdigest()
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
+
+@dataclass(frozen=True)
+class Digests:
+    """sha256 of what a checkpoint is: its weights, config, tokenizer and processor files, and every tensor, by name."""
+
+    files: dict[str, str]
+    tensors: dict[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """One over all files, names included; where the folder lies does not enter."""
+        return digest_of_files(self.files)
+
+
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """One sha256 over names and sha256 of files."""
+    total = hashlib.sha256(b"bivlm checkpoint 1\n")
+    for name, sha256 in sorted(digests.items()):
+        total.update(f"{sha256} {name}\n".encode())
+    return total.hexdigest()
 
 
 def check_quantization(format: Any, packed: Any, source: str | Path) -> dict[str, int]:
@@ -227,11 +258,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def _file_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ Format: https://huggingface.co/docs/safetensors#format
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,8 +100,12 @@ def read_entries(file: Path) -> list[TensorEntry]:
     return entries
 
 
-def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """The tensor, alone in memory; raises `InputError` naming it for an unknown dtype or a file that ends early."""
+def read_tensor(entry: TensorEntry, sha256: str | None = None) -> torch.Tensor:
+    """The tensor, alone in memory.
+
+    Raises `InputError` naming it for an unknown dtype, a file that ends early, or bytes that are not those of `sha256`
+    (as `digest_file` gives it).
+    """
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
         raise InputError(f"{entry.name} in {entry.file}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
@@ -108,7 +113,39 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.begin)
         _read_into(stream, memoryview(raw.numpy()), entry)
+    if sha256 is not None:
+        found = tensor_hash(entry.dtype, entry.shape)
+        found.update(raw.numpy())
+        if found.hexdigest() != sha256:
+            raise InputError(
+                f"{entry.name} in {entry.file}: other bytes than when the checkpoint was opened (sha256 "
+                f"{found.hexdigest()}, expected {sha256}); do not change it while it is compressed"
+            )
     return raw.view(dtype).reshape(entry.shape)
+
+
+def digest_file(file: Path, entries: Iterable[TensorEntry]) -> tuple[str, dict[str, str]]:
+    """sha256 of the file's bytes, and of each of its tensors by name (`tensor_hash`), in one read.
+
+    `entries` are all of the file's tensors; there is nothing but its header before the first and between them.
+    """
+    of_file = hashlib.sha256()
+    of_tensors = {}
+    ordered = sorted(entries, key=lambda entry: entry.begin)
+    with file.open("rb") as stream:
+        of_file.update(stream.read(ordered[0].data_begin if ordered else -1))
+    for entry in ordered:
+        of_tensor = tensor_hash(entry.dtype, entry.shape)
+        for chunk in tensor_chunks(entry):
+            of_file.update(chunk)
+            of_tensor.update(chunk)
+        of_tensors[entry.name] = of_tensor.hexdigest()
+    return of_file.hexdigest(), of_tensors
+
+
+def tensor_hash(dtype: str, shape: Sequence[int]) -> hashlib._Hash:
+    """The beginning of a tensor's sha256: dtype (the format's name) and shape; its bytes are to follow."""
+    return hashlib.sha256(f"{dtype} {'x'.join(map(str, shape))}\n".encode())
 
 
 def tensor_chunks(entry: TensorEntry) -> Iterator[memoryview]:

@@ -58,6 +58,10 @@ class Benchmark(ABC):
         """Figures of the set beside accuracy, from the columns that `bivlm.evaluation.outcomes.COLUMNS` names."""
         return category_accuracies(outcomes)
 
+    def chance(self) -> float | None:
+        """Percent that an answer without looking scores; None where nobody knows."""
+        return None
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the kind, its version, and the content of every question and picture: for step keys."""

@@ -74,6 +74,10 @@ class ReferenceSet(Benchmark):
         return {**figures, "unreadable": unreadable}
 
 
+    def chance(self) -> float:
+        return chance(self.name)
+
+
 @cache
 def _once(name: str, count: int) -> ReferenceSet:
     """One object a set, so that its pictures are drawn once for the digest, however many models are evaluated."""

@@ -4,9 +4,10 @@ Every function finds what an earlier attempt has already written and adds only w
 tried again, and a request that was fulfilled before leaves no second trace.
 """
 
+from tasks.tracking.documents import log_documents, other_points
 from tasks.tracking.models import ALIAS, log_base_model, log_model, register
 from tasks.tracking.record import log_comparison, log_compression, log_evaluation
-from tasks.tracking.run import Tracking, ends_run, find_or_create_run, request_digest, run_page, ui_command
+from tasks.tracking.run import Tracking, ends_run, find_or_create_run, public_uri, request_digest, run_page, ui_command
 
 STAGE = "registration"
 
@@ -19,8 +20,11 @@ __all__ = [
     "log_base_model",
     "log_comparison",
     "log_compression",
+    "log_documents",
     "log_evaluation",
     "log_model",
+    "other_points",
+    "public_uri",
     "register",
     "request_digest",
     "run_page",

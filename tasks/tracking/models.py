@@ -11,6 +11,7 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from prefect import task
 
@@ -31,11 +32,13 @@ SERVED_MODEL = Path(__file__).parents[1] / "served_model.py"
 @task(name="log-model", **OVER_NETWORK)
 def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha256: str) -> str:
     """The packed checkpoint as a logged model that `mlflow.pyfunc.load_model` really loads; returns its id."""
-    found = _find_model(tracking, {REQUEST_TAG: tracking.request, PACKED_TAG: sha256})
-    if found is not None:
-        return found
+    tags = {REQUEST_TAG: tracking.request, PACKED_TAG: sha256}
+    for model in _models(tracking, tags):
+        if model.status == LoggedModelStatus.READY:
+            return model.model_id
+        tracking.client.delete_logged_model(model.model_id)  # an attempt that was killed while it logged
     # MLflow ends the run that it logs a model in; the parent goes on.
-    with _fluent(tracking), mlflow.start_run(run_id=tracking.run_id):
+    with fluent(tracking.uri), mlflow.start_run(run_id=tracking.run_id):
         logged = mlflow.pyfunc.log_model(
             name=registered_name(base.model, recipe.name),
             python_model=str(SERVED_MODEL),
@@ -52,18 +55,19 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
 @task(name="log-base-model", **OVER_NETWORK)
 def log_base_model(tracking: Tracking, base: Base) -> str:
     """The full-precision model as a logged model without files, so that its metrics have something to belong to."""
-    found = _find_model(tracking, {BASE_TAG: base.sha256, ROLE_TAG: "full precision"})
-    if found is not None:
-        return found
-    tags = {BASE_TAG: base.sha256, ROLE_TAG: "full precision", "bivlm.base.id": base.model.id}
+    tags = {BASE_TAG: base.sha256, ROLE_TAG: "full precision"}
+    for model in _models(tracking, tags):
+        if model.status != LoggedModelStatus.READY:
+            tracking.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        return model.model_id
     model = tracking.client.create_logged_model(
         tracking.experiment_id,
         name=f"{model_name(base.model)}-full-precision",
         source_run_id=tracking.run_id,
-        tags=tags,
+        tags=tags | {"bivlm.base.id": base.model.id},
         model_type="full precision",
     )
-    tracking.client.finalize_logged_model(model.model_id, "READY")
+    tracking.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return model.model_id
 
 
@@ -78,7 +82,7 @@ def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str) -> t
         tags = {**lineage_tags(base, recipe, tracking.request), "bivlm.model_id": model_id}
         _make_registered_model(client, name)
         source = f"models:/{model_id}"
-        with _fluent(tracking):  # a registry in a database looks the source up without a client
+        with fluent(tracking.uri):  # a registry in a database looks the source up without a client
             made = client.create_model_version(name, source, tracking.run_id, tags=tags, model_id=model_id)
         version = int(made.version)
     # A tracking server writes this link from the logged model's page itself, a database does not.
@@ -89,14 +93,14 @@ def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str) -> t
 
 
 @contextmanager
-def _fluent(tracking: Tracking) -> Iterator[None]:
-    """Within this block MLflow's functions without a client track at `tracking.uri`.
+def fluent(uri: str) -> Iterator[None]:
+    """Within this block MLflow's functions without a client track at `uri`.
 
     `mlflow.set_tracking_uri` also writes MLFLOW_TRACKING_URI, which would send the next compression of this process to
     the tracking store of this one.
     """
     configured = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(tracking.uri)
+    mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
@@ -117,12 +121,13 @@ def _make_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _find_model(tracking: Tracking, tags: dict[str, str]) -> str | None:
-    """The id of the logged model with these tags, if it was logged to its end."""
+def _models(tracking: Tracking, tags: dict[str, str]) -> list[LoggedModel]:
+    """The logged models with these tags, oldest first."""
     condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    models = tracking.client.search_logged_models([tracking.experiment_id], filter_string=condition)
-    ready = [model.model_id for model in models if str(model.status) == "READY"]
-    return ready[-1] if ready else None
+    oldest_first = [{"field_name": "creation_time", "ascending": True}]
+    return tracking.client.search_logged_models(
+        [tracking.experiment_id], filter_string=condition, order_by=oldest_first
+    )
 
 
 def _signature() -> mlflow.models.ModelSignature:

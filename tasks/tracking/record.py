@@ -16,6 +16,7 @@ from bivlm.identity import digest
 from tasks.naming import slug
 from tasks.policy import OVER_NETWORK
 from tasks.steps import Done, open_workspace
+from tasks.tracking.documents import BENCHMARKS_TAG, benchmarks_digest
 from tasks.tracking.run import REQUEST_TAG, ROLE_TAG, Tracking, find_run
 
 PACKED_TAG = "bivlm.packed.sha256"
@@ -127,6 +128,7 @@ def log_comparison(
 ) -> None:
     """What the parent run says at a glance: accuracies of both models, and the divergence (linked to the model)."""
     client = tracking.client
+    client.set_tag(tracking.run_id, BENCHMARKS_TAG, benchmarks_digest(packed))
     known = client.get_run(tracking.run_id).data.metrics
     metrics = {
         f"{role}/{slug(benchmark)}/accuracy": done.record.figures["metrics"]["accuracy"]

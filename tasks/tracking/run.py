@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,23 +44,39 @@ class Tracking:
 
 
 def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
-    """(tracking URI, artifact root): ``MLFLOW_TRACKING_URI`` with its own artifacts, else files in the workspace."""
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+    """(tracking URI, artifact root): ``MLFLOW_TRACKING_URI``, else a database file in the workspace.
+
+    A tracking server knows where its artifacts go (None). A database alone does not: they go into the workspace, be it
+    a folder or in S3.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.local / 'mlflow.db'}"
+    if _is_server(uri):
         return uri, None
-    return f"sqlite:///{workspace.local / 'mlflow.db'}", (workspace.local / "mlflow-artifacts").as_uri()
+    if workspace.url.startswith("s3://"):
+        return uri, f"{workspace.url}/mlflow-artifacts"
+    return uri, (workspace.local / "mlflow-artifacts").as_uri()
+
+
+def public_uri(uri: str) -> str:
+    """`uri` without the user name and password that it may hold: for people, files and logs."""
+    scheme, separator, rest = uri.partition("://")
+    place, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{place.rpartition('@')[2]}{slash}{path}"
 
 
 def ui_command(uri: str) -> str:
     """The command that starts the MLflow UI on what was tracked at `uri`; a server already shows its own."""
     if _is_server(uri):
-        return f"open {uri}"
+        return f"open {public_uri(uri)}"
+    if public_uri(uri) != uri:
+        return "mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI"
     program = "mlflow" if shutil.which("mlflow") else shlex.quote(str(Path(sys.executable).with_name("mlflow")))
     return f"{program} ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def run_page(tracking: Tracking) -> str:
     """Where the UI shows the parent run."""
-    address = tracking.uri.rstrip("/") if _is_server(tracking.uri) else "http://127.0.0.1:5000"
+    address = public_uri(tracking.uri).rstrip("/") if _is_server(tracking.uri) else "http://127.0.0.1:5000"
     return f"{address}/#/experiments/{tracking.experiment_id}/runs/{tracking.run_id}"
 
 
@@ -108,7 +124,9 @@ def ends_run(tracking: Tracking) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        close_run(tracking, failed=True)
+        # A tracking server that is gone, too, must not hide what went wrong; the next attempt takes the run up.
+        with suppress(MlflowException):
+            close_run(tracking, failed=True)
         raise
     close_run(tracking)
 

@@ -1,5 +1,6 @@
 """A checkpoint folder is opened as it is or refused with the name of what is wrong."""
 
+import hashlib
 import json
 import shutil
 import socket
@@ -222,3 +223,28 @@ def test_a_hub_that_cannot_be_reached_is_no_bad_input(tmp_path, monkeypatch):
     monkeypatch.setattr("bivlm.checkpoint.reading.snapshot_download", download)
     with pytest.raises(ConnectionError, match="the hub cannot be reached for maker/llava"):
         resolve_model("maker/llava")
+
+
+def test_digests_are_those_of_files_and_of_tensors_with_dtype_and_shape(sharded):
+    checkpoint = Checkpoint.open(sharded)
+    digests = checkpoint.digests()
+    for name, sha256 in digests.files.items():
+        assert sha256 == hashlib.sha256((sharded / name).read_bytes()).hexdigest()
+    assert set(digests.tensors) == set(checkpoint.entries)
+    for file in checkpoint.weight_files:
+        for name, tensor in load_file(file).items():
+            shape = "x".join(str(size) for size in tensor.shape)
+            content = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            assert tensor.dtype == torch.bfloat16
+            assert digests.tensors[name] == hashlib.sha256(f"BF16 {shape}\n".encode() + content).hexdigest()
+
+
+def test_a_tensor_that_changed_since_it_was_hashed_is_refused(tiny_llava, folder):
+    sha256 = Checkpoint.open(folder).digests().tensors
+    name, entry = next((n, e) for n, e in Checkpoint.open(folder).entries.items() if len(e.shape) == 2)
+    assert torch.equal(Checkpoint.open(folder).read(name, sha256[name]), Checkpoint.open(folder).read(name))
+    content = bytearray(entry.file.read_bytes())
+    content[entry.begin] ^= 1
+    entry.file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} in .*: other bytes than when the checkpoint was opened"):
+        Checkpoint.open(folder).read(name, sha256[name])

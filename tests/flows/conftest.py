@@ -114,10 +114,9 @@ class Compression:
         return [record for record in records if record["identity"]["stage"] == stage]
 
     def weights(self) -> dict[str, bytes]:
-        """The files of the packed checkpoint, the report left out because it says how long things took."""
-        return {
-            path.name: path.read_bytes() for path in self.output.iterdir() if path.name != "compression_report.json"
-        }
+        """The files of the packed checkpoint, without those that say when, where and in how long it was made."""
+        about_the_run = {"compression_report.json", "lineage.json", "report.html"}
+        return {path.name: path.read_bytes() for path in self.output.iterdir() if path.name not in about_the_run}
 
 
 @pytest.fixture(scope="session")
@@ -165,9 +164,8 @@ def compressed_copy(compressed, tmp_path) -> Compression:
 @pytest.fixture
 def counted(monkeypatch):
     """How often each stage really worked, by stage and layer."""
-    from bivlm.methods.bivlm import BiVLM
     from bivlm.statistics import LayerStatistics
-    from tasks import binarization, evaluation
+    from tasks import binarization, evaluation, grouping, saliency
 
     calls: dict[str, list[str]] = {"statistics": [], "plan": [], "pack": [], "evaluation": [], "divergence": []}
 
@@ -178,9 +176,15 @@ def counted(monkeypatch):
 
         return wrapped
 
-    measure = LayerStatistics.measure
-    monkeypatch.setattr(LayerStatistics, "measure", counting("statistics", measure, lambda w, share, name: name))
-    monkeypatch.setattr(BiVLM, "plan", counting("plan", BiVLM.plan))
+    class Measured(LayerStatistics):
+        measure = staticmethod(counting("statistics", LayerStatistics.measure, lambda w, share, name: name))
+
+    class Planned(LayerStatistics):
+        load = staticmethod(counting("plan", LayerStatistics.load))
+
+    # Where the stages look them up, because error curves measure and plan as well.
+    monkeypatch.setattr(saliency, "LayerStatistics", Measured)
+    monkeypatch.setattr(grouping, "LayerStatistics", Planned)
     pack = binarization.pack_layer
     monkeypatch.setattr(binarization, "pack_layer", counting("pack", pack, lambda w, plan, name: name))
     monkeypatch.setattr(evaluation, "evaluate", counting("evaluation", evaluation.evaluate))

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -164,6 +165,22 @@ def test_a_changed_component_is_the_only_one_that_is_computed_again(compressed_c
     assert len(counted["evaluation"]) == 1  # full precision is known
     after = packed_tensors(compressed_copy.place / "other")
     assert {name for name in before if before[name] != after[name]} == {linear.disk_name for linear in adaptor}
+
+
+def test_a_revised_base_model_is_computed_again_where_its_weights_are_new(compressed_copy, counted, tmp_path):
+    revised = tmp_path / "llava"
+    shutil.copytree(compressed_copy.model, revised)
+    tensors = load_file(revised / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name] += 0.25
+    save_file(tensors, revised / "model.safetensors", metadata={"format": "pt"})
+    before = packed_tensors(compressed_copy.output)
+    compressed_copy.run(model=str(revised), output=str(compressed_copy.place / "other"))
+    (layer,) = counted["statistics"]
+    assert layer.endswith("layers.1.mlp.up_proj")
+    assert (counted["pack"], len(counted["plan"]), len(counted["evaluation"])) == ([layer], 1, 2)
+    after = packed_tensors(compressed_copy.place / "other")
+    assert {changed for changed in before if before[changed] != after[changed]} == {name}
 
 
 def test_a_damaged_object_is_made_again(compressed_copy, counted):

@@ -1,5 +1,9 @@
 """What the flow asks of Prefect: retries, chunks after memory ran out, slots for the GPU."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,7 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from bivlm.errors import InputError
 from bivlm.workspace import StepRecord
 from flows.compress import _in_chunks
-from tasks.device import Device, gpu_slot, provide_gpu_slot
+from tasks.device import Device, gpu_slot
 from tasks.layers import Layer
 from tasks.policy import OVER_NETWORK
 from tasks.steps import Done
@@ -56,7 +60,7 @@ def test_bad_input_is_tried_once():
 
 
 def layer(name, weights=1 << 18):
-    return Layer("", "", name, "", "vision", (weights, 1), {})
+    return Layer("", name, "", "vision", (weights, 1), "", {})
 
 
 def test_a_chunk_that_does_not_fit_is_done_in_smaller_ones():
@@ -91,26 +95,55 @@ def test_a_layer_that_does_not_fit_alone_ends_the_run():
         run()
 
 
-def test_one_gpu_is_held_by_one_task_at_a_time():
-    device, inside, most = Device("cuda", "any GPU"), [], []
+DEVICE = Device("cuda", "any GPU", "0")
+
+HOLDER = """
+import os, signal, sys
+from tasks.device import Device, gpu_slot
+with gpu_slot(Device("cuda", "any GPU", "0")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_gpu_is_held_by_one_task_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("BIVLM_CACHE", str(tmp_path))
+    inside, most = [], []
     lock = threading.Lock()
 
-    @task
     def work():
-        with gpu_slot(device):
+        with gpu_slot(DEVICE):
             with lock:
                 inside.append(1)
                 most.append(len(inside))
-            time.sleep(0.2)
+            time.sleep(0.1)
             with lock:
                 inside.pop()
 
-    @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
-    def run():
-        provide_gpu_slot(device)
-        provide_gpu_slot(device)  # a limit that is there already is no error
-        for future in [work.submit(), work.submit()]:
-            future.result()
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
 
-    run()
-    assert most == [1, 1]
+
+def test_a_gpu_held_by_a_killed_run_is_free_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("BIVLM_CACHE", str(tmp_path))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert holder.stdout.readline() == b"held\n"
+    taken = threading.Event()
+
+    def wait():
+        with gpu_slot(DEVICE):
+            taken.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not taken.wait(0.5)
+    os.killpg(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert taken.wait(5)
+    thread.join()

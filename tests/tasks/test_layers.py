@@ -9,7 +9,7 @@ SIZES = st.lists(st.integers(1, 2 * CHUNK_WEIGHTS), min_size=1, max_size=40)
 
 
 def layers(sizes):
-    return [Layer("", "", f"layer {i}", "", "vision", (size, 1), {}) for i, size in enumerate(sizes)]
+    return [Layer("", f"layer {i}", "", "vision", (size, 1), "", {}) for i, size in enumerate(sizes)]
 
 
 @given(SIZES, st.integers(1, 8))

@@ -1,0 +1,92 @@
+"""The lineage record of a packed checkpoint, written beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bivlm.checkpoint import LINEAGE
+from bivlm.environment import code, hardware, packages
+from bivlm.errors import InputError
+from bivlm.identity import digest
+from bivlm.lineage import BaseModelFiles, Files, Lineage, read_lineage
+from bivlm.recipe import Recipe
+from bivlm.stores.folder import write_atomically
+from tasks.checkpoint import Base, PackedCheckpoint
+from tasks.layers import Layer
+from tasks.steps import Done
+
+# What differs between two runs that did the same thing, where a workspace may have been moved in between.
+_CIRCUMSTANCES = {
+    "created": True,
+    "code": True,
+    "packages": True,
+    "hardware": True,
+    "workspace": True,
+    "tracking": {"uri"},
+}
+
+
+def write_lineage(
+    base: Base,
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    shards: dict[str, Done],
+    calibration: Done,
+    packed: PackedCheckpoint,
+    evaluations: dict[str, Done],
+    tracking: dict[str, str],
+    workspace: str,
+) -> Lineage:
+    """Write `lineage.json` beside the packed checkpoint, unless the one that lies there says the same.
+
+    `evaluations` are the steps that measured either model, by what they measured; the code, packages and hardware are
+    those of the run that wrote the record, while each step names its own.
+    """
+    canonical = recipe.canonical()
+    by_stage = {
+        layer.name: {"statistics": layer.statistics, "plan": layer.plan, "pack": shards[layer.name]} for layer in layers
+    }
+    steps = [calibration, packed.step, *evaluations.values()]
+    steps += [step for stages in by_stage.values() for step in stages.values()]
+    lineage = Lineage(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        base_model=BaseModelFiles(
+            id=base.model.id,
+            revision=base.model.revision,
+            sha256=base.sha256,
+            files=base.digests.files,
+            tensors={layer.disk_name: layer.weight_sha256 for layer in layers},
+        ),
+        recipe=canonical,
+        recipe_sha256=digest(canonical),
+        code=code(),
+        packages=packages(),
+        hardware=hardware(),
+        workspace=workspace,
+        calibration=calibration.key,
+        layers={name: {stage: step.key for stage, step in stages.items()} for name, stages in by_stage.items()},
+        checkpoint=packed.step.key,
+        packed=Files(sha256=packed.sha256, files=dict(packed.files)),
+        evaluations={name: step.key for name, step in evaluations.items()},
+        tracking=tracking,
+        steps={step.key: step.record for step in steps},
+    )
+    earlier = _earlier(packed.folder)
+    if earlier is not None and _same(earlier, lineage):
+        return earlier
+    content = lineage.model_dump_json(indent=1) + "\n"
+    write_atomically(Path(packed.folder) / LINEAGE, lambda file: file.write(content.encode()))
+    return lineage
+
+
+def _earlier(folder: str) -> Lineage | None:
+    try:
+        return read_lineage(folder)
+    except InputError:
+        return None
+
+
+def _same(one: Lineage, other: Lineage) -> bool:
+    return one.model_dump(exclude=_CIRCUMSTANCES) == other.model_dump(exclude=_CIRCUMSTANCES)

@@ -1,0 +1,29 @@
+"""What only one process may do at a time, on one machine or on a disk that machines share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold the lock `file` within this block; `wait()` is called once if somebody else holds it.
+
+    The operating system lets go of the lock the moment its holder dies, however it dies, so no run has to be cleared
+    up after. Any thread may end the block.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

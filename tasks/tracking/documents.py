@@ -1,0 +1,87 @@
+"""What people read of a run: the page, the lineage record, the figures; and the runs to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from bivlm import figures
+from bivlm.checkpoint import LINEAGE
+from bivlm.identity import digest, file_digest
+from tasks.naming import slug
+from tasks.policy import OVER_NETWORK
+from tasks.report import PAGE
+from tasks.steps import Done
+from tasks.tracking.run import BASE_TAG, ROLE_TAG, Tracking
+
+BENCHMARKS_TAG = "bivlm.benchmarks"
+DOCUMENTS_TAG = "bivlm.documents"
+RUNS_READ = 1000
+
+
+def benchmarks_digest(evaluations: dict[str, Done]) -> str:
+    """Equal for two runs that asked the same questions."""
+    return digest({task: done.record.figures["benchmark_sha256"] for task, done in evaluations.items()})
+
+
+def other_points(tracking: Tracking, base_sha256: str, evaluations: dict[str, Done]) -> list[dict[str, Any]]:
+    """Stored bits, accuracy and KL of other finished compressions of this base model that answered the same questions.
+
+    The latest of every recipe, as `bivlm.figures.accuracy_against_bits` draws them.
+    """
+    if not evaluations:
+        return []
+    tags = {BASE_TAG: base_sha256, ROLE_TAG: "compression", BENCHMARKS_TAG: benchmarks_digest(evaluations)}
+    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    runs = tracking.client.search_runs(
+        [tracking.experiment_id], condition, max_results=RUNS_READ, order_by=["attributes.start_time ASC"]
+    )
+    latest = {}
+    for run in runs:
+        metrics = run.data.metrics
+        accuracy = {task: metrics.get(f"packed/{slug(task)}/accuracy") for task in evaluations}
+        if run.info.run_id != tracking.run_id and "bits/linears/stored" in metrics and None not in accuracy.values():
+            latest[run.data.tags.get("bivlm.recipe", run.info.run_name)] = {
+                "label": run.data.tags.get("bivlm.recipe", run.info.run_name),
+                "stored_bits": metrics["bits/linears/stored"],
+                "accuracy": accuracy,
+                "kl": metrics.get("kl"),
+                "this_run": False,
+            }
+    return list(latest.values())
+
+
+@task(name="log-documents", **OVER_NETWORK)
+def log_documents(
+    tracking: Tracking,
+    folder: str,
+    layers: list[dict[str, Any]],
+    points: list[dict[str, Any]],
+    chance: dict[str, float],
+) -> None:
+    """The page and the lineage record that lie in `folder`, and every figure, on the parent run."""
+    client = tracking.client
+    files = [Path(folder) / name for name in (PAGE, LINEAGE)]
+    state = digest([file_digest(file) for file in files])
+    if client.get_run(tracking.run_id).data.tags.get(DOCUMENTS_TAG) == state:
+        return
+    for file in files:
+        client.log_artifact(tracking.run_id, str(file))
+    for name, figure in _figures(layers, points, chance):
+        client.log_text(tracking.run_id, figures.svg(figure), f"figures/{name}.svg")
+    # Last, because it says that all of the above is there.
+    client.set_tag(tracking.run_id, DOCUMENTS_TAG, state)
+
+
+def _figures(
+    layers: list[dict[str, Any]], points: list[dict[str, Any]], chance: dict[str, float]
+) -> Iterator[tuple[str, Any]]:
+    yield "weight_histogram", figures.weight_histogram(layers)
+    yield "kl_per_layer", figures.kl_per_layer(layers)
+    yield "error_by_p_max", figures.error_by_p_max(layers)
+    yield "bits_and_error", figures.bits_and_error(layers)
+    if points:
+        yield "accuracy_against_bits", figures.accuracy_against_bits(points, chance)

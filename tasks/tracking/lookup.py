@@ -1,0 +1,51 @@
+"""A registered model version, back from MLflow."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from bivlm.errors import InputError
+from bivlm.workspace import Workspace
+from tasks.tracking.models import fluent
+from tasks.tracking.run import public_uri, tracking_place
+
+VERSION_FORMS = "NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION"
+_VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+
+
+def is_version(text: str) -> bool:
+    """Whether `text` has one of the forms `VERSION_FORMS`."""
+    return _VERSION.fullmatch(text) is not None
+
+
+def download_version(text: str, workspace: Workspace, folder: Path) -> Path:
+    """The packed checkpoint of a registered version, downloaded into `folder`; returns where it lies.
+
+    MLflow is found as a compression finds it: ``MLFLOW_TRACKING_URI``, else the database in the workspace. Raises
+    `InputError` if there is no such version.
+    """
+    match = _VERSION.fullmatch(text)
+    if match is None:
+        raise InputError(f"{text!r}: not a model version; expected {VERSION_FORMS}")
+    uri, _ = tracking_place(workspace)
+    client = MlflowClient(tracking_uri=uri)
+    try:
+        if match["alias"]:
+            version = client.get_model_version_by_alias(match["name"], match["alias"])
+        else:
+            version = client.get_model_version(match["name"], match["version"])
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise InputError(f"model version {text}: not in the registry at {public_uri(uri)}") from None
+    with fluent(uri):
+        found = Path(mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder)))
+    checkpoints = sorted(path.parent for path in (found / "artifacts").glob("*/config.json"))
+    if len(checkpoints) != 1:
+        raise InputError(f"model version {text}: holds no packed checkpoint; expected one that `bivlm compress` logged")
+    return checkpoints[0]

@@ -1,0 +1,57 @@
+"""Compressions in processes of their own, for tests that take something away from them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+# "ready" is said after the imports, which take longer than the work on the tiny model.
+SCRIPT = textwrap.dedent("""
+    import sys
+    from flows.quiet import quieten
+    quieten()
+    from flows.cli import main
+    import flows.compress, mlflow.pyfunc, transformers.models.llava.modeling_llava
+    print("ready", flush=True)
+    sys.exit(main(sys.argv[1:]))
+""")
+
+
+class Running:
+    """`bivlm compress` in a process group of its own, as far as it is ready to begin."""
+
+    def __init__(self, compression, workspace: str, log: Path, *options: str, **environment: str) -> None:
+        arguments = ["compress", "--model", str(compression.model), "--recipe", str(compression.recipe_file())]
+        arguments += ["--output", str(compression.output), "--workspace", workspace, *options]
+        self.log = log
+        # Into a file: nobody reads along, and a full pipe would hold the process up.
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, *arguments],
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                env={name: value for name, value in (os.environ | environment).items() if value},
+            )
+        assert self.process.stdout.readline() == "ready\n", self.errors()
+
+    def kill(self) -> bool:
+        """Kill the process group; whether it was still at work."""
+        at_work = self.process.poll() is None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+        return at_work
+
+    def end(self, timeout: float = 300) -> int:
+        """Wait until it ends by itself; returns the exit code."""
+        self.printed, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode
+
+    def errors(self) -> str:
+        """What it has written to stderr."""
+        return self.log.read_text()

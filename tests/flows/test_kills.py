@@ -1,0 +1,109 @@
+"""A compression killed at random moments, again and again, ends as one that was left in peace."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from bivlm.lineage import find_workspace, read_lineage, verify
+from flows.cli import DONE
+from tasks.steps import open_workspace
+from tests.flows.running import Running
+from tests.servers import s3_files, s3_server  # noqa: F401  fixtures
+
+FAST_KILLS, SLOW_KILLS = 1, 20
+
+
+def steps_in(folder: Path) -> dict[str, bytes]:
+    """The records of finished steps as they are stored."""
+    return {path.name: path.read_bytes() for path in (folder / "steps").glob("*.json")}
+
+
+def kill_again_and_again(compression, workspace: str, folder: Path, kills: int, seed: int, seconds: float) -> int:
+    """Kill it `kills` times within its first `seconds`, then let it end; returns how many kills found it at work.
+
+    `folder` holds the workspace's files. A step is done twice if its record is ever another one than it was.
+    """
+    moments = random.Random(seed)
+    recorded: dict[str, bytes] = {}
+    hits = 0
+    for _ in range(kills):
+        run = Running(compression, workspace, compression.place / "log")
+        time.sleep(moments.uniform(0, seconds))
+        hits += run.kill()
+        now = steps_in(folder)
+        assert {name: now[name] for name in recorded} == recorded
+        recorded = now
+    run = Running(compression, workspace, compression.place / "log")
+    assert run.end() == DONE, run.errors()
+    now = steps_in(folder)
+    assert {name: now[name] for name in recorded} == recorded
+    return hits
+
+
+def assert_nothing_is_there_twice(client: MlflowClient) -> None:
+    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == "bivlm"]
+    runs = client.search_runs([experiment])
+    roles = sorted(run.data.tags["bivlm.role"] for run in runs)
+    assert roles == ["compression", "full precision", "packed"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    models = client.search_logged_models([experiment])
+    assert sorted(model.name for model in models) == ["llava-full-precision", "llava-small"]
+    assert [version.version for version in client.search_model_versions("name = 'llava-small'")] == [1]
+
+
+def assert_as_if_left_in_peace(compression, compressed, workspace: str, client: MlflowClient) -> None:
+    assert compression.weights() == compressed.weights()
+    found = verify(read_lineage(compression.output), compression.output, find_workspace(workspace))
+    assert {finding.state for finding in found} == {"holds"}
+    ours, theirs = read_lineage(compression.output), read_lineage(compressed.output)
+    assert ours.steps.keys() == theirs.steps.keys()
+    assert_nothing_is_there_twice(client)
+
+
+@pytest.fixture(scope="module")
+def seconds_of_a_run(new_compression, tmp_path_factory):
+    """How long the work takes on this machine, from "ready" on."""
+    compression = new_compression(tmp_path_factory.mktemp("timed"))
+    run = Running(compression, str(compression.workspace), compression.place / "log")
+    begun = time.perf_counter()
+    assert run.end() == DONE, run.errors()
+    return time.perf_counter() - begun
+
+
+@pytest.mark.parametrize(
+    "kills", [FAST_KILLS, pytest.param(SLOW_KILLS, marks=pytest.mark.slow)], ids=["once", "twenty times"]
+)
+def test_killed_on_a_folder(new_compression, compressed, tmp_path, seconds_of_a_run, kills):
+    compression = new_compression(tmp_path)
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}, {seconds_of_a_run:.1f} s a run")
+    workspace = str(compression.workspace)
+    hits = kill_again_and_again(compression, workspace, compression.workspace, kills, seed, seconds_of_a_run)
+    print(f"{hits} of {kills} kills found it at work")
+    assert_as_if_left_in_peace(compression, compressed, workspace, compression.client)
+
+
+@pytest.mark.parametrize(
+    "kills", [FAST_KILLS, pytest.param(SLOW_KILLS, marks=pytest.mark.slow)], ids=["once", "twenty times"]
+)
+def test_killed_on_s3(new_compression, compressed, tmp_path, seconds_of_a_run, s3_server, s3_files, kills, monkeypatch):  # noqa: F811
+    """Files and signatures are checked by a real server; every attempt is a machine without local copies."""
+    compression = new_compression(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{compression.workspace / 'mlflow.db'}")
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}, {seconds_of_a_run:.1f} s a run")
+    hits = kill_again_and_again(compression, "s3://bivlm/work", s3_files / "work", kills, seed, 1.5 * seconds_of_a_run)
+    print(f"{hits} of {kills} kills found it at work")
+    open_workspace.cache_clear()
+    assert_as_if_left_in_peace(compression, compressed, "s3://bivlm/work", compression.client)
+    stored = [path for path in s3_files.rglob("*") if path.is_file()]
+    assert any("mlflow-artifacts" in path.parts for path in stored)
+    for path in stored:
+        if path.parent.parent.name == "objects":
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
