@@ -263,6 +263,9 @@ def _workspace(lineage: Lineage, workspace: Workspace | None) -> list[Finding]:
         return [Finding(subject, "not checked", f"{lineage.workspace} cannot be opened here")]
     problems, absent, held = [], 0, 0
     for key, record in lineage.steps.items():
+        stored = workspace.record(key)
+        if stored is not None and stored != record:
+            problems.append(f"{record.stage} step {key} has another record there")
         for name, reference in record.outputs.items():
             try:
                 workspace.fetch(reference)

@@ -68,7 +68,7 @@ def render(
         pictures=[(inline_svg(figure), caption) for figure, caption in pictures],
         layers=[_layer_row(layer) for layer in layers],
         recipe_yaml=yaml.safe_dump(
-            report["recipe"], sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
+            report["recipe"], sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
         ),
         lineage=lineage,
     )

@@ -8,6 +8,7 @@ hash. Writes appear whole or not at all, so any number of workers may share a wo
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 import time
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest, file_digest
@@ -177,16 +178,23 @@ class Workspace:
     def step(self, key: str) -> StepRecord | None:
         """The finished step `key`; None if there is none, if its record cannot be read or is that of another step, or
         if any of its outputs is missing or differs: all of which mean that the step must run again."""
+        record = self.record(key)
+        return record if record and all(self.holds(reference) for reference in record.outputs.values()) else None
+
+    def record(self, key: str) -> StepRecord | None:
+        """What is written down of step `key`, whether or not its outputs are still there; None as in `step`."""
         data = self._store.read_bytes(_step_name(key))
         if data is None:
             return None
         try:
-            record = StepRecord.model_validate_json(data)
-            if record.key != key:
+            content = json.loads(data)
+            checksum = content.pop("checksum")
+            if digest(content) != checksum:
                 return None
-        except (ValidationError, InputError):
+            record = StepRecord.model_validate(content)
+        except (ValueError, KeyError, TypeError, AttributeError, InputError):
             return None
-        return record if all(self.holds(reference) for reference in record.outputs.values()) else None
+        return record if record.key == key else None
 
     def finish_step(self, record: StepRecord) -> None:
         """Write down that a step is done; its outputs must be stored already (`WorkspaceError` if one is not)."""
@@ -195,6 +203,7 @@ class Workspace:
             if size != reference.nbytes:
                 raise WorkspaceError(f"{self.url}: output {name!r} of {record.stage} is not stored; put it first")
         content: dict[str, Any] = record.model_dump(mode="json")
+        content["checksum"] = digest(content)  # a damaged figure would otherwise pass for a true one
         self._store.put_bytes(_step_name(record.key), canonical_json(content) + b"\n")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Param, Run
@@ -49,12 +50,27 @@ def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
     A tracking server knows where its artifacts go (None). A database alone does not: they go into the workspace, be it
     a folder or in S3.
     """
+    _take_password_out_of_address()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.local / 'mlflow.db'}"
     if _is_server(uri):
         return uri, None
     if workspace.url.startswith("s3://"):
         return uri, f"{workspace.url}/mlflow-artifacts"
     return uri, (workspace.local / "mlflow-artifacts").as_uri()
+
+
+def _take_password_out_of_address() -> None:
+    """Move user and password of ``MLFLOW_TRACKING_URI`` to the variables that MLflow reads them from as well.
+
+    As part of the address they stand in its error messages, and from there in logs and in Prefect's states.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    found = urlsplit(uri) if _is_server(uri) else None
+    if found is None or found.username is None:
+        return
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(found.username)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(found.password or "")
+    os.environ["MLFLOW_TRACKING_URI"] = public_uri(uri)
 
 
 def public_uri(uri: str) -> str:

@@ -43,7 +43,8 @@ class Running:
     def kill(self) -> bool:
         """Kill the process group; whether it was still at work."""
         at_work = self.process.poll() is None
-        os.killpg(self.process.pid, signal.SIGKILL)
+        if at_work:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
         return at_work
 

@@ -183,9 +183,34 @@ def test_a_revised_base_model_is_computed_again_where_its_weights_are_new(compre
     assert {changed for changed in before if before[changed] != after[changed]} == {name}
 
 
-def test_a_damaged_object_is_made_again(compressed_copy, counted):
-    shard = compressed_copy.steps("pack")[0]["outputs"]["weight.packed"]["sha256"]
-    (compressed_copy.workspace / "objects" / shard[:2] / shard).write_bytes(b"damaged")
+def damage_shard(compression, damage):
+    shard = compression.steps("pack")[0]["outputs"]["weight.packed"]["sha256"]
+    path = compression.workspace / "objects" / shard[:2] / shard
+    content = bytearray(path.read_bytes())
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+
+
+def damage_record(compression, damage):
+    path = next(p for p in (compression.workspace / "steps").iterdir() if b'"stage":"pack"' in p.read_bytes())
+    content = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content.replace(b'"error":0.', b'"error":1.'))
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "changed"])
+@pytest.mark.parametrize("what", [damage_shard, damage_record])
+def test_what_is_damaged_in_the_workspace_is_made_again(compressed_copy, counted, what, damage):
+    what(compressed_copy, damage)
     expected = compressed_copy.weights()
     compressed_copy.run(output=str(compressed_copy.place / "other"), evaluate=False)
     assert len(counted["pack"]) == 1

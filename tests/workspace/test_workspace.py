@@ -105,6 +105,27 @@ def test_a_record_that_is_not_that_of_its_step_is_no_record(workspace, location,
     assert workspace.step(KEY) is None
 
 
+def test_a_record_with_a_flipped_bit_is_the_same_record_or_none(tmp_path):
+    workspace = Workspace.open(tmp_path)
+    record = StepRecord(
+        identity=IDENTITY,
+        outputs={"plan": workspace.put_bytes(b"{}")},
+        figures={"error": 0.25, "name": "ä", "histogram": [1, 2]},
+        seconds=0.5,
+        environment={"torch": "2.13.0"},
+    )
+    workspace.finish_step(record)
+    path = tmp_path / "steps" / f"{KEY}.json"
+    content = path.read_bytes()
+    for position in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        assert workspace.step(KEY) in (None, record), position
+    path.write_bytes(content)
+    assert workspace.step(KEY) == record
+
+
 def test_a_step_cannot_be_finished_before_its_outputs_are_stored(workspace):
     missing = Reference(sha256="0" * 64, nbytes=3)
     with pytest.raises(WorkspaceError, match="'shard' of pack is not stored"):
