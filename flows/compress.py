@@ -33,6 +33,7 @@ from tasks.report import (
     PAGE,
     code_version,
     earlier_report,
+    in_a_sentence,
     layers_for_figures,
     points_for_figures,
     write_page,
@@ -140,7 +141,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     base, recipe, store = request.base, request.recipe, request.store
     layers = layers_of(request.chosen, recipe, str(base.model.folder), base.digests.tensors)
     varied = [layer for layer in layers if curves.has_curve(layer)]
-    tracked = tracking.find_or_create_run(store, base, recipe)
+    tracked = tracking.find_or_create_run(store.url, base, recipe)
     answers = 2 * sum(map(len, request.benchmarks.values()))
     stages = {
         calibration.STAGE: 1,
@@ -293,6 +294,9 @@ def _record(
     write_page(request.output, report, figures, drawn, points, chance)
 
     model_id = tracking.log_model(tracked, base, recipe, packed.folder, packed.sha256)
+    # In the order in which MLflow's page shows the metrics: what it can do, then what it costs.
+    if results is not None:
+        tracking.log_comparison(tracked, results.full_precision, results.packed, results.divergence, samples, model_id)
     tracking.log_compression(tracked, report, packed.sha256, samples, model_id)
     if results is not None:
         base_id = tracking.log_base_model(tracked, base)
@@ -300,7 +304,7 @@ def _record(
             tracking.log_evaluation(tracked, "full precision", base.sha256, done, base_id, workspace)
         for done in results.packed.values():
             tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
-        tracking.log_comparison(tracked, results.full_precision, results.packed, results.divergence, samples, model_id)
-    tracking.log_documents(tracked, request.output, drawn, points, chance)
+    description = tracking.note(base, recipe, in_a_sentence(report, figures))
+    tracking.log_documents(tracked, request.output, description, drawn, points, chance)
     name, version = tracking.register(tracked, base, recipe, model_id)
     return {"model_id": model_id, "registered_model": name, "version": version}

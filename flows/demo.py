@@ -16,7 +16,7 @@ from typing import Any
 
 from flows.quiet import hide_loading_bars, quieten
 
-RECIPES = ("bivlm-paper", "bivlm", "bivlm-1bit")
+RECIPES = ("bivlm-paper", "bivlm-1bit", "bivlm")  # the last one's page shows all three
 QUESTIONS = 250
 
 
@@ -72,7 +72,7 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_table(results))
-    last = results[RECIPES[1]]
+    last = results[RECIPES[-1]]
     print("KL is the mean over the tokens of the calibration replies, in nats; accuracy is in percent.")
     print("Seconds and peak memory are those of the compression, evaluation not included.")
     print(f"report: {last['page']}")
@@ -115,7 +115,8 @@ def _table(results: dict[str, dict[str, Any]]) -> Any:
     before = [f"{first['evaluation']['full_precision'][name]['metrics']['accuracy']:.1f}" for name in benchmarks]
     whole = f"{bits_of(CHECKPOINT)['model']['stored']:.2f}"
     table.add_row("full precision", *before, "0", plain, "-", plain, whole, "-", "-")
-    for recipe, result in results.items():
+    most_bits_first = sorted(results.items(), key=lambda item: -item[1]["bits"]["linears"]["stored"])
+    for recipe, result in most_bits_first:
         after = [f"{result['evaluation']['packed'][name]['metrics']['accuracy']:.1f}" for name in benchmarks]
         of_linears = result["bits"]["linears"]
         table.add_row(

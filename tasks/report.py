@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bivlm.bits import bits_of
@@ -68,6 +69,21 @@ def earlier_report(output: str, base: Base, recipe: Recipe) -> dict[str, Any] | 
     expected = {"format": FORMAT, "recipe_sha256": digest(recipe.canonical()), "code_version": code_version()}
     same = isinstance(report, dict) and all(report.get(key) == value for key, value in expected.items())
     return report if same and report.get("base_model", {}).get("sha256") == base.sha256 else None
+
+
+def in_a_sentence(report: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    """What came of it: bits, and accuracy before and after where it was measured."""
+    bits = report["bits"]
+    said = (
+        f"{bits['linears']['stored']:.3f} stored bits in the linears, {bits['model']['stored']:.2f} in the whole model"
+    )
+    if evaluation is None:
+        return f"{said}; not evaluated."
+    before, after = (
+        fmean(figures["metrics"]["accuracy"] for figures in evaluation[role].values())
+        for role in ("full_precision", "packed")
+    )
+    return f"{said}; mean accuracy {before:.1f} % before, {after:.1f} % after; KL {evaluation['kl']:.3g} nats."
 
 
 def write_page(

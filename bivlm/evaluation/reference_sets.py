@@ -73,7 +73,6 @@ class ReferenceSet(Benchmark):
         figures = category_accuracies(outcomes) if self.name == "choice" else mme_metrics(outcomes)
         return {**figures, "unreadable": unreadable}
 
-
     def chance(self) -> float:
         return chance(self.name)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,10 +72,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new empty file in the folder of `path`, removed at the end unless it was renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-    os.close(handle)
-    temporary = Path(name)
+    """A new empty file in the folder of `path`, removed at the end unless it was renamed.
+
+    With the permissions of any new file: those of `tempfile` would keep it from the others who share the folder.
+    """
+    temporary = path.parent / f".partial-{secrets.token_hex(8)}"
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
     finally:

@@ -7,7 +7,16 @@ tried again, and a request that was fulfilled before leaves no second trace.
 from tasks.tracking.documents import log_documents, other_points
 from tasks.tracking.models import ALIAS, log_base_model, log_model, register
 from tasks.tracking.record import log_comparison, log_compression, log_evaluation
-from tasks.tracking.run import Tracking, ends_run, find_or_create_run, public_uri, request_digest, run_page, ui_command
+from tasks.tracking.run import (
+    Tracking,
+    ends_run,
+    find_or_create_run,
+    note,
+    public_uri,
+    request_digest,
+    run_page,
+    ui_command,
+)
 
 STAGE = "registration"
 
@@ -23,6 +32,7 @@ __all__ = [
     "log_documents",
     "log_evaluation",
     "log_model",
+    "note",
     "other_points",
     "public_uri",
     "register",

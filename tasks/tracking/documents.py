@@ -11,11 +11,12 @@ from prefect import task
 from bivlm import figures
 from bivlm.checkpoint import LINEAGE
 from bivlm.identity import digest, file_digest
+from bivlm.lineage import read_lineage
 from tasks.naming import slug
 from tasks.policy import OVER_NETWORK
 from tasks.report import PAGE
 from tasks.steps import Done
-from tasks.tracking.run import BASE_TAG, ROLE_TAG, Tracking
+from tasks.tracking.run import BASE_TAG, NOTE_TAG, ROLE_TAG, Tracking
 
 BENCHMARKS_TAG = "bivlm.benchmarks"
 DOCUMENTS_TAG = "bivlm.documents"
@@ -27,6 +28,7 @@ def benchmarks_digest(evaluations: dict[str, Done]) -> str:
     return digest({task: done.record.figures["benchmark_sha256"] for task, done in evaluations.items()})
 
 
+@task(name="other-compressions", **OVER_NETWORK)
 def other_points(tracking: Tracking, base_sha256: str, evaluations: dict[str, Done]) -> list[dict[str, Any]]:
     """Stored bits, accuracy and KL of other finished compressions of this base model that answered the same questions.
 
@@ -58,16 +60,22 @@ def other_points(tracking: Tracking, base_sha256: str, evaluations: dict[str, Do
 def log_documents(
     tracking: Tracking,
     folder: str,
+    description: str,
     layers: list[dict[str, Any]],
     points: list[dict[str, Any]],
     chance: dict[str, float],
 ) -> None:
-    """The page and the lineage record that lie in `folder`, and every figure, on the parent run."""
+    """The page and the lineage record that lie in `folder`, every figure and a description, on the parent run."""
     client = tracking.client
     files = [Path(folder) / name for name in (PAGE, LINEAGE)]
     state = digest([file_digest(file) for file in files])
     if client.get_run(tracking.run_id).data.tags.get(DOCUMENTS_TAG) == state:
         return
+    lineage = read_lineage(folder)
+    made_with = {f"bivlm.code.{key}": value for key, value in lineage.code.items()}
+    made_on = {f"bivlm.hardware.{key}": value for key, value in lineage.hardware.items()}
+    for tag, value in (made_with | made_on | {NOTE_TAG: description}).items():
+        client.set_tag(tracking.run_id, tag, value)
     for file in files:
         client.log_artifact(tracking.run_id, str(file))
     for name, figure in _figures(layers, points, chance):

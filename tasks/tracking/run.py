@@ -15,18 +15,22 @@ from urllib.parse import unquote, urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
+from prefect import task
 
 from bivlm.identity import digest
 from bivlm.recipe import Recipe
 from bivlm.workspace import Workspace
 from tasks.checkpoint import Base
 from tasks.naming import model_name, run_name
+from tasks.policy import OVER_NETWORK
 from tasks.report import code_version
+from tasks.steps import open_workspace
 
 EXPERIMENT = "bivlm"
 REQUEST_TAG = "bivlm.request"
 ROLE_TAG = "bivlm.role"  # compression | full precision | packed
 BASE_TAG = "bivlm.base.sha256"
+NOTE_TAG = "mlflow.note.content"
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,13 @@ def request_digest(base: Base, recipe: Recipe) -> str:
     return digest({"checkpoint": base.sha256, "recipe": recipe.canonical(), "code": code_version()})
 
 
-def find_or_create_run(workspace: Workspace, base: Base, recipe: Recipe) -> Tracking:
+@task(name="find-or-create-run", **OVER_NETWORK)
+def find_or_create_run(workspace: str, base: Base, recipe: Recipe) -> Tracking:
     """The parent run of this compression, found by its request tag or created.
 
-    Search and creation are not one atomic step, so this is called once, in the flow's body.
+    Search and creation are not one atomic step: to be called under the lock of the request.
     """
-    uri, artifact_root = tracking_place(workspace)
+    uri, artifact_root = tracking_place(open_workspace(workspace))
     client = MlflowClient(tracking_uri=uri)
     experiment_id = _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT, artifact_root)
     request = request_digest(base, recipe)
@@ -119,7 +124,7 @@ def find_or_create_run(workspace: Workspace, base: Base, recipe: Recipe) -> Trac
         tags = {
             **lineage_tags(base, recipe, request),
             ROLE_TAG: "compression",
-            "mlflow.note.content": _note(base, recipe),
+            NOTE_TAG: note(base, recipe),
         }
         run = client.create_run(experiment_id, run_name=run_name(base.model, recipe.name, request), tags=tags)
     params = {key: value for key, value in _params(base, recipe).items() if key not in run.data.params}
@@ -156,10 +161,11 @@ def find_run(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> 
 
 def lineage_tags(base: Base, recipe: Recipe, request: str) -> dict[str, str]:
     """Where a run, a model or a version comes from; the same tags on all of them."""
+    revision = {"bivlm.base.revision": base.model.revision} if base.model.revision else {}
     return {
         REQUEST_TAG: request,
         "bivlm.base.id": base.model.id,
-        "bivlm.base.revision": base.model.revision or "",
+        **revision,
         BASE_TAG: base.sha256,
         "bivlm.recipe": recipe.name,
         "bivlm.recipe.sha256": digest(recipe.canonical()),
@@ -191,11 +197,13 @@ def _params(base: Base, recipe: Recipe) -> dict[str, str]:
     return {key: str(value)[:6000] for key, value in flat.items()}
 
 
-def _note(base: Base, recipe: Recipe) -> str:
+def note(base: Base, recipe: Recipe, result: str = "") -> str:
+    """The description of the run, for people: what it is, what came of it (`result`, a sentence), where from."""
     return (
-        f"**{base.model.id}** compressed with the recipe **{recipe.name}**.\n\n"
+        f"**{base.model.id}** compressed with the recipe **{recipe.name}**. {result}\n\n"
         f"- base model: `{base.model.id}`, revision `{base.model.revision or 'none (a folder)'}`\n"
         f"- sha256 of the base model: `{base.sha256}`\n"
         f"- sha256 of the recipe: `{digest(recipe.canonical())}`\n\n"
-        "Child runs hold the evaluations; `layers.json` and `compression_report.json` are among the artifacts."
+        "Child runs hold the evaluations. Among the artifacts: `report.html` (all of it on one page), `lineage.json` "
+        "(every step with its key and hashes; `bivlm lineage` verifies it), `layers.json`, the figures."
     )

@@ -211,3 +211,9 @@ print(not reset_peak() or peak_bytes() < high - (128 << 20))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_what_is_stored_can_be_read_by_whoever_may_read_new_files(tmp_path):
+    write_atomically(tmp_path / "object", lambda file: file.write(b"weights"))
+    (tmp_path / "new").touch()
+    assert (tmp_path / "object").stat().st_mode == (tmp_path / "new").stat().st_mode
