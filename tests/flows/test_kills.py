@@ -84,7 +84,7 @@ def test_killed_on_a_folder(new_compression, compressed, tmp_path, seconds_of_a_
     seed = random.randrange(1 << 30)
     print(f"seed {seed}, {seconds_of_a_run:.1f} s a run")
     workspace = str(compression.workspace)
-    hits = kill_again_and_again(compression, workspace, compression.workspace, kills, seed, seconds_of_a_run)
+    hits = kill_again_and_again(compression, workspace, compression.workspace, kills, seed, 0.7 * seconds_of_a_run)
     print(f"{hits} of {kills} kills found it at work")
     assert_as_if_left_in_peace(compression, compressed, workspace, compression.client)
 
@@ -98,7 +98,7 @@ def test_killed_on_s3(new_compression, compressed, tmp_path, seconds_of_a_run, s
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{compression.workspace / 'mlflow.db'}")
     seed = random.randrange(1 << 30)
     print(f"seed {seed}, {seconds_of_a_run:.1f} s a run")
-    hits = kill_again_and_again(compression, "s3://bivlm/work", s3_files / "work", kills, seed, 1.5 * seconds_of_a_run)
+    hits = kill_again_and_again(compression, "s3://bivlm/work", s3_files / "work", kills, seed, 0.7 * seconds_of_a_run)
     print(f"{hits} of {kills} kills found it at work")
     open_workspace.cache_clear()
     assert_as_if_left_in_peace(compression, compressed, "s3://bivlm/work", compression.client)
