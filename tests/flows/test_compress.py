@@ -18,6 +18,7 @@ from bivlm.bits import bits_of
 from bivlm.checkpoint import Checkpoint, linears
 from bivlm.errors import InputError
 from bivlm.evaluation import evaluate, load_benchmark, load_model
+from bivlm.methods.bivlm import BiVLM
 from tasks.steps import open_workspace
 
 
@@ -165,6 +166,14 @@ def test_a_changed_component_is_the_only_one_that_is_computed_again(compressed_c
     assert len(counted["evaluation"]) == 1  # full precision is known
     after = packed_tensors(compressed_copy.place / "other")
     assert {name for name in before if before[name] != after[name]} == {linear.disk_name for linear in adaptor}
+
+
+def test_a_new_version_of_the_method_runs_its_own_steps_again(compressed_copy, counted, monkeypatch):
+    monkeypatch.setattr(BiVLM, "version", BiVLM.version + 1)
+    compressed_copy.run(output=str(compressed_copy.place / "other"))
+    layers = len(compressed_copy.report()["layers"])
+    assert (counted["statistics"], len(counted["plan"]), len(counted["pack"])) == ([], layers, layers)
+    assert counted["evaluation"] == []  # the bytes, and so the checkpoint, are the same
 
 
 def test_a_revised_base_model_is_computed_again_where_its_weights_are_new(compressed_copy, counted, tmp_path):
