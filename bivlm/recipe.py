@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -89,10 +90,22 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
         except UnicodeDecodeError as error:
             raise InputError(f"recipe {path}: not a UTF-8 text file ({error})") from None
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _OnceLoader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{source}: not valid YAML: {error}") from None
     return parse_recipe(data, source)
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=True)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return mapping
 
 
 def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
@@ -102,11 +115,16 @@ def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}, found {_short(e['input'])}"
-            for e in error.errors()
-        ]
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {_explained(e)}" for e in error.errors()]
         raise InputError("\n".join([f"{source} is not valid:", *lines])) from None
+
+
+def _explained(error: Mapping[str, Any]) -> str:
+    """What is wrong, and what was found, of one of pydantic's errors."""
+    if error["type"] == "missing":
+        return "the key is missing"
+    message = "not a key that is known here" if error["type"] == "extra_forbidden" else error["msg"]
+    return f"{message}, found {_short(error['input'])}"
 
 
 def _shipped_text(name: str) -> str:

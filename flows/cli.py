@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten()
     from bivlm.errors import InputError
 
+    if threading.current_thread() is threading.main_thread():
+        # As Ctrl-C: what was started is ended in order, the temporary server included.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
     try:
         return options.run(options)
     except InputError as error:
         print(f"bivlm {options.command}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except KeyboardInterrupt:
         print(f"bivlm {options.command}: interrupted; run it again to go on from where it was", file=sys.stderr)
         return FAILED
@@ -58,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder or s3://bucket/prefix for finished steps (default: $BIVLM_WORKSPACE or ~/.cache/bivlm/workspace)",
     )
     compress.add_argument("--no-evaluate", action="store_true", help="leave accuracy and divergence out")
+    compress.add_argument("--questions", type=int, metavar="N", help="only the first N of every benchmark")
     compress.set_defaults(run=_compress)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a checkpoint, packed or not, on one task")
@@ -87,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(options: argparse.Namespace) -> int:
+    from bivlm.errors import InputError
+    from bivlm.recipe import load_recipe
+
+    load_recipe(options.recipe)  # a mistake in it is told before anything is started
+    for name in ("model", "output"):
+        if not getattr(options, name):
+            raise InputError(f"--{name}: found nothing, expected a folder")
     print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
     from flows.compress import compress_flow
     from flows.local import temporary_server
@@ -101,6 +119,7 @@ def _compress(options: argparse.Namespace) -> int:
             revision=options.revision,
             workspace=options.workspace,
             evaluate=not options.no_evaluate,
+            questions=options.questions,
         )
     print_compression(result)
     return DONE
@@ -108,14 +127,19 @@ def _compress(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
+    from bivlm.identity import digest
+    from bivlm.stores.folder import writable_folder
     from bivlm.stores.location import cache_folder
 
     benchmark = load_benchmark(options.task, options.limit)
+    folder = options.model.resolve()
+    # The path's hash keeps apart folders of one name, such as OUT.
+    stem = f"{folder.name}-{digest(str(folder))[:8]}-{benchmark.name}-{benchmark.digest[:8]}"
+    place = writable_folder(cache_folder() / "outcomes", "BIVLM_CACHE")
     hide_loading_bars()
     model, processor = load_model(options.model)
     result = evaluate(model, processor, benchmark)
-    stem = f"{options.model.resolve().name}-{benchmark.name}-{benchmark.digest[:8]}"
-    outcomes = write_outcomes(result.outcomes, cache_folder() / "outcomes" / f"{stem}.parquet")
+    outcomes = write_outcomes(result.outcomes, place / f"{stem}.parquet")
     record = {"model": str(options.model), **result.record(), "outcomes": str(outcomes)}
     if options.json:
         _print_json(record)

@@ -33,18 +33,19 @@ def print_inspection(found: dict[str, Any]) -> None:
     _row(components, "left alone", "", "", f"{left['parameters']:,}", f"{left['share']:.1%}")
     _print(components)
 
-    linears = Table("linear", "component", "shape", "dtype", "mean", "std", "kurtosis", "KL to Gaussian")
+    linears = Table("linear", "component", "shape", "dtype", "mean", "std", "kurtosis", "KL to Gaussian", box=None)
     for linear in found["linears"]:
         figures = [_figure(linear[key], ".4g") for key in ("mean", "std", "kurtosis", "kl_gaussian")]
         dtype = f"{linear['dtype']}, packed" if linear["packed"] else linear["dtype"]
         _row(linears, linear["name"], linear["component"], _shape(linear["shape"]), dtype, *figures)
-    _print(linears)
+    _print_whole(linears)
 
-    tensors = Table("left alone", "what it is", "shape", "dtype", "share")
+    tensors = Table("left alone", "what it is", "shape", "dtype", "share", box=None)
     for tensor in left["tensors"]:
         share = f"{tensor['share']:.2%}"
         _row(tensors, tensor["name"], tensor["kind"], _shape(tensor["shape"]), tensor["dtype"], share)
-    _print(tensors)
+    print()
+    _print_whole(tensors)
 
 
 def print_evaluation(record: dict[str, Any]) -> None:
@@ -118,6 +119,11 @@ def _shape(shape: list[int]) -> str:
 def _row(table: Table, *cells: Any) -> None:
     # Names of tensors and folders may hold brackets, which rich would read as markup.
     table.add_row(*(escape(str(cell)) for cell in cells))
+
+
+def _print_whole(table: Table) -> None:
+    """However narrow the terminal: names are there to be copied into a recipe, and half a name is none."""
+    Console(width=1000).print(table)
 
 
 def _print(table: Table) -> None:

@@ -13,7 +13,9 @@ from prefect import task
 from transformers import PreTrainedModel, ProcessorMixin
 
 from bivlm.calibration import load_samples
+from bivlm.checkpoint import Checkpoint
 from bivlm.divergence import kl_divergence, reference_logits
+from bivlm.errors import InputError
 from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
 from bivlm.identity import step_identity
@@ -150,6 +152,12 @@ class _HeldModel:
             with ExitStack() as slot:
                 slot.enter_context(gpu_slot(device))
                 self._model = load_model(folder, device.place)
+                # What is recorded under this digest must have been measured on these bytes.
+                if (found := Checkpoint.open(folder).digest()) != sha256:
+                    raise InputError(
+                        f"checkpoint {folder}: other files than were to be evaluated (sha256 {found}, "
+                        f"expected {sha256}); do not change the folder while it is evaluated"
+                    )
                 self._slot = slot.pop_all()
             self._which = wanted
         return self._model

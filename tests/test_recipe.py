@@ -134,7 +134,7 @@ def test_a_name_that_is_neither_shipped_nor_a_file_is_refused_with_those_that_ar
     ("change", "message"),
     [
         ({"groups": 17}, r"components\.vision\.groups: .* less than or equal to 16, found 17"),
-        ({"group": 2}, r"components\.vision\.group: Extra inputs are not permitted"),
+        ({"group": 2}, r"components\.vision\.group: not a key that is known here, found 2"),
         ({"method": "gptq3"}, r"components\.vision: .*gptq3"),
         ({"objective": "speed"}, r"components\.vision\.objective: .*'error' or 'rate', found 'speed'"),
     ],
@@ -150,3 +150,9 @@ def test_the_message_gives_path_value_and_valid_form(change, message):
 def test_a_name_alone_is_no_list(key):
     with pytest.raises(InputError, match=f"{key}: .*expected a list of names, found 'lm_head'"):
         parse_recipe(VALID | {key: "lm_head"})
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path):
+    (tmp_path / "twice.yaml").write_text("name: twice\nformat: 1\nformat: 1\n")
+    with pytest.raises(InputError, match="the key 'format' is given twice"):
+        load_recipe(tmp_path / "twice.yaml")

@@ -24,7 +24,7 @@ from bivlm.checkpoint.tensor_file import (
 from bivlm.errors import InputError
 from bivlm.neighbours import neighbours_up_to
 from bivlm.packing import open_packed
-from bivlm.stores.folder import flush_folder
+from bivlm.stores.folder import flush_folder, writable_folder
 
 Packed = Callable[[], torch.Tensor] | Path
 
@@ -84,6 +84,8 @@ def check_output(checkpoint: Checkpoint, output: str | Path) -> None:
     if checkpoint.quantization is not None:
         method = checkpoint.quantization.get("quant_method")
         raise InputError(f"checkpoint {checkpoint.folder}: already quantized ({method}); expected full precision")
+    if not str(output) or "://" in str(output):
+        raise InputError(f"output {str(output)!r}: expected a folder on this machine")
     output = Path(output).absolute()
     base = checkpoint.folder.resolve()
     if output.resolve() == base or output.resolve() in base.parents or base in output.resolve().parents:
@@ -92,6 +94,8 @@ def check_output(checkpoint: Checkpoint, output: str | Path) -> None:
         raise InputError(f"output {output}: exists and is not a folder")
     if output.is_dir() and any(output.iterdir()) and not _is_ours(output):
         raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
+    # The packed checkpoint is made beside its place.
+    writable_folder(output.parent, f"folder of the output {output.name}:")
 
 
 def _check_packed(packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 import bivlm  # noqa: F401  registers the quantization method, so that packed checkpoints load
 from bivlm.chat import encode, render_prompt
+from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
 from bivlm.samples import VqaSample
 
@@ -32,8 +33,7 @@ def load_model(
     Raises `InputError` when the folder holds no checkpoint, or one that lacks weights or the processor.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"model {folder}: expected a checkpoint folder, found no config.json in it")
+    Checkpoint.open(folder)  # says which file is missing or damaged; transformers does not
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from bivlm.errors import InputError
+
 
 class Store(ABC):
     """Files under names such as ``objects/ab/abcd...`` (always forward slashes)."""
@@ -54,6 +56,8 @@ def open_store(location: str | Path) -> Store:
         from bivlm.stores.s3 import S3Store
 
         return S3Store(str(location))
+    if "://" in str(location):
+        raise InputError(f"workspace {location}: expected a folder or s3://bucket/prefix")
     from bivlm.stores.folder import FolderStore
 
     return FolderStore(Path(location))

@@ -18,13 +18,7 @@ class FolderStore(Store):
     """Files written beside their place, flushed to disk and renamed into it, so that a killed writer leaves nothing."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder.expanduser().absolute()
-        if self._folder.exists() and not self._folder.is_dir():
-            raise InputError(f"workspace {folder}: not a folder; expected a folder or s3://bucket/prefix")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"workspace {folder}: cannot be made: {error.strerror}") from error
+        self._folder = writable_folder(folder.expanduser().absolute(), "workspace")
         self.url = str(self._folder)
 
     @property
@@ -56,6 +50,18 @@ class FolderStore(Store):
 
     def refresh(self, name: str) -> bool:
         return False
+
+
+def writable_folder(folder: Path, what: str) -> Path:
+    """`folder`, made if it is missing; raises `InputError` naming `what` it is for if nothing can be written there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{what} {folder}: not a folder; expected one, or a path where one can be made")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary_beside(folder / "any"):
+            return folder
+    except OSError as error:
+        raise InputError(f"{what} {folder}: cannot be written to: {error.strerror}") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -41,7 +41,8 @@ class S3Store(Store):
             response_checksum_validation="when_required",
         )
         try:
-            self._client = boto3.client("s3", config=config)
+            # A session of its own reads the environment as it is now; the shared one keeps the first it has seen.
+            self._client = boto3.Session().client("s3", config=config)
             self._client.head_bucket(Bucket=self._bucket)
         except ClientError as error:
             if _code(error) in _ABSENT | _REFUSED:

@@ -17,16 +17,19 @@ from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
 from prefect import task
 
+from bivlm.errors import InputError
 from bivlm.identity import digest
 from bivlm.recipe import Recipe
 from bivlm.workspace import Workspace
 from tasks.checkpoint import Base
+from tasks.locks import one_at_a_time
 from tasks.naming import model_name, run_name
 from tasks.policy import OVER_NETWORK
 from tasks.report import code_version
 from tasks.steps import open_workspace
 
 EXPERIMENT = "bivlm"
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 REQUEST_TAG = "bivlm.request"
 ROLE_TAG = "bivlm.role"  # compression | full precision | packed
 BASE_TAG = "bivlm.base.sha256"
@@ -55,12 +58,30 @@ def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
     a folder or in S3.
     """
     _take_password_out_of_address()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.local / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or _database_in(workspace.local)
+    if "://" not in uri or urlsplit(uri).scheme.partition("+")[0] not in _SCHEMES:
+        raise InputError(f"MLFLOW_TRACKING_URI {public_uri(uri)!r}: expected {', '.join(f'{s}://' for s in _SCHEMES)}")
     if _is_server(uri):
         return uri, None
     if workspace.url.startswith("s3://"):
         return uri, f"{workspace.url}/mlflow-artifacts"
     return uri, (workspace.local / "mlflow-artifacts").as_uri()
+
+
+def _database_in(folder: Path) -> str:
+    """The address of the folder's own database file, whose tables are made first if it is new.
+
+    Under another name until they are all there: MLflow cannot go on from a file whose tables it was making when it was
+    killed.
+    """
+    file = folder / "mlflow.db"
+    with one_at_a_time(folder / "locks" / "mlflow.lock"):
+        if not file.exists():
+            unfinished = folder / ".mlflow.db.partial"
+            unfinished.unlink(missing_ok=True)
+            MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments(max_results=1)
+            unfinished.rename(file)
+    return f"sqlite:///{file}"
 
 
 def _take_password_out_of_address() -> None:
