@@ -98,13 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compress(options: argparse.Namespace) -> int:
-    from bivlm.errors import InputError
     from bivlm.recipe import load_recipe
 
     load_recipe(options.recipe)  # a mistake in it is told before anything is started
-    for name in ("model", "output"):
-        if not getattr(options, name):
-            raise InputError(f"--{name}: found nothing, expected a folder")
     print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
     from flows.compress import compress_flow
     from flows.local import temporary_server

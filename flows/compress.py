@@ -14,6 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from bivlm.checkpoint import REPORT, Linear, select
+from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark, load_benchmark
 from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
@@ -117,6 +118,8 @@ def compress_flow(
     for anything the caller can mend.
     """
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
+    if not output or "://" in output:
+        raise InputError(f"output {output!r}: expected a folder on this machine")
     output = str(Path(output).expanduser().absolute())
     store = Workspace.open(workspace or default_workspace())
     names = chosen_recipe.evaluation if evaluate else ()

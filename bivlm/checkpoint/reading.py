@@ -180,7 +180,7 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
     Raises `InputError` for a revision of a local folder and when neither folder nor hub has the model, and
     `ConnectionError` when the hub cannot be reached and its cache has no copy.
     """
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         if revision is not None:
             raise InputError(f"model {model} is a folder, which has no revision {revision!r}; leave the revision out")
         return ResolvedModel(Path(model), model, None)

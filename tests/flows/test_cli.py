@@ -1,13 +1,17 @@
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import yaml
 
 from bivlm.bits import bits_of
 from flows import cli
+from tests.flows.running import Running
 
 
 def test_looking_at_a_checkpoint_loads_no_orchestrator(compressed):
@@ -145,3 +149,82 @@ def test_deployments_name_flows_that_exist_and_parameters_that_they_take():
         file, _, name = deployment["entrypoint"].partition(":")
         flow = getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
         assert set(deployment["parameters"]) <= set(inspect.signature(flow.fn).parameters)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--output": "s3://bucket/out"}, "output 's3://bucket/out': expected a folder on this machine"),
+        ({"--output": "/proc/version/out"}, "folder of the output out: /proc/version: not a folder"),
+        ({"--output": "/proc/out"}, "folder of the output out: /proc: cannot be written to"),
+        ({"--output": ""}, "output '': expected a folder on this machine"),
+        ({"--workspace": "http://host/work"}, r"workspace http://host/work: expected a folder or s3://"),
+        ({"--workspace": "/proc/work"}, "workspace /proc/work: cannot be written to"),
+        ({"--recipe": "bivlm9"}, "recipe 'bivlm9': no such file, and not one of bivlm"),
+    ],
+)
+def test_places_that_cannot_be_are_refused_before_any_work(
+    new_compression, tmp_path, capsys, counted, options, message
+):
+    compression = new_compression(tmp_path)
+    given = {
+        "--model": str(compression.model),
+        "--recipe": str(compression.recipe_file()),
+        "--output": str(compression.output),
+        "--workspace": str(compression.workspace),
+    }
+    arguments = [text for pair in (given | options).items() for text in pair]
+    assert cli.main(["compress", *arguments]) == cli.BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert counted == {stage: [] for stage in counted}
+
+
+def test_a_tracking_address_of_no_known_kind_is_refused(new_compression, tmp_path, capsys, monkeypatch):
+    compression = new_compression(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://host")
+    arguments = ["--model", str(compression.model), "--recipe", str(compression.recipe_file())]
+    arguments += ["--output", str(compression.output), "--workspace", str(compression.workspace)]
+    assert cli.main(["compress", *arguments]) == cli.BAD_INPUT
+    assert "MLFLOW_TRACKING_URI 'htp://host': expected http://" in capsys.readouterr().err
+
+
+def test_a_tracking_database_that_was_killed_while_it_was_made_is_made_anew(new_compression, tmp_path):
+    compression = new_compression(tmp_path)
+    (compression.workspace / "mlflow.db").unlink()
+    (compression.workspace / ".mlflow.db.partial").write_bytes(b"SQLite format 3\0 and no more")
+    assert compression.run(evaluate=False)["mlflow"]["version"] == 1
+    assert sorted(path.name for path in compression.workspace.glob("*mlflow*")) == ["mlflow-artifacts", "mlflow.db"]
+
+
+def test_outcomes_of_two_folders_of_one_name_are_kept_apart(compressed, questions, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "cache"))
+    files = []
+    for place in ("one", "other"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "OUT").symlink_to(compressed.output if place == "one" else compressed.model)
+        shutil.copytree(tmp_path / place / "OUT", tmp_path / place / "copy" / "OUT")
+        arguments = ["evaluate", "--model", str(tmp_path / place / "copy" / "OUT"), "--task", f"vqa:{questions}"]
+        assert cli.main([*arguments, "--limit", "1", "--json"]) == cli.DONE
+        files.append(json.loads(capsys.readouterr().out)["outcomes"])
+    assert files[0] != files[1]
+
+
+def test_a_damaged_checkpoint_is_named_when_it_is_evaluated(compressed, questions, capsys, tmp_path):
+    damaged = shutil.copytree(compressed.output, tmp_path / "damaged")
+    content = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(content[:-10])
+    assert cli.main(["evaluate", "--model", str(damaged), "--task", f"vqa:{questions}"]) == cli.BAD_INPUT
+    assert f"{damaged}/model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_goes_on(new_compression, compressed, tmp_path, sent):
+    compression = new_compression(tmp_path)
+    run = Running(compression, str(compression.workspace), tmp_path / "log", "--no-evaluate")
+    while not list((compression.workspace / "steps").glob("*.json")):
+        time.sleep(0.02)
+    run.process.send_signal(sent)
+    assert run.end() == cli.FAILED
+    assert "interrupted; run it again to go on from where it was" in run.errors().splitlines()[-1]
+    compression.run(evaluate=False)
+    assert compression.weights() == compressed.weights()
