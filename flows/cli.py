@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"bivlm {options.command}: interrupted; run it again to go on from where it was", file=sys.stderr)
         return FAILED
+    except ConnectionError as error:  # nothing of ours to mend, so no trace
+        print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)
+        return FAILED
     except Exception as error:
         traceback.print_exc()
         print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import httpx
 import psutil
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -19,9 +20,11 @@ def temporary_server() -> Iterator[None]:
 
     Such a server ends with its process; one whose process was killed lives on, and is ended here. Its flow runs send no
     heartbeats: these tell a server that outlives the run when it has crashed, and ending them holds up the end of every
-    flow run by up to a second. (The environment cannot turn them off: it accepts numbers only.)
+    flow run by up to a second. (The environment cannot turn them off: it accepts numbers only.) Raises ConnectionError
+    if the configured server does not answer.
     """
-    if PREFECT_API_URL.value():
+    if server := PREFECT_API_URL.value():
+        _check_that_it_answers(server)
         yield
         return
     end_orphaned_servers()
@@ -31,6 +34,16 @@ def temporary_server() -> Iterator[None]:
             yield
     finally:
         del os.environ[OWNER_VARIABLE]
+
+
+def _check_that_it_answers(server: str) -> None:
+    try:
+        httpx.get(f"{server}/health", timeout=10)
+    except httpx.TransportError as error:
+        raise ConnectionError(
+            f"PREFECT_API_URL is {server}, where no Prefect server answers ({error}); "
+            "start it, or unset the variable to use a temporary one"
+        ) from error
 
 
 def end_orphaned_servers() -> list[int]:

@@ -228,3 +228,11 @@ def test_an_interrupted_run_says_so_and_goes_on(new_compression, compressed, tmp
     assert "interrupted; run it again to go on from where it was" in run.errors().splitlines()[-1]
     compression.run(evaluate=False)
     assert compression.weights() == compressed.weights()
+
+
+def test_a_prefect_server_that_is_not_there_is_named(compressed, tmp_path):
+    own = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    run = Running(compressed, str(compressed.workspace), tmp_path / "log", **own)
+    assert run.end() == cli.FAILED
+    assert "PREFECT_API_URL is http://127.0.0.1:9/api, where no Prefect server answers" in run.errors()
+    assert "Traceback" not in run.errors()
