@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +18,7 @@ from flows.quiet import hide_loading_bars, quieten
 
 RECIPES = ("bivlm-paper", "bivlm-1bit", "bivlm")  # the last one's page shows all three
 QUESTIONS = 250
+_HEADINGS = {"perception": "per-\ncep-\ntion", "cognition": "cog-\nni-\ntion"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,8 +80,8 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 
     Console().print(_table(results))
     last = results[RECIPES[-1]]
-    print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision in nats, mean over")
-    print("the tokens of the calibration replies. Seconds and peak memory are of the compression, without evaluation.")
+    print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision,")
+    print("mean over the tokens of the calibration replies. Seconds and memory: the compression.")
     for recipe, result in results.items():
         print(f"checkpoint of {recipe}: {result['output']}")
     print(f"report of {RECIPES[-1]}, the others for comparison: {last['page']}")
@@ -89,7 +90,7 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _table(results: dict[str, dict[str, Any]]) -> Any:
-    """A column a model, so that it fits into a terminal of 80 characters."""
+    """A row a model, narrow enough for a terminal of 80 characters."""
     from rich.table import Table
 
     from bivlm.bits import bits_of
@@ -97,38 +98,34 @@ def _table(results: dict[str, dict[str, Any]]) -> Any:
     from bivlm.evaluation.reference_sets import chance
     from bivlm.reference import CHECKPOINT
 
-    most_bits_first = sorted(results.values(), key=lambda result: -result["bits"]["linears"]["stored"])
-    names = {id(result): recipe for recipe, result in results.items()}
-    first = most_bits_first[0]["evaluation"]
-    questions = next(iter(first["packed"].values()))["n"]
-    table = Table(title=f"the reference model, {questions} questions a set")
-    table.add_column("")
-    for name in ("full\nprecision", *(names[id(result)] for result in most_bits_first)):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("chance", justify="right")
+    rows = sorted(results.items(), key=lambda item: -item[1]["bits"]["linears"]["stored"])
+    before = rows[0][1]["evaluation"]["full_precision"]
+    questions = next(iter(before.values()))["n"]
+    title = f"the reference model, {questions} questions a set; bits a weight of the linears"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    names = [task.partition(":")[2] for task in before]
+    headings = [_HEADINGS.get(name, name) for name in names]
+    headings += ["KL,\nnats", "nomi-\nnal", "en-\ntropy", "stored", "whole\nmodel", "sec", "peak\nMB"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
 
-    def row(label: str, before: str, value: Callable[[dict[str, Any]], str], guess: str = "") -> None:
-        table.add_row(label, before, *map(value, most_bits_first), guess)
-
-    for task, before in first["full_precision"].items():
-        name = task.partition(":")[2]
-        row(
-            name,
-            f"{before['metrics']['accuracy']:.1f}",
-            lambda result, task=task: f"{result['evaluation']['packed'][task]['metrics']['accuracy']:.1f}",
-            f"{chance(name):.0f}",
-        )
-    row("KL, nats", "0", lambda result: f"{result['evaluation']['kl']:.3f}")
-    table.add_section()
     width = {8 * linear.dtype.itemsize for linear in linears(Checkpoint.open(CHECKPOINT))}
     plain = f"{max(width):.0f}" if len(width) == 1 else "-"
-    for key, before in (("nominal", plain), ("entropy", "-"), ("stored", plain)):
-        row(f"{key} bits", before, lambda result, key=key: f"{result['bits']['linears'][key]:.3f}")
     whole = f"{bits_of(CHECKPOINT)['model']['stored']:.2f}"
-    row("stored, whole model", whole, lambda result: f"{result['bits']['model']['stored']:.2f}")
-    table.add_section()
-    row("seconds", "-", lambda result: f"{result['seconds']:.1f}")
-    row("peak MB", "-", lambda result: f"{result['peak_memory_bytes'] / 1e6:.0f}")
+    accuracies = [f"{figures['metrics']['accuracy']:.1f}" for figures in before.values()]
+    table.add_row("full precision", *accuracies, "0", plain, "-", plain, whole, "-", "-")
+    for recipe, result in rows:
+        table.add_row(
+            recipe,
+            *(f"{result['evaluation']['packed'][task]['metrics']['accuracy']:.1f}" for task in before),
+            f"{result['evaluation']['kl']:.3f}",
+            *(f"{result['bits']['linears'][key]:.3f}" for key in ("nominal", "entropy", "stored")),
+            f"{result['bits']['model']['stored']:.2f}",
+            f"{result['seconds']:.1f}",
+            f"{result['peak_memory_bytes'] / 1e6:.0f}",
+        )
+    table.add_row("chance", *(f"{chance(name):.0f}" for name in names))
     return table
 
 
