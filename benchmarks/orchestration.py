@@ -1,6 +1,6 @@
 """What Prefect adds to the work: the layer stages as the flow runs them, and the same functions without Prefect.
 
-``python -m benchmarks.orchestration [--layers 112] [--width 1024] [--repeats 5]``; law 9 allows 10 percent. The server
+``python -m benchmarks.orchestration [--layers 112] [--width 2048] [--repeats 3]``; law 9 allows 10 percent. The server
 is warm: a flow has run before anything is timed. Every run has a workspace of its own, so that nothing is reused. The
 flow runs as `bivlm compress` runs it, on a temporary server and without heartbeats; what these add at the end of a run
 on a lasting server, whatever its length, is printed on a line of its own.
@@ -91,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print both times and the overhead; returns 1 if it is 10 percent or more."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.orchestration", description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=112)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
     seconds: dict[str, list[float]] = {"without Prefect": [], "with Prefect": []}
     with tempfile.TemporaryDirectory() as place:

@@ -44,11 +44,11 @@ def quantize_salient(
     scales_M = np.zeros(rows)
     if len(weights_S) == 0:
         return SalientCode(np.empty(0, np.uint8), scales_M, np.zeros(1 << bits), 0.0)
-    starts = np.flatnonzero(np.diff(rows_S, prepend=-1))
+    starts = np.concatenate([[0], 1 + np.flatnonzero(rows_S[1:] != rows_S[:-1])])
     lengths = np.diff(starts, append=len(rows_S))
-    weights = weights_S.astype(np.float64)
-    # W and B have the same sign throughout the iteration, so it runs on magnitudes.
-    magnitudes = np.abs(weights)
+    # W and B have the same sign throughout the iteration, so it runs on magnitudes. Few arrays are held at once: at 5 %
+    # of a large layer each is as large as a fifth of the layer.
+    magnitudes = np.abs(weights_S).astype(np.float64)
     relaxed = np.ones_like(magnitudes)
     for _ in range(iterations):
         scales = _row_scales(magnitudes, relaxed, starts)
@@ -57,14 +57,15 @@ def quantize_salient(
         np.divide(magnitudes, per_weight, out=relaxed, where=per_weight > 0)
         np.minimum(relaxed, 1, out=relaxed)
     del magnitudes, per_weight
-    signed = np.copysign(relaxed, weights, out=relaxed)
+    signed = np.copysign(relaxed, weights_S, out=relaxed)
     nonzero = signed != 0
     mean, std = (
         (float(np.mean(signed, where=nonzero)), float(np.std(signed, where=nonzero))) if nonzero.any() else (0.0, 0.0)
     )
     centres = adaptive_centres(mean, std, bits, alpha)
     levels = np.searchsorted((centres[:-1] + centres[1:]) / 2, signed, side="left").astype(np.uint8)
-    rounded = centres[levels]
+    del relaxed, signed, nonzero
+    rounded, weights = centres[levels], weights_S.astype(np.float64)
     if refit:
         scales = _row_scales(weights, rounded, starts)
     scales_M[rows_S[starts]] = scales
