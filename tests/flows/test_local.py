@@ -53,7 +53,7 @@ def test_an_orphaned_server_neither_stops_the_next_run_nor_stays(new_compression
     # The process alone, not its group: the server lives on, with the database open.
     servers = [child for child in psutil.Process(run.process.pid).children() if "uvicorn" in " ".join(child.cmdline())]
     run.process.kill()
-    run.process.communicate()
+    run.process.wait()  # not `communicate`: the server holds the pipe open
     assert [server.is_running() for server in servers] == [True]
     again = Running(compression, str(compression.workspace), tmp_path / "log", **own)
     assert again.end() == DONE, again.errors()
