@@ -39,19 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"bivlm {options.command}: {error}", file=sys.stderr)
         return BAD_INPUT
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except KeyboardInterrupt:
         print(f"bivlm {options.command}: interrupted; run it again to go on from where it was", file=sys.stderr)
         return FAILED
     except ConnectionError as error:  # nothing of ours to mend, so no trace
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return DONE
         print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)
         return FAILED
     except Exception as error:
         traceback.print_exc()
         print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)
         return FAILED
+
+
+def _nobody_reads() -> bool:
+    """Whether our output goes to a pipe whose reader has seen enough, as with ``| head``; it is then given up."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -151,7 +151,7 @@ class _HeldModel:
             self.clear()
             with ExitStack() as slot:
                 slot.enter_context(gpu_slot(device))
-                self._model = load_model(folder, device.place)
+                model = load_model(folder, device.place)
                 # What is recorded under this digest must have been measured on these bytes.
                 if (found := Checkpoint.open(folder).digest()) != sha256:
                     raise InputError(
@@ -159,7 +159,7 @@ class _HeldModel:
                         f"expected {sha256}); do not change the folder while it is evaluated"
                     )
                 self._slot = slot.pop_all()
-            self._which = wanted
+            self._model, self._which = model, wanted
         return self._model
 
     def clear(self) -> None:

@@ -96,6 +96,16 @@ class Compression:
         self.results.append(result)
         return result
 
+    def arguments(self, **changes: str) -> list[str]:
+        """Those of `bivlm compress` for this place, with some options changed."""
+        options = {
+            "model": str(self.model),
+            "recipe": str(self.recipe_file()),
+            "output": str(self.output),
+            "workspace": str(self.workspace),
+        }
+        return [text for name, value in (options | changes).items() for text in (f"--{name}", value)]
+
     def recipe_file(self) -> Path:
         path = self.place / "recipe.yaml"
         path.write_text(yaml.safe_dump(self.recipe))

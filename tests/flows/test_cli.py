@@ -99,15 +99,7 @@ BAD_INPUT = {
 def test_bad_input_is_told_in_one_message_without_a_trace(case, new_compression, tmp_path, capsys):
     change, named = BAD_INPUT[case]
     compression = new_compression(tmp_path)
-    values = {
-        "model": str(compression.model),
-        "recipe": str(compression.recipe_file()),
-        "output": str(compression.output),
-        "workspace": str(compression.workspace),
-    }
-    values |= change(compression)
-    arguments = [part for key, value in values.items() for part in (f"--{key}", value)]
-    assert cli.main(["compress", *arguments]) == 2
+    assert cli.main(["compress", *compression.arguments(**change(compression))]) == 2
     err = capsys.readouterr().err
     assert err.count("bivlm compress:") == 1
     assert named in err
@@ -154,27 +146,20 @@ def test_deployments_name_flows_that_exist_and_parameters_that_they_take():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"--output": "s3://bucket/out"}, "output 's3://bucket/out': expected a folder on this machine"),
-        ({"--output": "/proc/version/out"}, "folder of the output out: /proc/version: not a folder"),
-        ({"--output": "/proc/out"}, "folder of the output out: /proc: cannot be written to"),
-        ({"--output": ""}, "output '': expected a folder on this machine"),
-        ({"--workspace": "http://host/work"}, r"workspace http://host/work: expected a folder or s3://"),
-        ({"--workspace": "/proc/work"}, "workspace /proc/work: cannot be written to"),
-        ({"--recipe": "bivlm9"}, "recipe 'bivlm9': no such file, and not one of bivlm"),
+        ({"output": "s3://bucket/out"}, "output 's3://bucket/out': expected a folder on this machine"),
+        ({"output": "/proc/version/out"}, "folder of the output out: /proc/version: not a folder"),
+        ({"output": "/proc/out"}, "folder of the output out: /proc: cannot be written to"),
+        ({"output": ""}, "output '': expected a folder on this machine"),
+        ({"workspace": "http://host/work"}, r"workspace http://host/work: expected a folder or s3://"),
+        ({"workspace": "/proc/work"}, "workspace /proc/work: cannot be written to"),
+        ({"recipe": "bivlm9"}, "recipe 'bivlm9': no such file, and not one of bivlm"),
     ],
 )
 def test_places_that_cannot_be_are_refused_before_any_work(
     new_compression, tmp_path, capsys, counted, options, message
 ):
     compression = new_compression(tmp_path)
-    given = {
-        "--model": str(compression.model),
-        "--recipe": str(compression.recipe_file()),
-        "--output": str(compression.output),
-        "--workspace": str(compression.workspace),
-    }
-    arguments = [text for pair in (given | options).items() for text in pair]
-    assert cli.main(["compress", *arguments]) == cli.BAD_INPUT
+    assert cli.main(["compress", *compression.arguments(**options)]) == cli.BAD_INPUT
     assert message in capsys.readouterr().err
     assert counted == {stage: [] for stage in counted}
 
