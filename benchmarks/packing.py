@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for p_max in (0.0, 0.01):
             settings = bivlm.Settings.model_validate({"method": "bivlm", "groups": groups, "p_max": p_max})
             plan = bivlm.plan(LayerStatistics.measure(weight, p_max), settings)
-            packed = bivlm.quantize(weight, plan)
+            packed = bivlm.quantize(weight, plan).packed
             rates.append(_rate(weight, lambda plan=plan: bivlm.quantize(weight, plan)))
             rates.append(_rate(weight, lambda packed=packed: unpack(packed, check=False)))
         slowest = min(slowest, *rates[:2])

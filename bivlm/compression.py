@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from bivlm.errors import InputError
+from bivlm.inputs import SiteStatistics
 from bivlm.methods import LayerPlan, method
 from bivlm.packing import format_bits, unpack
 from bivlm.statistics import CHUNK_WEIGHTS, check_weight
@@ -22,13 +23,24 @@ class LayerBits(BaseModel):
 
 
 class LayerRecord(BaseModel):
-    """What packing a layer gave: `error` is ``||W - W_rebuilt||^2 / ||W||^2``, `nbytes` the packed tensor's length."""
+    """What packing a layer gave.
+
+    Attributes:
+        error: ``||W - W_rebuilt||^2 / ||W||^2``.
+        output_error: ``tr(E H E^T) / tr(W H W^T)``, the relative squared error of the layer's outputs over the
+            calibration tokens; None for a method that does not look at inputs.
+        bits: bits a weight.
+        nbytes: the packed tensor's length.
+        figures: what the method had to say, see `bivlm.methods.Quantized`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     error: float
+    output_error: float | None = None
     bits: LayerBits
     nbytes: int
+    figures: dict[str, int | float] = {}
 
 
 def relative_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor) -> float:
@@ -44,10 +56,27 @@ def relative_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor) -> float:
     return error / total
 
 
-def pack_layer(weight_MN: torch.Tensor, plan: LayerPlan, name: str = "weight") -> tuple[torch.Tensor, LayerRecord]:
+def output_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor, inputs: SiteStatistics) -> float:
+    """``tr(E H E^T) / tr(W H W^T)`` with E the difference of two weights (M, N) and H the inputs' second moment.
+
+    0 if both weights, or all inputs, are zero; infinite if only W gives outputs of zero.
+    """
+    weight, moment = weight_MN.to(torch.float32), inputs.second_moment_NN.to(weight_MN.device)
+    error = rebuilt_MN.to(torch.float32) - weight
+    lost = float(((error @ moment) * error).sum(dtype=torch.float64))
+    total = float(((weight @ moment) * weight).sum(dtype=torch.float64))
+    if total <= 0:
+        return 0.0 if lost <= 0 else float("inf")
+    return max(lost, 0.0) / total
+
+
+def pack_layer(
+    weight_MN: torch.Tensor, plan: LayerPlan, name: str = "weight", inputs: SiteStatistics | None = None
+) -> tuple[torch.Tensor, LayerRecord]:
     """The packed weight, uint8 (bytes,), and its record, measured on the weight rebuilt from those bytes.
 
-    Raises `InputError` naming `name` if `plan` was made for another shape or by another version of the method.
+    `inputs` are the statistics of the layer's site, for a method that needs them. Raises `InputError` naming `name` if
+    `plan` was made for another shape or by another version of the method, or the inputs have other channels.
     """
     check_weight(weight_MN, name)
     chosen = method(plan.method)
@@ -57,11 +86,16 @@ def pack_layer(weight_MN: torch.Tensor, plan: LayerPlan, name: str = "weight") -
         raise InputError(
             f"{name}: planned by {plan.method} version {plan.version}, this is version {chosen.version}: plan it again"
         )
-    packed = chosen.quantize(weight_MN, plan)
-    bits, size = format_bits(packed, name), weight_MN.numel()
+    if inputs is not None and len(inputs.mean_N) != plan.shape[1]:
+        raise InputError(f"{name}: inputs of {len(inputs.mean_N)} channels, the weight has {plan.shape[1]} columns")
+    quantized = chosen.quantize(weight_MN, plan, inputs)
+    packed = quantized.packed
+    bits, size, rebuilt_MN = format_bits(packed, name), weight_MN.numel(), unpack(packed, name)
     record = LayerRecord(
-        error=relative_error(weight_MN, unpack(packed, name)),
+        error=relative_error(weight_MN, rebuilt_MN),
+        output_error=None if inputs is None else output_error(weight_MN, rebuilt_MN, inputs),
         bits=LayerBits(nominal=bits.nominal / size, entropy=bits.entropy / size, stored=bits.stored / size),
         nbytes=packed.numel(),
+        figures=quantized.figures,
     )
     return packed, record

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from bivlm import packing
-from bivlm.packing import Codec, FormatBits, container
+from bivlm.packing import Codec, FormatBits, Tunable, container
 
 
 class TopByte(Codec):
@@ -16,6 +16,13 @@ class TopByte(Codec):
         begin, end = header.sections[0]
         words = packed[begin:end].to(torch.int32) << 8
         return words.to(torch.uint16).view(torch.bfloat16).reshape(header.shape)
+
+    def tunable(self, packed, header):
+        weight = self.unpack(packed, header).float()
+        return Tunable({}, lambda _: weight)
+
+    def retuned(self, packed, header, parameters):
+        return packed
 
     def bits(self, packed, header):
         weights = header.shape[0] * header.shape[1]

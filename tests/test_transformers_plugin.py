@@ -288,7 +288,7 @@ def test_a_model_packed_by_the_method_bivlm_rebuilds_its_weights(tiny_llava, who
         weight, settings = base.read(linear.disk_name), whole_recipe.components[linear.component]
         bivlm = method(settings.method)
         statistics = LayerStatistics.measure(weight, bivlm.tail_share(settings), linear.name)
-        packed[linear.name] = bivlm.quantize(weight, bivlm.plan(statistics, settings))
+        packed[linear.name] = bivlm.quantize(weight, bivlm.plan(statistics, settings)).packed
     makers = {name: (lambda tensor=tensor: tensor) for name, tensor in packed.items()}
     folder = write_packed_checkpoint(base, makers, chosen, tmp_path / "packed", {})
     rebuilt = load(tiny_llava)

@@ -7,9 +7,9 @@ import pkgutil
 from functools import cache
 
 from bivlm.errors import InputError
-from bivlm.methods.base import LayerPlan, Method, MethodSettings
+from bivlm.methods.base import CurvePoint, LayerPlan, Method, MethodSettings, Quantized
 
-__all__ = ["LayerPlan", "Method", "MethodSettings", "method", "methods"]
+__all__ = ["CurvePoint", "LayerPlan", "Method", "MethodSettings", "Quantized", "method", "methods"]
 
 
 @cache

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from bivlm.inputs import SiteStatistics
 from bivlm.statistics import LayerStatistics
+
+Need = Literal["weights", "inputs", "block_outputs"]
+WEIGHTS: frozenset[Need] = frozenset({"weights"})
+INPUTS: frozenset[Need] = frozenset({"weights", "inputs"})
 
 
 class MethodSettings(BaseModel):
@@ -33,6 +39,32 @@ class LayerPlan(BaseModel):
     parameters: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """What a layer would cost and lose with one choice of settings.
+
+    Attributes:
+        settings: the method's settings, whole, ready for JSON.
+        stored_bits: bits a weight.
+        error: predicted ``||W - W_rebuilt||^2 / ||W||^2``.
+    """
+
+    settings: dict[str, Any]
+    stored_bits: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A packed weight, uint8 (bytes,), see `bivlm.packing`; and what there is to say of how it was made.
+
+    `figures` are small numbers by name, for example the damping of a second moment or its dead channels.
+    """
+
+    packed: torch.Tensor
+    figures: dict[str, int | float] = field(default_factory=dict)
+
+
 class Method(ABC):
     """One file in `bivlm.methods` holds one subclass; that is all a new method needs.
 
@@ -41,25 +73,32 @@ class Method(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int]
-    scope: ClassVar[Literal["layer", "block", "model"]]
-    needs: ClassVar[frozenset[Literal["weights", "inputs", "block_outputs"]]]
+    scope: ClassVar[Literal["layer", "block", "model"]] = "layer"
     Settings: ClassVar[type[MethodSettings]]
 
-    @abstractmethod
+    def needs(self, settings: MethodSettings) -> frozenset[Need]:
+        """What the method has to see: the weights alone unless it says more."""
+        return WEIGHTS
+
     def tail_share(self, settings: MethodSettings) -> float:
         """The Gaussian share of largest magnitudes that the statistics must keep with their rows."""
+        return 0.0
 
-    @abstractmethod
-    def curve(self, statistics: LayerStatistics, settings: MethodSettings) -> list[tuple[float, float]]:
-        """(stored bits a weight, relative squared error) of the settings worth choosing from, without quantizing."""
+    def curve(self, statistics: LayerStatistics, settings: MethodSettings) -> list[CurvePoint]:
+        """The choices of settings worth having, without quantizing; none if the method leaves no choice.
 
-    @abstractmethod
+        Of `settings` everything is kept that the choice is not about.
+        """
+        return []
+
     def plan(self, statistics: LayerStatistics, settings: MethodSettings) -> LayerPlan:
-        """Decide how to quantize the layer from its statistics alone."""
+        """Decide how to quantize the layer from its statistics alone; by default there is nothing to decide."""
+        parameters = settings.model_dump(mode="json", exclude={"method"})
+        return LayerPlan(method=self.name, version=self.version, shape=statistics.shape, parameters=parameters)
 
     @abstractmethod
-    def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-        """The packed weight, uint8 of shape (bytes,), see `bivlm.packing`."""
+    def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
+        """Quantize and pack; `inputs` are given if the method `needs` them, and those of N channels."""
 
     def describe(self, plan: LayerPlan) -> dict[str, Any]:
         """What the report says of the plan beside error and bits, for example `groups` and `p_sal_nominal`."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from bivlm.methods.base import LayerPlan, Method, MethodSettings
+from bivlm.inputs import SiteStatistics
+from bivlm.methods.base import CurvePoint, LayerPlan, Method, MethodSettings, Quantized
 from bivlm.packing import quantile
 from bivlm.salient import quantize_salient
 from bivlm.search import Candidate, evaluate_share, search_share
@@ -38,27 +39,25 @@ class BiVLM(Method):
 
     name: ClassVar[str] = "bivlm"
     version: ClassVar[int] = 1
-    scope = "layer"
-    needs = frozenset({"weights"})
     Settings = BiVLMSettings
 
     def tail_share(self, settings: BiVLMSettings) -> float:
         return settings.p_max
 
-    def curve(self, statistics: LayerStatistics, settings: BiVLMSettings) -> list[tuple[float, float]]:
-        """(stored bits a weight, J) at five salient shares from 0 to p_max, for the groups of the settings."""
-        shares = np.linspace(0, settings.p_max, 5) if settings.p_max > 0 else [0.0]
-        candidates = [_evaluate(statistics, settings, float(share)) for share in shares]
-        return [(_stored_bits(statistics, settings, c), c.error) for c in candidates]
+    def curve(self, statistics: LayerStatistics, settings: BiVLMSettings) -> list[CurvePoint]:
+        """Every number of groups up to 8, without salient weights and with the searched share of them."""
+        points = []
+        for groups in range(1, 9):
+            for p_max in sorted({0.0, settings.p_max}):
+                chosen = settings.model_copy(update={"groups": groups, "p_max": p_max})
+                best = _search(statistics, chosen)
+                bits = _stored_bits(statistics, chosen, best)
+                points.append(CurvePoint(chosen.model_dump(mode="json"), bits, best.error))
+        return points
 
     def plan(self, statistics: LayerStatistics, settings: BiVLMSettings) -> LayerPlan:
         """Algorithm 3's search. The plan holds the cut-offs as bit patterns and the group scales."""
-        best = search_share(
-            lambda p_sal: _evaluate(statistics, settings, p_sal),
-            settings.p_max,
-            settings.objective,
-            lambda candidate: _stored_bits(statistics, settings, candidate),
-        )
+        best = _search(statistics, settings)
         # A rank of 0 means that no magnitude is small enough for the group; -1 is below every pattern.
         boundaries = [int(statistics.patterns_V[rank - 1]) if rank else -1 for rank in best.groups.ranks_K]
         return LayerPlan(
@@ -75,7 +74,7 @@ class BiVLM(Method):
             },
         )
 
-    def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
         p = plan.parameters
         positions_S, weights_S = weights_above(weight_MN, p["boundaries"][-1])
         salient = quantize_salient(
@@ -87,7 +86,7 @@ class BiVLM(Method):
             iterations=p["iterations"],
             refit=p["refit"],
         )
-        return quantile.pack(
+        packed = quantile.pack(
             weight_MN,
             boundaries_K=p["boundaries"],
             group_scales_K=np.array(p["group_scales"]),
@@ -97,6 +96,7 @@ class BiVLM(Method):
             centres_L=salient.centres_L,
             row_scales_M=salient.row_scales_M,
         )
+        return Quantized(packed)
 
     def describe(self, plan: LayerPlan) -> dict[str, Any]:
         return {
@@ -104,6 +104,15 @@ class BiVLM(Method):
             "p_sal_nominal": plan.parameters["p_sal"],
             "p_sal_actual": plan.parameters["salient"] / (plan.shape[0] * plan.shape[1]),
         }
+
+
+def _search(statistics: LayerStatistics, settings: BiVLMSettings) -> Candidate:
+    return search_share(
+        lambda p_sal: _evaluate(statistics, settings, p_sal),
+        settings.p_max,
+        settings.objective,
+        lambda candidate: _stored_bits(statistics, settings, candidate),
+    )
 
 
 def _evaluate(statistics: LayerStatistics, settings: BiVLMSettings, p_sal: float) -> Candidate:

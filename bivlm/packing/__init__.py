@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -23,8 +24,9 @@ from bivlm.packing.container import Header
 class FormatBits:
     """What a packed weight costs, in bits for the whole tensor (not per weight).
 
-    `nominal` is the paper's count (24)-(26), which leaves out the index; `entropy` is the least that any decodable
-    code of this format could store; `stored` is 8 x the bytes of the packed tensor.
+    `nominal` is the count of the method's own paper, for comparison: Bi-VLM's (24)-(26) leaves out the index;
+    `entropy` is the least that any decodable code of this format could store; `stored` is 8 x the bytes of the packed
+    tensor.
     """
 
     nominal: float
@@ -32,14 +34,37 @@ class FormatBits:
     stored: int
 
 
+@dataclass(frozen=True)
+class Tunable:
+    """A packed weight as a function of its scales and levels, its symbols fixed.
+
+    Attributes:
+        parameters: float32 tensors by name, as they are stored.
+        rebuild: the weight (M, N), float32, of such tensors; differentiable in them.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    rebuild: Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
 class Codec(ABC):
     """How one kind of contents is laid out in the sections of a packed weight."""
 
     name: ClassVar[str]  # at most 8 ASCII characters
 
-    @abstractmethod
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         """The rebuilt weight (M, N), dtype `header.dtype`, on the device of `packed`."""
+        opened = self.tunable(packed, header)
+        return opened.rebuild(opened.parameters).to(header.dtype)
+
+    @abstractmethod
+    def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
+        """Scales and levels, and the weight as a function of them; rounded to `header.dtype` it is what `unpack`
+        gives."""
+
+    @abstractmethod
+    def retuned(self, packed: torch.Tensor, header: Header, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The packed weight with other `parameters`, rounded to what the format stores; of the same length."""
 
     @abstractmethod
     def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +76,22 @@ def write(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequ
     checksum = zlib.crc32(body, zlib.crc32(_HEADER.pack(*fields, 0)[:_CHECKSUM_AT]))
     head = np.frombuffer(_HEADER.pack(*fields, checksum), dtype=np.uint8)
     return torch.from_numpy(np.concatenate([head, body]))
+
+
+def section(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
+    """The bytes of a section, uint8, a view."""
+    begin, end = header.sections[index]
+    return packed[begin:end]
+
+
+def rewrite(packed: torch.Tensor, header: Header, sections: Mapping[int, np.ndarray]) -> torch.Tensor:
+    """The packed tensor with other bytes, as many as before, in some `sections`; the checksum follows."""
+    kept = [section(packed, header, index).cpu().numpy() for index in range(len(header.sections))]
+    for index, content in sections.items():
+        if content.nbytes != kept[index].nbytes:
+            raise ValueError(f"section {index} has {kept[index].nbytes} bytes, not {content.nbytes}")
+        kept[index] = content
+    return write(header.codec, header.shape, header.dtype, kept)
 
 
 def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:

@@ -26,8 +26,10 @@ import numpy as np
 import torch
 
 from bivlm.errors import InputError
-from bivlm.packing import Codec, FormatBits, container
-from bivlm.packing.container import Header
+from bivlm.packing import Codec, FormatBits, Tunable, container
+from bivlm.packing.container import Header, section
+from bivlm.packing.halves import exponent_of, from_halves, to_halves
+from bivlm.packing.lookup import lookup
 from bivlm.packing.radix import CHUNK_SYMBOLS, count_symbols, pack_symbols, radix, symbols_at, unpack_values
 from bivlm.packing.sparse import pack_positions, pack_small, rice_cost, unpack_positions, unpack_small
 from bivlm.statistics import magnitude_patterns
@@ -80,8 +82,8 @@ def pack(
     shape = (weight_MN.shape[0], weight_MN.shape[1])
     groups, salient = len(boundaries_K), len(positions_S)
     mode, _, rice = _body_nbytes(shape, groups, salient_bits, positions_S)
-    exponent = _exponent(max(float(np.max(group_scales_K)), float(np.max(np.abs(row_scales_M), initial=0.0))))
-    numbers = [_scaled_half(group_scales_K, exponent)] + ([centres_L.astype("<f2").view(np.uint8)] if salient else [])
+    exponent = exponent_of(max(float(np.max(group_scales_K)), float(np.max(np.abs(row_scales_M), initial=0.0))))
+    numbers = [to_halves(group_scales_K, exponent)] + ([to_halves(centres_L)] if salient else [])
     parameters = _PARAMETERS.pack(groups, salient_bits, mode, rice, exponent, salient)
     if mode == _SPARSE:
         marked, extra_bits = levels_S % (2 * groups), _extra_bits(groups, salient_bits)
@@ -91,7 +93,7 @@ def pack(
     alphabet = 2 * groups + (1 << salient_bits if mode == _ALPHABET else 0)
     sections = [
         np.concatenate([np.frombuffer(parameters, np.uint8), *numbers]),
-        _scaled_half(row_scales_M, exponent) if salient else np.empty(0, np.uint8),
+        to_halves(row_scales_M, exponent) if salient else np.empty(0, np.uint8),
         _pack_all_symbols(weight_MN, boundaries_K, alphabet, positions_S, marked.astype(np.uint8)),
         *sparse,
     ]
@@ -114,12 +116,47 @@ class QuantileCodec(Codec):
         weight_MN = unpack_values(planes, table, header.shape[1])
         if parameters.salient:
             positions, levels = _salient(packed, header, parameters)
-            halves = _section(packed, header, 1).view(torch.float16)
-            row_scales = torch.ldexp(halves.to(torch.float32), torch.tensor(parameters.exponent))
+            row_scales = from_halves(section(packed, header, 1), parameters.exponent)
             centres = parameters.centres_L.to(packed.device)
             rebuilt = row_scales[positions // header.shape[1]] * centres[levels]
             weight_MN.view(-1)[positions] = rebuilt.to(header.dtype)
         return weight_MN
+
+    def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
+        """Parameters ``group_scales`` (K,) and, if S > 0, ``row_scales`` (M,) and ``centres`` (2^N_b,)."""
+        stored = _read_parameters(packed, header)
+        parameters = {"group_scales": torch.ldexp(stored.group_scales_K, torch.tensor(stored.exponent))}
+        table = torch.arange(stored.alphabet, dtype=torch.uint8, device=packed.device)
+        symbols = unpack_values(_planes(packed, header, stored.alphabet), table, header.shape[1]).view(-1)
+        if stored.salient:
+            parameters |= {
+                "row_scales": from_halves(section(packed, header, 1), stored.exponent),
+                "centres": stored.centres_L,
+            }
+            positions, levels = _salient(packed, header, stored)
+            symbols[positions] = 0  # any that the table has: what is looked up there is replaced
+        parameters = {name: values.to(packed.device) for name, values in parameters.items()}
+
+        def rebuild(values: dict[str, torch.Tensor]) -> torch.Tensor:
+            scales = values["group_scales"]
+            weight = lookup(torch.stack([scales, -scales], dim=-1).view(-1), symbols)
+            if stored.salient:
+                salient = values["row_scales"][positions // header.shape[1]] * values["centres"][levels]
+                weight = weight.index_put((positions,), salient)
+            return weight.view(header.shape)
+
+        return Tunable(parameters, rebuild)
+
+    def retuned(self, packed: torch.Tensor, header: Header, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        stored = _read_parameters(packed, header)
+        numbers = {name: values.detach().cpu().numpy() for name, values in parameters.items()}
+        head = section(packed, header, 0).cpu().numpy()[: _PARAMETERS.size]
+        first = [head, to_halves(numbers["group_scales"], stored.exponent)]
+        if not stored.salient:
+            return container.rewrite(packed, header, {0: np.concatenate(first)})
+        first.append(to_halves(numbers["centres"]))
+        rows = to_halves(numbers["row_scales"], stored.exponent)
+        return container.rewrite(packed, header, {0: np.concatenate(first), 1: rows})
 
     def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
         parameters = _read_parameters(packed, header)
@@ -160,15 +197,6 @@ def _extra_bits(groups: int, salient_bits: int) -> int:
     return (-(-(1 << salient_bits) // (2 * groups)) - 1).bit_length()
 
 
-def _exponent(largest: float) -> int:
-    """The power of two that puts the largest scale near 2^10: 34 binades above float16's smallest step."""
-    return math.frexp(largest)[1] - 11 if largest > 0 else 0
-
-
-def _scaled_half(scales: np.ndarray, exponent: int) -> np.ndarray:
-    return np.ldexp(scales, -exponent).astype("<f2").view(np.uint8)
-
-
 def _pack_all_symbols(
     weight_MN: torch.Tensor, boundaries_K: list[int], alphabet: int, positions_S: np.ndarray, marked_S: np.ndarray
 ) -> np.ndarray:
@@ -198,16 +226,10 @@ def _unsalient_symbols(weight_MN: torch.Tensor, boundaries_K: list[int]) -> torc
     return symbols
 
 
-def _section(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
-    begin, end = header.sections[index]
-    # A float16 view must begin at an even address, which a section need not.
-    return packed[begin:end].clone()
-
-
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
-    section = _section(packed, header, 0).cpu().numpy()
-    groups, salient_bits, mode, rice, exponent, salient = _PARAMETERS.unpack(section[: _PARAMETERS.size].tobytes())
-    numbers = torch.from_numpy(section[_PARAMETERS.size :].view("<f2").astype(np.float32))
+    head = section(packed, header, 0).cpu().numpy()
+    groups, salient_bits, mode, rice, exponent, salient = _PARAMETERS.unpack(head[: _PARAMETERS.size].tobytes())
+    numbers = torch.from_numpy(head[_PARAMETERS.size :].view("<f2").astype(np.float32))
     if len(numbers) != groups + (1 << salient_bits if salient else 0) or mode not in (_SPARSE, _ALPHABET):
         raise InputError(f"packed weight of shape {header.shape}: damaged parameters ({groups} groups, mode {mode})")
     return _Parameters(groups, salient_bits, mode, rice, salient, numbers[:groups], numbers[groups:], exponent)
@@ -229,7 +251,7 @@ def _salient(packed: torch.Tensor, header: Header, parameters: _Parameters) -> t
         symbols = unpack_values(_planes(packed, header, parameters.alphabet), table, header.shape[1]).view(-1)
         positions = torch.nonzero(symbols >= 2 * parameters.groups).view(-1)
         return positions, symbols[positions].to(torch.int64) - 2 * parameters.groups
-    unary, remainders, extra = (_section(packed, header, index) for index in (3, 4, 5))
+    unary, remainders, extra = (section(packed, header, index) for index in (3, 4, 5))
     positions = unpack_positions(unary, remainders, parameters.salient, parameters.rice)
     planes = _planes(packed, header, parameters.alphabet)
     low = symbols_at(planes, parameters.alphabet, header.shape[1], positions)

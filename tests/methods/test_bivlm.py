@@ -43,7 +43,7 @@ def test_error_on_unit_gaussians_is_the_published_one(refit, p_max, published):
     for seed in range(5):
         weight = gaussian(seed)
         plan = METHOD.plan(LayerStatistics.measure(weight, p_max), settings(refit=refit, p_max=p_max))
-        errors.append(relative_error(weight, unpack(METHOD.quantize(weight, plan))))
+        errors.append(relative_error(weight, unpack(METHOD.quantize(weight, plan).packed)))
     assert np.mean(errors) == pytest.approx(published, rel=0.02)
 
 
@@ -73,7 +73,7 @@ def test_search_ends_at_the_literal_searchs_plan_and_bytes(seed, groups, refit):
     assert plan.parameters["p_sal"] == pytest.approx(p_sal, rel=1e-9)
     expected = literal.quantize(weight.double(), p_sal, groups, refit=refit)
     # Only the 16-bit scales and the rounding to bfloat16 stand between the two.
-    assert torch.allclose(unpack(METHOD.quantize(weight, plan)).double(), expected, rtol=2**-8 + 2**-10, atol=0)
+    assert torch.allclose(unpack(METHOD.quantize(weight, plan).packed).double(), expected, rtol=2**-8 + 2**-10, atol=0)
 
 
 def test_statistics_of_the_tail_do_not_change_the_plan():
@@ -100,11 +100,10 @@ def test_curve_gives_the_bits_and_errors_that_packing_then_has():
     weight = trained_like(1, (128, 256))
     statistics = LayerStatistics.measure(weight, 0.05)
     chosen = settings(groups=2, objective="error")
-    bits, error = METHOD.curve(statistics, chosen)[-1]
-    packed, record = pack_layer(weight, METHOD.plan(statistics, chosen))
-    assert METHOD.plan(statistics, chosen).parameters["p_sal"] == 0.05
-    assert (bits, record.nbytes) == (8 * packed.numel() / weight.numel(), packed.numel())
-    assert record.error == pytest.approx(error, rel=0.01)
+    for point in METHOD.curve(statistics, chosen):
+        packed, record = pack_layer(weight, METHOD.plan(statistics, METHOD.Settings.model_validate(point.settings)))
+        assert (point.stored_bits, record.nbytes) == (8 * packed.numel() / weight.numel(), packed.numel())
+        assert record.error == pytest.approx(point.error, rel=0.01)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 5, 6])

@@ -16,7 +16,7 @@ def pack(weight, **settings):
     settings = METHOD.Settings.model_validate({"method": "bivlm", "p_max": 0.05, "groups": 2} | settings)
     statistics = LayerStatistics.measure(weight, settings.p_max)
     plan = METHOD.plan(statistics, settings)
-    return plan, METHOD.quantize(weight, plan)
+    return plan, METHOD.quantize(weight, plan).packed
 
 
 def heavy_tailed(rows, columns, seed, dtype):
@@ -98,7 +98,7 @@ def test_many_salient_weights_move_into_the_alphabet():
     boundaries = [*plan.parameters["boundaries"][:-1], int(magnitude_patterns(torch.tensor(0.85).bfloat16()))]
     packed = METHOD.quantize(
         weight, plan.model_copy(update={"parameters": plan.parameters | {"boundaries": boundaries}})
-    )
+    ).packed
     salient = weight.abs() > 0.85
     assert 0.38 < salient.double().mean() < 0.42
     # Ten symbols, three in ten bits: 3.33 bits a weight; positions alone would cost 0.97 beside 2.6 for the groups.
@@ -119,3 +119,34 @@ def test_header_needs_no_unpacking():
     _, packed = pack(heavy_tailed(8, 24, 0, torch.float16))
     _, header = open_packed(packed)
     assert (header.shape, header.dtype, header.nbytes) == ((8, 24), torch.float16, packed.numel())
+
+
+@pytest.mark.parametrize(("groups", "p_max"), [(1, 0.0), (2, 0.05), (5, 0.3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_weight_as_a_function_of_its_scales_is_the_unpacked_weight(groups, p_max, dtype):
+    weight = (0.01 * torch.randn(48, 200, generator=torch.Generator().manual_seed(3))).to(dtype)
+    _, packed = pack(weight, groups=groups, p_max=p_max)
+    codec, header = open_packed(packed)
+    opened = codec.tunable(packed, header)
+    assert torch.equal(opened.rebuild(opened.parameters).to(dtype), unpack(packed))
+    assert torch.equal(codec.retuned(packed, header, opened.parameters), packed)
+
+
+def test_other_scales_are_stored_and_their_gradient_is_that_of_the_weight():
+    weight = (0.01 * torch.randn(24, 100, generator=torch.Generator().manual_seed(4))).to(torch.float32)
+    _, packed = pack(weight, groups=3, p_max=0.05)
+    codec, header = open_packed(packed)
+    opened = codec.tunable(packed, header)
+    doubled = {name: 2 * values if name != "centres" else values for name, values in opened.parameters.items()}
+    assert torch.equal(unpack(codec.retuned(packed, header, doubled)), 2 * unpack(packed))
+
+    leaves = {name: values.clone().requires_grad_() for name, values in opened.parameters.items()}
+    slope = torch.randn(24, 100, generator=torch.Generator().manual_seed(5))
+    (opened.rebuild(leaves) * slope).sum().backward()
+    for name, values in opened.parameters.items():
+        for index in range(0, len(values), 7):
+            step = torch.zeros_like(values)
+            step[index] = 2.0**-8  # the weight is linear in each parameter, so a difference is the derivative
+            ahead, behind = (opened.rebuild({**opened.parameters, name: values + s}) for s in (step, -step))
+            numeric = ((ahead - behind).double() * slope.double()).sum() / 2**-7
+            assert float(leaves[name].grad[index]) == pytest.approx(float(numeric), rel=1e-3, abs=1e-5)

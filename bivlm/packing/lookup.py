@@ -1,0 +1,27 @@
+"""Table look-up whose gradient is one pass over the symbols, for tables of a few entries."""
+
+from __future__ import annotations
+
+import torch
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(context, table_S: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(symbols)
+        context.entries = len(table_S)
+        return table_S[symbols.to(torch.int32)]
+
+    @staticmethod
+    def backward(context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (symbols,) = context.saved_tensors
+        counts = torch.bincount(symbols.reshape(-1), weights=gradient.reshape(-1).double(), minlength=context.entries)
+        return counts.to(gradient.dtype), None
+
+
+def lookup(table_S: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
+    """``table[symbols]`` for uint8 `symbols` of any shape, differentiable in the table.
+
+    torch's own gradient adds the entries up one by one.
+    """
+    return _Lookup.apply(table_S, symbols)
