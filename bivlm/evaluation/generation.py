@@ -38,6 +38,16 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    processor = load_processor(folder)
+    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if loading["missing_keys"]:  # transformers warns, and leaves random numbers in them
+        missing = ", ".join(sorted(loading["missing_keys"]))
+        raise InputError(f"model {folder}: expected a weight for every parameter, found none for {missing}")
+    return model.to(device).eval(), processor
+
+
+def load_processor(folder: str | Path) -> ProcessorMixin:
+    """The processor of a checkpoint folder; raises `InputError` when there is none for pictures and text."""
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -47,11 +57,7 @@ def load_model(
         raise InputError(f"model {folder}: expected a processor for pictures and text, found {found}")
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # padding is masked: any token will do
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    if loading["missing_keys"]:  # transformers warns, and leaves random numbers in them
-        missing = ", ".join(sorted(loading["missing_keys"]))
-        raise InputError(f"model {folder}: expected a weight for every parameter, found none for {missing}")
-    return model.to(device).eval(), processor
+    return processor
 
 
 def default_batch_size(model: PreTrainedModel) -> int:

@@ -1,0 +1,76 @@
+"""Tensors of every calibration sample in one file, read one sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bivlm.divergence import Reply
+from bivlm.errors import InputError
+
+_REPLY = "reply"
+
+
+class SampleTensors:
+    """What `write_samples` wrote: for every sample some tensors by name."""
+
+    def __init__(self, file: str | Path) -> None:
+        """Raises `InputError` for a file without samples."""
+        self._file = safe_open(file, framework="pt")
+        self._names: dict[int, dict[str, str]] = {}
+        for entry in self._file.keys():  # noqa: SIM118  no mapping
+            number, _, name = entry.partition("/")
+            self._names.setdefault(int(number), {})[name] = entry
+        if sorted(self._names) != list(range(len(self._names))) or not self._names:
+            raise InputError(f"{file}: expected tensors of samples 0, 1, ...")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """The tensors of a sample, on the CPU."""
+        return {name: self._file.get_tensor(entry) for name, entry in self._names[sample].items()}
+
+
+def write_samples(samples: Iterable[Mapping[str, torch.Tensor]], file: str | Path) -> None:
+    """Write the tensors of every sample; the same tensors give the same bytes."""
+    tensors = {
+        f"{number:05d}/{name}": tensor.detach().cpu().contiguous()
+        for number, sample in enumerate(samples)
+        for name, tensor in sample.items()
+    }
+    save_file(tensors, file)
+
+
+def with_reply(reply: Reply) -> dict[str, torch.Tensor]:
+    """A conversation as the model takes it in, and where its reply is, ready for `write_samples`."""
+    return {**reply.inputs, _REPLY: torch.tensor([reply.start, reply.count])}
+
+
+def model_inputs(sample: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of `with_reply` the model takes in."""
+    return {name: tensor for name, tensor in sample.items() if name != _REPLY}
+
+
+def reply_range(sample: Mapping[str, torch.Tensor]) -> range:
+    """The places of the reply's tokens."""
+    start, count = sample[_REPLY].tolist()
+    return range(start, start + count)
+
+
+def is_image(tokens: torch.Tensor, config: object) -> torch.Tensor:
+    """Which of the tokens, int64 (1, T), stand for image patches: bool (T,)."""
+    names = ("image_token_id", "image_token_index")
+    token = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    if token is None:
+        raise InputError(f"{type(config).__name__}: no image token; expected one of {', '.join(names)}")
+    return tokens[0] == token
+
+
+def stack(samples: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """One tensor a sample as `write_samples` takes it: under the name ``output``."""
+    return [{"output": tensor} for tensor in samples]
