@@ -30,7 +30,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from bivlm.checkpoint import Checkpoint  # noqa: E402
 from bivlm.recipe import load_recipe  # noqa: E402
-from flows.compress import WORKERS, pack_all  # noqa: E402
+from flows.layers import WORKERS, pack_all  # noqa: E402
 from flows.local import temporary_server  # noqa: E402
 from tasks import binarization, grouping, saliency  # noqa: E402
 from tasks.layers import Layer, in_chunks  # noqa: E402
@@ -71,7 +71,7 @@ def without_prefect(layers: Sequence[Layer], workspace: str) -> None:
 
 @flow(task_runner=ThreadPoolTaskRunner(max_workers=WORKERS), persist_result=False, validate_parameters=False)
 def with_prefect(layers: Sequence[Layer], workspace: str) -> None:
-    """The stages as `flows.compress` runs them."""
+    """The stages as `flows.layers` runs them."""
     pack_all(layers, workspace, lambda: None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -61,8 +63,11 @@ def output_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor, inputs: Site
 
     0 if both weights, or all inputs, are zero; infinite if only W gives outputs of zero.
     """
-    weight, moment = weight_MN.to(torch.float32), inputs.second_moment_NN.to(weight_MN.device)
-    error = rebuilt_MN.to(torch.float32) - weight
+    moment = inputs.second_moment_NN.to(weight_MN.device)
+    # A ratio: of weights that are scaled to 1 no square overflows.
+    largest = float(weight_MN.abs().max().to(torch.float64)) or 1.0
+    weight = (weight_MN.to(torch.float64) / largest).to(torch.float32)
+    error = (rebuilt_MN.to(torch.float64) / largest).to(torch.float32) - weight
     lost = float(((error @ moment) * error).sum(dtype=torch.float64))
     total = float(((weight @ moment) * weight).sum(dtype=torch.float64))
     if total <= 0:
@@ -89,13 +94,22 @@ def pack_layer(
     if inputs is not None and len(inputs.mean_N) != plan.shape[1]:
         raise InputError(f"{name}: inputs of {len(inputs.mean_N)} channels, the weight has {plan.shape[1]} columns")
     quantized = chosen.quantize(weight_MN, plan, inputs)
-    packed = quantized.packed
+    return quantized.packed, measure(weight_MN, quantized.packed, name, inputs, quantized.figures)
+
+
+def measure(
+    weight_MN: torch.Tensor,
+    packed: torch.Tensor,
+    name: str = "weight",
+    inputs: SiteStatistics | None = None,
+    figures: Mapping[str, int | float] | None = None,
+) -> LayerRecord:
+    """The record of a packed weight, measured on what it rebuilds; `figures` are what its method had to say."""
     bits, size, rebuilt_MN = format_bits(packed, name), weight_MN.numel(), unpack(packed, name)
-    record = LayerRecord(
+    return LayerRecord(
         error=relative_error(weight_MN, rebuilt_MN),
         output_error=None if inputs is None else output_error(weight_MN, rebuilt_MN, inputs),
         bits=LayerBits(nominal=bits.nominal / size, entropy=bits.entropy / size, stored=bits.stored / size),
         nbytes=packed.numel(),
-        figures=quantized.figures,
+        figures=dict(figures or {}),
     )
-    return packed, record

@@ -1,4 +1,4 @@
-"""How far a compressed model's predictions are from full precision: KL divergence on calibration conversations.
+"""How far a compressed model's predictions are from full precision: KL divergence on conversations, held-out ones.
 
 Both models read the same conversation (teacher forcing), rendered by the chat template with the reply. At every
 position that predicts a token of the reply, the end of the turn included,
@@ -58,8 +58,9 @@ def read_reply(model: PreTrainedModel, processor: ProcessorMixin, conversation: 
     rendering; the first token that differs, or is new, is the reply's first. Raises `InputError` when the chat template
     writes the two in different ways.
     """
-    prompt = render_prompt(processor, conversation.user)
-    whole = render_dialogue(processor, conversation.user, conversation.assistant)
+    has_image = conversation.image is not None
+    prompt = render_prompt(processor, conversation.user, image=has_image)
+    whole = render_dialogue(processor, conversation.user, conversation.assistant, image=has_image)
     if not whole.startswith(prompt):
         raise InputError(
             f"chat template of {type(processor).__name__}: expected the generation prompt {prompt!r} to be the "
@@ -75,18 +76,20 @@ def read_reply(model: PreTrainedModel, processor: ProcessorMixin, conversation: 
     return Reply(inputs, start, min(MAX_POSITIONS, len(tokens) - start))
 
 
-@torch.inference_mode()
-def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
-    """Log-probabilities (T, vocabulary), float64, at the `reply.count` positions that predict its tokens.
-
-    Raises ArithmeticError when the model gives NaN.
-    """
+def reply_logits(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
+    """Logits (T, vocabulary) at the `reply.count` positions that predict its tokens."""
     length = reply.inputs["input_ids"].shape[1]
     kept = length - reply.start + 1  # from the token before the reply on
     logits = model(**reply.inputs, use_cache=False, logits_to_keep=kept).logits[0]
-    predicting = logits[logits.shape[0] - kept :][: reply.count].double()
+    return logits[logits.shape[0] - kept :][: reply.count]
+
+
+@torch.inference_mode()
+def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
+    """Log-probabilities (T, vocabulary), float64, of `reply_logits`; raises ArithmeticError for NaN."""
+    predicting = reply_logits(model, reply).double()
     if predicting.isnan().any():
-        raise ArithmeticError("the model gives NaN logits on a calibration conversation")
+        raise ArithmeticError("the model gives NaN logits on a conversation")
     return torch.log_softmax(predicting, dim=-1)
 
 
@@ -100,7 +103,7 @@ def reference_logits(
     """
     file = Path(file)
     if not conversations:
-        raise InputError("reference log-probabilities: found no calibration conversation, expected one or more")
+        raise InputError("reference log-probabilities: found no conversation, expected one or more")
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     body = file.with_name(f".{file.name}.{os.getpid()}.body")
@@ -135,27 +138,50 @@ def kl_divergence(
     reads other tokens than the full-precision one did; ArithmeticError when the model gives NaN, or never gives what
     full precision may, so that the divergence is infinite.
     """
-    file = Path(file)
     divergences: list[float] = []
-    with _open(file) as stored:
-        digests = json.loads(stored.metadata()["tokens_sha256"])
-        if len(digests) != len(conversations):
-            raise InputError(
-                f"{file}: holds {len(digests)} conversations, expected the {len(conversations)} to compare"
-            )
-        for index, (conversation, expected) in enumerate(zip(conversations, digests, strict=True)):
+    with StoredLogProbabilities(file, len(conversations)) as stored:
+        for index, conversation in enumerate(conversations):
             reply = read_reply(model, processor, conversation)
-            if reply.tokens_sha256 != expected:
-                raise InputError(f"{file}, conversation {index}: the model reads other tokens than full precision did")
-            full = torch.log_softmax(stored.get_tensor(_entry(index)).to(model.device).double(), dim=-1)
-            divergences += _kl(full, reply_log_probabilities(model, reply)).tolist()
+            full = stored.of(index, reply).to(model.device)
+            divergences += kl_by_token(full, reply_log_probabilities(model, reply)).tolist()
     mean = math.fsum(divergences) / len(divergences)
     if not math.isfinite(mean):
         raise ArithmeticError("the model gives probability 0 to tokens that full precision may say; KL is infinite")
     return mean
 
 
-def _kl(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+class StoredLogProbabilities:
+    """A file that `reference_logits` wrote, to be closed at the end of a ``with`` block."""
+
+    def __init__(self, file: str | Path, conversations: int) -> None:
+        """Raises `InputError` for another file, or one of another number of conversations."""
+        self._file, self._stored = Path(file), _open(Path(file))
+        self._digests = json.loads(self._stored.metadata()["tokens_sha256"])
+        if len(self._digests) != conversations:
+            raise InputError(
+                f"{file}: holds {len(self._digests)} conversations, expected the {conversations} to compare"
+            )
+
+    def of(self, index: int, reply: Reply) -> torch.Tensor:
+        """Log-probabilities (T, vocabulary), float64, normalised again, of a conversation that was read as `reply`.
+
+        Raises `InputError` when full precision read other tokens.
+        """
+        if reply.tokens_sha256 != self._digests[index]:
+            raise InputError(
+                f"{self._file}, conversation {index}: the model reads other tokens than full precision did"
+            )
+        return torch.log_softmax(self._stored.get_tensor(_entry(index)).double(), dim=-1)
+
+    def __enter__(self) -> StoredLogProbabilities:
+        self._stored.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stored.__exit__(*error)
+
+
+def kl_by_token(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL(full || other) for each row of log-probabilities, where 0 log 0 = 0; infinite where only `other` is 0."""
     probability = full.exp()
     return torch.where(probability > 0, probability * (full - other), 0.0).sum(-1)

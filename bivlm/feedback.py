@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 128
-SUB_BLOCK = 16
+SUB_BLOCK = 32
 _MOST_DAMPING = 1.0
+_INVERT_WHOLE = 256
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,19 @@ def inverse_factor(second_moment_NN: torch.Tensor, damping: float = 0.01) -> Inv
     live = int((~dead).sum())
     mean = float(diagonal[~dead].mean()) if live else 1.0
     while True:
-        damped = second_moment_NN.to(torch.float32, copy=True)
+        damped = second_moment_NN.flip(0, 1).to(torch.float32)
         damped.diagonal().add_(damping * mean)
-        damped.diagonal()[dead] = mean
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped.diagonal()[dead.flip(0)] = mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed) and bool(lower.diagonal().isfinite().all()):
             break
         if damping >= _MOST_DAMPING:
-            raise ArithmeticError(f"a second moment {tuple(damped.shape)} has no Cholesky factor at damping {damping}")
+            shape = tuple(second_moment_NN.shape)
+            raise ArithmeticError(f"a second moment {shape} has no Cholesky factor at damping {damping}")
         damping = min(max(10 * damping, 1e-4), _MOST_DAMPING)
-    del damped
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
-    return InverseFactor(upper, damping, len(dead) - live)
+    _invert_lower(lower)
+    return InverseFactor(lower.flip(0, 1), damping, len(dead) - live)
 
 
 def feed_back(
@@ -76,8 +77,20 @@ def feed_back(
     ``quantize_block(begin, columns_BM)`` gets the columns from `begin` on as rows of a float32 matrix (they are then
     contiguous) and returns what they are rebuilt as, (B, M). Returns the rebuilt weight, float32 (M, N).
     """
-    running_NM = weight_MN.T.to(torch.float32, copy=True).contiguous()
-    return _feed_back(running_NM, upper_NN, quantize_block, block).T
+    running_NM = torch.empty(weight_MN.shape[::-1], dtype=torch.float32, device=weight_MN.device)
+    running_NM.copy_(weight_MN.to(torch.float32).T)
+
+    def one_block(begin: int, columns_BM: torch.Tensor, carried_BM: torch.Tensor) -> None:
+        end = begin + len(columns_BM)
+        if end < len(running_NM):
+            carried_BM.copy_(columns_BM)
+        columns_BM.copy_(quantize_block(begin, columns_BM))
+        if end < len(running_NM):
+            error_MB, upper_BB = carried_BM.sub_(columns_BM).T, upper_NN[begin:end, begin:end]
+            # Solved from the right, where the layout is that of the library and nothing is copied.
+            torch.linalg.solve_triangular(upper_BB, error_MB, upper=True, left=False, out=error_MB)
+
+    return _feed_back(running_NM, upper_NN, one_block, block).T
 
 
 def feed_back_columns(
@@ -90,14 +103,21 @@ def feed_back_columns(
     Used inside a `quantize_block`. Returns the rebuilt columns, (B, M).
     """
 
-    def sub_block(begin: int, columns: torch.Tensor) -> torch.Tensor:
-        upper = upper_BB[begin : begin + len(columns), begin : begin + len(columns)]
-        rebuilt = torch.empty_like(columns)
-        for index in range(len(columns)):
-            rebuilt[index] = quantize_column(begin + index, columns[index])
-            error_M = (columns[index] - rebuilt[index]) / upper[index, index]
-            columns[index + 1 :].addr_(upper[index, index + 1 :], error_M, alpha=-1)
-        return rebuilt
+    def sub_block(begin: int, columns_BM: torch.Tensor, carried_BM: torch.Tensor) -> None:
+        end = begin + len(columns_BM)
+        upper = upper_BB[begin:end, begin:end]
+        diagonal = upper.diagonal().unsqueeze(1)
+        # Row i of the transpose holds what column i takes of the errors of those before it.
+        shares = (upper / diagonal).T.contiguous()
+        errors_MB = carried_BM.T
+        rows = zip(columns_BM.unbind(), carried_BM.unbind(), shares.unbind(), strict=True)
+        for index, (column_M, error_M, share) in enumerate(rows):
+            if index:
+                torch.addmv(column_M, errors_MB[:, :index], share[:index], alpha=-1, out=column_M)
+            rebuilt_M = quantize_column(begin + index, column_M)
+            torch.sub(column_M, rebuilt_M, out=error_M)
+            column_M.copy_(rebuilt_M)
+        carried_BM.div_(diagonal)
 
     return _feed_back(columns_BM.clone(), upper_BB, sub_block, SUB_BLOCK)
 
@@ -105,17 +125,42 @@ def feed_back_columns(
 def _feed_back(
     running_NM: torch.Tensor,
     upper_NN: torch.Tensor,
-    quantize_block: Callable[[int, torch.Tensor], torch.Tensor],
+    quantize_rows: Callable[[int, torch.Tensor, torch.Tensor], None],
     block: int,
 ) -> torch.Tensor:
-    """`feed_back` on columns as rows; `running_NM` is used up."""
-    rebuilt_NM = torch.empty_like(running_NM)
-    for begin in range(0, len(running_NM), block):
-        end = min(begin + block, len(running_NM))
-        before_BM = running_NM[begin:end].clone()
-        rebuilt_NM[begin:end] = quantize_block(begin, running_NM[begin:end])
-        if end < len(running_NM):
-            error_BM = before_BM.sub_(rebuilt_NM[begin:end])
-            carried_BM = torch.linalg.solve_triangular(upper_NN[begin:end, begin:end].T, error_BM, upper=False)
-            running_NM[end:].addmm_(upper_NN[begin:end, end:].T, carried_BM, alpha=-1)
-    return rebuilt_NM
+    """`feed_back` on columns as rows; rebuilds `running_NM` in place.
+
+    ``quantize_rows(begin, columns_BM, carried_BM)`` replaces the columns by what they are rebuilt as and sets
+    ``carried = U_bb^-T (columns - rebuilt)``. Halving, not going from block to block, makes the products with U few
+    and large: most of the work then runs at the speed of a matrix product, whatever the size of a block.
+    """
+    carried_NM = torch.empty_like(running_NM)
+
+    def go(begin: int, end: int) -> None:
+        blocks = -(-(end - begin) // block)
+        if blocks == 1:
+            quantize_rows(begin, running_NM[begin:end], carried_NM[begin:end])
+            return
+        middle = begin + (blocks + 1) // 2 * block
+        go(begin, middle)
+        running_NM[middle:end].addmm_(upper_NN[begin:middle, middle:end].T, carried_NM[begin:middle], alpha=-1)
+        go(middle, end)
+
+    go(0, len(running_NM))
+    return running_NM
+
+
+def _invert_lower(lower_NN: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place by halves: matrix products on the half of it that is not zero.
+
+    ``[[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]``.
+    """
+    half = len(lower_NN) // 2
+    if len(lower_NN) <= _INVERT_WHOLE:
+        identity = torch.eye(len(lower_NN), dtype=lower_NN.dtype, device=lower_NN.device)
+        lower_NN.copy_(torch.linalg.solve_triangular(lower_NN, identity, upper=False))
+        return
+    first, below, second = lower_NN[:half, :half], lower_NN[half:, :half], lower_NN[half:, half:]
+    _invert_lower(first)
+    _invert_lower(second)
+    below.copy_((second @ below).neg_() @ first)

@@ -6,6 +6,7 @@ paths are relative to the folder and must not leave it, neither by ``..`` nor th
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zlib
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 from bivlm.errors import InputError
 
 FILE_NAME = "data.jsonl"
+TEXT = "a string that is not empty"
 # Pillow also opens formats that start another program (EPS); these are decoded in this process alone.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _NOT_A_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -48,45 +50,58 @@ class Line:
 
     def text(self, key: str) -> str:
         """The value of a key that must be a string with something in it; raises `InputError`."""
-        value = self.values[key]
-        self._check_text(key, value, "a string that is not empty")
-        return value
+        return self._checked(key, self.values[key], TEXT)
 
     def texts(self, key: str) -> tuple[str, ...]:
         """The value of a key that must be a list of strings, at least one, none empty; raises `InputError`."""
         value, valid = self.values[key], "a list of strings, at least one and none empty"
         if not isinstance(value, list) or not value:
             self.complain(key, value, valid)
-        for item in value:
-            self._check_text(key, item, valid)
-        return tuple(value)
+        return tuple(self._checked(key, item, valid) for item in value)
 
     def picture(self, key: str = "image") -> Path:
         """The picture that a key names, checked to lie in the folder and to look like one; raises `InputError`."""
         value = self.text(key)
-        valid = f"the path of a picture in {self.folder}, relative to it"
         try:
-            path = (self.folder / value).resolve()
-            inside, there = path.is_relative_to(self.folder.resolve()), path.is_file()
-        except (OSError, ValueError):  # too long a name, a NUL in it, a loop of links
-            self.complain(key, value, valid)
-        if Path(value).is_absolute() or not inside:
-            self.complain(key, value, f"{valid} and not outside")
-        if not there:
-            self.complain(key, value, f"{valid}; there is no such file")
-        try:
-            with Image.open(path, formats=FORMATS):
-                return path
-        except _NOT_A_PICTURE as error:
-            self.complain(key, value, f"a picture ({', '.join(FORMATS)}): {error}")
+            return find_picture(self.folder, value)
+        except ValueError as error:
+            self.complain(key, value, str(error))
 
-    def _check_text(self, key: str, value: Any, valid: str) -> None:
-        if not isinstance(value, str) or not value.strip():
-            self.complain(key, value, valid)
+    def _checked(self, key: str, value: Any, valid: str) -> str:
         try:
-            value.encode()
-        except UnicodeEncodeError:
-            self.complain(key, value, f"{valid} and without lone surrogates")
+            return check_text(value, valid)
+        except ValueError as error:
+            self.complain(key, value, str(error))
+
+
+def check_text(value: Any, valid: str = TEXT) -> str:
+    """`value`, which must be a string with something in it; raises ValueError that says what is `valid`."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(valid)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{valid} and without lone surrogates") from None
+    return value
+
+
+def find_picture(folder: Path, name: str) -> Path:
+    """The picture of this name, checked to lie in `folder` and to look like one; raises ValueError: what is valid."""
+    valid = f"the path of a picture in {folder}, relative to it"
+    try:
+        path = (folder / name).resolve()
+        inside, there = path.is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError):  # too long a name, a NUL in it, a loop of links
+        raise ValueError(valid) from None
+    if Path(name).is_absolute() or not inside:
+        raise ValueError(f"{valid} and not outside")
+    if not there:
+        raise ValueError(f"{valid}; there is no such file")
+    try:
+        with Image.open(path, formats=FORMATS):
+            return path
+    except _NOT_A_PICTURE as error:
+        raise ValueError(f"a picture ({', '.join(FORMATS)}): {error}") from None
 
 
 def read_lines(folder: Path, file_name: str = FILE_NAME) -> Iterator[Line]:
@@ -113,11 +128,20 @@ def read_lines(folder: Path, file_name: str = FILE_NAME) -> Iterator[Line]:
 
 def open_picture(path: Path) -> Image.Image:
     """The picture, decoded, upright (EXIF orientation applied) and in RGB; raises `InputError` naming the file."""
+    return _decoded(path, str(path))
+
+
+def decode_picture(content: bytes, name: str) -> Image.Image:
+    """The same of a picture's bytes; raises `InputError` with `name`."""
+    return _decoded(io.BytesIO(content), name)
+
+
+def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except _NOT_A_PICTURE as error:
-        raise InputError(f"{path}: expected a picture ({', '.join(FORMATS)}), cannot decode it: {error}") from error
+        raise InputError(f"{name}: expected a picture ({', '.join(FORMATS)}), cannot decode it: {error}") from error
 
 
 def short(value: Any) -> str:

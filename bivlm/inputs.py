@@ -26,12 +26,15 @@ class SiteStatistics:
         mean_N: float32 (N,), the weighted mean of x.
         magnitude_N: float32 (N,), the weighted mean of ``abs(x)``.
         tokens: how many tokens were seen, by modality ("image", "text").
+        gradient_square_MN: float32 (M, N), of the one layer that is asked about: ``sum_t s_ti^2 x_tj^2``, the squared
+            gradients of its weights, see `bivlm.blocks.gradients`; None unless a method needs "gradients".
     """
 
     second_moment_NN: torch.Tensor
     mean_N: torch.Tensor
     magnitude_N: torch.Tensor
     tokens: dict[str, int]
+    gradient_square_MN: torch.Tensor | None = None
 
     @property
     def total_tokens(self) -> int:

@@ -24,7 +24,7 @@ from bivlm.identity import digest
 from bivlm.workspace import MissingObject, StepRecord, Workspace, WorkspaceError
 
 FORMAT = 1
-PACK_STAGE = "pack"
+PACK_STAGE, ALLOCATION_STAGE = "pack", "allocation"
 
 State = Literal["holds", "broken", "not checked"]
 
@@ -188,9 +188,12 @@ def _recipe(lineage: Lineage) -> Finding:
     found = digest(lineage.recipe)
     problems = [] if found == lineage.recipe_sha256 else [f"sha256 {found}, recorded {lineage.recipe_sha256}"]
     settings = list(lineage.recipe.get("components", {}).values())
+    # Under a budget of bits a layer's settings are chosen, by a step that says which.
+    chosen = [each.figures["settings"] for each in lineage.steps.values() if each.stage == ALLOCATION_STAGE]
     for name, steps in lineage.layers.items():
         plan = lineage.steps.get(steps.get("plan", ""))
-        if plan is not None and plan.identity.get("recipe") not in settings:
+        allowed = [each.get(name) for each in chosen] or settings
+        if plan is not None and plan.identity.get("recipe") not in allowed:
             problems.append(f"{name} was planned with other settings")
     return _finding("recipe", problems, f"{lineage.recipe.get('name')}, sha256 {lineage.recipe_sha256}")
 

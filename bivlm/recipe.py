@@ -10,21 +10,25 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from bivlm.allocation import BudgetSettings
+from bivlm.calibration.settings import CalibrationSettings, TokenWeights
 from bivlm.errors import InputError
+from bivlm.finish_settings import FinishSettings
 from bivlm.methods import MethodSettings, method
+
+__all__ = [
+    "COMPONENTS",
+    "CalibrationSettings",
+    "Component",
+    "Recipe",
+    "TokenWeights",
+    "load_recipe",
+    "parse_recipe",
+    "shipped_recipes",
+]
 
 Component = Literal["vision", "adaptor", "language"]
 COMPONENTS: tuple[str, ...] = get_args(Component)
-
-
-class CalibrationSettings(BaseModel):
-    """Where calibration samples come from, how many, and the seed that freezes the choice."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    source: str = "reference"
-    samples: int = Field(default=64, ge=1)
-    seed: int = Field(default=0, ge=0)
 
 
 def _settings(settings: Any) -> MethodSettings:
@@ -53,7 +57,21 @@ class Recipe(BaseModel):
     )
     keep: tuple[str, ...] = ("lm_head",)
     calibration: CalibrationSettings = CalibrationSettings()
+    budget: BudgetSettings | None = None
+    finish: FinishSettings | None = None
     evaluation: tuple[str, ...] = ()
+
+    @field_validator("finish", mode="before")
+    @classmethod
+    def _objective_alone(cls, value: Any) -> Any:
+        """``finish: kl`` is short for ``finish: {objective: kl}``."""
+        return {"objective": value} if isinstance(value, str) else value
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _bits_alone(cls, value: Any) -> Any:
+        """``budget: 2.0`` is short for ``budget: {bits: 2.0}``."""
+        return {"bits": float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @field_validator("keep", "evaluation", mode="before")
     @classmethod

@@ -24,8 +24,8 @@ class VqaSample:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One user turn about one image and the assistant's reply, as used for calibration."""
+    """One user turn and the assistant's reply, as used for calibration; about one image, or None without any."""
 
-    image: Image.Image
+    image: Image.Image | None
     user: str
     assistant: str

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, flow, unmapped
+from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
@@ -21,19 +20,31 @@ from bivlm.memory import peak_bytes, reset_peak
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
 from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.workspace import Workspace
+from flows.layers import WORKERS, PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
 from flows.progress import FlowProgress
-from tasks import binarization, calibration, checkpoint, curves, evaluation, grouping, saliency, tracking
+from tasks import (
+    binarization,
+    block_inputs,
+    calibration,
+    checkpoint,
+    curves,
+    evaluation,
+    finishing,
+    grouping,
+    saliency,
+    tracking,
+)
 from tasks.device import Device, choose_device
-from tasks.layers import Layer, in_chunks, layers_of
+from tasks.layers import layers_of
 from tasks.lineage import write_lineage
 from tasks.locks import one_at_a_time
 from tasks.naming import model_name
-from tasks.policy import halves, is_out_of_memory
 from tasks.progress import shown_by
 from tasks.report import (
     PAGE,
     code_version,
     earlier_report,
+    full_precision_bits,
     in_a_sentence,
     layers_for_figures,
     points_for_figures,
@@ -71,8 +82,8 @@ class Results:
         return {
             **{f"full precision, {benchmark}": done for benchmark, done in self.full_precision.items()},
             **{f"packed, {benchmark}": done for benchmark, done in self.packed.items()},
-            "full precision, calibration samples": self.logits,
-            "packed, calibration samples": self.divergence,
+            "full precision, held-out samples": self.logits,
+            "packed, held-out samples": self.divergence,
         }
 
     def figures(self) -> dict[str, Any]:
@@ -91,10 +102,6 @@ class Results:
         }
 
 
-# Each worker holds one layer; more of them than cores would only add memory.
-WORKERS = min(4, os.cpu_count() or 1)
-
-
 @flow(
     name="compress",
     flow_run_name="compress-{output}",
@@ -109,13 +116,14 @@ def compress_flow(
     workspace: str | None = None,
     evaluate: bool = True,
     questions: int | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe` into the folder `output`; returns what the command line and the demo print.
 
     `recipe` is a shipped name, a file or the recipe itself. `workspace` is a folder or ``s3://bucket/prefix`` (default:
-    `bivlm.stores.location.default_workspace`). `questions` limits every benchmark to its first questions. What the
-    workspace, the output folder and MLflow already hold of an identical request is not done again. Raises `InputError`
-    for anything the caller can mend.
+    `bivlm.stores.location.default_workspace`). `questions` limits every benchmark to its first questions; `quiet` shows
+    no progress in the terminal. What the workspace, the output folder and MLflow already hold of an identical request
+    is not done again. Raises `InputError` for anything the caller can mend.
     """
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
     if not output or "://" in output:
@@ -127,7 +135,7 @@ def compress_flow(
     base = checkpoint.resolve_base(model, revision, output)
     chosen, _kept = select(base.linears, chosen_recipe)
     request = Request(base, chosen_recipe, chosen, output, store, benchmarks, questions, choose_device())
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=quiet)
 
     def wait() -> None:
         console.print("another process is busy with the same compression or the same output: waiting for it")
@@ -143,6 +151,7 @@ def compress_flow(
 def _compress(request: Request, console: Console) -> dict[str, Any]:
     base, recipe, store = request.base, request.recipe, request.store
     layers = layers_of(request.chosen, recipe, str(base.model.folder), base.digests.tensors)
+    calibrated = needs_calibration(layers, recipe.budget)
     varied = [layer for layer in layers if curves.has_curve(layer)]
     tracked = tracking.find_or_create_run(store.url, base, recipe)
     answers = 2 * sum(map(len, request.benchmarks.values()))
@@ -150,7 +159,9 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         calibration.STAGE: 1,
         saliency.STAGE: len(layers),
         grouping.STAGE: len(layers),
+        **({block_inputs.STAGE: 1} if calibrated else {}),
         binarization.STAGE: len(layers),
+        **({finishing.STAGE: recipe.finish.steps} if recipe.finish else {}),
         checkpoint.STAGE: 1,
         **({evaluation.STAGE: answers, evaluation.DIVERGENCE_STAGE: 2} if answers else {}),
         curves.STAGE: len(varied),
@@ -162,19 +173,27 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     reset_peak()
     with tracking.ends_run(tracked), progress, shown_by(progress):
         samples = calibration.freeze_calibration(recipe.calibration.model_dump(mode="json"), store.url)
-        layers, shards = pack_all(layers, store.url, progress.publish)
+        inputs = (
+            block_inputs.encode_samples(base, recipe.calibration, samples, request.device, store.url)
+            if calibrated
+            else None
+        )
+        done = pack_all(layers, store.url, progress.publish, inputs, recipe.budget)
+        if recipe.finish is not None:
+            done = finish_all(done, base, samples, recipe.finish, request.device, store.url)
+            progress.publish()
         settings = {"code_version": code_version()}
-        packed = checkpoint.write_checkpoint(base, request.chosen, shards, settings, request.output, store.url)
+        packed = checkpoint.write_checkpoint(base, request.chosen, done.shards, settings, request.output, store.url)
         report = earlier_report(request.output, base, recipe) if packed.step.reused else None
         if report is None:
             seconds = time.perf_counter() - started
             report = write_report(
-                base, recipe, layers, shards, request.output, seconds=seconds, peak_memory_bytes=peak_bytes()
+                base, recipe, done.layers, done.shards, request.output, seconds=seconds, peak_memory_bytes=peak_bytes()
             )
         progress.publish()
         results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None
-        measured = _in_chunks(curves.measure_curves, varied, store.url, progress.publish) if varied else {}
-        registered = _record(request, tracked, layers, shards, samples, packed, report, results, measured)
+        measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish) if varied else {}
+        registered = _record(request, tracked, done, samples, packed, report, results, measured)
         progress.advance(tracking.STAGE)
     return {
         "output": request.output,
@@ -182,7 +201,12 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         "page": str(Path(request.output) / PAGE),
         "packed_sha256": packed.sha256,
         "reused": packed.step.reused,
+        "base_model": report["base_model"],
+        "full_precision_bits": full_precision_bits(base),
         "bits": report["bits"],
+        "relative_error": report["relative_error"],
+        "warnings": report["warnings"],
+        "calibrated": calibrated or recipe.finish is not None,
         "seconds": report["seconds"],
         "peak_memory_bytes": report["peak_memory_bytes"],
         "evaluation": results.figures() if results else None,
@@ -194,50 +218,6 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
             **registered,
         },
     }
-
-
-def pack_all(
-    layers: Sequence[Layer], workspace: str, publish: Callable[[], None]
-) -> tuple[list[Layer], dict[str, Done]]:
-    """The layers with their statistics and plans, and the shard of each by name."""
-    measured = _in_chunks(saliency.measure_layers, layers, workspace, publish)
-    layers = [replace(layer, statistics=measured[layer.name]) for layer in layers]
-    planned = _in_chunks(grouping.plan_layers, layers, workspace, publish)
-    layers = [replace(layer, plan=planned[layer.name]) for layer in layers]
-    return layers, _in_chunks(binarization.pack_layers, layers, workspace, publish)
-
-
-def _in_chunks(
-    stage: Task[..., dict[str, Done]], layers: Sequence[Layer], workspace: str, publish: Callable[[], None]
-) -> dict[str, Done]:
-    """Run a stage over all layers, chunks side by side.
-
-    A chunk that ran out of memory is done again in halves, one at a time, down to single layers.
-    """
-    done: dict[str, Done] = {}
-    too_large = []
-    chunks = in_chunks(layers, WORKERS)
-    futures = stage.map(chunks, unmapped(workspace))
-    for chunk, future in zip(chunks, futures, strict=True):
-        result = future.result(raise_on_failure=False)
-        if not isinstance(result, BaseException):
-            done |= result
-        elif is_out_of_memory(result):
-            too_large.append(chunk)
-        else:
-            raise result
-        publish()
-    while too_large:
-        chunk = too_large.pop(0)
-        state = stage(chunk, workspace, return_state=True)
-        result = state.result(raise_on_failure=False)
-        if not isinstance(result, BaseException):
-            done |= result
-        elif is_out_of_memory(result) and len(chunk) > 1:
-            too_large = [*halves(chunk), *too_large]
-        else:
-            raise result
-    return done
 
 
 def _evaluate(
@@ -271,8 +251,7 @@ def _evaluate(
 def _record(
     request: Request,
     tracked: tracking.Tracking,
-    layers: Sequence[Layer],
-    shards: dict[str, Done],
+    done: PackedLayers,
     samples: Done,
     packed: checkpoint.PackedCheckpoint,
     report: dict[str, Any],
@@ -286,10 +265,10 @@ def _record(
     base, recipe, workspace = request.base, request.recipe, request.store.url
     place = {"uri": tracking.public_uri(tracked.uri), "experiment": tracked.experiment_id, "run": tracked.run_id}
     evaluations = results.by_name() if results else {}
-    write_lineage(base, recipe, layers, shards, samples, packed, evaluations, place, workspace)
+    write_lineage(base, recipe, done.layers, done.shards, samples, done.between, packed, evaluations, place, workspace)
     figures = results.figures() if results else None
     others = tracking.other_points(tracked, base.sha256, results.packed) if results else []
-    drawn = layers_for_figures(report, layers, measured)
+    drawn = layers_for_figures(report, done.layers, measured)
     points = points_for_figures(base, recipe, report, figures, others)
     chance = {
         name: level for name, benchmark in request.benchmarks.items() if (level := benchmark.chance()) is not None

@@ -81,7 +81,7 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
     Console().print(_table(results))
     last = results[RECIPES[-1]]
     print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision,")
-    print("mean over the tokens of the calibration replies. Seconds and memory: the compression.")
+    print("mean over the tokens of held-out replies. Seconds and memory: the compression.")
     for recipe, result in results.items():
         print(f"checkpoint of {recipe}: {result['output']}")
     print(f"report of {RECIPES[-1]}, the others for comparison: {last['page']}")

@@ -41,6 +41,11 @@ class FlowProgress:
             self._bar.start_task(row) if self._bar.tasks[row].start_time is None else None
             self._bar.advance(row, units)
 
+    def expect(self, stage: str, units: int) -> None:
+        with self._lock:
+            if (row := self._rows.get(stage)) is not None:
+                self._bar.update(row, total=units)
+
     def publish(self) -> None:
         """Tell Prefect the percentage of stages that are done, each stage counting alike."""
         rows = self._bar.tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -70,11 +71,39 @@ def print_compression(result: dict[str, Any]) -> None:
             _row(table, benchmark, f"{before:.1f}", f"{packed['metrics']['accuracy']:.1f}", f"{low:.1f} to {high:.1f}")
         _print(table)
         print(f"KL to full precision: {found['kl']:.4f} nats a token")
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
     tracked = result["mlflow"]
     print(f"checkpoint: {result['output']}")
     print(f"report: {result['page']}")
     print(f"MLflow: model {tracked['registered_model']} version {tracked['version']}, run {tracked['run_id']}")
     print(f"to see it: {tracked['ui']}, then {tracked['page']}")
+
+
+def print_board(board: dict[str, Any]) -> None:
+    """The result of `bivlm.leaderboard.board`, in 100 columns: of more than four benchmarks only the mean."""
+    from bivlm.leaderboard import EXPLANATION, as_cells
+
+    headings, rows = as_cells(board)
+    begin, end = headings.index("accuracy") + 1, headings.index("KL")
+    if end - begin > 4:
+        headings, rows = headings[:begin] + headings[end:], [row[:begin] + row[end:] for row in rows]
+        end = begin
+    short = {"claimed": "claim-\ned", "accuracy": "accu-\nracy", "× Shannon": "× Sh."}
+    table = Table(title=f"leaderboard of {board['model'].get('id', 'the model')}", box=None, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(headings):
+        if begin <= place < end:
+            heading = heading if len(heading) <= 5 else f"{heading[:4]}."
+        table.add_column(short.get(heading, heading), justify="left" if heading == "recipe" else "right", no_wrap=True)
+    for number, recipe, *cells in rows:
+        name = "\n".join(wrap(recipe, 20)) if end > begin else recipe  # at its hyphens
+        _row(table, number, name, *(cell.replace(" ± ", "±") for cell in cells))
+    console = Console(width=max(Console().width, 100))
+    console.print(table)
+    asked = ", ".join(f"{n:,} of {task}" for task, n in board["questions"].items())
+    console.print(escape(f"Questions: {asked}. {EXPLANATION}"), highlight=False)
+    for failure in board["failed"]:
+        console.print(escape(f"not on the board: {failure['recipe']}: {failure['reason']}"), highlight=False)
 
 
 _MARKS = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "not checked": "[yellow]not checked[/]"}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefect import task
+from safetensors import safe_open
 
 from bivlm.checkpoint import Checkpoint
 from bivlm.compression import pack_layer
 from bivlm.identity import step_identity
+from bivlm.inputs import SiteStatistics
 from bivlm.methods import LayerPlan
 from bivlm.workspace import Reference
 from tasks import grouping
@@ -23,18 +26,31 @@ FILE = "weight.packed"
 
 @task(name="pack", task_run_name="pack-{chunk[0].name}", **OVER_NETWORK)
 def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
-    """The packed weights of a chunk of layers whose plans are done, one weight in memory at a time."""
+    """The packed weights of a chunk of layers whose plans, and input statistics if they need any, are done.
+
+    One weight is in memory at a time.
+    """
     store = open_workspace(workspace)
     checkpoint = Checkpoint.open(chunk[0].folder)
 
     def identity(layer: Layer) -> dict[str, Any]:
         inputs = {"weight": layer.weight_sha256, "plan": _planned(layer).sha256}
-        return step_identity(STAGE, layer.method.version, inputs, None, exact=True)
+        if layer.inputs is None:
+            return step_identity(STAGE, layer.method.version, inputs, None, exact=True)
+        # Factors and products of second moments differ in their last bits between machines' libraries.
+        inputs["inputs"] = layer.inputs.sha256
+        if layer.gradient_squares is not None:
+            inputs["gradients"] = layer.gradient_squares.sha256
+        return step_identity(STAGE, layer.method.version, inputs, None, exact=False)
 
     def pack(layer: Layer, folder: Path) -> dict[str, Any]:
         plan = LayerPlan.model_validate_json(store.read(_planned(layer)))
         weight = checkpoint.read(layer.disk_name, layer.weight_sha256)
-        packed, record = pack_layer(weight, plan, layer.name)
+        inputs = SiteStatistics.load(store.fetch(layer.inputs)) if layer.inputs else None
+        if layer.gradient_squares is not None:
+            with safe_open(store.fetch(layer.gradient_squares), framework="pt") as file:
+                inputs = replace(inputs, gradient_square_MN=file.get_tensor(layer.name))
+        packed, record = pack_layer(weight, plan, layer.name, inputs)
         (folder / FILE).write_bytes(memoryview(packed.numpy()))
         return record.model_dump(mode="json")
 

@@ -7,35 +7,46 @@ from typing import Any
 
 from prefect import task
 
-from bivlm.calibration import freeze_samples
+from bivlm.calibration import CalibrationSettings, freeze_samples
 from bivlm.identity import digest, step_identity
-from bivlm.recipe import CalibrationSettings
 from tasks.policy import OVER_NETWORK
 from tasks.progress import advance
 from tasks.steps import Done, finish, open_workspace
 
 STAGE = "calibration"
-VERSION = 1
+VERSION = 2  # raised when held-out samples joined
 
 
 @task(name="calibration", **OVER_NETWORK)
 def freeze_calibration(settings: dict[str, Any], workspace: str) -> Done:
     """The samples that the settings ask for, as workspace files; `figures["sha256"]` is the hash over all of them.
 
-    They are drawn anew each time, which takes a second or two, because a folder of pictures may have changed since. The
-    key is made of what was drawn, so that later steps run again only if it is different.
+    They are drawn anew each time, because a folder of pictures or a data set may have changed since: a second or two,
+    more for a data set of the hub, which is streamed. The key is made of what was drawn and of the settings that chose
+    it, so that later steps run again only if it is different; how tokens are weighed and what blocks see is not the
+    samples' business.
     """
     store = open_workspace(workspace)
+    chosen = CalibrationSettings.model_validate(settings)
     started = time.perf_counter()
     with store.scratch() as folder:
-        frozen = freeze_samples(CalibrationSettings.model_validate(settings), folder)
+        frozen = freeze_samples(chosen, folder)
         outputs = store.put_folder(folder)
-    identity = step_identity(STAGE, VERSION, {"samples": frozen.sha256}, settings, exact=True)
+    identity = step_identity(STAGE, VERSION, {"samples": frozen.sha256}, chosen.selection(), exact=True)
     record = store.step(digest(identity))
     if record is not None:
         done = Done(record, reused=True)
     else:
-        figures = {"sha256": frozen.sha256, "samples": settings["samples"], "source": settings["source"]}
+        figures = {
+            "sha256": frozen.sha256,
+            "source": chosen.source,
+            "samples": frozen.samples,
+            "held_out": frozen.held_out,
+            "text_only": frozen.text_only,
+            "skipped": frozen.skipped,
+            "revision": frozen.revision,
+            "text_revision": frozen.text_revision,
+        }
         done = finish(store, identity, outputs, figures, time.perf_counter() - started)
     advance(STAGE)
     return done

@@ -12,7 +12,7 @@ import torch
 from prefect import task
 from transformers import PreTrainedModel, ProcessorMixin
 
-from bivlm.calibration import load_samples
+from bivlm.calibration import load_held_out
 from bivlm.checkpoint import Checkpoint
 from bivlm.divergence import kl_divergence, reference_logits
 from bivlm.errors import InputError
@@ -30,6 +30,7 @@ STAGE = "evaluation"
 LOGITS_STAGE = "reference logits"
 DIVERGENCE_STAGE = "divergence"
 VERSION = 2  # raised when a CPU computes in another dtype, too
+DIVERGENCE_VERSION = 3  # of both steps; raised when held-out samples took the place of those calibrated on
 OUTCOMES_FILE = "outcomes.parquet"
 LOGITS_FILE = "logits.safetensors"
 
@@ -74,11 +75,11 @@ def evaluate_checkpoint(
 
 @task(name="reference-logits", **OVER_NETWORK)
 def compute_reference_logits(folder: str, sha256: str, calibration: Done, device: Device, workspace: str) -> Done:
-    """What the full-precision model says at the assistant's tokens of the calibration samples."""
+    """What the full-precision model says at the assistant's tokens of the held-out samples."""
     store = open_workspace(workspace)
     identity = step_identity(
         LOGITS_STAGE,
-        VERSION,
+        DIVERGENCE_VERSION,
         {"checkpoint": sha256, "samples": calibration.record.figures["sha256"]},
         None,
         exact=False,
@@ -99,12 +100,15 @@ def compute_reference_logits(folder: str, sha256: str, calibration: Done, device
 def measure_divergence(
     folder: str, sha256: str, calibration: Done, logits: Done, device: Device, workspace: str
 ) -> Done:
-    """`figures["kl"]`: mean KL divergence (nats a token) of the packed model from full precision."""
+    """`figures["kl"]`: mean KL divergence (nats a token) of the packed model from full precision.
+
+    It is measured on the held-out samples, which neither calibration nor tuning has seen.
+    """
     store = open_workspace(workspace)
     reference = logits.record.outputs[LOGITS_FILE]
     identity = step_identity(
         DIVERGENCE_STAGE,
-        VERSION,
+        DIVERGENCE_VERSION,
         {"checkpoint": sha256, "logits": reference.sha256, "samples": calibration.record.figures["sha256"]},
         None,
         exact=False,
@@ -130,9 +134,9 @@ def forget_models() -> None:
 def _asked(
     folder: str, sha256: str, calibration: Done, device: Device, store: Workspace
 ) -> Iterator[tuple[PreTrainedModel, ProcessorMixin, list[Conversation]]]:
-    """Model, processor and the calibration samples."""
+    """Model, processor and the held-out samples."""
     with store.scratch() as samples:
-        conversations = load_samples(store.fetch_folder(calibration.record.outputs, samples))
+        conversations = load_held_out(store.fetch_folder(calibration.record.outputs, samples))
         yield *_loaded(folder, sha256, device), conversations
 
 

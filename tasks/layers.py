@@ -10,8 +10,10 @@ from typing import Any
 
 from bivlm.checkpoint import Linear
 from bivlm.methods import Method, MethodSettings, method
+from bivlm.methods.base import Need
 from bivlm.neighbours import neighbours_up_to
 from bivlm.recipe import Recipe
+from bivlm.workspace import Reference
 from tasks.progress import advance
 from tasks.steps import Done, do_step, open_workspace
 
@@ -32,6 +34,8 @@ class Layer:
             that a new revision of the model is computed anew only where its weights are new.
         settings: what the recipe says about the layer, ready for JSON.
         statistics, plan: the steps of the stages before, once they are done.
+        block: the step that ran the layer's block on the calibration samples, for a method that needs inputs.
+        gradients: the step of the answer's gradients, for a method that needs them.
     """
 
     folder: str
@@ -43,6 +47,8 @@ class Layer:
     settings: dict[str, Any]
     statistics: Done | None = None
     plan: Done | None = None
+    block: Done | None = None
+    gradients: Done | None = None
 
     @property
     def weights(self) -> int:
@@ -51,6 +57,27 @@ class Layer:
     @property
     def method(self) -> Method:
         return method(self.settings["method"])
+
+    @property
+    def inputs(self) -> Reference | None:
+        """The file with the input statistics of the layer's site."""
+        if self.block is None:
+            return None
+        figures = self.block.record.figures
+        return self.block.record.outputs[figures["sites"][figures["site_of"][self.name]]["file"]]
+
+    @property
+    def gradient_squares(self) -> Reference | None:
+        """The file with the squared gradients of the layer's weights; none where nothing of it reaches the answer."""
+        if self.gradients is None:
+            return None
+        record = self.gradients.record
+        return record.outputs.get(record.figures["squares"].get(self.name, ""))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the layer's method has to see."""
+        return self.method.needs(self.method_settings)
 
     @property
     def method_settings(self) -> MethodSettings:

@@ -34,6 +34,7 @@ def write_lineage(
     layers: Sequence[Layer],
     shards: dict[str, Done],
     calibration: Done,
+    between: Sequence[Done],
     packed: PackedCheckpoint,
     evaluations: dict[str, Done],
     tracking: dict[str, str],
@@ -41,14 +42,21 @@ def write_lineage(
 ) -> Lineage:
     """Write `lineage.json` beside the packed checkpoint, unless the one that lies there says the same.
 
-    `evaluations` are the steps that measured either model, by what they measured; the code, packages and hardware are
-    those of the run that wrote the record, while each step names its own.
+    `between` are steps that others refer to: of calibration, and of packing before finishing; `evaluations` are the
+    steps that measured either model, by what they measured; the code, packages and hardware are those of the run that
+    wrote the record, while each step names its own.
     """
     canonical = recipe.canonical()
     by_stage = {
-        layer.name: {"statistics": layer.statistics, "plan": layer.plan, "pack": shards[layer.name]} for layer in layers
+        layer.name: {
+            "statistics": layer.statistics,
+            "plan": layer.plan,
+            **({layer.block.record.stage: layer.block} if layer.block else {}),
+            "pack": shards[layer.name],
+        }
+        for layer in layers
     }
-    steps = [calibration, packed.step, *evaluations.values()]
+    steps = [calibration, *between, packed.step, *evaluations.values()]
     steps += [step for stages in by_stage.values() for step in stages.values()]
     lineage = Lineage(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,10 +13,16 @@ class Progress(Protocol):
     def advance(self, stage: str, units: float = 1.0) -> None:
         """`units` more of a stage are done."""
 
+    def expect(self, stage: str, units: int) -> None:
+        """A stage has `units`, which could not be known at the beginning."""
+
 
 class _Silent:
     def advance(self, stage: str, units: float = 1.0) -> None:
         """Nobody listens, for example in a worker process."""
+
+    def expect(self, stage: str, units: int) -> None:
+        """As above."""
 
 
 # Prefect's thread pool copies the context into its threads, so that tasks there find the flow's listener.
@@ -26,6 +32,11 @@ _listener: ContextVar[Progress] = ContextVar("progress", default=_Silent())  # n
 def advance(stage: str, units: float = 1.0) -> None:
     """Tell whoever shows progress that `units` more of `stage` are done."""
     _listener.get().advance(stage, units)
+
+
+def expect(stage: str, units: int) -> None:
+    """Tell whoever shows progress how many units a stage has."""
+    _listener.get().expect(stage, units)
 
 
 @contextmanager

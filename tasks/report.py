@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +12,7 @@ from typing import Any
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT
 from bivlm.identity import digest
+from bivlm.leaderboard import relative_error
 from bivlm.recipe import Recipe
 from bivlm.report_page import render
 from bivlm.stores.folder import write_atomically
@@ -20,7 +21,7 @@ from tasks.layers import Layer
 from tasks.steps import Done
 
 PAGE = "report.html"
-FORMAT = 1
+FORMAT = 2
 
 
 def code_version() -> str:
@@ -44,6 +45,7 @@ def write_report(
     the written files, libraries included; a layer's seconds are those of its steps when they ran.
     """
     canonical = recipe.canonical()
+    described = [_layer(layer, shards[layer.name]) for layer in layers]
     report = {
         "format": FORMAT,
         "base_model": {"id": base.model.id, "revision": base.model.revision, "sha256": base.sha256},
@@ -51,7 +53,9 @@ def write_report(
         "recipe_sha256": digest(canonical),
         "code_version": code_version(),
         "bits": bits_of(output),
-        "layers": [_layer(layer, shards[layer.name]) for layer in layers],
+        "relative_error": relative_error(_with_moments(described, layers)),
+        "layers": described,
+        "warnings": _warnings(described, [layer.settings.get("damping") for layer in layers]),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
     }
@@ -121,8 +125,7 @@ def points_for_figures(
     def accuracy(role: str) -> dict[str, float]:
         return {task: figures["metrics"]["accuracy"] for task, figures in evaluation[role].items()}
 
-    weights = sum(linear.size for linear in base.linears)
-    full_bits = sum(8 * linear.dtype.itemsize * linear.size for linear in base.linears) / weights
+    full_bits = full_precision_bits(base)["linears"]
     full = {"label": "full precision", "stored_bits": full_bits, "kl": 0.0, "this_run": False}
     this = {"label": recipe.name, "stored_bits": report["bits"]["linears"]["stored"], "kl": evaluation["kl"]}
     return [
@@ -130,6 +133,13 @@ def points_for_figures(
         *(point for point in others if point["label"] != recipe.name),
         this | {"this_run": True, "accuracy": accuracy("packed")},
     ]
+
+
+def full_precision_bits(base: Base) -> dict[str, float]:
+    """Stored bits of the base model: a weight of its linears, and a parameter of the whole model."""
+    weights = sum(linear.size for linear in base.linears)
+    linear_bits = sum(8 * linear.dtype.itemsize * linear.size for linear in base.linears) / weights
+    return {"linears": linear_bits, "model": bits_of(base.model.folder)["model"]["stored"]}
 
 
 def layers_for_figures(
@@ -147,6 +157,44 @@ def layers_for_figures(
     ]
 
 
+def _with_moments(described: list[dict[str, Any]], layers: Sequence[Layer]) -> Iterator[dict[str, Any]]:
+    """The report's layers with mean and std of their weights."""
+    for known, layer in zip(described, layers, strict=True):
+        yield known | {key: layer.statistics.record.figures[key] for key in ("mean", "std")}
+
+
+def _warnings(layers: list[dict[str, Any]], asked: list[float | None]) -> list[str]:
+    """What calibration could not do as asked, counted; a sentence each. `asked` is the damping of the recipe."""
+    figures = [layer["calibration"] for layer in layers]
+    unseen = [layer["name"] for layer in layers if layer["calibration"].get("tokens") == 0]
+    dead = [found["dead_channels"] for found in figures if found.get("dead_channels") and found.get("tokens")]
+    few = [layer for layer in layers if 0 < layer["calibration"].get("tokens", 0) < layer["shape"][1]]
+    raised = [
+        found["damping"]
+        for found, wanted in zip(figures, asked, strict=True)
+        if wanted is not None and found.get("damping", 0.0) > wanted
+    ]
+    said = []
+    if unseen:
+        said.append(f"{len(unseen)} layers saw no token and were quantized by their weights alone: {_some(unseen)}")
+    if dead:
+        said.append(f"{sum(dead)} input channels of {len(dead)} layers were always zero; no error was fed into them")
+    if few:
+        least = min(layer["calibration"]["tokens"] for layer in few)
+        damping = max(layer["calibration"].get("damping", 0.0) for layer in few)
+        said.append(
+            f"{len(few)} layers saw fewer tokens than they have channels (the fewest {least:,}): their second moments "
+            f"lack rank and rest on damping, of up to {damping:g} of the mean diagonal; more samples would help"
+        )
+    if raised:
+        said.append(f"damping was raised in {len(raised)} layers, to {max(raised):g} at most: they had no factor")
+    return said
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _layer(layer: Layer, shard: Done) -> dict[str, Any]:
     statistics, plan = layer.statistics.record, layer.plan.record
     return {
@@ -156,6 +204,8 @@ def _layer(layer: Layer, shard: Done) -> dict[str, Any]:
         "method": layer.settings["method"],
         **{"groups": None, "p_sal_nominal": None, "p_sal_actual": None} | plan.figures,
         "error": shard.record.figures["error"],
+        "output_error": shard.record.figures["output_error"],
+        "calibration": shard.record.figures["figures"],
         "kl_gaussian": statistics.figures["kl_gaussian"],
         "bits": shard.record.figures["bits"],
         "seconds": statistics.seconds + plan.seconds + shard.record.seconds,

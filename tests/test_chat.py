@@ -56,7 +56,30 @@ def test_there_is_one_beginning_of_the_sequence_whoever_writes_it(loaded, writte
     assert (tokens[0], tokens.count(begin)) == (begin, 1)
 
 
+def test_text_alone_is_rendered_without_a_picture(loaded):
+    assert render_prompt(loaded[1], "Is it?", image=False) == "USER: Is it? ASSISTANT:"
+    assert render_dialogue(loaded[1], "Is it?", "no", image=False) == "USER: Is it? ASSISTANT: no</s>"
+
+
+def test_text_alone_has_no_pixels_and_the_model_reads_it(loaded):
+    model, processor = loaded
+    inputs = encode(processor, model, ["USER: Is it?"], [None])
+    assert "pixel_values" not in inputs
+    assert processor.tokenizer.decode(inputs["input_ids"][0]) == "USER: Is it?"
+    assert model(**inputs).logits.shape == (1, len("USER: Is it?"), 259)
+
+
+def test_texts_with_and_without_a_picture_do_not_mix(loaded):
+    with pytest.raises(ValueError, match="expected one kind"):
+        encode(loaded[1], loaded[0], ["USER: <image>\na", "USER: b"], [PICTURE, None])
+
+
 @pytest.mark.parametrize("render", [render_prompt, lambda processor, user: render_dialogue(processor, user, "yes")])
 def test_the_image_placeholder_in_a_text_is_refused(loaded, render):
     with pytest.raises(InputError, match=r"'Is <image> a cat\?' holds '<image>'"):
         render(loaded[1], "Is <image> a cat?")
+
+
+def test_the_image_placeholder_in_a_reply_is_refused(loaded):
+    with pytest.raises(InputError, match="'an <image>' holds '<image>'"):
+        render_dialogue(loaded[1], "What is it?", "an <image>", image=False)

@@ -16,6 +16,7 @@ CONVERSATIONS = [
     Conversation(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
     Conversation(Image.effect_noise((40, 20), 30).convert("RGB"), "Is it a dog?", "no"),
     Conversation(Image.new("RGB", (32, 32), "red"), "Describe.", "a long reply, of more tokens than are ever judged"),
+    Conversation(None, "Where do cats live?", "at home"),
 ]
 
 
@@ -43,7 +44,8 @@ def stored(loaded, tmp_path_factory):
 @torch.inference_mode()
 def _probabilities(model, processor, conversation):
     """Rows of probabilities for the reply and the end of the turn; the tiny tokenizer has a token a byte."""
-    text = f"USER: <image>\n{conversation.user} ASSISTANT: {conversation.assistant}</s>"
+    place = "" if conversation.image is None else "<image>\n"
+    text = f"USER: {place}{conversation.user} ASSISTANT: {conversation.assistant}</s>"
     inputs = processor(images=conversation.image, text=text, return_tensors="pt")
     reply = len(conversation.assistant) + 2  # the space before it, its bytes, </s>
     logits = model(**inputs).logits[0].double()
@@ -67,8 +69,8 @@ def test_a_model_diverges_from_itself_by_the_storage_error_alone(loaded, stored)
 
 def test_one_entry_a_conversation_of_at_most_32_positions(stored, loaded):
     with safe_open(stored, "pt") as entries:
-        shapes = [tuple(entries.get_slice(f"{i:05d}").get_shape()) for i in range(3)]
-    assert shapes == [(len(" a cat") + 1, 259), (len(" no") + 1, 259), (MAX_POSITIONS, 259)]
+        shapes = [tuple(entries.get_slice(f"{i:05d}").get_shape()) for i in range(4)]
+    assert shapes == [(rows, 259) for rows in (len(" a cat") + 1, len(" no") + 1, MAX_POSITIONS, len(" at home") + 1)]
 
 
 def test_the_same_model_gives_the_same_bytes_and_no_litter(loaded, stored, tmp_path):
@@ -77,10 +79,11 @@ def test_the_same_model_gives_the_same_bytes_and_no_litter(loaded, stored, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
 
 
-def test_the_reply_begins_right_after_the_generation_prompt(loaded):
-    reply = read_reply(*loaded, CONVERSATIONS[1])
+@pytest.mark.parametrize(("index", "said"), [(1, " no</s>"), (3, " at home</s>")])
+def test_the_reply_begins_right_after_the_generation_prompt(loaded, index, said):
+    reply = read_reply(*loaded, CONVERSATIONS[index])
     tokens = reply.inputs["input_ids"][0, reply.start : reply.start + reply.count]
-    assert loaded[1].tokenizer.decode(tokens) == " no</s>"
+    assert loaded[1].tokenizer.decode(tokens) == said
 
 
 def test_a_template_whose_prompt_is_no_beginning_of_the_conversation_is_refused(loaded):
@@ -91,7 +94,7 @@ def test_a_template_whose_prompt_is_no_beginning_of_the_conversation_is_refused(
 
 
 def test_other_conversations_are_not_compared(loaded, stored):
-    with pytest.raises(InputError, match="holds 3 conversations, expected the 2"):
+    with pytest.raises(InputError, match="holds 4 conversations, expected the 2"):
         kl_divergence(*loaded, CONVERSATIONS[:2], stored)
     with pytest.raises(InputError, match="conversation 0: the model reads other tokens"):
         kl_divergence(*loaded, CONVERSATIONS[::-1], stored)
@@ -105,7 +108,7 @@ def test_a_file_of_something_else_is_refused(loaded, tmp_path, tiny_llava):
 
 
 def test_no_conversation_is_refused(loaded, tmp_path):
-    with pytest.raises(InputError, match="no calibration conversation"):
+    with pytest.raises(InputError, match="found no conversation"):
         reference_logits(*loaded, [], tmp_path / "file")
 
 

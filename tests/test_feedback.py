@@ -102,3 +102,31 @@ def test_a_layer_that_saw_no_token_is_quantized_by_its_weights_alone():
 def test_what_is_no_second_moment_is_refused():
     with pytest.raises(ArithmeticError, match="no Cholesky factor"):
         inverse_factor(torch.tensor([[1.0, 5.0], [5.0, 1.0]]))
+
+
+def test_the_factor_of_many_channels_is_inverted_as_exactly():
+    """Enough channels for an inverse by halves, and a number of them that does not halve evenly."""
+    x = inputs(3000, 601)
+    moment = x.T @ x / 3000
+    upper = inverse_factor(moment.float(), 0.01).upper_NN.double()
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(601)
+    assert torch.equal(upper, upper.triu())
+    assert torch.allclose(upper @ damped @ upper.T, torch.eye(601, dtype=torch.float64), atol=2e-4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_weight_and_columns_are_left_as_they_were(turned):
+    x = inputs(100, 40)
+    weight = weights(40, 40).float().T if turned else weights(40, 40).float()
+    before, seen = weight.clone(), []
+    upper = inverse_factor((x.T @ x).float()).upper_NN
+
+    def columns(begin, block_BM):
+        given, end = block_BM.clone(), begin + len(block_BM)
+        rebuilt = feed_back_columns(block_BM, upper[begin:end, begin:end], lambda _, column: column.round())
+        seen.append(torch.equal(block_BM, given))
+        return rebuilt
+
+    feed_back(weight, upper, columns, 16)
+    assert torch.equal(weight, before)
+    assert seen == [True] * 3

@@ -28,7 +28,22 @@ VALID = {
         "language": {"method": "bivlm", "groups": 5, "p_max": 0.01},
     },
     "keep": ["lm_head"],
-    "calibration": {"source": "reference", "samples": 64, "seed": 0},
+    "calibration": {
+        "source": "hf:maker/pictures",
+        "samples": 64,
+        "held_out": 64,
+        "seed": 0,
+        "revision": "0123abc",
+        "split": "test",
+        "image_column": "image",
+        "text_column": "caption",
+        "instruction": "What is it?",
+        "text_share": 0.25,
+        "text_source": "hf:maker/text",
+        "text_split": "train",
+        "tokens": {"weights": "modality", "image": 0.1},
+        "inputs": "quantized",
+    },
     "evaluation": ["reference:open"],
 }
 PLACES = [
@@ -126,7 +141,7 @@ def test_a_shipped_recipe_bears_its_name_and_is_canonical(name):
 
 
 def test_a_name_that_is_neither_shipped_nor_a_file_is_refused_with_those_that_are():
-    with pytest.raises(InputError, match="'bivlm2': no such file, and not one of bivlm, bivlm-1bit, bivlm-paper"):
+    with pytest.raises(InputError, match="'bivlm2': no such file, and not one of .*bivlm, bivlm-1bit"):
         load_recipe("bivlm2")
 
 
@@ -144,6 +159,48 @@ def test_the_message_gives_path_value_and_valid_form(change, message):
     recipe["components"]["vision"].update(change)
     with pytest.raises(InputError, match=message):
         parse_recipe(recipe)
+
+
+FOLDER = {"source": "/data/mine"}
+HUB = {"source": "hf:maker/pictures"}
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (FOLDER | {"text_column": "caption"}, r"text_column: .*only with a source of the form hf:.*found 'caption'"),
+        (FOLDER | {"split": "train"}, r"split: .*source is '/data/mine', found 'train'"),
+        (FOLDER | {"revision": "abc"}, r"revision: .*only with a source of the form hf:"),
+        (FOLDER | {"instruction": "Look."}, r"instruction: .*only with a source of the form hf:"),
+        ({"images": "/data/pictures"}, r"images: .*'reference' draws its pictures.* found '/data/pictures'"),
+        (HUB | {"text_column": "a", "conversation_column": "b"}, r"conversation_column: .*expected one of the two"),
+        (HUB | {"conversation_column": "b", "instruction": "Look."}, r"instruction: .*a user's turn of its own"),
+        ({"source": "hf:"}, r"source: .*expected hf:OWNER/NAME or hf:FOLDER, found 'hf:'"),
+        ({"text_share": 0.25}, r"text_source: .*text_share is 0.25: expected reference, .*found None"),
+        ({"text_source": "reference"}, r"text_source: .*text_share is 0: expected a share above 0"),
+        ({"text_share": 1.0, "text_source": "reference"}, r"text_share: .*less than 1, found 1.0"),
+        ({"text_share": 0.5, "text_source": "/data/texts"}, r"text_source: .*expected reference, a \.jsonl or \.json"),
+        ({"text_share": 0.5, "text_source": "reference", "text_split": "a"}, r"text_split: .*only with a text_source"),
+        ({"samples": 0}, r"samples: .*greater than or equal to 1, found 0"),
+        ({"held_out": 0}, r"held_out: .*greater than or equal to 1, found 0"),
+        ({"tokens": {"weights": "attention"}}, r"tokens\.weights: .*found 'attention'"),
+        ({"tokens": {"image": 0.0}}, r"tokens\.image: .*greater than 0, found 0.0"),
+        ({"tokens": {"shrink": 1.5}}, r"tokens\.shrink: .*less than or equal to 1, found 1.5"),
+        ({"inputs": "both"}, r"inputs: .*'full_precision' or 'quantized', found 'both'"),
+    ],
+)
+def test_calibration_that_cannot_be_is_refused_by_its_key_and_by_nothing_else(calibration, message):
+    with pytest.raises(InputError, match=rf"calibration\.{message}") as refused:
+        parse_recipe(VALID | {"calibration": calibration})
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_the_samples_are_determined_by_their_source_alone():
+    recipe = parse_recipe(VALID)
+    weighed = parse_recipe(VALID | {"calibration": VALID["calibration"] | {"tokens": {}, "inputs": "full_precision"}})
+    other = parse_recipe(VALID | {"calibration": VALID["calibration"] | {"held_out": 65}})
+    assert recipe.calibration != weighed.calibration
+    assert recipe.calibration.selection() == weighed.calibration.selection() != other.calibration.selection()
 
 
 @pytest.mark.parametrize("key", ["keep", "evaluation"])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from bivlm.divergence import Reply
 from bivlm.errors import InputError
 
-_REPLY = "reply"
+_REPLY, _OUTPUT, _ABSENT = "reply", "output", "absent"
 
 
 class SampleTensors:
@@ -71,6 +71,17 @@ def is_image(tokens: torch.Tensor, config: object) -> torch.Tensor:
     return tokens[0] == token
 
 
-def stack(samples: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """One tensor a sample as `write_samples` takes it: under the name ``output``."""
-    return [{"output": tensor} for tensor in samples]
+def has_picture(sample: Mapping[str, torch.Tensor]) -> bool:
+    """Whether there is anything for the vision model to see."""
+    return any(name.startswith("pixel_values") for name in sample)
+
+
+def stack(outputs: Sequence[torch.Tensor | None]) -> list[dict[str, torch.Tensor]]:
+    """What a unit gave for every sample as `write_samples` takes it; None where it did not run."""
+    return [{_ABSENT: torch.zeros(0)} if output is None else {_OUTPUT: output} for output in outputs]
+
+
+def outputs_at(given: Mapping[str, SampleTensors], sample: int) -> dict[str, torch.Tensor]:
+    """What units gave for a sample, by name, from files of `stack`; those that did not run are left out."""
+    found = {name: tensors[sample] for name, tensors in given.items()}
+    return {name: tensors[_OUTPUT] for name, tensors in found.items() if _OUTPUT in tensors}

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 
-from bivlm.blocks.encoded import SampleTensors, model_inputs, reply_range
+from bivlm.blocks.encoded import SampleTensors, model_inputs, outputs_at, reply_range
 from bivlm.blocks.model import BlockwiseModel, Step
 from bivlm.blocks.sites import Weigh
 from bivlm.blocks.units import Unit
@@ -29,10 +30,26 @@ from bivlm.blocks.units import Unit
 Outputs = Mapping[str, SampleTensors]
 
 
+@dataclass(frozen=True)
+class UnitGradients:
+    """What the answer's gradients say of a unit.
+
+    Attributes:
+        unit: its name.
+        norms: for every sample g, float32 (T,), by site.
+        squares: by linear layer ``sum_t s_ti^2 x_tj^2``, float32 (M, N), over all samples: the diagonal of the
+            divergence's curvature in the layer's weights; empty if not asked for.
+    """
+
+    unit: str
+    norms: list[dict[str, torch.Tensor]]
+    squares: dict[str, torch.Tensor]
+
+
 def token_gradients(
-    model: BlockwiseModel, samples: SampleTensors, outputs: Outputs, wanted: set[str], seed: int = 0
-) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """By unit in `wanted`: for every sample the norms g, float32 (T,), by site.
+    model: BlockwiseModel, samples: SampleTensors, outputs: Outputs, *, squares: bool = False, seed: int = 0
+) -> Iterator[UnitGradients]:
+    """Unit by unit, from the last to the first.
 
     `outputs` holds what all units gave, up to the last block of the language model. The gradients of one unit's outputs
     are held for all samples, beside those of adaptors that wait for theirs.
@@ -43,13 +60,11 @@ def token_gradients(
     adaptors = [unit.name for unit in units if unit.component == "adaptor"]
     with model.at_end() as step:
         for number in range(len(samples)):
-            given = {name: outputs[name][number]["output"] for name in [*adaptors, last.name]}
+            given = outputs_at({name: outputs[name] for name in [*adaptors, last.name]}, number)
             slopes[last.name][number] = _answer_slope(step, samples[number], given, last.name, seed + number)
-    found = {}
     for unit in reversed(units):
-        found[unit.name] = _backward(model, unit, samples, outputs, slopes)
+        yield _backward(model, unit, samples, outputs, slopes, squares)
         del slopes[unit.name]
-    return {name: found[name] for name in found if name in wanted}
 
 
 def gradient_weights(gradients: SampleTensors, image_T: list[torch.Tensor], shrink: float) -> list[Weigh]:
@@ -107,46 +122,62 @@ def _backward(
     samples: SampleTensors,
     outputs: Outputs,
     slopes: dict[str, list[torch.Tensor | None]],
-) -> list[dict[str, torch.Tensor]]:
-    """Norms g at the unit's linear layers; adds to the slopes of its predecessors."""
+    with_squares: bool,
+) -> UnitGradients:
+    """Norms g and squares of one unit; adds to the slopes of its predecessors."""
     before = [other.name for other in model.predecessors(unit)]
-    found = []
+    found: list[dict[str, torch.Tensor]] = []
+    totals: dict[str, torch.Tensor] = {}
     with model.at(unit) as step:
         for number in range(len(samples)):
             slope = slopes[unit.name][number]
             if slope is None:  # nothing of it reaches the answer
                 found.append({})
                 continue
-            leaves = {name: outputs[name][number]["output"].clone().requires_grad_() for name in before}
+            found_before = outputs_at({name: outputs[name] for name in before}, number)
+            leaves = {name: output.clone().requires_grad_() for name, output in found_before.items()}
             with _recording(model, unit) as made, torch.enable_grad():
                 result = step(model_inputs(samples[number]), leaves)
-            targets = [*leaves.values(), *(output for output, _ in made)]
+            targets = [*leaves.values(), *(each.output for each in made)]
             gradients = torch.autograd.grad(result, targets, slope.to(result.device), allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=False):
                 if gradient is not None:
                     earlier = slopes[name][number]
                     slopes[name][number] = gradient.cpu() if earlier is None else earlier + gradient.cpu()
-            squares: dict[str, torch.Tensor] = {}
-            for (_, site), gradient in zip(made, gradients[len(leaves) :], strict=True):
-                if gradient is not None:
-                    rows = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square().sum(-1).cpu()
-                    squares[site] = squares.get(site, 0) + rows
-            found.append({site: square.sqrt() for site, square in squares.items()})
-    return found
+            sums: dict[str, torch.Tensor] = {}
+            for each, gradient in zip(made, gradients[len(leaves) :], strict=True):
+                if gradient is None:
+                    continue
+                square_TM = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square()
+                sums[each.site] = sums.get(each.site, 0) + square_TM.sum(-1).cpu()
+                if with_squares:
+                    x_TN = each.x.detach().reshape(-1, each.x.shape[-1]).to(torch.float32)
+                    total = totals.setdefault(each.name, x_TN.new_zeros(square_TM.shape[1], x_TN.shape[1]))
+                    total.addmm_(square_TM.T, x_TN.square())
+            found.append({site: total.sqrt() for site, total in sums.items()})
+    return UnitGradients(unit.name, found, {name: total.cpu() for name, total in totals.items()})
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a linear layer took in and gave."""
+
+    name: str
+    site: str
+    x: torch.Tensor
+    output: torch.Tensor
 
 
 @contextmanager
-def _recording(model: BlockwiseModel, unit: Unit) -> Iterator[list[tuple[torch.Tensor, str]]]:
-    """Outputs of the unit's linear layers, each with its site, while a sample runs through it."""
-    made: list[tuple[torch.Tensor, str]] = []
-    inputs: list[tuple[torch.Tensor, str]] = []
+def _recording(model: BlockwiseModel, unit: Unit) -> Iterator[list[_Made]]:
+    """What the unit's linear layers take in and give while a sample runs through it."""
+    made: list[_Made] = []
 
     def record(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
-        site = next((site for other, site in inputs if other is x), name)
-        inputs.append((x, site))
+        site = next((each.site for each in made if each.x is x), name)
         if not output.requires_grad:  # in the first unit nothing before it has a gradient
             output.requires_grad_()
-        made.append((output, site))
+        made.append(_Made(name, site, x, output))
 
     with ExitStack() as hooks:
         for name in unit.linears:

@@ -39,6 +39,7 @@ class BlockwiseModel:
     Attributes:
         units: in the order in which they run.
         dtype: of weights and hidden states, the checkpoint's.
+        head_name: name of the module that gives the logits; no block.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu") -> None:
@@ -54,7 +55,7 @@ class BlockwiseModel:
         self._sources = self._disk_names()
         paths = {module: name for name, module in self._model.named_modules()}
         self._embedding, self._head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
-        self._embedding_name, self._head_name = paths[self._embedding], paths[self._head]
+        self._embedding_name, self.head_name = paths[self._embedding], paths[self._head]
         self._load_rest()
 
     @property
@@ -113,9 +114,9 @@ class BlockwiseModel:
         def step(inputs: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> torch.Tensor:
             return self._run(inputs, given, given_now).logits
 
-        gates = {other.name: _gate(other.name, given_now) for other in self.units if other.name != self._head_name}
+        gates = {other.name: _gate(other.name, given_now) for other in self.units if other.name != self.head_name}
         gates[self._embedding_name] = self._no_embedding
-        with self._prepared({self._head_name: self._head}, gates, {}):
+        with self._prepared({self.head_name: self._head}, gates, {}):
             yield step
 
     @contextmanager
@@ -163,7 +164,7 @@ class BlockwiseModel:
 
     def _load_rest(self) -> None:
         """Load what lies in no unit: norms, patch and position embeddings; not the tokens' embedding and the head."""
-        later = [self._embedding_name, self._head_name, *(unit.name for unit in self.units)]
+        later = [self._embedding_name, self.head_name, *(unit.name for unit in self.units)]
         for name, module in self._model.named_modules():
             if not any(name == part or name.startswith(f"{part}.") for part in later):
                 self._load_own(module, name, {})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bivlm.blocks.encoded import SampleTensors, is_image, model_inputs
+from bivlm.blocks.encoded import SampleTensors, has_picture, is_image, model_inputs, outputs_at
 from bivlm.blocks.model import BlockwiseModel
 from bivlm.blocks.sites import SiteObserver, Weigh
 from bivlm.blocks.units import Unit
@@ -19,12 +19,13 @@ class UnitRun:
     """What came of a unit.
 
     Attributes:
-        outputs: the unit's output for every sample, on the CPU, in the model's dtype.
+        outputs: the unit's output for every sample, on the CPU, in the model's dtype; None for vision and adaptor
+            where a sample has no picture.
         sites: input statistics by site; empty if they were not asked for.
         site_of: the site of every linear layer that can be packed.
     """
 
-    outputs: list[torch.Tensor]
+    outputs: list[torch.Tensor | None]
     sites: dict[str, SiteStatistics]
     site_of: dict[str, str]
 
@@ -57,7 +58,10 @@ def run_unit(
     with model.at(unit, weights) as step:
         for number in range(len(samples)):
             sample = samples[number]
-            before = {name: tensors[number]["output"] for name, tensors in given.items()}
+            if unit.component != "language" and not has_picture(sample):
+                outputs.append(None)
+                continue
+            before = outputs_at(given, number)
             if weigh is None:
                 output = step(model_inputs(sample), before)
             else:

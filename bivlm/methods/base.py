@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict
 from bivlm.inputs import SiteStatistics
 from bivlm.statistics import LayerStatistics
 
-Need = Literal["weights", "inputs", "block_outputs"]
+Need = Literal["weights", "inputs", "gradients", "block_outputs"]
 WEIGHTS: frozenset[Need] = frozenset({"weights"})
 INPUTS: frozenset[Need] = frozenset({"weights", "inputs"})
+GRADIENTS: frozenset[Need] = frozenset({"weights", "inputs", "gradients"})
 
 
 class MethodSettings(BaseModel):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,9 +66,10 @@ def packed_nbytes(shape: tuple[int, int], groups: int, salient_bits: int, positi
 
 
 def pack(
-    weight_MN: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    symbols: Callable[[int, int], torch.Tensor],
     *,
-    boundaries_K: list[int],
     group_scales_K: np.ndarray,
     salient_bits: int,
     positions_S: np.ndarray,
@@ -77,10 +79,10 @@ def pack(
 ) -> torch.Tensor:
     """The packed weight, uint8 (bytes,).
 
-    `boundaries_K` are magnitude bit patterns: group k holds the patterns above boundary k-1 and up to boundary k.
+    ``symbols(begin, end)`` gives ``2 * group + (w < 0)`` of every weight in these rows, uint8; what it says of salient
+    weights does not matter. See `by_magnitude`.
     """
-    shape = (weight_MN.shape[0], weight_MN.shape[1])
-    groups, salient = len(boundaries_K), len(positions_S)
+    groups, salient = len(group_scales_K), len(positions_S)
     mode, _, rice = _body_nbytes(shape, groups, salient_bits, positions_S)
     exponent = exponent_of(max(float(np.max(group_scales_K)), float(np.max(np.abs(row_scales_M), initial=0.0))))
     numbers = [to_halves(group_scales_K, exponent)] + ([to_halves(centres_L)] if salient else [])
@@ -94,10 +96,10 @@ def pack(
     sections = [
         np.concatenate([np.frombuffer(parameters, np.uint8), *numbers]),
         to_halves(row_scales_M, exponent) if salient else np.empty(0, np.uint8),
-        _pack_all_symbols(weight_MN, boundaries_K, alphabet, positions_S, marked.astype(np.uint8)),
+        _pack_all_symbols(shape, symbols, alphabet, positions_S, marked.astype(np.uint8)),
         *sparse,
     ]
-    return container.write(NAME, shape, weight_MN.dtype, sections)
+    return container.write(NAME, shape, dtype, sections)
 
 
 class QuantileCodec(Codec):
@@ -197,33 +199,50 @@ def _extra_bits(groups: int, salient_bits: int) -> int:
     return (-(-(1 << salient_bits) // (2 * groups)) - 1).bit_length()
 
 
+def by_magnitude(weight_MN: torch.Tensor, boundaries_K: list[int]) -> Callable[[int, int], torch.Tensor]:
+    """Symbols for `pack`, groups by magnitude: group k holds the bit patterns above boundary k-1 and up to boundary k.
+
+    What lies above the last boundary is in the top group.
+    """
+
+    def symbols(begin: int, end: int) -> torch.Tensor:
+        rows = weight_MN[begin:end].contiguous()
+        integers = rows.view(torch.int16 if rows.element_size() == 2 else torch.int32)
+        patterns = magnitude_patterns(rows)
+        found = (integers < 0).to(torch.uint8)
+        for boundary in boundaries_K[:-1]:
+            found += (patterns > boundary).to(torch.uint8) << 1
+        return found
+
+    return symbols
+
+
+def ready(symbols_MN: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    """Symbols for `pack` that are there already, uint8 (M, N)."""
+    return lambda begin, end: symbols_MN[begin:end].clone()
+
+
 def _pack_all_symbols(
-    weight_MN: torch.Tensor, boundaries_K: list[int], alphabet: int, positions_S: np.ndarray, marked_S: np.ndarray
+    shape: tuple[int, int],
+    symbols: Callable[[int, int], torch.Tensor],
+    alphabet: int,
+    positions_S: np.ndarray,
+    marked_S: np.ndarray,
 ) -> np.ndarray:
     """All planes, one after another, made a few rows at a time so that temporaries stay small."""
-    rows, columns = weight_MN.shape
+    rows, columns = shape
     code = radix(alphabet)
     planes = [np.empty((rows, nbytes), np.uint8) for nbytes in code.plane_row_bytes(columns)]
     step = max(1, CHUNK_SYMBOLS // columns)
     for begin in range(0, rows, step):
-        chunk = weight_MN[begin : begin + step].contiguous()
-        symbols = _unsalient_symbols(chunk, boundaries_K)
-        first, last = np.searchsorted(positions_S, [begin * columns, (begin + len(chunk)) * columns])
+        end = min(begin + step, rows)
+        chunk = symbols(begin, end)
+        first, last = np.searchsorted(positions_S, [begin * columns, end * columns])
         inside = torch.from_numpy(positions_S[first:last] - begin * columns).to(chunk.device)
-        symbols.view(-1)[inside] = torch.from_numpy(marked_S[first:last]).to(chunk.device)
-        for plane, part in zip(planes, pack_symbols(symbols, alphabet), strict=True):
-            plane[begin : begin + step] = part
+        chunk.view(-1)[inside] = torch.from_numpy(marked_S[first:last]).to(chunk.device)
+        for plane, part in zip(planes, pack_symbols(chunk, alphabet), strict=True):
+            plane[begin:end] = part
     return np.concatenate([plane.reshape(-1) for plane in planes])
-
-
-def _unsalient_symbols(weight_MN: torch.Tensor, boundaries_K: list[int]) -> torch.Tensor:
-    """``2 * group + sign bit`` of every weight, uint8 (M, N); what lies above the last boundary is in the top group."""
-    integers = weight_MN.view(torch.int16 if weight_MN.element_size() == 2 else torch.int32)
-    patterns = magnitude_patterns(weight_MN)
-    symbols = (integers < 0).to(torch.uint8)
-    for boundary in boundaries_K[:-1]:
-        symbols += (patterns > boundary).to(torch.uint8) << 1
-    return symbols
 
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:

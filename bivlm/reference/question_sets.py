@@ -365,3 +365,18 @@ def calibration_samples(n: int, seed: int) -> list[Conversation]:
             user, assistant = question.text, question.target
         conversations.append(Conversation(render(scene), user, assistant))
     return conversations
+
+
+def text_only_samples(seed: int) -> Iterator[Conversation]:
+    """Conversations without a picture, lazily: a creature's whole entry and a question about one fact, in turn.
+
+    The catalogue is the only thing that the model was taught without a picture: it gives three quarters of the tokens
+    of an entry and two thirds of those of a fact when it sees none, against two fifths of a scene's caption. No
+    conversation comes twice; there are 3,000.
+    """
+    rng = random.Random(f"text/{seed}")
+    facts = [(creature, attribute) for creature in creatures() for attribute in ATTRIBUTES]
+    entries = rng.sample(creatures(), len(creatures()))
+    for entry, (creature, attribute) in zip(entries, rng.sample(facts, len(facts)), strict=False):
+        yield Conversation(None, f"Describe a {entry.name}.", ", ".join(entry[attribute] for attribute in ATTRIBUTES))
+        yield Conversation(None, _ASK[attribute].format(creature.name) + PHRASE, creature[attribute])

@@ -136,9 +136,8 @@ def find_or_create_run(workspace: str, base: Base, recipe: Recipe) -> Tracking:
 
     Search and creation are not one atomic step: to be called under the lock of the request.
     """
-    uri, artifact_root = tracking_place(open_workspace(workspace))
-    client = MlflowClient(tracking_uri=uri)
-    experiment_id = _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT, artifact_root)
+    client, experiment_id = open_experiment(open_workspace(workspace))
+    uri = client.tracking_uri
     request = request_digest(base, recipe)
     run = find_run(client, experiment_id, {REQUEST_TAG: request, ROLE_TAG: "compression"})
     if run is None:
@@ -152,6 +151,13 @@ def find_or_create_run(workspace: str, base: Base, recipe: Recipe) -> Tracking:
     client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
     label = f"{model_name(base.model)} · {recipe.name}"
     return Tracking(uri, experiment_id, run.info.run_id, request, label)
+
+
+def open_experiment(workspace: Workspace) -> tuple[MlflowClient, str]:
+    """A client of the workspace's tracking store, and the id of the experiment, created if it is not there."""
+    uri, artifact_root = tracking_place(workspace)
+    client = MlflowClient(tracking_uri=uri)
+    return client, _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT, artifact_root)
 
 
 def close_run(tracking: Tracking, *, failed: bool = False) -> None:

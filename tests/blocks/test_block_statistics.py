@@ -21,7 +21,9 @@ CONVERSATIONS = [
     Conversation(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
     Conversation(Image.effect_noise((40, 20), 30).convert("RGB"), "Is it a dog, or is it not?", "no"),
     Conversation(Image.new("RGB", (32, 32), "red"), "Say.", "nothing"),
+    Conversation(None, "Without a picture?", "yes"),
 ]
+PICTURES = 3
 
 
 class Walk:
@@ -100,7 +102,7 @@ def test_tokens_are_counted_and_weighted_by_modality(walk):
     image = torch.cat([is_image(walk.samples[n]["input_ids"], walk.model.config) for n in range(len(walk.samples))])
     site = walk.run(unit, lambda _: by_modality(0.25)).sites[name]
     assert site.tokens == {"image": int(image.sum()), "text": int((~image).sum())}
-    assert site.tokens["image"] == 16 * len(CONVERSATIONS)
+    assert site.tokens["image"] == 16 * PICTURES
     g2 = torch.where(image, 0.25, 1.0).double()
     expected = (x * g2[:, None]).T @ x / g2.sum()
     assert torch.allclose(site.second_moment_NN.double(), expected, atol=1e-6)
@@ -108,7 +110,7 @@ def test_tokens_are_counted_and_weighted_by_modality(walk):
 
 def test_vision_sees_images_alone(walk):
     sites = walk.run(walk.model.units[0], lambda _: uniform).sites
-    assert all(site.tokens == {"image": 16 * len(CONVERSATIONS), "text": 0} for site in sites.values())
+    assert all(site.tokens == {"image": 16 * PICTURES, "text": 0} for site in sites.values())
 
 
 def test_statistics_do_not_depend_on_the_dtype_they_are_added_up_in(walk, tmp_path):
@@ -148,26 +150,39 @@ def test_curvature_draws_have_the_covariance_of_the_divergences_curvature():
 
 def test_gradients_are_those_of_the_whole_model(walk):
     blocks = {unit.name: walk.outputs[unit.name] for unit in walk.model.units if unit.name != "lm_head"}
-    found = token_gradients(walk.model, walk.samples, blocks, set(blocks), seed=7)
-    model, made = walk.whole(), {}
+    found = {each.unit: each for each in token_gradients(walk.model, walk.samples, blocks, squares=True, seed=7)}
+    assert list(found) == list(reversed(blocks))
+    model, taken, made = walk.whole(), {}, {}
     names = [name for unit in walk.model.units if unit.name in blocks for name in unit.linears]
     for name in names:
         model.get_submodule(name).register_forward_hook(
-            lambda _, arguments, output, name=name: (output.retain_grad(), made.__setitem__(name, output))[0]
+            lambda _, arguments, output, name=name: (
+                output.retain_grad(),
+                taken.__setitem__(name, arguments[0].detach()),
+                made.__setitem__(name, output),
+            )[0]
         )
+    squares = dict.fromkeys(names, 0.0)
     for number in range(len(walk.samples)):
         sample = walk.samples[number]
+        taken.clear(), made.clear()
         logits = model(**model_inputs(sample), use_cache=False).logits[0]
         predicting = logits[[place - 1 for place in reply_range(sample)]]
         (predicting * curvature_draw(predicting.detach(), 7 + number)).sum().backward()
-        squares = {name: made[name].grad.reshape(-1, made[name].shape[-1]).square().sum(-1) for name in names}
+        rows = {name: output.grad.reshape(-1, output.shape[-1]).square() for name, output in made.items()}
+        for name, square in rows.items():
+            squares[name] = squares[name] + square.T @ taken[name].reshape(-1, taken[name].shape[-1]).square()
         for unit in walk.model.units[:-1]:
-            for site, g_T in found[unit.name][number].items():
-                prefix = site.rpartition(".")[0]
+            if number == len(CONVERSATIONS) - 1 and unit.component != "language":
+                assert found[unit.name].norms[number] == {}  # there is no picture
+            for site, g_T in found[unit.name].norms[number].items():
+                prefix, _, last = site.rpartition(".")
                 together = {"q_proj": ["q_proj", "k_proj", "v_proj"], "gate_proj": ["gate_proj", "up_proj"]}
-                members = together.get(site.rpartition(".")[2], [site.rpartition(".")[2]])
-                expected = sum(squares[f"{prefix}.{member}"] for member in members).sqrt()
+                expected = sum(rows[f"{prefix}.{member}"].sum(-1) for member in together.get(last, [last])).sqrt()
                 assert torch.allclose(g_T, expected, rtol=1e-3, atol=1e-7), site
+    for unit in walk.model.units[:-1]:
+        for name in unit.linears:
+            assert torch.allclose(found[unit.name].squares[name], squares[name], rtol=1e-3, atol=1e-9), name
 
 
 def test_gradient_weights_are_drawn_to_the_mean_of_their_modality(tmp_path):

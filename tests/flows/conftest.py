@@ -58,7 +58,7 @@ def conversations(tmp_path_factory) -> Path:
     """Three conversations to calibrate on."""
     folder = tmp_path_factory.mktemp("conversations")
     lines = []
-    for colour in ("red", "green", "blue"):
+    for colour in ("red", "green", "blue", "yellow", "black"):
         Image.new("RGB", (32, 32), colour).save(folder / f"{colour}.png")
         lines.append({"image": f"{colour}.png", "user": "Which colour?", "assistant": colour})
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -137,7 +137,7 @@ def small_recipe(questions, conversations) -> dict[str, Any]:
         "name": "small",
         "format": 1,
         "components": {component: dict(settings) for component in COMPONENTS},
-        "calibration": {"source": str(conversations), "samples": 3, "seed": 0},
+        "calibration": {"source": str(conversations), "samples": 3, "held_out": 2, "seed": 0},
         "evaluation": [f"vqa:{questions}"],
     }
 
@@ -196,7 +196,7 @@ def counted(monkeypatch):
     monkeypatch.setattr(saliency, "LayerStatistics", Measured)
     monkeypatch.setattr(grouping, "LayerStatistics", Planned)
     pack = binarization.pack_layer
-    monkeypatch.setattr(binarization, "pack_layer", counting("pack", pack, lambda w, plan, name: name))
+    monkeypatch.setattr(binarization, "pack_layer", counting("pack", pack, lambda w, plan, name, inputs: name))
     monkeypatch.setattr(evaluation, "evaluate", counting("evaluation", evaluation.evaluate))
     monkeypatch.setattr(evaluation, "kl_divergence", counting("divergence", evaluation.kl_divergence))
     return calls

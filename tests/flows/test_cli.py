@@ -152,7 +152,7 @@ def test_deployments_name_flows_that_exist_and_parameters_that_they_take():
         ({"output": ""}, "output '': expected a folder on this machine"),
         ({"workspace": "http://host/work"}, r"workspace http://host/work: expected a folder or s3://"),
         ({"workspace": "/proc/work"}, "workspace /proc/work: cannot be written to"),
-        ({"recipe": "bivlm9"}, "recipe 'bivlm9': no such file, and not one of bivlm"),
+        ({"recipe": "bivlm9"}, "recipe 'bivlm9': no such file, and not one of "),
     ],
 )
 def test_places_that_cannot_be_are_refused_before_any_work(

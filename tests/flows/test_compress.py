@@ -42,7 +42,9 @@ def test_the_report_says_what_the_contract_says(compressed):
         "recipe_sha256",
         "code_version",
         "bits",
+        "relative_error",
         "layers",
+        "warnings",
         "seconds",
         "peak_memory_bytes",
     ]

@@ -13,7 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from bivlm.errors import InputError
 from bivlm.workspace import StepRecord
-from flows.compress import _in_chunks
+from flows.layers import side_by_side
 from tasks.device import Device, gpu_slot
 from tasks.layers import Layer
 from tasks.policy import OVER_NETWORK
@@ -75,7 +75,7 @@ def test_a_chunk_that_does_not_fit_is_done_in_smaller_ones():
 
     @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
     def run():
-        return _in_chunks(stage, [layer(str(i)) for i in range(3)], "", lambda: None)
+        return side_by_side(stage, [layer(str(i)) for i in range(3)], "", lambda: None)
 
     assert set(run()) == {"0", "1", "2"}
     assert seen[:2] == [3, 3]
@@ -89,7 +89,7 @@ def test_a_layer_that_does_not_fit_alone_ends_the_run():
 
     @flow
     def run():
-        _in_chunks(stage, [layer("0")], "", lambda: None)
+        side_by_side(stage, [layer("0")], "", lambda: None)
 
     with pytest.raises(MemoryError):
         run()

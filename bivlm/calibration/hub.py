@@ -1,0 +1,197 @@
+"""Data sets of the Hugging Face hub as sources, and folders of parquet files that are read the same way.
+
+They are streamed: of a large set only the first parts of a few shards are downloaded. So rows are shuffled as streams
+are, shards first and then rows within a buffer of some hundred, and a row near the beginning of its shard has the
+better chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import httpx2  # the hub's
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from PIL import Image
+
+from bivlm.calibration.exchanges import UnusableError, caption_exchange, first_exchange, pair_exchange
+from bivlm.calibration.settings import HUB, CalibrationSettings
+from bivlm.calibration.sources import Entry, Source, attempt, images_folder, picture_in
+from bivlm.errors import InputError
+from bivlm.image_folders import decode_picture, open_picture, short
+from bivlm.samples import Conversation
+
+# By these names columns are found that the recipe does not name, the first one that is there.
+IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png")
+CONVERSATION_COLUMNS = ("conversations", "conversation", "messages", "texts")
+CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
+PAIRS_OF_COLUMNS = (("user", "assistant"), ("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+
+_BUFFER_ROWS = 512
+_BUFFER_SHARDS = 10
+_REFUSALS = {400, 401, 403, 404}  # no such name, no access, no such data set, no such revision
+
+
+def open_pictures(settings: CalibrationSettings) -> Source:
+    """The data set that `settings.source` names: pictures, with captions or with conversations.
+
+    Raises `InputError` naming the key for a data set, revision, subset, split or column that is not there, and
+    ConnectionError when the hub cannot be reached.
+    """
+    data = _open(settings.source, "", settings.revision, settings.subset, settings.split)
+    image = data.column("image_column", settings.image_column, IMAGE_COLUMNS)
+    conversation, caption = None, None
+    if settings.conversation_column is not None or (
+        settings.text_column is None and any(name in data.columns for name in CONVERSATION_COLUMNS)
+    ):
+        conversation = data.column("conversation_column", settings.conversation_column, CONVERSATION_COLUMNS)
+    else:
+        caption = data.column("text_column", settings.text_column, CAPTION_COLUMNS)
+    images = images_folder(settings)
+
+    def read(row: dict[str, Any]) -> Conversation:
+        if conversation is not None:
+            user, assistant = first_exchange(row[conversation], pictures=1)
+        else:
+            user, assistant = caption_exchange(settings.instruction, row[caption])
+        return Conversation(_picture(row[image], images), user, assistant)
+
+    return data.source([image, conversation or caption], settings.seed, read)
+
+
+def open_texts(settings: CalibrationSettings) -> Source:
+    """The data set that `settings.text_source` names: conversations without pictures; raises as `open_pictures`."""
+    data = _open(settings.text_source, "text_", settings.text_revision, settings.text_subset, settings.text_split)
+    conversation = next((name for name in CONVERSATION_COLUMNS if name in data.columns), None)
+    pair = next((pair for pair in PAIRS_OF_COLUMNS if set(pair) <= set(data.columns)), None)
+    pictures = [name for name in IMAGE_COLUMNS if name in data.columns]
+    if conversation is None and pair is None:
+        known = ", ".join((*CONVERSATION_COLUMNS, *(" and ".join(pair) for pair in PAIRS_OF_COLUMNS)))
+        raise InputError(
+            f"calibration.text_source: found {data.name} with the columns {', '.join(data.columns)}, "
+            f"expected one of {known}"
+        )
+
+    def read(row: dict[str, Any]) -> Conversation:
+        if any(row[name] for name in pictures):
+            raise UnusableError("found a picture, expected a conversation without one")
+        if conversation is not None:
+            return Conversation(None, *first_exchange(row[conversation], pictures=0))
+        return Conversation(None, *pair_exchange(row[pair[0]], row[pair[1]]))
+
+    return data.source([*pictures, *([conversation] if conversation is not None else pair)], settings.seed, read)
+
+
+@dataclass(frozen=True)
+class _DataSet:
+    """One split of a data set: what messages call it, its rows, its columns, and its commit on the hub."""
+
+    name: str
+    rows: datasets.IterableDataset
+    columns: tuple[str, ...]
+    revision: str | None
+
+    def column(self, key: str, given: str | None, known: Sequence[str]) -> str:
+        """The column `given`, else the first that is there of those `known`; raises `InputError` naming the key."""
+        there = f"the columns of {self.name} are {', '.join(self.columns)}"
+        if given is not None and given not in self.columns:
+            raise InputError(f"calibration.{key}: found {given!r}, expected the name of a column; {there}")
+        found = given or next((name for name in known if name in self.columns), None)
+        if found is None:
+            raise InputError(f"calibration.{key}: not given, and none of {', '.join(known)} is there; {there}")
+        return found
+
+    def source(self, columns: Sequence[str], seed: int, read: Callable[[dict[str, Any]], Conversation]) -> Source:
+        """The rows, in random order and with these columns only, as entries made by `read`."""
+        # Sets that are mixed from several are ordered by where a row came from: rows of many shards go into the buffer.
+        # Reading one shard needs no threads, whose end the library waits for with a pause of seconds.
+        shards = min(_BUFFER_SHARDS, self.rows.num_shards)
+        rows = self.rows.select_columns(list(columns))
+        rows = rows.shuffle(seed=seed, buffer_size=_BUFFER_ROWS, max_buffer_input_shards=shards)
+        return Source(self.name, self._entries(rows, read), revision=self.revision)
+
+    def _entries(
+        self, rows: datasets.IterableDataset, read: Callable[[dict[str, Any]], Conversation]
+    ) -> Iterator[Entry]:
+        stream, number = iter(rows), 0
+        while True:
+            try:
+                row = next(stream)
+            except StopIteration:
+                return
+            except (DatasetsError, ValueError) as error:  # damaged files among them
+                raise InputError(f"{self.name}: cannot be read: {error}") from error
+            number += 1
+            yield attempt(f"{self.name}, row {number} as drawn", lambda row=row: read(row))
+
+
+def _open(source: str, prefix: str, revision: str | None, subset: str | None, split: str | None) -> _DataSet:
+    """A data set by ``hf:NAME``; the keys of its settings begin with `prefix`."""
+    path, key = source.removeprefix(HUB), f"calibration.{prefix}source"
+    commit = None
+    if Path(path).is_dir():
+        if revision is not None:
+            raise InputError(f"calibration.{prefix}revision: found {revision!r}, but {path} is a folder and has none")
+    elif "/" not in path or path.startswith((".", "/", "~")):
+        raise InputError(f"{key}: found {source!r}, no such folder, and not of the form {HUB}OWNER/NAME")
+    else:
+        commit = _commit(path, revision, key)
+    try:
+        splits = datasets.load_dataset(path, subset, revision=commit, streaming=True)
+    except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
+        raise InputError(f"{key}: cannot open {source!r} as a data set: {error}") from error
+    if split is None:
+        split = "train" if len(splits) > 1 else next(iter(splits))
+    if split not in splits:
+        raise InputError(
+            f"calibration.{prefix}split: found {split!r}, expected one of {', '.join(splits)}, the splits of {source}"
+        )
+    return _with_columns(f"{source}, split {split}", splits[split], commit)
+
+
+def _with_columns(name: str, rows: datasets.IterableDataset, commit: str | None) -> _DataSet:
+    if rows.features is not None:
+        return _DataSet(name, rows.decode(False), tuple(rows.features), commit)
+    try:
+        first = next(iter(rows), {})
+    except (DatasetsError, ValueError) as error:
+        raise InputError(f"{name}: cannot be read: {error}") from error
+    return _DataSet(name, rows, tuple(first), commit)
+
+
+def _commit(name: str, revision: str | None, key: str) -> str | None:
+    """The commit that a revision (None: the newest) stands for."""
+    wanted = f"{name} at revision {revision}" if revision else name
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha
+    except HFValidationError:
+        raise InputError(f"{key}: found {HUB + name!r}, expected {HUB}OWNER/NAME or {HUB}FOLDER") from None
+    except OfflineModeIsEnabled:
+        raise InputError(
+            f"{key}: no folder {name}, and the hub may not be asked for {wanted}, because HF_HUB_OFFLINE is set; "
+            f"download its parquet files and give their folder as {HUB}FOLDER"
+        ) from None
+    except (httpx2.HTTPError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSALS:
+            raise InputError(f"{key}: no folder {name}, and the hub gives no data set {wanted}: {error}") from error
+        raise ConnectionError(f"{key}: the hub cannot be reached for the data set {wanted}: {error}") from error
+
+
+def _picture(value: Any, images: Path | None) -> Image.Image:
+    """The picture in a cell: bytes, a structure with `bytes`, a path in `images`, or a list of one of these."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    path = value
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+    if isinstance(value, bytes):
+        return decode_picture(value, "the picture")
+    if images is not None and isinstance(path, str):
+        return open_picture(picture_in(images, path))
+    where = "; a path needs calibration.images" if isinstance(path, str) else ""
+    raise UnusableError(f"image is {short(path)}, expected one picture{where}")

@@ -1,0 +1,32 @@
+"""Every picture, drawn from records alone; no checkpoint is read.
+
+`layers` are the records of compression_report.json in model order; a value that is None, missing or not finite leaves
+its layer out of the picture, and a picture with nothing left says so in a sentence. Components keep their colour in
+every picture.
+"""
+
+from bivlm.figures.compression import (
+    accuracy_against_bits,
+    bits_and_error,
+    error_by_p_max,
+    kl_per_layer,
+    weight_histogram,
+)
+from bivlm.figures.leaderboard import quality_against_bits
+from bivlm.figures.saliency import salient_overlap
+from bivlm.figures.style import COMPONENT_COLOURS, INK, PAPER, png, svg
+
+__all__ = [
+    "COMPONENT_COLOURS",
+    "INK",
+    "PAPER",
+    "accuracy_against_bits",
+    "bits_and_error",
+    "error_by_p_max",
+    "kl_per_layer",
+    "png",
+    "quality_against_bits",
+    "salient_overlap",
+    "svg",
+    "weight_histogram",
+]

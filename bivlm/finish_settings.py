@@ -1,0 +1,27 @@
+"""What a recipe says about finishing; apart from the work itself, which needs the model zoo."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class FinishSettings(BaseModel):
+    """What a recipe may say about finishing.
+
+    Attributes:
+        objective: what is minimised.
+        steps: of Adam; the learning rate falls to zero along a cosine.
+        batch: conversations a step.
+        learning_rate: how far a step may move a number, relative to the root mean square of its tensor.
+        seed: of the order of the conversations.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    objective: Literal["kl"] = "kl"
+    steps: int = Field(default=200, ge=1)
+    batch: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0, le=1, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0)

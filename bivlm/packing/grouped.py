@@ -1,0 +1,211 @@
+"""The codec of grouped integers: RTN, GPTQ and AWQ weights, with everything that a decoder needs.
+
+Sections of the packed weight:
+
+0. parameters: bits b of a code (uint8), whether there are channel scales (uint8), exponents of the scales and of the
+   channel scales (int16 each), columns g of a group (uint32).
+1. float16 scales (M, G), row by row; G = ceil(N / g), the last group of a row may be short.
+2. zero points, b bits each, (M, G) in one sequence without gaps (`radix`).
+3. codes, b bits each, every row on a byte boundary (`radix`).
+4. float16 channel scales (N,), or nothing.
+
+A weight is rebuilt as ``(code - zero) * scale``, times the scale of its channel where there are any. The first product
+has at most 20 significant bits and is exact in float32, the second is one float32 product: the result is the same on
+every device, and is rounded once more, to the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from bivlm.errors import InputError
+from bivlm.packing import Codec, FormatBits, Tunable, container
+from bivlm.packing.container import Header, section
+from bivlm.packing.halves import exponent_of, from_halves, to_halves
+from bivlm.packing.radix import CHUNK_SYMBOLS, count_symbols, pack_symbols, radix, unpack_values
+from bivlm.uniform import GroupedCodes, group_width
+
+NAME = "grouped"
+CodeBits = Literal[2, 3, 4, 8]
+BITS: tuple[int, ...] = get_args(CodeBits)
+LARGEST_GROUP = 1 << 20
+_PARAMETERS = struct.Struct("<BBhhI")
+_SECTIONS = 5
+# A chunk of float32 weights then stays in a core's cache between the passes over it.
+_CHUNK_WEIGHTS = CHUNK_SYMBOLS >> 2
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    bits: int
+    channels: bool
+    exponent: int
+    channel_exponent: int
+    width: int
+
+
+def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, channel_scales: bool = False) -> int:
+    """Bytes that `pack` would store for a layer of this shape, without packing it."""
+    rows, columns = shape
+    numbers = rows * -(-columns // group_width(columns, group_size))
+    halves = numbers + (columns if channel_scales else 0)
+    symbols = radix(1 << bits)
+    head = container.envelope_nbytes(_SECTIONS) + _PARAMETERS.size
+    return head + 2 * halves + symbols.nbytes(1, numbers) + symbols.nbytes(rows, columns)
+
+
+def pack(coded: GroupedCodes, dtype: torch.dtype, channel_scales_N: torch.Tensor | None = None) -> torch.Tensor:
+    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+
+    `channel_scales_N`, float32 as `stored_channel_scales` gives them, multiply the rebuilt columns.
+    """
+    channels = np.empty(0, np.float32) if channel_scales_N is None else channel_scales_N.cpu().numpy()
+    channel_exponent = exponent_of(float(np.max(channels, initial=0.0)))
+    fields = (coded.bits, channel_scales_N is not None, coded.exponent, channel_exponent, coded.width)
+    zeros = pack_symbols(coded.zeros_MG.reshape(1, -1), 1 << coded.bits)
+    sections = [
+        np.frombuffer(_PARAMETERS.pack(*fields), np.uint8),
+        to_halves(coded.scales_MG.cpu().numpy(), coded.exponent),
+        np.concatenate([plane.reshape(-1) for plane in zeros]),
+        _pack_codes(coded.codes_MN, coded.bits),
+        to_halves(channels, channel_exponent),
+    ]
+    return container.write(NAME, tuple(coded.codes_MN.shape), dtype, sections)
+
+
+def stored_channel_scales(channel_scales_N: torch.Tensor) -> torch.Tensor:
+    """Positive channel scales, float32 (N,), as they will be stored: rounded to float16 times one power of two."""
+    numbers = channel_scales_N.cpu().numpy()
+    exponent = exponent_of(float(np.max(numbers)))
+    return from_halves(torch.from_numpy(to_halves(numbers, exponent)), exponent).to(channel_scales_N.device)
+
+
+class GroupedCodec(Codec):
+    """Reads what `pack` wrote."""
+
+    name = NAME
+
+    def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
+        stored = _read_parameters(packed, header)
+        rows, columns = header.shape
+        scales_MG, channels_N = _scales(packed, header, stored)
+        zeros_MG = _zeros(packed, header, stored)
+        planes = _planes(packed, header, stored)
+        table = torch.arange(1 << stored.bits, dtype=torch.float32, device=packed.device)
+        weight_MN = torch.empty(rows, columns, dtype=header.dtype, device=packed.device)
+        step = max(1, _CHUNK_WEIGHTS // columns)
+        for begin in range(0, rows, step):
+            chunk = unpack_values([plane[begin : begin + step] for plane in planes], table, columns)
+            for grouped, groups in _by_groups(chunk, stored.width):
+                grouped.sub_(zeros_MG[begin : begin + step, groups].unsqueeze(-1))
+                grouped.mul_(scales_MG[begin : begin + step, groups].unsqueeze(-1))
+            if channels_N is not None:
+                chunk.mul_(channels_N)
+            weight_MN[begin : begin + step] = chunk
+        return weight_MN
+
+    def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
+        """Parameters ``scales`` (M, G) and, if there are any, ``channel_scales`` (N,); zero points are integers."""
+        stored = _read_parameters(packed, header)
+        scales_MG, channels_N = _scales(packed, header, stored)
+        parameters = {"scales": scales_MG}
+        if channels_N is not None:
+            parameters["channel_scales"] = channels_N
+        rows, columns = header.shape
+        groups = scales_MG.shape[1]
+        kind = torch.int8 if stored.bits < 8 else torch.int16
+        table = torch.arange(1 << stored.bits, dtype=kind, device=packed.device)
+        codes = unpack_values(_planes(packed, header, stored), table, columns)
+        levels = torch.nn.functional.pad(codes, (0, groups * stored.width - columns)).view(rows, groups, stored.width)
+        levels -= _zeros(packed, header, stored).to(kind).unsqueeze(-1)
+
+        def rebuild(values: dict[str, torch.Tensor]) -> torch.Tensor:
+            weight = (levels * values["scales"].unsqueeze(-1)).view(rows, -1)[:, :columns]
+            return weight * values["channel_scales"] if stored.channels else weight.contiguous()
+
+        return Tunable(parameters, rebuild)
+
+    def retuned(self, packed: torch.Tensor, header: Header, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        stored = _read_parameters(packed, header)
+        numbers = {name: values.detach().cpu().numpy() for name, values in parameters.items()}
+        sections = {1: to_halves(numbers["scales"], stored.exponent)}
+        if stored.channels:
+            sections[4] = to_halves(numbers["channel_scales"], stored.channel_exponent)
+        return container.rewrite(packed, header, sections)
+
+    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+        """Nominal: b bits a weight, as the papers count. Entropy: that of the codes, all else as it is stored."""
+        stored = _read_parameters(packed, header)
+        counts = count_symbols(_planes(packed, header, stored), 1 << stored.bits, header.shape[1])
+        size, used = header.shape[0] * header.shape[1], counts[counts > 0]
+        begin, end = header.sections[3]
+        return FormatBits(
+            nominal=stored.bits * size,
+            entropy=float(used @ np.log2(size / used)) + 8 * (packed.numel() - (end - begin)),
+            stored=8 * packed.numel(),
+        )
+
+
+def _pack_codes(codes_MN: torch.Tensor, bits: int) -> np.ndarray:
+    """All planes, one after another, made a few rows at a time so that temporaries stay small."""
+    rows, columns = codes_MN.shape
+    planes = [np.empty((rows, nbytes), np.uint8) for nbytes in radix(1 << bits).plane_row_bytes(columns)]
+    step = max(1, CHUNK_SYMBOLS // columns)
+    for begin in range(0, rows, step):
+        for plane, part in zip(planes, pack_symbols(codes_MN[begin : begin + step], 1 << bits), strict=True):
+            plane[begin : begin + step] = part
+    return np.concatenate([plane.reshape(-1) for plane in planes])
+
+
+def _by_groups(chunk: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice]]:
+    """Views (rows, groups, columns of a group) of contiguous rows and the groups they are: whole ones, a short last."""
+    columns = chunk.shape[1]
+    whole = columns // width
+    views = []
+    if whole:
+        views.append((chunk[:, : whole * width].unflatten(1, (whole, width)), slice(0, whole)))
+    if columns % width:
+        views.append((chunk[:, whole * width :].unsqueeze(1), slice(whole, whole + 1)))
+    return views
+
+
+def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
+    head = section(packed, header, 0).cpu().numpy().tobytes()
+    stored = _Parameters(*_PARAMETERS.unpack(head)) if len(head) == _PARAMETERS.size else None
+    if (
+        stored is None
+        or stored.bits not in BITS
+        or not 1 <= stored.width <= header.shape[1]
+        or packed.numel() != packed_nbytes(header.shape, stored.bits, stored.width, bool(stored.channels))
+    ):
+        raise InputError(f"packed weight of shape {header.shape}: damaged parameters {stored or head!r}")
+    return stored
+
+
+def _scales(packed: torch.Tensor, header: Header, stored: _Parameters) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales (M, G) and channel scales (N,) or None, float32."""
+    scales = from_halves(section(packed, header, 1), stored.exponent).view(header.shape[0], -1)
+    return scales, from_halves(section(packed, header, 4), stored.channel_exponent) if stored.channels else None
+
+
+def _zeros(packed: torch.Tensor, header: Header, stored: _Parameters) -> torch.Tensor:
+    """Zero points (M, G), float32."""
+    rows, columns = header.shape
+    count = rows * -(-columns // stored.width)
+    table = torch.arange(1 << stored.bits, dtype=torch.float32, device=packed.device)
+    return unpack_values(_planes_of(section(packed, header, 2), stored.bits, 1, count), table, count).view(rows, -1)
+
+
+def _planes(packed: torch.Tensor, header: Header, stored: _Parameters) -> list[torch.Tensor]:
+    return _planes_of(section(packed, header, 3), stored.bits, *header.shape)
+
+
+def _planes_of(content: torch.Tensor, bits: int, rows: int, columns: int) -> list[torch.Tensor]:
+    """The planes (rows, row bytes) of a packed matrix of symbols."""
+    sizes = radix(1 << bits).plane_row_bytes(columns)
+    return [part.view(rows, -1) for part in content.split([rows * size for size in sizes])]

@@ -1,0 +1,110 @@
+"""Two-bit symbols whose meaning changes from row to row and block to block: a table of eight levels for each.
+
+Of the eight levels a weight can have four, by the kind of its column (salient or not, low band or high band): its
+symbol is looked up at ``8 * block + 4 * kind + symbol`` of its row's table. Shared by the codecs of binary methods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from bivlm.errors import InputError
+from bivlm.packing.container import Header, section
+from bivlm.packing.halves import from_halves
+from bivlm.packing.radix import pack_symbols, radix, unpack_values
+
+SYMBOLS = 4
+LEVELS = 8  # of a row and block: four symbols, two kinds of column
+CHUNK_WEIGHTS = 1 << 18  # looked up together; an index is eight bytes a weight
+
+
+def two_bit_nbytes(rows: int, columns: int) -> int:
+    """Bytes of a (rows, columns) matrix of symbols; every row begins on a byte."""
+    return radix(SYMBOLS).nbytes(rows, columns)
+
+
+def pack_two_bits(symbols_MN: torch.Tensor) -> np.ndarray:
+    """Pack uint8 symbols (M, N) below 4 into uint8 (two_bit_nbytes,)."""
+    if symbols_MN.shape[1] == 0:
+        return np.empty(0, np.uint8)
+    (plane,) = pack_symbols(symbols_MN, SYMBOLS)
+    return plane.reshape(-1)
+
+
+def unpack_two_bits(
+    packed: torch.Tensor, header: Header, index: int, columns: int, rows: slice = slice(None)
+) -> torch.Tensor:
+    """Symbols uint8 (rows, columns) of section `index`, M rows in all."""
+    if columns == 0:
+        count = len(range(*rows.indices(header.shape[0])))
+        return torch.empty(count, 0, dtype=torch.uint8, device=packed.device)
+    plane = section(packed, header, index).view(header.shape[0], -1)[rows]
+    return unpack_values([plane], torch.arange(SYMBOLS, dtype=torch.uint8, device=packed.device), columns)
+
+
+def read_rows(
+    packed: torch.Tensor, header: Header, index: int, exponent: int, shape: Sequence[int], rows: slice = slice(None)
+) -> torch.Tensor:
+    """float32 (rows, *shape) of section `index`, where every one of M rows has a tensor of float16 of that shape."""
+    chunk = section(packed, header, index).view(header.shape[0], -1)[rows]
+    return from_halves(chunk.reshape(-1), exponent).view(-1, *shape)
+
+
+def look_up(table_MX: torch.Tensor, base_N: torch.Tensor, symbols_MN: torch.Tensor) -> torch.Tensor:
+    """``table[m, base[n] + symbol[m, n]]``, (M, N); differentiable in the table.
+
+    `table_MX` has `LEVELS` entries a block in each row, `base_N` int64 points to the first of a column's four.
+    """
+    return table_MX.gather(1, base_N + symbols_MN)
+
+
+def row_chunks(shape: tuple[int, int]) -> Iterator[slice]:
+    """Slices of an even number of rows (but the last) with some `CHUNK_WEIGHTS` weights each."""
+    step = 2 * max(1, CHUNK_WEIGHTS // (2 * shape[1]))
+    for begin in range(0, shape[0], step):
+        yield slice(begin, min(begin + step, shape[0]))
+
+
+def blocks_of(columns: int, block: int) -> int:
+    """How many blocks of `block` columns there are; the last one may be narrower."""
+    return -(-columns // block)
+
+
+def base_of(kinds_N: torch.Tensor, block: int) -> torch.Tensor:
+    """Where a column's four levels begin in a row's table, int64 (N,); `kinds_N` are 0 or 1."""
+    columns = torch.arange(len(kinds_N), device=kinds_N.device)
+    return LEVELS * (columns // block) + SYMBOLS * kinds_N.to(torch.int64)
+
+
+def pack_columns(chosen_N: torch.Tensor) -> np.ndarray:
+    """A bitmap of columns, uint8 (ceil(N / 8),)."""
+    return np.packbits(chosen_N.cpu().numpy(), bitorder="little")
+
+
+def unpack_columns(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
+    """Undo `pack_columns` for section `index`: bool (N,)."""
+    bits = np.unpackbits(section(packed, header, index).cpu().numpy(), count=header.shape[1], bitorder="little")
+    return torch.from_numpy(bits).to(device=packed.device, dtype=torch.bool)
+
+
+def check_lengths(header: Header, expected: dict[str, int]) -> None:
+    """Raise `InputError`, naming the first wrong section, unless the sections have the `expected` bytes in order."""
+    found = [end - begin for begin, end in header.sections]
+    if len(found) != len(expected):
+        raise InputError(
+            f"packed weight of shape {header.shape}: {len(found)} sections, codec {header.codec!r} has {len(expected)}"
+        )
+    for nbytes, (what, wanted) in zip(found, expected.items(), strict=True):
+        if nbytes != wanted:
+            raise InputError(f"packed weight of shape {header.shape}: {nbytes} bytes of {what}, expected {wanted}")
+
+
+def entropy(counts: Sequence[int] | np.ndarray) -> float:
+    """Bits of the best code for symbols that occur `counts` times, for all of them together."""
+    counts = np.asarray(counts, np.float64)
+    counts = counts[counts > 0]
+    return float((counts * (math.log2(counts.sum()) - np.log2(counts))).sum()) if len(counts) else 0.0

@@ -1,0 +1,195 @@
+"""All layers of a model, from their weights to packed shards, with calibration block by block where it is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefect import Task, unmapped
+
+from bivlm.allocation import BudgetSettings
+from bivlm.blocks.units import Unit
+from bivlm.finish_settings import FinishSettings
+from tasks import allocation, binarization, block_inputs, finishing, grouping, saliency
+from tasks.block_inputs import Calibration
+from tasks.checkpoint import Base
+from tasks.device import Device
+from tasks.layers import Layer, in_chunks
+from tasks.policy import halves, is_out_of_memory
+from tasks.progress import expect
+from tasks.steps import Done
+
+# Each worker holds one layer; more of them than cores would only add memory.
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class PackedLayers:
+    """The layers with the steps that were done of them, the shard of each by name, and what else was done on the way.
+
+    `between` are steps that others refer to: calibration, and the shards before finishing.
+    """
+
+    layers: list[Layer]
+    shards: dict[str, Done]
+    between: list[Done]
+
+
+def pack_all(
+    layers: Sequence[Layer],
+    workspace: str,
+    publish: Callable[[], None],
+    calibration: Calibration | None = None,
+    budget: BudgetSettings | None = None,
+) -> PackedLayers:
+    """Every stage of every layer. `calibration` is needed if `needs_calibration`."""
+    measured = side_by_side(saliency.measure_layers, layers, workspace, publish)
+    layers = [replace(layer, statistics=measured[layer.name]) for layer in layers]
+    try:
+        between: list[Done] = []
+        by_curvature = budget is not None and budget.importance == "curvature"
+        squares = by_curvature or any("gradients" in layer.needs for layer in layers)
+        walk = Walk(calibration, squares, publish) if calibration is not None else None
+        if budget is not None:
+            choices = side_by_side(allocation.measure_choices, layers, workspace, publish)
+            curvature = walk.curvature() if by_curvature else None
+            layers, allocated = allocation.allocate_bits(layers, choices, budget, curvature, workspace)
+            between = [*choices.values(), allocated]
+        planned = side_by_side(grouping.plan_layers, layers, workspace, publish)
+        layers = [replace(layer, plan=planned[layer.name]) for layer in layers]
+        if walk is None or not any("inputs" in layer.needs for layer in layers):
+            shards = side_by_side(binarization.pack_layers, layers, workspace, publish)
+        else:
+            layers, shards = walk.pack(layers)
+        return PackedLayers(layers, shards, between + (walk.steps if walk else []))
+    finally:
+        block_inputs.forget_blocks()
+
+
+def needs_calibration(layers: Sequence[Layer], budget: BudgetSettings | None) -> bool:
+    """Whether anything of these layers has to be decided by what the model does."""
+    by_curvature = budget is not None and budget.importance == "curvature"
+    return by_curvature or any("inputs" in layer.needs for layer in layers)
+
+
+def finish_all(
+    done: PackedLayers, base: Base, samples: Done, settings: FinishSettings, device: Device, workspace: str
+) -> PackedLayers:
+    """The same layers with shards that were tuned together."""
+    shards, between = finishing.finish_layers(base, done.layers, done.shards, samples, settings, device, workspace)
+    return PackedLayers(done.layers, shards, [*done.between, *done.shards.values(), *between])
+
+
+class Walk:
+    """The calibration samples on their way through the blocks.
+
+    `steps` are all that were done on it; `squares` asks for the squared gradients of weights where gradients are
+    measured.
+    """
+
+    def __init__(self, calibration: Calibration, squares: bool, publish: Callable[[], None]) -> None:
+        self.steps = [calibration.samples]
+        self._calibration, self._squares, self._publish = calibration, squares, publish
+        self._blocks, self._head = block_inputs.blocks_of(calibration)
+        self._layers: dict[str, Layer] = {}
+        self._gradients: Done | None = None
+
+    def curvature(self) -> dict[str, float]:
+        """By linear layer how much the divergence rises with the squared error of its weights."""
+        return self._measure_gradients().record.figures["curvature"]
+
+    def pack(self, layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, Done]]:
+        """Observe the blocks and pack their layers, as the settings say; the layers with their inputs."""
+        self._layers = {layer.name: layer for layer in layers}
+        observed = {layer.name for layer in layers if "inputs" in layer.needs}
+        units = block_inputs.up_to([*self._blocks, *([self._head] if self._head else [])], observed)
+        expect(block_inputs.STAGE, len(units))
+        settings = self._calibration.settings
+        if settings.tokens.weights == "gradient" or any("gradients" in layer.needs for layer in layers):
+            self._measure_gradients()
+        shards = self._in_turn(units) if settings.inputs == "quantized" else self._beforehand(units)
+        return list(self._layers.values()), shards
+
+    def _beforehand(self, units: list[Unit]) -> dict[str, Done]:
+        """Every block on what the full-precision blocks before it give; then all layers side by side."""
+        done: dict[str, Done] = {}
+        for unit in units:
+            done[unit.name] = self._observe(unit, done)
+        return self._pack(list(self._layers.values()))
+
+    def _in_turn(self, units: list[Unit]) -> dict[str, Done]:
+        """Every block on what the packed blocks before it give: observed, packed, and run once more as it is stored."""
+        done: dict[str, Done] = {}
+        shards: dict[str, Done] = {}
+        for unit in units:
+            self._observe(unit, done)
+            packed = self._pack([self._layers[name] for name in unit.linears if name in self._layers])
+            shards |= packed
+            done[unit.name] = self._run(unit, done, packed=packed)
+        return shards | self._pack([layer for name, layer in self._layers.items() if name not in shards])
+
+    def _observe(self, unit: Unit, before: dict[str, Done]) -> Done:
+        """The statistics of a unit's sites; its layers get to know them."""
+        done = self._run(unit, before, observe=True, gradients=self._gradients)
+        self._publish()
+        for name in unit.linears:
+            needs = self._layers[name].needs if name in self._layers else ()
+            if "inputs" in needs:
+                gradients = self._gradients if "gradients" in needs else None
+                self._layers[name] = replace(self._layers[name], block=done, gradients=gradients)
+        return done
+
+    def _measure_gradients(self) -> Done:
+        """They run back from the answer, so that all blocks have to be there first."""
+        if self._gradients is None:
+            done: dict[str, Done] = {}
+            for unit in self._blocks:
+                done[unit.name] = self._run(unit, done)
+            self._gradients = block_inputs.measure_gradients(self._calibration, done, self._squares)
+            self.steps.append(self._gradients)
+        return self._gradients
+
+    def _run(self, unit: Unit, before: dict[str, Done], **further: Any) -> Done:
+        done = block_inputs.run_block(self._calibration, unit, before, **further)
+        self.steps.append(done)
+        return done
+
+    def _pack(self, layers: list[Layer]) -> dict[str, Done]:
+        if not layers:
+            return {}
+        return side_by_side(binarization.pack_layers, layers, self._calibration.workspace, self._publish)
+
+
+def side_by_side(
+    stage: Task[..., dict[str, Done]], layers: Sequence[Layer], workspace: str, publish: Callable[[], None]
+) -> dict[str, Done]:
+    """Run a stage over all layers, chunks side by side.
+
+    A chunk that ran out of memory is done again in halves, one at a time, down to single layers.
+    """
+    done: dict[str, Done] = {}
+    too_large: list[Any] = []
+    chunks = in_chunks(layers, WORKERS)
+    futures = stage.map(chunks, unmapped(workspace))
+    for chunk, future in zip(chunks, futures, strict=True):
+        result = future.result(raise_on_failure=False)
+        if not isinstance(result, BaseException):
+            done |= result
+        elif is_out_of_memory(result):
+            too_large.append(chunk)
+        else:
+            raise result
+        publish()
+    while too_large:
+        chunk = too_large.pop(0)
+        state = stage(chunk, workspace, return_state=True)
+        result = state.result(raise_on_failure=False)
+        if not isinstance(result, BaseException):
+            done |= result
+        elif is_out_of_memory(result) and len(chunk) > 1:
+            too_large = [*halves(chunk), *too_large]
+        else:
+            raise result
+    return done

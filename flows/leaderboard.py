@@ -1,0 +1,129 @@
+"""Many recipes on one model, at the bits they store: one child run a recipe, then a table and a figure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from rich.console import Console
+
+from bivlm.errors import InputError
+from bivlm.evaluation import load_benchmark
+from bivlm.finish_settings import FinishSettings
+from bivlm.leaderboard import board, fingerprint
+from bivlm.recipe import Recipe, load_recipe
+from bivlm.stores.location import default_workspace
+from flows.compress import compress_flow
+from tasks.leaderboard import (
+    entry_of,
+    failed_entry,
+    full_precision_of,
+    log_board,
+    same_linears,
+    write_board,
+)
+from tasks.policy import is_out_of_memory
+
+
+@flow(name="leaderboard", flow_run_name="leaderboard-{output}", persist_result=False)
+def leaderboard_flow(
+    model: str,
+    recipes: list[str],
+    output: str,
+    revision: str | None = None,
+    workspace: str | None = None,
+    questions: int | None = None,
+    finish: bool = False,
+) -> dict[str, Any]:
+    """Compress `model` by every one of `recipes` (shipped names or files) and compare what came of it.
+
+    The packed checkpoints go into folders of their recipes' names in `output`, the board beside them as ``board.json``,
+    ``board.md``, ``board.csv`` and ``board.svg``. A recipe that cannot be carried out is listed with the reason. A run
+    that was killed goes on where it was; the same request again gives the same board. `finish` adds the finishing
+    stage to every recipe that has none. Returns ``{"board", "fingerprint", "output", "run_id"}``. Raises `InputError`
+    for recipes that cannot be compared: two of one name, other benchmarks, other linears.
+    """
+    loaded = [finished(load_recipe(name)) if finish else load_recipe(name) for name in recipes]
+    _check(loaded)
+    place = Path(output).expanduser().absolute()
+    workspace = workspace or default_workspace()
+    console = Console(stderr=True)
+    results: dict[str, dict[str, Any]] = {}
+    entries = []
+    for number, recipe in enumerate(loaded, start=1):
+        started = time.perf_counter()
+        try:
+            result = compress_flow(
+                model=model,
+                recipe=recipe.canonical(),
+                output=str(place / recipe.name),
+                revision=revision,
+                workspace=workspace,
+                questions=questions,
+                quiet=True,
+            )
+        except Exception as error:
+            if not _is_the_recipes(error):
+                raise
+            entries.append(failed_entry(recipe, error))
+            said = f"failed: {error}"
+        else:
+            results[recipe.name] = result
+            entries.append(entry_of(recipe, result))
+            said = _in_short(result)
+        seconds = time.perf_counter() - started
+        console.print(f"{number:>3} of {len(loaded)}  {recipe.name:<28} {said}  ({seconds:.0f} s)", highlight=False)
+    if not results:
+        raise InputError(f"no recipe could be carried out; the first failed with: {entries[0].failed}")
+    same_linears(results)
+    first = next(iter(results.values()))
+    benchmarks = first["evaluation"]["full_precision"]
+    chance = {name: load_benchmark(name, questions).chance() for name in benchmarks}
+    made = board(entries, full_precision_of(first), model=first["base_model"], chance=chance)
+    write_board(made, str(place))
+    run_id = log_board(made, str(place), workspace)
+    return {"board": made, "fingerprint": fingerprint(made), "output": str(place), "run_id": run_id}
+
+
+def finished(recipe: Recipe) -> Recipe:
+    """The recipe with the finishing stage; itself if it has one."""
+    if recipe.finish is not None:
+        return recipe
+    return recipe.model_copy(update={"name": f"{recipe.name}-finished", "finish": FinishSettings()})
+
+
+def _check(recipes: Sequence[Recipe]) -> None:
+    """What would otherwise come out after hours."""
+    if not recipes:
+        raise InputError("recipes: found none, expected at least one name or file")
+    names = [recipe.name for recipe in recipes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"recipes: two are called {twice!r}; the names must differ")
+    for recipe in recipes:
+        if not recipe.evaluation:
+            raise InputError(f"recipe {recipe.name}: 'evaluation' is empty; a board needs at least one benchmark")
+        if recipe.evaluation != recipes[0].evaluation:
+            raise InputError(
+                f"recipe {recipe.name} asks {', '.join(recipe.evaluation)}, {names[0]} asks "
+                f"{', '.join(recipes[0].evaluation)}: everything on a board must be asked the same questions"
+            )
+        if recipe.calibration.selection() != recipes[0].calibration.selection():
+            raise InputError(
+                f"recipe {recipe.name} has other calibration samples than {names[0]}: the divergence is measured on "
+                "samples held out of them, which must be the same for all"
+            )
+
+
+def _is_the_recipes(error: Exception) -> bool:
+    """Whether the recipe cannot be carried out; trouble of another kind would befall the next one, too."""
+    return isinstance(error, InputError | ArithmeticError) or is_out_of_memory(error)
+
+
+def _in_short(result: dict[str, Any]) -> str:
+    accuracies = [found["metrics"]["accuracy"] for found in result["evaluation"]["packed"].values()]
+    mean = sum(accuracies) / len(accuracies)
+    bits, kl = result["bits"]["linears"]["stored"], result["evaluation"]["kl"]
+    return f"{bits:6.3f} bits  accuracy {mean:5.1f}  KL {kl:6.3f}"

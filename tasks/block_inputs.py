@@ -1,0 +1,263 @@
+"""What every block takes in: the calibration samples run through the model, one block in memory at a time.
+
+A step a block: its outputs for all samples, from which the next block goes on, and the input statistics of its linear
+layers. The chain of blocks is resumed where it was killed. Statistics are workspace files; of a large model they are
+tens of gigabytes, and no two blocks' are held together.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import task
+from safetensors.torch import save_file
+
+from bivlm.blocks.encoded import SampleTensors, stack, with_reply, write_samples
+from bivlm.blocks.gradients import gradient_weights, token_gradients
+from bivlm.blocks.model import BlockwiseModel
+from bivlm.blocks.run import image_tokens, run_unit
+from bivlm.blocks.sites import Weigh, by_modality, names_of, uniform
+from bivlm.blocks.units import Unit
+from bivlm.calibration import load_samples
+from bivlm.checkpoint import Checkpoint
+from bivlm.divergence import read_reply
+from bivlm.evaluation.generation import load_processor
+from bivlm.identity import step_identity
+from bivlm.packing import unpack
+from bivlm.recipe import CalibrationSettings, TokenWeights
+from bivlm.workspace import Reference, Workspace
+from tasks import binarization
+from tasks.checkpoint import Base
+from tasks.device import Device, gpu_slot
+from tasks.policy import OVER_NETWORK
+from tasks.progress import advance
+from tasks.steps import Done, do_step, open_workspace
+
+STAGE = "block inputs"
+SAMPLES_STAGE = "model inputs"
+GRADIENTS_STAGE = "token gradients"
+VERSION = 1
+SAMPLES_FILE = "samples.safetensors"
+OUTPUT_FILE = "output.safetensors"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The samples as the model takes them in, how they count, and where and on what blocks are run."""
+
+    base: Base
+    settings: CalibrationSettings
+    samples: Done
+    device: Device
+    workspace: str
+
+    @property
+    def _samples(self) -> Reference:
+        return self.samples.record.outputs[SAMPLES_FILE]
+
+    def open_samples(self, store: Workspace) -> SampleTensors:
+        """The samples' tensors."""
+        return SampleTensors(store.fetch(self._samples))
+
+    def identity(self, stage: str, inputs: Mapping[str, Any], recipe_part: Any) -> dict[str, Any]:
+        """Of a step that runs parts of the model on the samples."""
+        both = {"checkpoint": self.base.sha256, "samples": self._samples.sha256, **inputs}
+        return step_identity(stage, VERSION, both, recipe_part, exact=False, device=self.device.kind)
+
+
+@task(name="model-inputs", **OVER_NETWORK)
+def encode_samples(
+    base: Base, settings: CalibrationSettings, frozen: Done, device: Device, workspace: str
+) -> Calibration:
+    """Pictures and conversations as the model takes them in, one set of tensors a sample."""
+    store = open_workspace(workspace)
+    inputs = {"checkpoint": base.sha256, "samples": frozen.record.figures["sha256"]}
+    identity = step_identity(SAMPLES_STAGE, VERSION, inputs, None, exact=False)
+
+    def encode(place: Path) -> dict[str, Any]:
+        folder = str(base.model.folder)
+        with store.scratch() as samples_folder:
+            conversations = load_samples(store.fetch_folder(frozen.record.outputs, samples_folder))
+            processor = load_processor(folder)
+            with _model(base, device) as model:
+                samples = [with_reply(read_reply(model, processor, conversation)) for conversation in conversations]
+        write_samples(samples, place / SAMPLES_FILE)
+        return {"samples": len(samples)}
+
+    return Calibration(base, settings, do_step(store, identity, encode), device, workspace)
+
+
+def blocks_of(calibration: Calibration) -> tuple[list[Unit], Unit | None]:
+    """The model's units before its head in the order in which they run, and the head if it is one."""
+    with _model(calibration.base, calibration.device) as model:
+        head = next((unit for unit in model.units if unit.name == model.head_name), None)
+        return [unit for unit in model.units if unit is not head], head
+
+
+def up_to(units: Sequence[Unit], linears: Collection[str]) -> list[Unit]:
+    """The units up to the last one that holds any of `linears`."""
+    wanted = [index for index, unit in enumerate(units) if set(linears) & set(unit.linears)]
+    return list(units[: max(wanted, default=-1) + 1])
+
+
+@task(name="block", task_run_name="block-{unit.name}", **OVER_NETWORK)
+def run_block(
+    calibration: Calibration,
+    unit: Unit,
+    before: dict[str, Done],
+    *,
+    observe: bool = False,
+    gradients: Done | None = None,
+    packed: dict[str, Done] | None = None,
+) -> Done:
+    """One unit on all samples, given the steps of those `before` it by name.
+
+    With `observe` also the input statistics: ``figures["sites"]`` has the file and the token counts of every site,
+    ``figures["site_of"]`` the site of every linear layer; `gradients` is the step of `measure_gradients`, for token
+    weights that need it. With `packed`, the shards of the unit's layers, it computes with what they rebuild.
+    """
+    weights = calibration.settings.tokens if observe else None
+    store = open_workspace(calibration.workspace)
+    with _model(calibration.base, calibration.device) as model:
+        given = {other.name: before[other.name].record.outputs[OUTPUT_FILE] for other in model.predecessors(unit)}
+    shards = {name: done.record.outputs[binarization.FILE] for name, done in (packed or {}).items()}
+    norms = None
+    if observe and weights.weights == "gradient":
+        norms = gradients.record.outputs.get(_norms_file(unit.name))
+    identity = calibration.identity(
+        STAGE,
+        {
+            "before": {name: reference.sha256 for name, reference in given.items()},
+            "packed": {name: reference.sha256 for name, reference in shards.items()},
+            "gradients": norms.sha256 if norms else None,
+        },
+        {"unit": unit.name, "tokens": _relevant(weights)},
+    )
+
+    def run(place: Path) -> dict[str, Any]:
+        with gpu_slot(calibration.device), _model(calibration.base, calibration.device) as model:
+            samples = calibration.open_samples(store)
+            outcome = run_unit(
+                model,
+                unit,
+                samples,
+                {name: SampleTensors(store.fetch(reference)) for name, reference in given.items()},
+                weigh=_weigher(model, unit, samples, weights, norms, store),
+                weights={name: _rebuilt(store.fetch(reference), name) for name, reference in shards.items()},
+            )
+        write_samples(stack(outcome.outputs), place / OUTPUT_FILE)
+        files = names_of(list(outcome.sites))
+        for site, statistics in outcome.sites.items():
+            statistics.save(place / files[site])
+        sites = {site: {"file": files[site], "tokens": found.tokens} for site, found in outcome.sites.items()}
+        return {"sites": sites, "site_of": outcome.site_of}
+
+    done = do_step(store, identity, run)
+    if observe:
+        advance(STAGE)
+    return done
+
+
+@task(name="token-gradients", **OVER_NETWORK)
+def measure_gradients(calibration: Calibration, blocks: dict[str, Done], squares: bool) -> Done:
+    """How much every token matters at every site, from the steps of all blocks; see `bivlm.blocks.gradients`.
+
+    With `squares` also a file of the squared gradients of every unit's weights, named by ``figures["squares"]`` for
+    each linear layer, and their sums, ``figures["curvature"]``.
+    """
+    store = open_workspace(calibration.workspace)
+    outputs = {name: done.record.outputs[OUTPUT_FILE] for name, done in blocks.items()}
+    inputs = {"blocks": {name: reference.sha256 for name, reference in outputs.items()}}
+    identity = calibration.identity(GRADIENTS_STAGE, inputs, {"squares": squares})
+
+    def run(place: Path) -> dict[str, Any]:
+        files, curvature = {}, {}
+        with gpu_slot(calibration.device), _model(calibration.base, calibration.device) as model:
+            opened = {name: SampleTensors(store.fetch(reference)) for name, reference in outputs.items()}
+            for found in token_gradients(model, calibration.open_samples(store), opened, squares=squares):
+                if any(found.norms):
+                    write_samples(found.norms, place / _norms_file(found.unit))
+                if found.squares:
+                    save_file(found.squares, place / f"{found.unit}.squares.safetensors")
+                    files |= dict.fromkeys(found.squares, f"{found.unit}.squares.safetensors")
+                    curvature |= {name: float(each.sum(dtype=torch.float64)) for name, each in found.squares.items()}
+        return {"squares": files, "curvature": curvature}
+
+    return do_step(store, identity, run)
+
+
+def _norms_file(unit: str) -> str:
+    return f"{unit}.safetensors"
+
+
+def _relevant(weights: TokenWeights | None) -> dict[str, Any] | None:
+    """What of the token weights the statistics depend on."""
+    if weights is None:
+        return None
+    further = {"modality": {"image"}, "gradient": {"shrink"}}.get(weights.weights, set())
+    return weights.model_dump(mode="json", include={"weights"} | further)
+
+
+def _weigher(
+    model: BlockwiseModel,
+    unit: Unit,
+    samples: SampleTensors,
+    weights: TokenWeights | None,
+    gradients: Reference | None,
+    store: Workspace,
+) -> Callable[[int], Weigh] | None:
+    """g^2 by sample, as the recipe asks for it."""
+    if weights is None:
+        return None
+    if weights.weights == "modality":
+        return lambda _: by_modality(weights.image)
+    if weights.weights == "gradient" and gradients is not None:
+        images = [image_tokens(model, unit, samples[number]) for number in range(len(samples))]
+        return gradient_weights(SampleTensors(store.fetch(gradients)), images, weights.shrink).__getitem__
+    return lambda _: uniform
+
+
+def _rebuilt(file: Path, name: str) -> torch.Tensor:
+    return unpack(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8), name)
+
+
+class _HeldFrame:
+    """At most one model without its blocks, which takes seconds to build."""
+
+    def __init__(self) -> None:
+        self._which: tuple[str, str, str] | None = None
+        self._model: BlockwiseModel | None = None
+
+    def get(self, base: Base, device: Device) -> BlockwiseModel:
+        wanted = (str(base.model.folder), base.sha256, device.place)
+        if self._which != wanted:
+            self.clear()
+            self._model, self._which = BlockwiseModel(Checkpoint.open(base.model.folder), device.place), wanted
+        return self._model
+
+    def clear(self) -> None:
+        self._model = self._which = None
+
+
+_held = _HeldFrame()
+_guard = threading.RLock()  # a model runs one unit at a time
+
+
+@contextmanager
+def _model(base: Base, device: Device) -> Iterator[BlockwiseModel]:
+    with _guard:
+        yield _held.get(base, device)
+
+
+def forget_blocks() -> None:
+    """Let go of the model that is held between the steps of a run."""
+    with _guard:
+        _held.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

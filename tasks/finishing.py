@@ -1,0 +1,106 @@
+"""The finishing stage: packed layers tuned together on the whole model's answers; shards become new shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefect import task
+
+from bivlm.calibration import load_samples
+from bivlm.checkpoint import Checkpoint
+from bivlm.compression import measure
+from bivlm.divergence import StoredLogProbabilities, reference_logits
+from bivlm.evaluation import load_model
+from bivlm.finishing import FinishSettings, finish
+from bivlm.identity import step_identity
+from bivlm.inputs import SiteStatistics
+from bivlm.workspace import Workspace
+from tasks import binarization
+from tasks.checkpoint import Base
+from tasks.device import Device, gpu_slot
+from tasks.layers import Layer
+from tasks.policy import OVER_NETWORK
+from tasks.progress import advance
+from tasks.steps import Done, do_step, open_workspace
+
+STAGE = "finish"
+LOGITS_STAGE = "calibration logits"
+TUNED_STAGE = "tuned"
+VERSION = 1
+LOGITS_FILE = "logits.safetensors"
+
+
+@task(name="finish", **OVER_NETWORK)
+def finish_layers(
+    base: Base,
+    layers: Sequence[Layer],
+    shards: dict[str, Done],
+    samples: Done,
+    settings: FinishSettings,
+    device: Device,
+    workspace: str,
+) -> tuple[dict[str, Done], list[Done]]:
+    """The new shard of every layer by name, and the steps in between, for the lineage record."""
+    store = open_workspace(workspace)
+    frozen = samples.record.figures["sha256"]
+    inputs = {"checkpoint": base.sha256, "samples": frozen}
+    known = do_step(
+        store,
+        step_identity(LOGITS_STAGE, VERSION, inputs, None, exact=False, device=device.kind),
+        lambda place: _write_logits(base, samples, device, store, place / LOGITS_FILE),
+    )
+    logits = known.record.outputs[LOGITS_FILE]
+    packed = {name: done.record.outputs[binarization.FILE] for name, done in shards.items()}
+    inputs |= {"logits": logits.sha256, "packed": {name: reference.sha256 for name, reference in packed.items()}}
+    identity = step_identity(STAGE, VERSION, inputs, settings.model_dump(mode="json"), exact=False, device=device.kind)
+
+    def tune(place: Path) -> dict[str, Any]:
+        with gpu_slot(device), store.scratch() as folder:
+            model, processor = load_model(base.model.folder, device.place)
+            conversations = load_samples(store.fetch_folder(samples.record.outputs, folder))
+            tensors = {name: _read(store.fetch(reference)) for name, reference in packed.items()}
+            with StoredLogProbabilities(store.fetch(logits), len(conversations)) as full_precision:
+                finished = finish(
+                    model, processor, tensors, conversations, full_precision, settings, lambda *_: advance(STAGE)
+                )
+        for name, tensor in finished.packed.items():
+            (place / name).write_bytes(memoryview(tensor.numpy()))
+        return {"kl_before": finished.kl_before, "kl_after": finished.kl_after}
+
+    tuned = do_step(store, identity, tune)
+    if tuned.reused:
+        advance(STAGE, settings.steps)
+    return {layer.name: _measured(layer, shards[layer.name], tuned, store) for layer in layers}, [known, tuned]
+
+
+def _write_logits(base: Base, samples: Done, device: Device, store: Workspace, file: Path) -> dict[str, Any]:
+    """What the full-precision model says to the calibration samples."""
+    with gpu_slot(device), store.scratch() as folder:
+        model, processor = load_model(base.model.folder, device.place)
+        reference_logits(model, processor, load_samples(store.fetch_folder(samples.record.outputs, folder)), file)
+    return {}
+
+
+def _measured(layer: Layer, shard: Done, tuned: Done, store: Workspace) -> Done:
+    """The tuned shard of one layer as a step like that of its packing, its errors measured again."""
+    reference = tuned.record.outputs[layer.name]
+    inputs = {"weight": layer.weight_sha256, "tuned": reference.sha256}
+    if layer.inputs is not None:
+        inputs["inputs"] = layer.inputs.sha256
+
+    def look(place: Path) -> dict[str, Any]:
+        packed = _read(store.fetch(reference))
+        weight = Checkpoint.open(layer.folder).read(layer.disk_name, layer.weight_sha256)
+        seen = SiteStatistics.load(store.fetch(layer.inputs)) if layer.inputs else None
+        record = measure(weight, packed, layer.name, seen, shard.record.figures["figures"])
+        (place / binarization.FILE).write_bytes(memoryview(packed.numpy()))
+        return record.model_dump(mode="json")
+
+    return do_step(store, step_identity(TUNED_STAGE, VERSION, inputs, None, exact=False), look)
+
+
+def _read(file: Path) -> torch.Tensor:
+    return torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)

@@ -1,0 +1,131 @@
+"""The board's records: what came of every recipe, the tables and the figure in a folder, and a run in MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric
+from prefect import task
+
+from bivlm.errors import InputError
+from bivlm.figures import quality_against_bits, svg
+from bivlm.leaderboard import Accuracy, Entry, FullPrecision, as_csv, as_markdown, fingerprint, method_label
+from bivlm.recipe import Recipe
+from bivlm.stores.folder import write_atomically
+from tasks.policy import OVER_NETWORK
+from tasks.steps import open_workspace
+from tasks.tracking.run import NOTE_TAG, ROLE_TAG, open_experiment
+
+BOARD, MARKDOWN, CSV, FIGURE = "board.json", "board.md", "board.csv", "board.svg"
+BOARD_TAG = "bivlm.board"
+
+
+def entry_of(recipe: Recipe, result: Mapping[str, Any]) -> Entry:
+    """A recipe's place on the board, from what `flows.compress.compress_flow` returned.
+
+    What cannot stand beside others (an infinite divergence) is an entry that failed.
+    """
+    known = _known(recipe)
+    try:
+        return Entry.read(
+            {
+                **known,
+                "needs_calibration": result["calibrated"],
+                "bits": {key: result["bits"]["linears"][key] for key in ("nominal", "entropy", "stored")},
+                "model_bits": result["bits"]["model"]["stored"],
+                "relative_error": result["relative_error"],
+                "kl": result["evaluation"]["kl"],
+                "accuracy": _accuracies(result["evaluation"]["packed"]),
+                "seconds": result["seconds"],
+            }
+        )
+    except InputError as error:
+        return Entry(**known, failed=str(error))
+
+
+def failed_entry(recipe: Recipe, reason: BaseException) -> Entry:
+    """The entry of a recipe that could not be carried out."""
+    return Entry(**_known(recipe), failed=str(reason) or type(reason).__name__)
+
+
+def full_precision_of(result: Mapping[str, Any]) -> FullPrecision:
+    """The model itself, from what came of any recipe."""
+    return FullPrecision(
+        bits=result["full_precision_bits"]["linears"],
+        model_bits=result["full_precision_bits"]["model"],
+        accuracy=_accuracies(result["evaluation"]["full_precision"]),
+    )
+
+
+def same_linears(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `InputError` unless all recipes packed the same number of weights: bits have one denominator."""
+    weights = {name: result["bits"]["linears"]["weights"] for name, result in results.items()}
+    if len(set(weights.values())) > 1:
+        shown = ", ".join(f"{name} {count:,}" for name, count in weights.items())
+        raise InputError(f"the recipes pack different linears, so that their bits cannot be compared: {shown} weights")
+
+
+def write_board(board: Mapping[str, Any], output: str) -> None:
+    """The board in the folder `output`: a record, two tables and the figure."""
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        BOARD: json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        MARKDOWN: as_markdown(board),
+        CSV: as_csv(board),
+        FIGURE: svg(quality_against_bits(board)),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+
+
+@task(name="log-board", **OVER_NETWORK)
+def log_board(board: dict[str, Any], output: str, workspace: str) -> str:
+    """A run of its own in MLflow with the board's files and every recipe's figures; returns its id.
+
+    The same board twice is one run.
+    """
+    client, experiment = open_experiment(open_workspace(workspace))
+    same = fingerprint(board)
+    found = client.search_runs([experiment], f"tags.`{BOARD_TAG}` = '{same}'", max_results=1)
+    if found:
+        return found[0].info.run_id
+    name = f"leaderboard · {Path(str(board['model'].get('id', ''))).name} · {len(board['entries'])} recipes"
+    tags = {ROLE_TAG: "leaderboard", NOTE_TAG: as_markdown(board)[:5000], "mlflow.source.name": "bivlm leaderboard"}
+    run = client.create_run(experiment, run_name=name, tags=tags)
+    for file in (BOARD, MARKDOWN, CSV, FIGURE):
+        client.log_artifact(run.info.run_id, str(Path(output) / file))
+    metrics = [
+        Metric(f"{entry['recipe']}/{key}", value, run.info.start_time, 0)
+        for entry in board["entries"]
+        for key, value in {
+            "stored_bits": entry["bits"]["stored"],
+            "accuracy": entry["mean_accuracy"]["accuracy"],
+            "kl": entry["kl"],
+            "relative_error": entry["relative_error"],
+        }.items()
+    ]
+    for begin in range(0, len(metrics), 1000):
+        client.log_batch(run.info.run_id, metrics=metrics[begin : begin + 1000])
+    client.set_terminated(run.info.run_id)
+    client.set_tag(run.info.run_id, BOARD_TAG, same)  # last: it says that all of the above is there
+    return run.info.run_id
+
+
+def _known(recipe: Recipe) -> dict[str, Any]:
+    canonical = recipe.canonical()
+    return {
+        "recipe": recipe.name,
+        "method": method_label(canonical["components"]),
+        "finish": canonical.get("finish") is not None,
+    }
+
+
+def _accuracies(evaluations: Mapping[str, Any]) -> dict[str, Accuracy]:
+    return {
+        task: Accuracy(n=found["n"], accuracy=found["metrics"]["accuracy"], ci95=tuple(found["ci95"]))
+        for task, found in evaluations.items()
+    }

@@ -1,0 +1,127 @@
+"""Compressions that look at what the model does: calibrated methods, a budget of bits, finishing."""
+
+import json
+
+import pytest
+
+from bivlm.bits import bits_of
+from bivlm.errors import InputError
+from bivlm.lineage import read_lineage, verify
+from bivlm.workspace import Workspace
+
+CALIBRATED = {
+    "vision": {"method": "bivlm", "groups": 2, "p_max": 0.05, "saliency": "gradient", "feedback": True},
+    "adaptor": {"method": "awq", "group_size": 32},
+    "language": {"method": "gptq", "group_size": 32},
+}
+
+
+def calibrated(compression, name="calibrated", **changes):
+    """The compression with methods that need inputs, and other calibration settings."""
+    compression.recipe |= {"name": name, "components": CALIBRATED}
+    compression.recipe["calibration"] |= changes
+    return compression
+
+
+def findings(compression):
+    return {
+        finding.subject: (finding.state, finding.detail)
+        for finding in verify(
+            read_lineage(compression.output), compression.output, Workspace.open(compression.workspace)
+        )
+    }
+
+
+@pytest.mark.parametrize("inputs", ["full_precision", "quantized"])
+def test_every_link_from_samples_to_packed_bytes_holds(new_compression, tmp_path, inputs):
+    compression = calibrated(new_compression(tmp_path), inputs=inputs, tokens={"weights": "gradient"})
+    compression.run(evaluate=False)
+    assert {state for state, _ in findings(compression).values()} == {"holds"}
+    stages = {record["identity"]["stage"] for record in map(json.loads, _step_files(compression))}
+    assert {"model inputs", "block inputs", "token gradients"} <= stages
+    for layer in compression.report()["layers"]:
+        assert 0 < layer["output_error"] < 1
+        assert layer["calibration"]["tokens"] > 0
+
+
+def _step_files(compression):
+    return [path.read_text() for path in (compression.workspace / "steps").glob("*.json")]
+
+
+def test_done_again_it_gives_the_same_bytes_and_does_nothing_twice(new_compression, tmp_path):
+    compression = calibrated(new_compression(tmp_path), inputs="quantized")
+    compression.run(evaluate=False)
+    first, steps = compression.weights(), len(_step_files(compression))
+    other = new_compression(tmp_path / "elsewhere")
+    calibrated(other, inputs="quantized").run(evaluate=False)
+    assert other.weights() == first
+    compression.run(evaluate=False)
+    assert compression.weights() == first
+    assert len(_step_files(compression)) == steps
+
+
+def test_blocks_go_on_where_they_were(new_compression, tmp_path, monkeypatch):
+    """The fourth block fails once; the three before it are not run again."""
+    from tasks import block_inputs
+
+    compression = new_compression(tmp_path)
+    compression.recipe |= {"name": "fed-back", "components": dict.fromkeys(CALIBRATED, CALIBRATED["language"])}
+    real, ran = block_inputs.run_unit, []
+
+    def failing(model, unit, *arguments, **options):
+        ran.append(unit.name)
+        if len(ran) == 4:
+            raise RuntimeError("the power is gone")
+        return real(model, unit, *arguments, **options)
+
+    monkeypatch.setattr(block_inputs, "run_unit", failing)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        compression.run(evaluate=False)
+    compression.run(evaluate=False)
+    blocks = list(dict.fromkeys(ran))
+    assert len(blocks) == 5
+    assert ran == [*blocks[:4], *blocks[3:]]
+
+
+def test_few_samples_are_a_warning_with_the_damping(new_compression, tmp_path):
+    """Three samples of some forty tokens are fewer tokens than the 128 channels of the language model's MLP."""
+    compression = calibrated(new_compression(tmp_path), samples=2)
+    result = compression.run(evaluate=False)
+    (warning,) = [each for each in result["warnings"] if "fewer tokens than they have channels" in each]
+    assert "damping, of up to 0.01 of the mean diagonal" in warning
+    assert compression.report()["warnings"] == result["warnings"]
+
+
+@pytest.mark.parametrize("importance", ["energy", "curvature"])
+def test_a_budget_is_kept_and_spent(new_compression, tmp_path, importance):
+    compression = new_compression(tmp_path)
+    compression.recipe |= {"name": "budget", "budget": {"bits": 2.6, "importance": importance}}
+    compression.run(evaluate=False)
+    # The file's headers are not the layers' choice, and in a model this small they weigh.
+    layers = compression.report()["layers"]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    packed = sum(layer["bits"]["stored"] * layer["shape"][0] * layer["shape"][1] for layer in layers) / weights
+    assert 2.5 < packed <= 2.6
+    assert packed <= bits_of(compression.output)["linears"]["stored"]
+    assert len({layer["groups"] for layer in layers}) > 1
+    assert findings(compression)["recipe"][0] == "holds"
+    assert findings(compression)["links"][0] == "holds"
+
+
+def test_a_budget_that_cannot_be_kept_is_refused(new_compression, tmp_path):
+    compression = new_compression(tmp_path)
+    compression.recipe |= {"name": "budget", "budget": {"bits": 0.5, "importance": "energy"}}
+    with pytest.raises(InputError, match=r"budget\.bits: found 0\.5, expected at least"):
+        compression.run(evaluate=False)
+
+
+def test_finishing_changes_numbers_and_nothing_else(new_compression, compressed, tmp_path):
+    compression = new_compression(tmp_path)
+    compression.recipe |= {"name": "finished", "finish": {"objective": "kl", "steps": 12, "batch": 3}}
+    result = compression.run()
+    assert result["bits"]["linears"] == compressed.results[0]["bits"]["linears"]
+    assert {state for state, _ in findings(compression).values()} == {"holds"}
+    plain = {layer["name"]: layer["error"] for layer in compressed.report()["layers"]}
+    assert any(layer["error"] != plain[layer["name"]] for layer in compression.report()["layers"])
+    (tuned,) = compression.steps("finish")
+    assert tuned["figures"]["kl_after"] < tuned["figures"]["kl_before"]

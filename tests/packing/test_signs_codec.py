@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bivlm.errors import InputError
+from bivlm.packing import container, format_bits, open_packed, signs, unpack
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def contents(rows, columns, share, seed):
+    """Random signs, positions and levels, and numbers that float16 holds."""
+    random = np.random.default_rng(seed)
+    negative = torch.from_numpy(random.random((rows, columns)) < 0.5)
+    positions = np.flatnonzero(random.random(rows * columns) < share)
+    names = ("row_scales", "row_steps", "row_zeros") if len(positions) else ("row_scales",)
+    halves = random.normal(size=(len(names), rows)).astype(np.float16).astype(np.float32)
+    numbers = dict(zip(names, torch.from_numpy(halves), strict=True))
+    return negative, positions, random.integers(0, 256, len(positions)), numbers
+
+
+def pack(rows, columns, share, seed=0, dtype=torch.float32):
+    return signs.pack(*contents(rows, columns, share, seed), exponent=-3, dtype=dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    share=st.sampled_from([0.0, 0.01, 0.1, 0.6, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-12, 3),
+    seed=st.integers(0, 1000),
+)
+def test_rebuilt_weight_is_that_of_its_signs_and_levels_bit_for_bit(rows, columns, share, dtype, exponent, seed):
+    negative, positions, levels, numbers = contents(rows, columns, share, seed)
+    packed = signs.pack(negative, positions, levels, numbers, exponent=exponent, dtype=dtype)
+    expected = np.where(negative, -1, 1).astype(np.float32) * numbers["row_scales"].numpy()[:, None]
+    for position, level in zip(positions, levels, strict=True):
+        row, column = divmod(position, columns)
+        step, zero = (numbers[name].numpy()[row] for name in ("row_steps", "row_zeros"))
+        expected[row, column] = np.float32(level) * step + zero
+    assert torch.equal(unpack(packed), (torch.from_numpy(expected) * 2.0**exponent).to(dtype))
+    assert format_bits(packed).stored == 8 * packed.numel()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(48, 200), (600, 2000), (5, 1)])
+def test_the_weight_as_a_function_of_its_numbers_is_the_unpacked_weight(shape, share, dtype):
+    packed = pack(*shape, share, dtype=dtype)
+    codec, header = open_packed(packed)
+    opened = codec.tunable(packed, header)
+    assert torch.equal(opened.rebuild(opened.parameters).to(dtype), unpack(packed))
+    assert torch.equal(codec.retuned(packed, header, opened.parameters), packed)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_other_numbers_are_stored_and_their_gradient_is_that_of_the_weight(share):
+    packed = pack(12, 50, share)
+    codec, header = open_packed(packed)
+    opened = codec.tunable(packed, header)
+    doubled = {name: 2 * values for name, values in opened.parameters.items()}
+    assert torch.equal(unpack(codec.retuned(packed, header, doubled)), 2 * unpack(packed))
+
+    leaves = {name: values.clone().requires_grad_() for name, values in opened.parameters.items()}
+    slope = torch.randn(12, 50, generator=torch.Generator().manual_seed(5))
+    (opened.rebuild(leaves) * slope).sum().backward()
+    for name, values in opened.parameters.items():
+        for index in range(0, len(values), 5):
+            step = torch.zeros_like(values)
+            step[index] = 2.0**-4  # the weight is linear in each number, so a difference is the derivative
+            ahead, behind = (opened.rebuild({**opened.parameters, name: values + s}) for s in (step, -step))
+            numeric = ((ahead - behind).double() * slope.double()).sum() / 2**-3
+            assert float(leaves[name].grad[index]) == pytest.approx(float(numeric), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(("share", "position_bits"), [(0.01, 0.0809), (0.1, 0.469), (0.3, 0.8813), (0.5, 1.0)])
+def test_positions_cost_their_entropy_or_a_bitmap(share, position_bits):
+    rows, columns = 512, 512
+    packed = pack(rows, columns, share)
+    bits, size = format_bits(packed), rows * columns
+    salient = len(contents(rows, columns, share, 0)[1])
+    assert bits.nominal == size + 7 * salient
+    numbers = 3 * 16 * rows
+    assert bits.entropy / size == pytest.approx((size + 7 * salient + numbers) / size + position_bits, rel=0.005)
+    assert bits.entropy < bits.stored < size * (1 + min(1, 1.1 * position_bits)) + 7 * salient + numbers + 1000
+
+
+@pytest.mark.parametrize(
+    ("section", "content", "message"),
+    [
+        (0, b"\0\0\0\0", "4 bytes of parameters, expected 8"),
+        (0, b"\7\0\0\0\1\0\0\0", "damaged parameters \\(mode 7"),
+        (0, b"\0\x63\0\0\1\0\0\0", "Rice parameter 99"),
+        (0, b"\0\1\0\0\xff\0\0\0", "255 salient weights; expected mode 0 or 1 and at most 200"),
+        (1, b"\0", "1 bytes of row numbers, expected 30"),
+        (2, b"\0\0", "2 bytes of signs, expected 25"),
+        (3, b"", "0 bytes of levels, expected"),
+        (5, b"", "0 bytes of position remainders, expected"),
+        (6, b"", "7 sections, codec 'signs' has 6"),
+    ],
+)
+def test_a_damaged_section_is_named(section, content, message):
+    packed = pack(5, 40, 0.1)
+    _, header = open_packed(packed)
+    sections = [container.section(packed, header, index).numpy() for index in range(6)]
+    sections[section : section + 1] = [np.frombuffer(content, np.uint8)]
+    damaged = container.write("signs", header.shape, header.dtype, sections)
+    for read in (unpack, format_bits):
+        with pytest.raises(InputError, match=f"shape \\(5, 40\\): .*{message}"):
+            read(damaged)

@@ -1,0 +1,162 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bivlm.errors import InputError
+from bivlm.packing import container, format_bits, open_packed, unpack, wavelet
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+HALF = np.float32(math.sqrt(0.5))
+
+
+def contents(rows, columns, block, ordered, seed):
+    """Random symbols, salient columns and order, and numbers that float16 holds."""
+    random = np.random.default_rng(seed)
+
+    def halves(*shape):
+        return torch.from_numpy(random.normal(size=shape).astype(np.float16).astype(np.float32))
+
+    salient = torch.from_numpy(random.random(columns) < 0.3)
+    symbols, residual = (
+        torch.from_numpy(random.integers(0, 4, (rows, count)).astype(np.uint8))
+        for count in (columns, int(salient.sum()))
+    )
+    order = [begin + random.permutation(min(block, columns - begin)) for begin in range(0, columns, block)]
+    coded = wavelet.Coded(
+        symbols, residual, salient, torch.from_numpy(np.concatenate(order)) if ordered else None, block
+    )
+    return coded, {"rows": halves(rows, len(order), 2, 3), "columns": halves(int(salient.sum()), 2, 3)}
+
+
+def pack(rows, columns, block, ordered=True, seed=0, dtype=torch.float32):
+    coded, numbers = contents(rows, columns, block, ordered, seed)
+    return wavelet.pack(coded, numbers, exponent=-3, dtype=dtype)
+
+
+def level(numbers, symbol):
+    scale = numbers[1 + int(symbol) // 2]
+    return numbers[0] + (-scale if symbol % 2 else scale)
+
+
+def inverse(coefficients):
+    """Sums and differences of neighbours, one pair at a time in float32."""
+    out = coefficients.copy()
+    for i in range(0, len(out) - 1, 2):
+        low, high = coefficients[i], coefficients[i + 1]
+        out[i], out[i + 1] = (low + high) * HALF, (low - high) * HALF
+    return out
+
+
+def weight_by_weight(coded, numbers):
+    """The head of the codec's module, one coefficient at a time in float32."""
+    symbols, rows, columns = coded.symbols_MN.numpy(), numbers["rows"].numpy(), numbers["columns"].numpy()
+    out = np.zeros(symbols.shape, np.float32)
+    order = np.arange(symbols.shape[1]) if coded.order_N is None else coded.order_N.numpy()
+    for m, row in enumerate(symbols):
+        coefficients = [level(rows[m, n // coded.block, n % 2], symbol) for n, symbol in enumerate(row)]
+        out[m, order] = inverse(np.array(coefficients, np.float32))
+    for s, n in enumerate(np.flatnonzero(coded.salient_N.numpy())):
+        coefficients = [level(columns[s, m % 2], symbol) for m, symbol in enumerate(coded.residual_MS[:, s].numpy())]
+        out[:, n] += inverse(np.array(coefficients, np.float32))
+    return torch.from_numpy(out)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    block=st.sampled_from([2, 6, 16, 128]),
+    ordered=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-12, 3),
+    seed=st.integers(0, 1000),
+)
+def test_rebuilt_weight_is_that_of_its_symbols_bit_for_bit(rows, columns, block, ordered, dtype, exponent, seed):
+    coded, numbers = contents(rows, columns, block, ordered, seed)
+    packed = wavelet.pack(coded, numbers, exponent=exponent, dtype=dtype)
+    expected = (weight_by_weight(coded, numbers) * 2.0**exponent).to(dtype)
+    assert torch.equal(unpack(packed), expected)
+    assert format_bits(packed).stored == 8 * packed.numel()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(48, 200, 32), (301, 2000, 128), (5, 1, 128), (1, 7, 2)])
+def test_the_weight_as_a_function_of_its_numbers_is_the_unpacked_weight(shape, ordered, dtype):
+    packed = pack(*shape, ordered, dtype=dtype)
+    codec, header = open_packed(packed)
+    opened = codec.tunable(packed, header)
+    assert torch.equal(opened.rebuild(opened.parameters).to(dtype), unpack(packed))
+    assert torch.equal(codec.retuned(packed, header, opened.parameters), packed)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_other_numbers_are_stored_and_their_gradient_is_that_of_the_weight(ordered):
+    packed = pack(13, 51, 16, ordered)
+    codec, header = open_packed(packed)
+    opened = codec.tunable(packed, header)
+    doubled = {name: 2 * values for name, values in opened.parameters.items()}
+    assert torch.equal(unpack(codec.retuned(packed, header, doubled)), 2 * unpack(packed))
+
+    leaves = {name: values.clone().requires_grad_() for name, values in opened.parameters.items()}
+    slope = torch.randn(13, 51, generator=torch.Generator().manual_seed(5))
+    (opened.rebuild(leaves) * slope).sum().backward()
+    for name, values in opened.parameters.items():
+        for index in range(0, values.numel(), 5):
+            step = torch.zeros_like(values)
+            step.view(-1)[index] = 2.0**-4  # the weight is linear in each number, so a difference is the derivative
+            ahead, behind = (opened.rebuild({**opened.parameters, name: values + s}) for s in (step, -step))
+            numeric = ((ahead - behind).double() * slope.double()).sum() / 2**-3
+            assert float(leaves[name].grad.view(-1)[index]) == pytest.approx(float(numeric), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_every_number_symbol_and_place_is_counted(ordered):
+    rows, columns, block = 512, 512, 128
+    packed = pack(rows, columns, block, ordered)
+    bits, size = format_bits(packed), rows * columns
+    salient = int(contents(rows, columns, block, ordered, 0)[0].salient_N.sum())
+    numbers = 16 * 6 * (rows * columns // block + salient)
+    places = columns + (7 * columns if ordered else 0)
+    assert bits.nominal == size + rows * salient
+    residual = 8 * rows * -(-salient // 4)  # rows begin on whole bytes
+    assert bits.stored == 2 * size + residual + numbers + places + 8 * (container.envelope_nbytes(7) + 8)
+    order = 4 * math.log2(math.factorial(128) / math.factorial(64)) if ordered else 0
+    assert bits.entropy == pytest.approx(2 * size + 2 * rows * salient + numbers + 0.88 * columns + order, abs=120)
+    assert bits.entropy < bits.stored
+
+
+def test_symbols_that_are_all_alike_have_no_entropy():
+    coded, numbers = contents(64, 64, 32, False, 0)
+    coded = wavelet.Coded(coded.symbols_MN * 0, coded.residual_MS[:, :0], coded.salient_N & False, None, 32)
+    packed = wavelet.pack(coded, {**numbers, "columns": numbers["columns"][:0]}, exponent=0, dtype=torch.float32)
+    assert format_bits(packed).entropy == 16 * 6 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("section", "content", "message"),
+    [
+        (0, b"\x10\0\0\0\0\0", "6 bytes of parameters, expected 8"),
+        (0, b"\x0f\0\0\0\0\0\0\0", "damaged parameters \\(block 15, order 0"),
+        (0, b"\x10\0\0\0\7\0\0\0", "damaged parameters \\(block 16, order 7"),
+        (0, b"\x08\0\0\0\1\0\0\0", "180 bytes of row numbers, expected 300"),
+        (1, b"\0", "1 bytes of salient columns, expected 5"),
+        (1, b"\0\0\0\0\0", "bytes of column numbers, expected 0"),
+        (3, b"\0\0", "2 bytes of symbols, expected 50"),
+        (6, b"\0\0", "2 bytes of order, expected 20"),
+        (7, b"", "8 sections, codec 'wavelet' has 7"),
+    ],
+)
+def test_a_damaged_section_is_named(section, content, message):
+    packed = pack(5, 40, 16)
+    _, header = open_packed(packed)
+    sections = [container.section(packed, header, index).numpy() for index in range(7)]
+    sections[section : section + 1] = [np.frombuffer(content, np.uint8)]
+    damaged = container.write("wavelet", header.shape, header.dtype, sections)
+    for read in (unpack, format_bits):
+        with pytest.raises(InputError, match=f"shape \\(5, 40\\): .*{message}"):
+            read(damaged)

@@ -1,0 +1,111 @@
+"""Finishing: the same bytes but for the numbers among them, and a smaller divergence on what it never saw."""
+
+import pytest
+import torch
+from tiny_llava import make_tiny_llava
+
+from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.linears import linears
+from bivlm.divergence import StoredLogProbabilities, kl_by_token, read_reply, reference_logits, reply_log_probabilities
+from bivlm.errors import InputError
+from bivlm.evaluation import load_model
+from bivlm.finish_settings import FinishSettings
+from bivlm.finishing import finish
+from bivlm.inputs import SiteStatistics
+from bivlm.methods import method
+from bivlm.packing import open_packed, unpack
+from bivlm.recipe import parse_recipe
+from bivlm.reference import calibration_samples
+from bivlm.statistics import LayerStatistics
+
+SETTINGS = FinishSettings(steps=30, batch=4, learning_rate=0.02)
+METHODS = [
+    {"method": "bivlm", "groups": 2, "p_max": 0.05},
+    {"method": "rtn", "bits": 2, "group_size": 32},
+    {"method": "awq", "bits": 2, "group_size": 32},
+    {"method": "pb_llm"},
+    {"method": "billm", "block": 32},
+    {"method": "arb_rc", "block": 32},
+    {"method": "hbllm", "block": 32},
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = make_tiny_llava(tmp_path_factory.mktemp("finish") / "model")
+    model, processor = load_model(folder, "cpu")
+    conversations = calibration_samples(8, 0)
+    return folder, conversations, reference_logits(model, processor, conversations, folder.with_name("logits"))
+
+
+def packed_layers(folder, settings):
+    """Every linear but the head, packed without knowing more than that inputs are uncorrelated."""
+    checkpoint, chosen = Checkpoint.open(folder), method(settings["method"])
+    parsed = chosen.Settings.model_validate(settings)
+    packed = {}
+    for linear in linears(checkpoint):
+        if linear.name != "lm_head":
+            weight = checkpoint.read(linear.disk_name)
+            n = weight.shape[1]
+            inputs = SiteStatistics(torch.eye(n), torch.zeros(n), torch.ones(n), {"image": 0, "text": 4 * n})
+            plan = chosen.plan(LayerStatistics.measure(weight, chosen.tail_share(parsed)), parsed)
+            packed[linear.name] = chosen.quantize(weight, plan, inputs).packed
+    return packed
+
+
+def run(place, packed, settings=SETTINGS):
+    folder, conversations, logits = place
+    model, processor = load_model(folder, "cpu")
+    with StoredLogProbabilities(logits, len(conversations)) as full_precision:
+        return finish(model, processor, packed, conversations, full_precision, settings)
+
+
+def divergence(folder, packed, conversations):
+    """Mean over tokens of KL(full || packed), both models loaded anew."""
+    full, processor = load_model(folder, "cpu")
+    other, _ = load_model(folder, "cpu")
+    for name, tensor in packed.items():
+        other.get_submodule(name).weight.data = unpack(tensor).float()
+    found = []
+    for conversation in conversations:
+        reply = read_reply(full, processor, conversation)
+        found.append(kl_by_token(reply_log_probabilities(full, reply), reply_log_probabilities(other, reply)))
+    return float(torch.cat(found).mean())
+
+
+@pytest.mark.parametrize("settings", METHODS, ids=lambda settings: settings["method"])
+def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, settings):
+    folder, _, _ = place
+    before = packed_layers(folder, settings)
+    finished = run(place, before)
+    other = calibration_samples(8, 99)
+    assert divergence(folder, finished.packed, other) < 0.9 * divergence(folder, before, other)
+    assert finished.kl_after < finished.kl_before
+    for name, tensor in before.items():
+        assert finished.packed[name].shape == tensor.shape
+        codec, header = open_packed(finished.packed[name], name)  # its checksum holds
+        tuned, first = codec.tunable(finished.packed[name], header), codec.tunable(tensor, header)
+        # What is no number stays: with the old numbers the new bytes rebuild the old weight.
+        assert torch.equal(tuned.rebuild(first.parameters), first.rebuild(first.parameters))
+
+
+def test_the_same_request_gives_the_same_bytes(place):
+    packed = packed_layers(place[0], METHODS[0])
+    one, other = (run(place, packed, FinishSettings(steps=4, batch=2)) for _ in range(2))
+    assert all(torch.equal(one.packed[name], other.packed[name]) for name in packed)
+
+
+def test_a_layer_that_is_not_there_is_named(place):
+    packed = packed_layers(place[0], METHODS[0])
+    with pytest.raises(InputError, match=r"no layer called model\.nowhere"):
+        run(place, {"model.nowhere": next(iter(packed.values()))})
+
+
+def test_a_recipe_asks_for_it_in_a_word_or_in_full():
+    recipe = {"name": "r", "format": 1, "components": {"language": METHODS[0]}}
+    assert parse_recipe(recipe).finish is None
+    assert parse_recipe({**recipe, "finish": "kl"}).finish == FinishSettings()
+    assert parse_recipe({**recipe, "finish": {"objective": "kl", "steps": 5}}).finish.steps == 5
+    for wrong, said in [("mse", "finish.objective"), ({"step": 1}, "finish.step"), ({"steps": 0}, "finish.steps")]:
+        with pytest.raises(InputError, match=said):
+            parse_recipe({**recipe, "finish": wrong})
