@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bivlm.errors import InputError
-from bivlm.feedback import InverseFactor, inverse_factor
-from bivlm.inputs import SiteStatistics
 from bivlm.packing.halves import exponent_of
 
 PERCENTILES = 81  # of the magnitudes, from 10 to 90 %, tried as the boundary of the two groups
@@ -34,18 +31,6 @@ class Binarized:
     mean_M: torch.Tensor
     scale_M: torch.Tensor
     negative_BM: torch.Tensor
-
-
-def input_factor(inputs: SiteStatistics | None, damping: float, method: str, weight_MN: torch.Tensor) -> InverseFactor:
-    """The factor of the inverse second moment on the weight's device; raises `InputError` if there are no inputs."""
-    if inputs is None:
-        raise InputError(f"method {method!r} needs the second moment of the layer's inputs; none was given")
-    return inverse_factor(inputs.second_moment_NN.to(weight_MN.device), damping)
-
-
-def factor_figures(factor: InverseFactor, inputs: SiteStatistics) -> dict[str, int | float]:
-    """What a record says of a second moment."""
-    return {"damping": factor.damping, "dead_channels": factor.dead_channels, "tokens": inputs.total_tokens}
 
 
 def normalised(weight_MN: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bivlm.errors import InputError
+from bivlm.inputs import SiteStatistics
+
 BLOCK = 128
 SUB_BLOCK = 32
 _MOST_DAMPING = 1.0
@@ -64,6 +67,18 @@ def inverse_factor(second_moment_NN: torch.Tensor, damping: float = 0.01) -> Inv
         damping = min(max(10 * damping, 1e-4), _MOST_DAMPING)
     _invert_lower(lower)
     return InverseFactor(lower.flip(0, 1), damping, len(dead) - live)
+
+
+def input_factor(inputs: SiteStatistics | None, damping: float, method: str, weight_MN: torch.Tensor) -> InverseFactor:
+    """The factor of the inverse second moment on the weight's device; raises `InputError` if there are no inputs."""
+    if inputs is None:
+        raise InputError(f"method {method!r} needs the second moment of the layer's inputs; none was given")
+    return inverse_factor(inputs.second_moment_NN.to(weight_MN.device), damping)
+
+
+def factor_figures(factor: InverseFactor, inputs: SiteStatistics) -> dict[str, int | float]:
+    """What a record says of a second moment."""
+    return {"damping": factor.damping, "dead_channels": factor.dead_channels, "tokens": inputs.total_tokens}
 
 
 def feed_back(

@@ -21,7 +21,7 @@ class FinishSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     objective: Literal["kl"] = "kl"
-    steps: int = Field(default=200, ge=1)
+    steps: int = Field(default=100, ge=1)
     batch: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=0.01, gt=0, le=1, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0)

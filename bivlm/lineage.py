@@ -24,7 +24,7 @@ from bivlm.identity import digest
 from bivlm.workspace import MissingObject, StepRecord, Workspace, WorkspaceError
 
 FORMAT = 1
-PACK_STAGE, ALLOCATION_STAGE = "pack", "allocation"
+PACK_STAGE, ALLOCATION_STAGE, SEARCH_STAGE = "pack", "allocation", "block search"
 
 State = Literal["holds", "broken", "not checked"]
 
@@ -188,8 +188,9 @@ def _recipe(lineage: Lineage) -> Finding:
     found = digest(lineage.recipe)
     problems = [] if found == lineage.recipe_sha256 else [f"sha256 {found}, recorded {lineage.recipe_sha256}"]
     settings = list(lineage.recipe.get("components", {}).values())
-    # Under a budget of bits a layer's settings are chosen, by a step that says which.
-    chosen = [each.figures["settings"] for each in lineage.steps.values() if each.stage == ALLOCATION_STAGE]
+    # Under a budget of bits, or after a search, a layer's settings are chosen by a step that says which.
+    choosing = (ALLOCATION_STAGE, SEARCH_STAGE)
+    chosen = [each.figures["settings"] for each in lineage.steps.values() if each.stage in choosing]
     for name, steps in lineage.layers.items():
         plan = lineage.steps.get(steps.get("plan", ""))
         allowed = [each.get(name) for each in chosen] or settings

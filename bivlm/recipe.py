@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from bivlm.allocation import BudgetSettings
 from bivlm.calibration.settings import CalibrationSettings, TokenWeights
 from bivlm.errors import InputError
 from bivlm.finish_settings import FinishSettings
 from bivlm.methods import MethodSettings, method
+from bivlm.search_settings import SearchSettings
 
 __all__ = [
     "COMPONENTS",
@@ -58,6 +68,7 @@ class Recipe(BaseModel):
     keep: tuple[str, ...] = ("lm_head",)
     calibration: CalibrationSettings = CalibrationSettings()
     budget: BudgetSettings | None = None
+    search: SearchSettings | None = None
     finish: FinishSettings | None = None
     evaluation: tuple[str, ...] = ()
 
@@ -72,6 +83,23 @@ class Recipe(BaseModel):
     def _bits_alone(cls, value: Any) -> Any:
         """``budget: 2.0`` is short for ``budget: {bits: 2.0}``."""
         return {"bits": float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("search")
+    @classmethod
+    def _can_be_searched(cls, value: SearchSettings | None, info: ValidationInfo) -> SearchSettings | None:
+        if value is None:
+            return None
+        if info.data.get("budget") is not None:
+            raise ValueError("a budget chooses settings already; expected one of budget and search")
+        # A key that is not there was refused already; one complaint is enough.
+        for component, settings in info.data.get("components", {}).items():
+            for offered in value.offered(settings):
+                if "inputs" in method(offered.method).needs(offered):
+                    raise ValueError(
+                        f"the method {offered.method!r} of {component} looks at inputs, with which the blocks would "
+                        "have to be searched anew; expected methods that see weights alone"
+                    )
+        return value
 
     @field_validator("keep", "evaluation", mode="before")
     @classmethod

@@ -3,7 +3,8 @@
 A weight is rebuilt as ``(code - zero) * scale`` with codes of b bits. This is the asymmetric grid of GPTQ and AWQ: the
 range of a group is widened to hold 0, ``scale = (max - min) / (2^b - 1)``, and the zero point is the integer
 ``round(-min / scale)``, which then lies in [0, 2^b - 1]. A scale is a float16 times a power of two of the whole layer,
-and codes are chosen for the scale as it is stored.
+and codes are chosen for the scale as it is stored. Clipping takes c times the range: the grid is finer, and what lies
+beyond its ends is rounded to them.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ def layer_exponent(weight_MN: torch.Tensor, bits: int) -> int:
 
 
 def fit_grid(
-    lowest: torch.Tensor, highest: torch.Tensor, bits: int, exponent: int
+    lowest: torch.Tensor, highest: torch.Tensor, bits: int, exponent: int, clip: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales as they are stored and zero points, both float32, of groups with these extremes (any shape).
+    """Scales as they are stored and zero points, both float32, of groups with these extremes (any shape) times `clip`.
 
     A group of zeros, or one too small beside the layer's largest for a float16, has scale 0 and zero point 0.
     """
-    lowest = lowest.to(torch.float64).clamp(max=0.0)
-    steps = (highest.to(torch.float64).clamp(min=0.0) - lowest) / (2**bits - 1)
+    lowest = clip * lowest.to(torch.float64).clamp(max=0.0)
+    steps = (clip * highest.to(torch.float64).clamp(min=0.0) - lowest) / (2**bits - 1)
     halves = (steps * 2.0**-exponent).clamp(max=_LARGEST_HALF).to(torch.float16)
     scales = halves.to(torch.float64) * 2.0**exponent
     zeros = torch.where(scales > 0, -lowest / scales, 0.0).round_().clamp_(0, 2**bits - 1)
@@ -87,8 +88,11 @@ def divisor(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales > 0, scales, 1.0)
 
 
-def round_to_nearest(weight_MN: torch.Tensor, bits: int, group_size: int) -> GroupedCodes:
-    """Every weight on the nearest point of its group's grid; a few rows at a time, so that temporaries stay small."""
+def round_to_nearest(weight_MN: torch.Tensor, bits: int, group_size: int, clip: float = 1.0) -> GroupedCodes:
+    """Every weight on the nearest point of its group's grid; a few rows at a time, so that temporaries stay small.
+
+    The grid spans `clip` times the group's range, 0 < clip <= 1.
+    """
     rows, columns = weight_MN.shape
     width, exponent = group_width(columns, group_size), layer_exponent(weight_MN, bits)
     groups = -(-columns // width)
@@ -101,14 +105,14 @@ def round_to_nearest(weight_MN: torch.Tensor, bits: int, group_size: int) -> Gro
         # Zeros fill the last group up: its range holds 0 in any case.
         filled = torch.nn.functional.pad(weight_MN[begin : begin + step].float(), (0, groups * width - columns))
         grouped = filled.view(len(filled), groups, width)
-        scales, zeros = fit_grid(*grouped.aminmax(dim=-1), bits, exponent)
+        scales, zeros = fit_grid(*grouped.aminmax(dim=-1), bits, exponent, clip)
         codes = (grouped / divisor(scales).unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 2**bits - 1)
         codes_MN[begin : begin + step] = codes.view(len(filled), -1)[:, :columns]
         scales_MG[begin : begin + step], zeros_MG[begin : begin + step] = scales, zeros
     return GroupedCodes(codes_MN, scales_MG, zeros_MG, bits, width, exponent)
 
 
-def expected_error(statistics: LayerStatistics, bits: int, group_size: int) -> float:
+def expected_error(statistics: LayerStatistics, bits: int, group_size: int, clip: float = 1.0) -> float:
     """``||W - W_rebuilt||^2 / ||W||^2`` of `round_to_nearest`, expected if the weights were independent draws.
 
     With F the layer's distribution the extremes of g draws have ``P(a < min, max <= b) = (F(b) - F(a))^g``, and the
@@ -122,7 +126,9 @@ def expected_error(statistics: LayerStatistics, bits: int, group_size: int) -> f
     columns = statistics.shape[1]
     width = group_width(columns, group_size)
     whole, rest = divmod(columns, width)
-    error = whole * width * sums.group_error(bits, width) + (rest * sums.group_error(bits, rest) if rest else 0.0)
+    error = whole * width * sums.group_error(bits, width, clip)
+    if rest:
+        error += rest * sums.group_error(bits, rest, clip)
     return error / columns * statistics.size / statistics.square_sum
 
 
@@ -136,11 +142,11 @@ class _SignedSums:
         powers = np.stack([counts, counts * self.values, counts * self.values**2])
         self.sums = np.concatenate([np.zeros((3, 1)), np.cumsum(powers, axis=1)], axis=1)
 
-    def group_error(self, bits: int, width: int) -> float:
+    def group_error(self, bits: int, width: int, clip: float) -> float:
         """Expected squared error of one weight in a group of `width` independent draws."""
         probability, lowest, highest = self._extremes(width)
         steps = 2**bits - 1
-        below, above = np.minimum(lowest, 0.0), np.maximum(highest, 0.0)
+        below, above = clip * np.minimum(lowest, 0.0), clip * np.maximum(highest, 0.0)
         scale = (above - below) / steps
         scale = np.where(scale > 0, scale, 1.0)
         zero = np.clip(np.rint(-below / scale), 0, steps)

@@ -32,6 +32,7 @@ from tasks import (
     finishing,
     grouping,
     saliency,
+    search,
     tracking,
 )
 from tasks.device import Device, choose_device
@@ -151,7 +152,7 @@ def compress_flow(
 def _compress(request: Request, console: Console) -> dict[str, Any]:
     base, recipe, store = request.base, request.recipe, request.store
     layers = layers_of(request.chosen, recipe, str(base.model.folder), base.digests.tensors)
-    calibrated = needs_calibration(layers, recipe.budget)
+    calibrated = needs_calibration(layers, recipe.budget, recipe.search)
     varied = [layer for layer in layers if curves.has_curve(layer)]
     tracked = tracking.find_or_create_run(store.url, base, recipe)
     answers = 2 * sum(map(len, request.benchmarks.values()))
@@ -160,6 +161,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         saliency.STAGE: len(layers),
         grouping.STAGE: len(layers),
         **({block_inputs.STAGE: 1} if calibrated else {}),
+        **({search.STAGE: 1} if recipe.search else {}),
         binarization.STAGE: len(layers),
         **({finishing.STAGE: recipe.finish.steps} if recipe.finish else {}),
         checkpoint.STAGE: 1,
@@ -178,7 +180,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
             if calibrated
             else None
         )
-        done = pack_all(layers, store.url, progress.publish, inputs, recipe.budget)
+        done = pack_all(layers, store.url, progress.publish, inputs, recipe.budget, recipe.search)
         if recipe.finish is not None:
             done = finish_all(done, base, samples, recipe.finish, request.device, store.url)
             progress.publish()

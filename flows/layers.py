@@ -12,13 +12,14 @@ from prefect import Task, unmapped
 from bivlm.allocation import BudgetSettings
 from bivlm.blocks.units import Unit
 from bivlm.finish_settings import FinishSettings
-from tasks import allocation, binarization, block_inputs, finishing, grouping, saliency
+from bivlm.search_settings import SearchSettings
+from tasks import allocation, binarization, block_inputs, finishing, grouping, saliency, search
 from tasks.block_inputs import Calibration
 from tasks.checkpoint import Base
 from tasks.device import Device
 from tasks.layers import Layer, in_chunks
 from tasks.policy import halves, is_out_of_memory
-from tasks.progress import expect
+from tasks.progress import advance, expect
 from tasks.steps import Done
 
 # Each worker holds one layer; more of them than cores would only add memory.
@@ -43,9 +44,11 @@ def pack_all(
     publish: Callable[[], None],
     calibration: Calibration | None = None,
     budget: BudgetSettings | None = None,
+    searched: SearchSettings | None = None,
 ) -> PackedLayers:
     """Every stage of every layer. `calibration` is needed if `needs_calibration`."""
-    measured = side_by_side(saliency.measure_layers, layers, workspace, publish)
+    to_measure = search.with_widest_tail(layers, searched) if searched is not None else layers
+    measured = side_by_side(saliency.measure_layers, to_measure, workspace, publish)
     layers = [replace(layer, statistics=measured[layer.name]) for layer in layers]
     try:
         between: list[Done] = []
@@ -57,6 +60,8 @@ def pack_all(
             curvature = walk.curvature() if by_curvature else None
             layers, allocated = allocation.allocate_bits(layers, choices, budget, curvature, workspace)
             between = [*choices.values(), allocated]
+        if searched is not None:
+            layers = walk.search(layers, searched)
         planned = side_by_side(grouping.plan_layers, layers, workspace, publish)
         layers = [replace(layer, plan=planned[layer.name]) for layer in layers]
         if walk is None or not any("inputs" in layer.needs for layer in layers):
@@ -68,10 +73,12 @@ def pack_all(
         block_inputs.forget_blocks()
 
 
-def needs_calibration(layers: Sequence[Layer], budget: BudgetSettings | None) -> bool:
+def needs_calibration(
+    layers: Sequence[Layer], budget: BudgetSettings | None, searched: SearchSettings | None = None
+) -> bool:
     """Whether anything of these layers has to be decided by what the model does."""
     by_curvature = budget is not None and budget.importance == "curvature"
-    return by_curvature or any("inputs" in layer.needs for layer in layers)
+    return by_curvature or searched is not None or any("inputs" in layer.needs for layer in layers)
 
 
 def finish_all(
@@ -100,17 +107,49 @@ class Walk:
         """By linear layer how much the divergence rises with the squared error of its weights."""
         return self._measure_gradients().record.figures["curvature"]
 
+    def search(self, layers: Sequence[Layer], settings: SearchSettings) -> list[Layer]:
+        """The layers with the settings that suit the outputs of their blocks, see `bivlm.blocks.search`."""
+        names = {layer.name for layer in layers}
+        units = self._up_to(names)
+        expect(block_inputs.STAGE, len(units))
+        whole: dict[str, Done] = {}
+        for unit in units:
+            whole[unit.name] = self._run(unit, whole)
+            advance(block_inputs.STAGE)
+            self._publish()
+        groups, formed = search.form_groups(self._calibration, units, whole, settings)
+        self.steps.append(formed)
+        in_turn = self._calibration.settings.inputs == "quantized"
+        if not in_turn:  # nobody goes on from a group that has nothing to choose
+            groups = [group for group in groups if any(names & set(unit.linears) for unit in group)]
+        expect(search.STAGE, len(groups))
+        before = {} if in_turn else whole
+        chosen: dict[str, dict[str, Any]] = {}
+        for group in groups:
+            linears = {name for unit in group for name in unit.linears}
+            inside = [layer for layer in layers if layer.name in linears]
+            done = search.search_blocks(self._calibration, group, inside, before, settings)
+            self.steps.append(done)
+            self._publish()
+            chosen |= done.record.figures["settings"]
+            if in_turn:
+                before |= dict.fromkeys((unit.name for unit in group), done)
+        return [replace(layer, settings=chosen[layer.name]) for layer in layers]
+
     def pack(self, layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, Done]]:
         """Observe the blocks and pack their layers, as the settings say; the layers with their inputs."""
         self._layers = {layer.name: layer for layer in layers}
         observed = {layer.name for layer in layers if "inputs" in layer.needs}
-        units = block_inputs.up_to([*self._blocks, *([self._head] if self._head else [])], observed)
+        units = self._up_to(observed)
         expect(block_inputs.STAGE, len(units))
         settings = self._calibration.settings
         if settings.tokens.weights == "gradient" or any("gradients" in layer.needs for layer in layers):
             self._measure_gradients()
         shards = self._in_turn(units) if settings.inputs == "quantized" else self._beforehand(units)
         return list(self._layers.values()), shards
+
+    def _up_to(self, linears: set[str]) -> list[Unit]:
+        return block_inputs.up_to([*self._blocks, *([self._head] if self._head else [])], linears)
 
     def _beforehand(self, units: list[Unit]) -> dict[str, Done]:
         """Every block on what the full-precision blocks before it give; then all layers side by side."""

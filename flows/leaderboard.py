@@ -69,13 +69,14 @@ def leaderboard_flow(
             if not _is_the_recipes(error):
                 raise
             entries.append(failed_entry(recipe, error))
-            said = f"failed: {error}"
+            said = f"failed: {error};"
         else:
             results[recipe.name] = result
             entries.append(entry_of(recipe, result))
             said = _in_short(result)
         seconds = time.perf_counter() - started
-        console.print(f"{number:>3} of {len(loaded)}  {recipe.name:<28} {said}  ({seconds:.0f} s)", highlight=False)
+        line = f"{number:>3} of {len(loaded)}  {recipe.name:<28} {said}  {seconds:4.0f} s"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if not results:
         raise InputError(f"no recipe could be carried out; the first failed with: {entries[0].failed}")
     same_linears(results)

@@ -85,7 +85,7 @@ def encode_samples(
         with store.scratch() as samples_folder:
             conversations = load_samples(store.fetch_folder(frozen.record.outputs, samples_folder))
             processor = load_processor(folder)
-            with _model(base, device) as model:
+            with held_model(base, device) as model:
                 samples = [with_reply(read_reply(model, processor, conversation)) for conversation in conversations]
         write_samples(samples, place / SAMPLES_FILE)
         return {"samples": len(samples)}
@@ -95,7 +95,7 @@ def encode_samples(
 
 def blocks_of(calibration: Calibration) -> tuple[list[Unit], Unit | None]:
     """The model's units before its head in the order in which they run, and the head if it is one."""
-    with _model(calibration.base, calibration.device) as model:
+    with held_model(calibration.base, calibration.device) as model:
         head = next((unit for unit in model.units if unit.name == model.head_name), None)
         return [unit for unit in model.units if unit is not head], head
 
@@ -124,7 +124,7 @@ def run_block(
     """
     weights = calibration.settings.tokens if observe else None
     store = open_workspace(calibration.workspace)
-    with _model(calibration.base, calibration.device) as model:
+    with held_model(calibration.base, calibration.device) as model:
         given = {other.name: before[other.name].record.outputs[OUTPUT_FILE] for other in model.predecessors(unit)}
     shards = {name: done.record.outputs[binarization.FILE] for name, done in (packed or {}).items()}
     norms = None
@@ -141,7 +141,7 @@ def run_block(
     )
 
     def run(place: Path) -> dict[str, Any]:
-        with gpu_slot(calibration.device), _model(calibration.base, calibration.device) as model:
+        with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             samples = calibration.open_samples(store)
             outcome = run_unit(
                 model,
@@ -178,7 +178,7 @@ def measure_gradients(calibration: Calibration, blocks: dict[str, Done], squares
 
     def run(place: Path) -> dict[str, Any]:
         files, curvature = {}, {}
-        with gpu_slot(calibration.device), _model(calibration.base, calibration.device) as model:
+        with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             opened = {name: SampleTensors(store.fetch(reference)) for name, reference in outputs.items()}
             for found in token_gradients(model, calibration.open_samples(store), opened, squares=squares):
                 if any(found.norms):
@@ -250,7 +250,8 @@ _guard = threading.RLock()  # a model runs one unit at a time
 
 
 @contextmanager
-def _model(base: Base, device: Device) -> Iterator[BlockwiseModel]:
+def held_model(base: Base, device: Device) -> Iterator[BlockwiseModel]:
+    """The model without its blocks, kept between the steps of a run; one at a time may use it."""
     with _guard:
         yield _held.get(base, device)
 

@@ -141,7 +141,7 @@ def test_a_shipped_recipe_bears_its_name_and_is_canonical(name):
 
 
 def test_a_name_that_is_neither_shipped_nor_a_file_is_refused_with_those_that_are():
-    with pytest.raises(InputError, match="'bivlm2': no such file, and not one of .*bivlm, bivlm-1bit"):
+    with pytest.raises(InputError, match=r"'bivlm2': no such file, and not one of .*bivlm, bivlm-1bit"):
         load_recipe("bivlm2")
 
 

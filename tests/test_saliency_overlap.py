@@ -105,6 +105,14 @@ def test_a_cell_is_the_mean_overlap_of_a_component(records):
         assert [text.get_text() for text in axes.texts] == [f"{cells(axes)[pair]:.2f}" for pair in cells(axes)]
 
 
+def test_panels_say_what_chance_would_give(records):
+    titles = [axes.get_title("left") for axes in figures.salient_overlap(records).axes[:2]]
+    assert titles == [f"{component}, 6 layers (0.026 by chance)" for component in ("vision", "language")]
+    for each in records:
+        del each["salient"]
+    assert figures.salient_overlap(records).axes[0].get_title("left") == "vision, 6 layers"
+
+
 def test_a_pair_may_be_named_either_way_round(records):
     turned = [
         r | {"overlap": {"|".join(reversed(pair.split("|"))): x for pair, x in r["overlap"].items()}}

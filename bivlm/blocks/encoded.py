@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bivlm.checkpoint.tensor_file import TensorEntry, read_entries, read_tensor
 from bivlm.divergence import Reply
 from bivlm.errors import InputError
 
@@ -16,24 +16,26 @@ _REPLY, _OUTPUT, _ABSENT = "reply", "output", "absent"
 
 
 class SampleTensors:
-    """What `write_samples` wrote: for every sample some tensors by name."""
+    """What `write_samples` wrote: for every sample some tensors by name.
+
+    Plain reads: of a mapped file the samples that are done with would still count as memory.
+    """
 
     def __init__(self, file: str | Path) -> None:
-        """Raises `InputError` for a file without samples."""
-        self._file = safe_open(file, framework="pt")
-        self._names: dict[int, dict[str, str]] = {}
-        for entry in self._file.keys():  # noqa: SIM118  no mapping
-            number, _, name = entry.partition("/")
-            self._names.setdefault(int(number), {})[name] = entry
-        if sorted(self._names) != list(range(len(self._names))) or not self._names:
+        """Raises `InputError` for a file that is missing, cut short or without samples."""
+        self._entries: dict[int, dict[str, TensorEntry]] = {}
+        for entry in read_entries(Path(file)):
+            number, _, name = entry.name.partition("/")
+            self._entries.setdefault(int(number), {})[name] = entry
+        if sorted(self._entries) != list(range(len(self._entries))) or not self._entries:
             raise InputError(f"{file}: expected tensors of samples 0, 1, ...")
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._entries)
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         """The tensors of a sample, on the CPU."""
-        return {name: self._file.get_tensor(entry) for name, entry in self._names[sample].items()}
+        return {name: read_tensor(entry) for name, entry in self._entries[sample].items()}
 
 
 def write_samples(samples: Iterable[Mapping[str, torch.Tensor]], file: str | Path) -> None:

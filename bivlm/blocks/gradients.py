@@ -16,9 +16,10 @@ The gradients run back unit by unit, each unit computed again from the stored ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,8 +52,8 @@ def token_gradients(
 ) -> Iterator[UnitGradients]:
     """Unit by unit, from the last to the first.
 
-    `outputs` holds what all units gave, up to the last block of the language model. The gradients of one unit's outputs
-    are held for all samples, beside those of adaptors that wait for theirs.
+    `outputs` holds what all units gave, up to the last block of the language model. Of every sample the gradient of one
+    unit's output is held, beside those of adaptors that wait for their turn.
     """
     units = [unit for unit in model.units if unit.name in outputs]
     slopes: dict[str, list[torch.Tensor | None]] = {unit.name: [None] * len(samples) for unit in units}
@@ -64,7 +65,6 @@ def token_gradients(
             slopes[last.name][number] = _answer_slope(step, samples[number], given, last.name, seed + number)
     for unit in reversed(units):
         yield _backward(model, unit, samples, outputs, slopes, squares)
-        del slopes[unit.name]
 
 
 def gradient_weights(gradients: SampleTensors, image_T: list[torch.Tensor], shrink: float) -> list[Weigh]:
@@ -102,11 +102,16 @@ def gradient_weights(gradients: SampleTensors, image_T: list[torch.Tensor], shri
 def _answer_slope(
     step: Step, sample: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], last: str, seed: int
 ) -> torch.Tensor:
-    """The draw ``s`` in the last block's output, from all places that predict the reply together."""
-    leaf = given[last].clone().requires_grad_()
-    logits = step(model_inputs(sample), {**given, last: leaf})[0]
-    predicting = logits[[place - 1 for place in reply_range(sample)]].to(torch.float32)
-    return torch.autograd.grad(predicting, leaf, curvature_draw(predicting.detach(), seed))[0].cpu()
+    """The draw ``s`` in the last block's output, from all places that predict the reply together.
+
+    It is that of the mean divergence over the reply's tokens: a caption counts as much as an answer of one word.
+    """
+    leaf = given[last].detach().requires_grad_()
+    # Logits of a whole prompt would be larger than a block's weights.
+    places = {"logits_to_keep": torch.tensor([place - 1 for place in reply_range(sample)])}
+    predicting = step({**model_inputs(sample), **places}, {**given, last: leaf})[0].to(torch.float32)
+    draw = curvature_draw(predicting.detach(), seed) / math.sqrt(len(predicting))
+    return torch.autograd.grad(predicting, leaf, draw)[0].cpu()
 
 
 def curvature_draw(logits_TV: torch.Tensor, seed: int) -> torch.Tensor:
@@ -124,43 +129,76 @@ def _backward(
     slopes: dict[str, list[torch.Tensor | None]],
     with_squares: bool,
 ) -> UnitGradients:
-    """Norms g and squares of one unit; adds to the slopes of its predecessors."""
+    """Norms g and squares of one unit; turns its slopes into those of its predecessors, sample by sample."""
     before = [other.name for other in model.predecessors(unit)]
     found: list[dict[str, torch.Tensor]] = []
-    totals: dict[str, torch.Tensor] = {}
+    reached: set[str] = set()
     with model.at(unit) as step:
+        totals = _zeros({name: model.linear(name).weight for name in unit.linears}) if with_squares else None
         for number in range(len(samples)):
-            slope = slopes[unit.name][number]
+            slope, slopes[unit.name][number] = slopes[unit.name][number], None
             if slope is None:  # nothing of it reaches the answer
                 found.append({})
                 continue
-            found_before = outputs_at({name: outputs[name] for name in before}, number)
-            leaves = {name: output.clone().requires_grad_() for name, output in found_before.items()}
-            with _recording(model, unit) as made, torch.enable_grad():
-                result = step(model_inputs(samples[number]), leaves)
-            targets = [*leaves.values(), *(each.output for each in made)]
-            gradients = torch.autograd.grad(result, targets, slope.to(result.device), allow_unused=True)
-            for name, gradient in zip(leaves, gradients, strict=False):
-                if gradient is not None:
-                    earlier = slopes[name][number]
-                    slopes[name][number] = gradient.cpu() if earlier is None else earlier + gradient.cpu()
-            sums: dict[str, torch.Tensor] = {}
-            for each, gradient in zip(made, gradients[len(leaves) :], strict=True):
-                if gradient is None:
-                    continue
-                square_TM = gradient.reshape(-1, gradient.shape[-1]).to(torch.float32).square()
-                sums[each.site] = sums.get(each.site, 0) + square_TM.sum(-1).cpu()
-                if with_squares:
-                    x_TN = each.x.detach().reshape(-1, each.x.shape[-1]).to(torch.float32)
-                    total = totals.setdefault(each.name, x_TN.new_zeros(square_TM.shape[1], x_TN.shape[1]))
-                    total.addmm_(square_TM.T, x_TN.square())
-            found.append({site: total.sqrt() for site, total in sums.items()})
-    return UnitGradients(unit.name, found, {name: total.cpu() for name, total in totals.items()})
+            given = outputs_at({name: outputs[name] for name in before}, number)
+            earlier, made = _differentiate(model, unit, step, model_inputs(samples[number]), given, slope)
+            for name, gradient in earlier.items():
+                known = slopes[name][number]
+                slopes[name][number] = gradient if known is None else known + gradient
+            reached |= {each.name for each in made}
+            found.append(_add_up(made, totals))
+    squares = {name: total.cpu() for name, total in (totals or {}).items() if name in reached}
+    return UnitGradients(unit.name, found, squares)
+
+
+def _zeros(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Float32 zeros of the shapes of `weights`, in one piece: many would lie scattered among what samples leave behind,
+    and the memory between them would not be given back.
+    """
+    device = next((weight.device for weight in weights.values()), None)
+    whole = torch.zeros(sum(weight.numel() for weight in weights.values()), device=device)
+    parts = whole.split([weight.numel() for weight in weights.values()])
+    return {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
+
+
+def _differentiate(
+    model: BlockwiseModel,
+    unit: Unit,
+    step: Step,
+    inputs: Mapping[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor],
+    slope: torch.Tensor,
+) -> tuple[dict[str, torch.Tensor], list[_Made]]:
+    """A sample's gradients at what the unit was given, by name, and at what its linear layers gave.
+
+    A function of its own: nothing of a sample's graph is there any more when the next sample's is made.
+    """
+    leaves = {name: output.detach().requires_grad_() for name, output in given.items()}
+    with _recording(model, unit) as made, torch.enable_grad():
+        result = step(inputs, leaves)
+    targets = [*leaves.values(), *(each.output for each in made)]
+    gradients = torch.autograd.grad(result, targets, slope.to(result.device), allow_unused=True)
+    earlier = {name: found.cpu() for name, found in zip(leaves, gradients, strict=False) if found is not None}
+    pairs = zip(made, gradients[len(leaves) :], strict=True)
+    return earlier, [replace(each, output=gradient) for each, gradient in pairs if gradient is not None]
+
+
+def _add_up(made: list[_Made], totals: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """Norms g by site of the gradients in `made`, which is used up; adds squares to `totals` if there are any."""
+    sums: dict[str, torch.Tensor] = {}
+    while made:
+        each = made.pop(0)
+        square_TM = each.output.reshape(-1, each.output.shape[-1]).to(torch.float32, copy=True).square_()
+        sums[each.site] = sums.get(each.site, 0) + square_TM.sum(-1).cpu()
+        if totals is not None:
+            x_TN = each.x.detach().reshape(-1, each.x.shape[-1]).to(torch.float32, copy=True).square_()
+            totals[each.name].addmm_(square_TM.T, x_TN)
+    return {site: total.sqrt() for site, total in sums.items()}
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What a linear layer took in and gave."""
+    """What a linear layer took in and gave, or the gradient of what it gave."""
 
     name: str
     site: str

@@ -8,9 +8,11 @@ model's own business, in whatever architecture.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +21,14 @@ from torch import nn
 from bivlm.blocks.units import Unit, find_units, predecessors
 from bivlm.checkpoint import Checkpoint
 from bivlm.checkpoint.linears import linears, loaded_names
+from bivlm.checkpoint.tensor_file import read_tensor
 from bivlm.errors import InputError
 from bivlm.families import family
 
 Step = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], torch.Tensor]
 
 _BUILDING = threading.Lock()
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
 
 
 class _Reached(Exception):
@@ -97,9 +101,13 @@ class BlockwiseModel:
             raise InputError(f"{unit.name}: the model never runs it; leave it out of the recipe with 'keep'")
 
         gates = {other.name: reach if other is unit else _gate(other.name, given_now) for other in self.units}
-        loaded = {unit.name: module} | ({self._embedding_name: self._embedding} if embeds else {})
+        loaded = {unit.name: module}
         if not embeds:
             gates[self._embedding_name] = self._no_embedding
+        elif type(self._embedding) is nn.Embedding:
+            gates[self._embedding_name] = self._embed
+        else:  # it does more than look up
+            loaded[self._embedding_name] = self._embedding
         with self._prepared(loaded, gates, weights or {}):
             yield step
 
@@ -144,6 +152,10 @@ class BlockwiseModel:
     ) -> Any:
         """The model's forward on a sample, with `gates` giving out `given`."""
         gates.clear()
+        # The C library keeps what the sample before has left, in pieces between tensors that stay, up to the size of a
+        # block with its statistics.
+        if _trim is not None:
+            _trim(0)
         gates.update({name: tensor.to(self.device) for name, tensor in given.items()})
         return self._model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}, use_cache=False)
 
@@ -154,6 +166,13 @@ class BlockwiseModel:
     def _no_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         """In place of the embedding where what it gives is replaced before it is used."""
         return torch.zeros(*tokens.shape, self._embedding.embedding_dim, dtype=self.dtype, device=self.device)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens' embedding, of which only the rows in question are read: whole it may be larger than a block."""
+        path = f"{self._embedding_name}.weight"
+        found, places = tokens.cpu().unique(return_inverse=True)
+        rows = torch.cat([self._read(path, row) for row in found.tolist()])
+        return rows.to(self.dtype)[places].to(self.device)
 
     def _disk_names(self) -> dict[str, str]:
         """Name on disk by name in the loaded model, of tensors that are loaded as they are."""
@@ -188,14 +207,22 @@ class BlockwiseModel:
                 tensor = self._read(path)
             module._parameters[key] = nn.Parameter(tensor.to(self.device, parameter.dtype), requires_grad=False)
 
-    def _read(self, path: str) -> torch.Tensor:
+    def _read(self, path: str, row: int | None = None) -> torch.Tensor:
+        """A tensor by its name in the loaded model, or one row of it, with a first dimension of 1."""
         source = self._sources.get(path)
         if source is None:
             raise InputError(
                 f"checkpoint {self._checkpoint.folder}: {path} is merged, split or missing on disk; calibration block "
                 "by block needs it as it is"
             )
-        return self._checkpoint.read(source)
+        if row is None:
+            return self._checkpoint.read(source)
+        entry = self._checkpoint.entries[source]
+        if not 0 <= row < entry.shape[0]:
+            raise IndexError(f"{path}: row {row} of {entry.shape[0]}")
+        nbytes = entry.nbytes // entry.shape[0]
+        shape = (1, *entry.shape[1:])
+        return read_tensor(replace(entry, begin=entry.begin + row * nbytes, nbytes=nbytes, shape=shape))
 
     @staticmethod
     def _drop(module: nn.Module) -> None:

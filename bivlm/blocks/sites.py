@@ -55,11 +55,11 @@ class SiteObserver:
         image features, as do all of vision, where it is empty. ``weigh(site, image)`` gives g^2, float32 (T,), of the
         site's tokens.
         """
-        for x, leader in self._seen:
+        while self._seen:
+            x, leader = self._seen.pop(0)
             x_TN = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
             image = image_T.to(x.device) if len(image_T) == len(x_TN) else x_TN.new_ones(len(x_TN), dtype=torch.bool)
             self._add(leader, x_TN, image, weigh(leader, image).to(x.device))
-        self._seen.clear()
 
     def statistics(self) -> dict[str, SiteStatistics]:
         """By site. A layer that never saw a token is a site of its own, all zero."""
@@ -83,7 +83,9 @@ class SiteObserver:
             raise RuntimeError(f"{name} reads the input of {leader} now, and of {self._leader[name]} before")
 
     def _add(self, leader: str, x_TN: torch.Tensor, image_T: torch.Tensor, weight_T: torch.Tensor) -> None:
-        sums = self._sums.setdefault(leader, _empty(x_TN.shape[1], x_TN.device))
+        if leader not in self._sums:  # asked first: sums that are not needed would take as much memory for a moment
+            self._sums[leader] = _empty(x_TN.shape[1], x_TN.device)
+        sums = self._sums[leader]
         weighted_TN = x_TN * weight_T[:, None]
         sums.moment_NN.addmm_(weighted_TN.T, x_TN)
         sums.sum_N += weighted_TN.sum(0)

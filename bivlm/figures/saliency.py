@@ -37,8 +37,9 @@ def salient_overlap(records: Sequence[dict[str, Any]]) -> Figure:
     """How far metrics agree on the salient weights (above), and in how few columns and rows these lie (below).
 
     A record is ``{"name", "component"}`` and `bivlm.saliency_overlap.compare` of a layer, in model order. A cell is the
-    mean Jaccard overlap of two metrics over a component's layers; a dot is the share of a layer's salient weights that
-    stand in the 1 % of columns, or rows, that hold most of them. What is None or missing is left out.
+    mean Jaccard overlap of two metrics over a component's layers; above the cells stands that of sets of the same size
+    that know nothing of each other. A dot is the share of a layer's salient weights that stand in the 1 % of columns,
+    or rows, that hold most of them. What is None or missing is left out.
     """
     title = "Where the salient weights are, by metric"
     known = [record for record in records if finite_values(record.get("overlap"))]
@@ -61,7 +62,7 @@ def _draw_overlaps(figure: SubFigure, known: list[dict[str, Any]], metrics: list
     groups = by_component(known)
     grid = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (component, members) in zip(grid, groups.items(), strict=True):
-        axes.set_title(f"{component}, {_layers(members)}")
+        axes.set_title(f"{component}, {_layers(members)}{_by_chance(members)}")
         axes.spines["top"].set(visible=True, color=colour_of(component), linewidth=3)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(False)
@@ -98,7 +99,7 @@ def _draw_concentration(
                 lowest = min([lowest, *(share for _, share in drawn)])
                 dots(axes, drawn, look, label=f"{lines} {metric}", linewidth=0.5)
     for axes, lines in zip(panels[0].rows, ("columns", "rows"), strict=True):
-        axes.set_ylabel(f"in 1 % of {lines}, %" + (",\nlog axis" if lowest > 0 else ""))
+        axes.set_ylabel(f"{lines}, %" + ("\n(log axis)" if lowest > 0 else ""))
         if lowest > 0:
             axes.set_ylim(lowest / 1.5, 110)
             log_scale(axes)
@@ -108,6 +109,12 @@ def _overlaps(members: Iterable[dict[str, Any]], a: str, b: str) -> list[float]:
     """Of every layer that has it, whichever of the two is named first."""
     values = [finite_values(member["overlap"]) for member in members]
     return [pairs[key] for pairs in values for key in (f"{a}|{b}", f"{b}|{a}") if key in pairs]
+
+
+def _by_chance(members: Iterable[dict[str, Any]]) -> str:
+    """The overlap of sets of the members' mean share p that know nothing of each other: ``p / (2 - p)``."""
+    shares = [share for member in members for share in finite_values(member.get("salient")).values()]
+    return f" ({fmean(shares) / (2 - fmean(shares)):.2g} by chance)" if shares else ""
 
 
 def _layers(members: list[dict[str, Any]]) -> str:

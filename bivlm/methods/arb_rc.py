@@ -14,8 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.binary import choose_boundary, choose_salient, factor_figures, input_factor, normalised, to_stored
-from bivlm.feedback import BLOCK, feed_back
+from bivlm.binary import choose_boundary, choose_salient, normalised, to_stored
+from bivlm.feedback import BLOCK, factor_figures, feed_back, input_factor
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
 from bivlm.packing import rowblock

@@ -17,13 +17,11 @@ from bivlm.binary import (
     binarize,
     choose_boundary,
     choose_salient,
-    factor_figures,
-    input_factor,
     normalised,
     residual,
     to_stored,
 )
-from bivlm.feedback import BLOCK, feed_back
+from bivlm.feedback import BLOCK, factor_figures, feed_back, input_factor
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
 from bivlm.packing import rowblock

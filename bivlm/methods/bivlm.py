@@ -36,7 +36,7 @@ from bivlm.packing import quantile
 from bivlm.saliency import Metric, most_salient, scores
 from bivlm.salient import SalientCode, quantize_salient
 from bivlm.search import Candidate, evaluate_share, search_share
-from bivlm.statistics import LayerStatistics, weights_above
+from bivlm.statistics import CHUNK_WEIGHTS, LayerStatistics, weights_above
 
 _CODE = frozenset({"salient_bits", "alpha", "iterations", "refit"})  # settings of how salient weights are coded
 
@@ -157,14 +157,18 @@ def _group_scales(
     otherwise_K: np.ndarray,
 ) -> np.ndarray:
     """Mean magnitude of every group's unsalient weights, float64 (K,); `otherwise_K` for a group that has none."""
-    groups = len(otherwise_K)
-    group_MN = symbols(0, len(weight_MN)) >> 1
-    group_MN.view(-1)[torch.from_numpy(positions_S).to(weight_MN.device)] = groups
-    flat = group_MN.view(-1)
-    counts = torch.bincount(flat, minlength=groups + 1)[:groups].double()
-    sums = torch.bincount(flat, weights=weight_MN.reshape(-1).abs().double(), minlength=groups + 1)[:groups]
-    means = torch.where(counts > 0, sums / counts.clamp(min=1), torch.from_numpy(otherwise_K).to(sums.device))
-    return means.cpu().numpy()
+    groups, columns = len(otherwise_K), weight_MN.shape[1]
+    counts, sums = np.zeros(groups + 1), np.zeros(groups + 1)
+    step = max(1, CHUNK_WEIGHTS // columns)  # counting takes 16 bytes a weight
+    for begin in range(0, len(weight_MN), step):
+        part = weight_MN[begin : begin + step]
+        group = (symbols(begin, begin + len(part)) >> 1).view(-1)
+        first, last = np.searchsorted(positions_S, [begin * columns, (begin + len(part)) * columns])
+        group[torch.from_numpy(positions_S[first:last] - begin * columns).to(group.device)] = groups
+        counts += torch.bincount(group, minlength=groups + 1).cpu().numpy()
+        magnitudes = part.reshape(-1).abs().double()
+        sums += torch.bincount(group, weights=magnitudes, minlength=groups + 1).cpu().numpy()
+    return np.where(counts[:groups] > 0, sums[:groups] / np.maximum(counts[:groups], 1), otherwise_K)
 
 
 def _fed_back(
@@ -196,7 +200,7 @@ def _fed_back(
             where = torch.nonzero(salient_NM[begin + index]).view(-1)
             if len(where):
                 scale = rows_M[where]
-                relative = weight_M[where] / torch.where(scale > 0, scale, 1.0)
+                relative = weight_M[where] / torch.where(scale != 0, scale, 1.0)  # refitted, it may be negative
                 level = (relative[:, None] - centres_L).abs().argmin(-1)
                 symbol_M[where] = level.to(torch.uint8)
                 rebuilt_M[where] = scale * centres_L[level]
@@ -223,7 +227,7 @@ class _NearestLevel:
     def __call__(self, weight_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Symbols ``2 * group + (w < 0)``, uint8 (M,), and what they are rebuilt as, float32 (M,)."""
         rank = torch.bucketize(weight_M.abs(), self._between)
-        symbols = self._symbols[rank] + (weight_M < 0).to(torch.uint8)
+        symbols = self._symbols[rank] + torch.signbit(weight_M).to(torch.uint8)  # what copysign goes by
         return symbols, torch.copysign(self._scales[rank], weight_M)
 
 

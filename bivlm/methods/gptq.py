@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.feedback import feed_back, feed_back_columns, inverse_factor
+from bivlm.feedback import factor_figures, feed_back, feed_back_columns, input_factor
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
 from bivlm.packing import grouped
@@ -44,14 +44,9 @@ class GPTQ(Method):
         Dead channels, and all of them where no token was seen, are rounded to nearest.
         """
         p = plan.parameters
-        factor = inverse_factor(inputs.second_moment_NN.to(weight_MN.device), p["damping"])
+        factor = input_factor(inputs, p["damping"], self.name, weight_MN)
         coded = feed_back_groups(weight_MN, factor.upper_NN, p["bits"], p["group_size"])
-        figures = {
-            "damping": factor.damping,
-            "dead_channels": factor.dead_channels,
-            "tokens": inputs.total_tokens,
-        }
-        return Quantized(grouped.pack(coded, weight_MN.dtype), figures)
+        return Quantized(grouped.pack(coded, weight_MN.dtype), factor_figures(factor, inputs))
 
     def describe(self, plan: LayerPlan) -> dict[str, Any]:
         return {key: plan.parameters[key] for key in ("bits", "group_size")}

@@ -24,8 +24,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.binary import factor_figures, input_factor, normalised, saliency, to_stored
-from bivlm.feedback import BLOCK, feed_back
+from bivlm.binary import normalised, saliency, to_stored
+from bivlm.feedback import BLOCK, factor_figures, feed_back, input_factor
 from bivlm.haar import haar
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized

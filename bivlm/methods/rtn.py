@@ -23,6 +23,7 @@ class RTNSettings(MethodSettings):
     method: Literal["rtn"]
     bits: grouped.CodeBits = 2
     group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group a row
+    clip: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)  # share of a group's range that its grid spans
 
 
 class RTN(Method):
@@ -33,7 +34,7 @@ class RTN(Method):
     Settings = RTNSettings
 
     def curve(self, statistics: LayerStatistics, settings: RTNSettings) -> list[CurvePoint]:
-        """2, 3 and 4 bits in groups of 32 to 256 columns, at the bytes that each stores.
+        """2, 3 and 4 bits in groups of 32 to 256 columns, at the bytes that each stores, clipped as `settings` say.
 
         Errors are those expected of independent weights, see `bivlm.uniform.expected_error`.
         """
@@ -44,12 +45,13 @@ class RTN(Method):
             for group_size in sorted(sizes.values()):
                 chosen = settings.model_copy(update={"bits": bits, "group_size": group_size})
                 stored = 8 * grouped.packed_nbytes(statistics.shape, bits, group_size) / statistics.size
-                error = expected_error(statistics, bits, group_size)
+                error = expected_error(statistics, bits, group_size, settings.clip)
                 points.append(CurvePoint(chosen.model_dump(mode="json"), stored, error))
         return points
 
     def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
-        coded = round_to_nearest(weight_MN, plan.parameters["bits"], plan.parameters["group_size"])
+        p = plan.parameters
+        coded = round_to_nearest(weight_MN, p["bits"], p["group_size"], p["clip"])
         return Quantized(grouped.pack(coded, weight_MN.dtype))
 
     def describe(self, plan: LayerPlan) -> dict[str, Any]:

@@ -67,6 +67,20 @@ def test_only_the_unit_at_work_is_in_memory(tiny_llava):
     assert loaded() == set()
 
 
+def test_of_the_tokens_embedding_only_their_rows_are_read(tiny_llava, monkeypatch):
+    model = BlockwiseModel(Checkpoint.open(tiny_llava))
+    first = model.unit("model.language_model.layers.0")
+    read = model._read
+    rows = []
+    monkeypatch.setattr(model, "_read", lambda path, row=None: (rows.append((path, row)), read(path, row))[1])
+    with torch.no_grad(), model.at(first) as step:
+        rows.clear()
+        step({"input_ids": torch.tensor([[9, 5, 9, 12]])}, {})
+        assert rows == [("model.language_model.embed_tokens.weight", row) for row in (5, 9, 12)]
+        with pytest.raises(IndexError, match=r"embed_tokens\.weight: row 100000 of \d+"):
+            step({"input_ids": torch.tensor([[9, 100_000]])}, {})
+
+
 def test_given_weights_take_the_place_of_the_stored_ones(tiny_llava):
     model = BlockwiseModel(Checkpoint.open(tiny_llava))
     unit = model.units[0]

@@ -168,7 +168,8 @@ def test_gradients_are_those_of_the_whole_model(walk):
         taken.clear(), made.clear()
         logits = model(**model_inputs(sample), use_cache=False).logits[0]
         predicting = logits[[place - 1 for place in reply_range(sample)]]
-        (predicting * curvature_draw(predicting.detach(), 7 + number)).sum().backward()
+        draw = curvature_draw(predicting.detach(), 7 + number) / len(predicting) ** 0.5
+        (predicting * draw).sum().backward()
         rows = {name: output.grad.reshape(-1, output.shape[-1]).square() for name, output in made.items()}
         for name, square in rows.items():
             squares[name] = squares[name] + square.T @ taken[name].reshape(-1, taken[name].shape[-1]).square()

@@ -6,6 +6,10 @@ import pytest
 import yaml
 
 from bivlm.errors import InputError
+from bivlm.leaderboard import fingerprint
+from bivlm.recipe import load_recipe
+from flows import cli
+from flows.leaderboard import finished
 
 METHODS = {
     "plain": {"method": "bivlm", "groups": 2, "p_max": 0.05},
@@ -86,3 +90,27 @@ def test_other_linears_are_refused(board_of):
     recipes = {"plain": whole(METHODS["plain"]), "half": {"components": {"language": METHODS["plain"]}}}
     with pytest.raises(InputError, match="the recipes pack different linears"):
         board_of(recipes)
+
+
+def test_the_command_prints_the_board_and_its_fingerprint(board_of, tmp_path, capsys):
+    file = tmp_path / "plain.yaml"
+    file.write_text(yaml.safe_dump({**board_of.place.recipe, "name": "plain", **whole(METHODS["plain"])}))
+    arguments = ["--model", str(board_of.place.model), "--recipes", str(file), "--output", str(tmp_path / "out")]
+    assert cli.main(["leaderboard", *arguments, "--workspace", str(board_of.place.workspace)]) == cli.DONE
+    printed = capsys.readouterr().out
+    board = json.loads((tmp_path / "out" / "board.json").read_text())
+    assert "plain" in printed
+    assert f"fingerprint: {fingerprint(board)}" in printed
+
+
+def test_a_recipe_that_is_not_there_is_refused_before_anything_is_started(tmp_path, capsys):
+    arguments = ["--model", str(tmp_path), "--recipes", "all", "nowhere", "--output", str(tmp_path / "out")]
+    assert cli.main(["leaderboard", *arguments]) == cli.BAD_INPUT
+    assert "recipe 'nowhere': no such file" in capsys.readouterr().err
+
+
+def test_finishing_goes_to_every_recipe_that_has_none():
+    recipe = load_recipe("rtn-w2g128")
+    tuned = finished(recipe)
+    assert (tuned.name, tuned.finish.objective) == ("rtn-w2g128-finished", "kl")
+    assert finished(tuned) is tuned

@@ -33,9 +33,9 @@ def laplace(seed, shape=(512, 512)):
     return (-0.02 * uniform.sign() * torch.log1p(-2 * uniform.abs())).to(torch.bfloat16)
 
 
-def literal_group(values, bits):
+def literal_group(values, bits, clip=1.0):
     """One group in float64, scale rounded to 11 significant bits."""
-    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+    low, high = clip * min(values.min(), 0.0), clip * max(values.max(), 0.0)
     fraction, exponent = np.frexp((high - low) / (2**bits - 1))
     scale = np.ldexp(np.round(fraction * 2**11) / 2**11, exponent)
     zero = np.clip(np.round(-low / scale), 0, 2**bits - 1)
@@ -45,14 +45,45 @@ def literal_group(values, bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [0, 1, 32, 100])
-def test_every_group_is_rounded_as_by_the_literal_loop(bits, group_size):
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+def test_every_group_is_rounded_as_by_the_literal_loop(bits, group_size, clip):
     weight = gaussian(bits, (7, 150))
-    rebuilt = unpack(METHOD.quantize(weight, plan_for(weight, bits=bits, group_size=group_size)).packed)
+    rebuilt = unpack(METHOD.quantize(weight, plan_for(weight, bits=bits, group_size=group_size, clip=clip)).packed)
     width = group_size or 150
     for row in range(7):
         for begin in range(0, 150, width):
-            expected = literal_group(weight[row, begin : begin + width].double().numpy(), bits)
+            expected = literal_group(weight[row, begin : begin + width].double().numpy(), bits, clip)
             assert np.array_equal(rebuilt[row, begin : begin + width].double().numpy(), expected)
+
+
+def error_on_grid(scale, zero):
+    """``E[(w - Q(w))^2]`` of a unit Gaussian on the levels ``(code - zero) * scale``, by its density."""
+    levels = (np.arange(4) - zero) * scale
+    edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
+    at, inside = norm.pdf(edges), np.diff(norm.cdf(edges))
+    first = at[:-1] - at[1:]
+    finite = np.where(np.isfinite(edges), edges, 0.0)
+    second = inside + finite[:-1] * at[:-1] - finite[1:] * at[1:]
+    return float((second - 2 * levels * first + levels**2 * inside).sum())
+
+
+def test_the_density_gives_the_error_of_max():
+    """Max (1960), table II: four levels of equal distance for a Gaussian, step 0.9957, error 0.1188."""
+    assert error_on_grid(0.9957, 1.5) == pytest.approx(0.1188, abs=5e-5)
+
+
+def test_clipping_lowers_the_error_at_two_bits_as_the_density_says():
+    weight, errors = gaussian(9, (256, 2048)), []
+    for clip in (1.0, 0.9, 0.8, 0.7, 0.6):
+        _, record = pack_layer(weight, plan_for(weight, group_size=0, clip=clip))
+        low, high = clip * weight.double().amin(1), clip * weight.double().amax(1)
+        scales = ((high - low) / 3).tolist()
+        grids = zip(scales, (-low).tolist(), strict=True)
+        expected = np.mean([error_on_grid(scale, round(zero / scale)) for scale, zero in grids])
+        assert record.error == pytest.approx(expected, rel=0.01)
+        errors.append(record.error)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] > 0.1188  # the best that four levels can do
 
 
 def test_zero_is_always_on_the_grid_and_no_weight_is_further_than_half_a_step():
@@ -97,6 +128,15 @@ def test_curve_has_the_bytes_of_packing_and_within_2_percent_its_error(weight):
     for point in points:
         _, record = pack_layer(weight, METHOD.plan(statistics, METHOD.Settings.model_validate(point.settings)))
         assert point.stored_bits == record.bits.stored
+        assert point.error == pytest.approx(record.error, rel=0.02)
+
+
+def test_the_curve_knows_of_clipping():
+    weight = gaussian(3).to(torch.bfloat16)
+    statistics = LayerStatistics.measure(weight, 0)
+    for point in METHOD.curve(statistics, METHOD.Settings(method="rtn", clip=0.7)):
+        assert point.settings["clip"] == 0.7
+        _, record = pack_layer(weight, METHOD.plan(statistics, METHOD.Settings.model_validate(point.settings)))
         assert point.error == pytest.approx(record.error, rel=0.02)
 
 
@@ -156,6 +196,8 @@ def test_degenerate_layers_have_a_defined_result(what, weight, largest_error, gr
         ({"bits": "2"}, r"components\.vision\.bits: .*found '2'"),
         ({"group_size": -1}, r"components\.vision\.group_size: .*greater than or equal to 0, found -1"),
         ({"group_size": 64.5}, r"components\.vision\.group_size: .*found 64\.5"),
+        ({"clip": 0.0}, r"components\.vision\.clip: .*greater than 0, found 0\.0"),
+        ({"clip": 1.01}, r"components\.vision\.clip: .*less than or equal to 1, found 1\.01"),
         ({"damping": 0.01}, r"components\.vision\.damping: not a key that is known here, found 0\.01"),
     ],
 )
