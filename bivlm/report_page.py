@@ -98,8 +98,11 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
         "code": f"bivlm {report['code_version']}" if report.get("code_version") else None,
         "compression took": _with_unit(report.get("seconds"), "s", 1),
         "peak memory": _with_unit(report.get("peak_memory_bytes"), "MB", 1e-6),
+        "relative error": _with_unit(report.get("relative_error"), "of all packed weights", 1),
+        "warnings": report.get("warnings") or None,
     }
-    named = {"recipe_sha256", "code_version", "seconds", "peak_memory_bytes"} | _SHOWN_ELSEWHERE
+    named = {"recipe_sha256", "code_version", "seconds", "peak_memory_bytes", "relative_error", "warnings"}
+    named |= _SHOWN_ELSEWHERE
     facts |= {key.replace("_", " "): value for key, value in report.items() if key not in named}
     return {key: value for key, value in facts.items() if value is not None}
 
