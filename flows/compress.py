@@ -204,6 +204,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         "packed_sha256": packed.sha256,
         "reused": packed.step.reused,
         "base_model": report["base_model"],
+        "model_name": model_name(base.model),
         "full_precision_bits": full_precision_bits(base),
         "bits": report["bits"],
         "relative_error": report["relative_error"],

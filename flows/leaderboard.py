@@ -83,7 +83,9 @@ def leaderboard_flow(
     first = next(iter(results.values()))
     benchmarks = first["evaluation"]["full_precision"]
     chance = {name: load_benchmark(name, questions).chance() for name in benchmarks}
-    made = board(entries, full_precision_of(first), model=first["base_model"], chance=chance)
+    made = board(
+        entries, full_precision_of(first), model={"name": first["model_name"], **first["base_model"]}, chance=chance
+    )
     write_board(made, str(place))
     run_id = log_board(made, str(place), workspace)
     return {"board": made, "fingerprint": fingerprint(made), "output": str(place), "run_id": run_id}

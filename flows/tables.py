@@ -90,7 +90,8 @@ def print_board(board: dict[str, Any]) -> None:
         headings, rows = headings[:begin] + headings[end:], [row[:begin] + row[end:] for row in rows]
         end = begin
     short = {"claimed": "claim-\ned", "accuracy": "accu-\nracy", "× Shannon": "× Sh."}
-    table = Table(title=f"leaderboard of {board['model'].get('id', 'the model')}", box=None, padding=(0, 1, 0, 0))
+    model = board["model"].get("name") or board["model"].get("id") or "the model"
+    table = Table(title=f"leaderboard of {model}", box=None, padding=(0, 1, 0, 0))
     for place, heading in enumerate(headings):
         if begin <= place < end:
             heading = heading if len(heading) <= 5 else f"{heading[:4]}."

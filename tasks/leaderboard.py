@@ -93,7 +93,7 @@ def log_board(board: dict[str, Any], output: str, workspace: str) -> str:
     found = client.search_runs([experiment], f"tags.`{BOARD_TAG}` = '{same}'", max_results=1)
     if found:
         return found[0].info.run_id
-    name = f"leaderboard · {Path(str(board['model'].get('id', ''))).name} · {len(board['entries'])} recipes"
+    name = f"leaderboard · {board['model']['name']} · {len(board['entries'])} recipes"
     tags = {ROLE_TAG: "leaderboard", NOTE_TAG: as_markdown(board)[:5000], "mlflow.source.name": "bivlm leaderboard"}
     run = client.create_run(experiment, run_name=name, tags=tags)
     for file in (BOARD, MARKDOWN, CSV, FIGURE):

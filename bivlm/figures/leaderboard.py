@@ -60,7 +60,7 @@ def quality_against_bits(board: Mapping[str, Any]) -> Figure:
     A small hollow mark stands at the bits that the method claims. Recipes that failed are not drawn. Full precision is
     a level, not a point: at 16 bits it would push all others together.
     """
-    title = f"Leaderboard of {one_line(board['model'].get('id') or 'the model')}"
+    title = f"Leaderboard of {one_line(board['model'].get('name') or board['model'].get('id') or 'the model')}"
     entries = board["entries"]
     if not entries:
         return empty(title, "No recipe could be measured.")

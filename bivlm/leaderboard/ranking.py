@@ -55,7 +55,7 @@ def board(
 
     Entries stand by rising stored bits, numbered from 1, those that failed by name. `seconds` is the only part that
     changes when the same work is done again: `fingerprint` leaves it out. `model` says which one it is, as
-    ``{"id", "revision", "sha256"}``; `chance` is in percent by task.
+    ``{"id", "revision", "sha256"}``, and a ``"name"`` for people; `chance` is in percent by task.
 
     Raises `InputError` if there is no entry, two have one recipe name, or one was asked other questions than full
     precision.
@@ -84,8 +84,12 @@ def board(
 
 
 def fingerprint(board: Mapping[str, Any]) -> str:
-    """SHA-256 of everything on the board but the seconds: equal if the same work gave the same results."""
-    return digest({key: value for key, value in board.items() if key != "seconds"})
+    """SHA-256 of everything on the board but the seconds: equal if the same work gave the same results.
+
+    Of the model only its own SHA-256 counts, wherever it lies.
+    """
+    kept = {key: value for key, value in board.items() if key != "seconds"}
+    return digest(kept | {"model": board["model"].get("sha256")})
 
 
 def fronts_of(board: Mapping[str, Any], recipe: str) -> list[Loss]:
