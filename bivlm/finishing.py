@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from bivlm.divergence import Reply, StoredLogProbabilities, kl_by_token, read_reply, reply_logits
+from bivlm.chat import encode, render_dialogue
+from bivlm.divergence import Reply, StoredLogProbabilities, kl_by_token, read_reply
 from bivlm.errors import InputError
 from bivlm.finish_settings import FinishSettings
 from bivlm.packing import open_packed
@@ -50,13 +51,16 @@ def finish(
     full_precision: StoredLogProbabilities,
     settings: FinishSettings,
     progress: Progress | None = None,
+    *,
+    together: int | None = None,
 ) -> Finished:
     """Tune the numbers of `packed` (by the names of linear layers in `model`).
 
     `model` is the full-precision model; its linear layers get the rebuilt weights and are of no use afterwards.
     `full_precision` holds its log-probabilities on the `conversations`. Beside the model there are the gradients of the
-    packed layers' weights, and of one layer at a time what its codec needs. Raises `InputError` for a layer that the
-    model does not have, ArithmeticError if the divergence becomes NaN.
+    packed layers' weights, and of one layer at a time what its codec needs. At most `together` conversations of a batch
+    go through the model at once, all of them by default; with fewer it takes less memory and longer. Raises
+    `InputError` for a layer that the model does not have, ArithmeticError if the divergence becomes NaN.
     """
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
     optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=1.0)
@@ -67,12 +71,14 @@ def finish(
     for step in range(settings.steps):
         for layer in layers:
             layer.place()
-        loss = 0.0
         for number in order[step]:
             if number not in replies:
                 replies[number] = read_reply(model, processor, conversations[number])
-            full = full_precision.of(number, replies[number])
-            loss += _backward(model, replies[number], full, len(order[step]))
+        loss = 0.0
+        for numbers in _portions(order[step], conversations, together or settings.batch):
+            inputs = _inputs(model, processor, [conversations[number] for number in numbers])
+            full = [full_precision.of(number, replies[number]) for number in numbers]
+            loss += _backward(model, inputs, [replies[number] for number in numbers], full, len(order[step]))
         if not math.isfinite(loss):
             raise ArithmeticError(f"finishing: the divergence is {loss} at step {step}; try a lower learning_rate")
         history.append(loss)
@@ -128,15 +134,40 @@ class _Tuned:
         return {key: values + self._units[key] * self.moves[key] for key, values in self._tunable.parameters.items()}
 
 
-def _backward(model: PreTrainedModel, reply: Reply, full: torch.Tensor, batch: int) -> float:
-    """The divergence on one conversation as a share of its batch, its gradient added to the weights'.
+def _backward(
+    model: PreTrainedModel, inputs: BatchFeature, replies: list[Reply], full: list[torch.Tensor], batch: int
+) -> float:
+    """The divergence on some conversations of a batch, its gradient added to the weights'.
 
-    A mean over the tokens of the reply, so that a caption counts as much as an answer of one word.
+    A mean over the tokens of each reply, so that a caption counts as much as an answer of one word; as shares of the
+    whole batch. `inputs` are padded on the left, so that a reply's places are counted from the end.
     """
-    other = torch.log_softmax(reply_logits(model, reply).to(torch.float32), dim=-1)
-    loss = kl_by_token(full.to(other.device, torch.float32), other).mean() / batch
+    from_end = [reply.inputs["input_ids"].shape[1] - reply.start + 1 for reply in replies]
+    logits = model(**inputs, use_cache=False, logits_to_keep=max(from_end)).logits
+    loss = logits.new_zeros((), dtype=torch.float32)
+    for row, (reply, end, expected) in enumerate(zip(replies, from_end, full, strict=True)):
+        first = logits.shape[1] - end
+        other = torch.log_softmax(logits[row, first : first + reply.count].to(torch.float32), dim=-1)
+        loss = loss + kl_by_token(expected.to(other.device, torch.float32), other).mean() / batch
     loss.backward()
     return float(loss.detach())
+
+
+def _inputs(model: PreTrainedModel, processor: ProcessorMixin, conversations: list[Conversation]) -> BatchFeature:
+    """Conversations with their replies as the model takes them in, padded on the left."""
+    images = [conversation.image for conversation in conversations]
+    texts = [
+        render_dialogue(processor, each.user, each.assistant, image=each.image is not None) for each in conversations
+    ]
+    return encode(processor, model, texts, images)
+
+
+def _portions(numbers: list[int], conversations: Sequence[Conversation], together: int) -> Iterator[list[int]]:
+    """At most `together` of a step's conversations at once, with and without a picture apart."""
+    for with_picture in (True, False):
+        some = [number for number in numbers if (conversations[number].image is not None) == with_picture]
+        for begin in range(0, len(some), together):
+            yield some[begin : begin + together]
 
 
 def _order(conversations: int, settings: FinishSettings) -> list[list[int]]:

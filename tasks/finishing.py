@@ -14,6 +14,7 @@ from bivlm.checkpoint import Checkpoint
 from bivlm.compression import measure
 from bivlm.divergence import StoredLogProbabilities, reference_logits
 from bivlm.evaluation import load_model
+from bivlm.evaluation.generation import default_batch_size
 from bivlm.finishing import FinishSettings, finish
 from bivlm.identity import step_identity
 from bivlm.inputs import SiteStatistics
@@ -22,7 +23,7 @@ from tasks import binarization
 from tasks.checkpoint import Base
 from tasks.device import Device, gpu_slot
 from tasks.layers import Layer
-from tasks.policy import OVER_NETWORK
+from tasks.policy import OVER_NETWORK, smaller_after_out_of_memory
 from tasks.progress import advance
 from tasks.steps import Done, do_step, open_workspace
 
@@ -57,14 +58,24 @@ def finish_layers(
     inputs |= {"logits": logits.sha256, "packed": {name: reference.sha256 for name, reference in packed.items()}}
     identity = step_identity(STAGE, VERSION, inputs, settings.model_dump(mode="json"), exact=False, device=device.kind)
 
+    shown = 0
+
+    def progress(step: int, _steps: int) -> None:
+        # A second attempt with smaller batches begins at the first step again; the bar does not go back.
+        nonlocal shown
+        if step > shown:
+            advance(STAGE, step - shown)
+            shown = step
+
     def tune(place: Path) -> dict[str, Any]:
         with gpu_slot(device), store.scratch() as folder:
             model, processor = load_model(base.model.folder, device.place)
             conversations = load_samples(store.fetch_folder(samples.record.outputs, folder))
             tensors = {name: _read(store.fetch(reference)) for name, reference in packed.items()}
             with StoredLogProbabilities(store.fetch(logits), len(conversations)) as full_precision:
-                finished = finish(
-                    model, processor, tensors, conversations, full_precision, settings, lambda *_: advance(STAGE)
+                arguments = (model, processor, tensors, conversations, full_precision, settings, progress)
+                finished = smaller_after_out_of_memory(
+                    lambda size: finish(*arguments, together=size), min(default_batch_size(model), settings.batch)
                 )
         for name, tensor in finished.packed.items():
             (place / name).write_bytes(memoryview(tensor.numpy()))

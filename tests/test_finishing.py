@@ -16,6 +16,7 @@ from bivlm.methods import method
 from bivlm.packing import open_packed, unpack
 from bivlm.recipe import parse_recipe
 from bivlm.reference import calibration_samples
+from bivlm.samples import Conversation
 from bivlm.statistics import LayerStatistics
 
 SETTINGS = FinishSettings(steps=30, batch=4, learning_rate=0.02)
@@ -93,6 +94,27 @@ def test_the_same_request_gives_the_same_bytes(place):
     packed = packed_layers(place[0], METHODS[0])
     one, other = (run(place, packed, FinishSettings(steps=4, batch=2)) for _ in range(2))
     assert all(torch.equal(one.packed[name], other.packed[name]) for name in packed)
+
+
+def test_conversations_together_are_tuned_on_as_one_by_one(place):
+    """Of different lengths, some without a picture; the two differ by float32's rounding alone."""
+    folder, conversations, _ = place
+    mixed = [
+        *conversations[:5],
+        *(Conversation(None, "How many sides has a cube?", text) for text in ("six", "6 of them")),
+    ]
+    model, processor = load_model(folder, "cpu")
+    logits = reference_logits(model, processor, mixed, folder.with_name("mixed"))
+    packed, settings = packed_layers(folder, METHODS[0]), FinishSettings(steps=3, batch=7)
+    found = []
+    for together in (1, 7):
+        with StoredLogProbabilities(logits, len(mixed)) as full_precision:
+            model, processor = load_model(folder, "cpu")
+            found.append(finish(model, processor, packed, mixed, full_precision, settings, together=together))
+    assert found[0].kl_before == pytest.approx(found[1].kl_before, rel=1e-4)
+    for name, tensor in found[0].packed.items():
+        one, other = unpack(tensor, name).float(), unpack(found[1].packed[name], name).float()
+        assert (one - other).norm() < 0.01 * one.norm()
 
 
 def test_a_layer_that_is_not_there_is_named(place):
