@@ -22,6 +22,7 @@ from tasks.steps import Done
 
 PAGE = "report.html"
 FORMAT = 2
+OTHERS = 8  # compressions that one picture compares with: the labels of more would leave it no room
 
 
 def code_version() -> str:
@@ -118,7 +119,8 @@ def points_for_figures(
     evaluation: dict[str, Any] | None,
     others: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Full precision, this run and `others`, as `bivlm.figures.accuracy_against_bits` draws them."""
+    """Full precision, this run and those of `others` nearest to it in stored bits, as
+    `bivlm.figures.accuracy_against_bits` draws them."""
     if evaluation is None:
         return []
 
@@ -128,9 +130,11 @@ def points_for_figures(
     full_bits = full_precision_bits(base)["linears"]
     full = {"label": "full precision", "stored_bits": full_bits, "kl": 0.0, "this_run": False}
     this = {"label": recipe.name, "stored_bits": report["bits"]["linears"]["stored"], "kl": evaluation["kl"]}
+    apart = [point for point in others if point["label"] != recipe.name]
+    nearest = sorted(apart, key=lambda point: (abs(point["stored_bits"] - this["stored_bits"]), point["label"]))
     return [
         full | {"accuracy": accuracy("full_precision")},
-        *(point for point in others if point["label"] != recipe.name),
+        *(point for point in apart if point in nearest[:OTHERS]),
         this | {"this_run": True, "accuracy": accuracy("packed")},
     ]
 
