@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from bivlm.feedback import feed_back, feed_back_columns, inverse_factor
+from bivlm.feedback import factor_figures, feed_back, feed_back_columns, input_factor
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import (
     GRADIENTS,
@@ -118,8 +118,8 @@ class BiVLM(Method):
         code = quantize_salient(weights_S, positions_S // shape[1], shape[0], bits=p["salient_bits"], **settings)
         levels_S = code.levels_S
         if p["feedback"]:
-            factor = inverse_factor(inputs.second_moment_NN, p["damping"])
-            figures = {"damping": factor.damping, "dead_channels": factor.dead_channels, "tokens": inputs.total_tokens}
+            factor = input_factor(inputs, p["damping"], self.name, weight_MN)
+            figures = factor_figures(factor, inputs)
             symbols_MN = _fed_back(weight_MN, factor.upper_NN, scales_K, code, positions_S)
             levels_S = _at(symbols_MN, positions_S).astype(np.uint8)
             symbols = quantile.ready(symbols_MN)
