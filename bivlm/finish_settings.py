@@ -15,7 +15,9 @@ class FinishSettings(BaseModel):
         steps: of Adam; the learning rate falls to zero along a cosine.
         batch: conversations a step.
         learning_rate: how far a step may move a number, relative to the root mean square of its tensor.
-        seed: of the order of the conversations.
+        judged_share: share of the calibration samples that is not tuned on: the weights with the smallest divergence on
+            these are kept, those of before the first step among them, so that finishing stops before it overfits.
+        seed: of the order of the conversations and of the share.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -24,4 +26,5 @@ class FinishSettings(BaseModel):
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=0.01, gt=0, le=1, allow_inf_nan=False)
+    judged_share: float = Field(default=0.25, gt=0, lt=1, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0)

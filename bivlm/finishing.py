@@ -7,7 +7,8 @@ difficulty of low-precision post-training quantization", 2024). So this minimise
     KL(full precision || model)   at the tokens of the calibration replies
 
 over the numbers that the packed formats hold in floating point, with every sign, group and position fixed: minutes of
-Adam, the same bits. Every codec takes part through `bivlm.packing.Codec.tunable`.
+Adam, the same bits. A format with many numbers soon knows a few conversations by heart, so some of them only judge.
+Every codec takes part through `bivlm.packing.Codec.tunable`.
 """
 
 from __future__ import annotations
@@ -29,18 +30,25 @@ from bivlm.packing import open_packed
 from bivlm.samples import Conversation
 
 Progress = Callable[[int, int], None]
+JUDGEMENTS = 10  # of the weights, between the first step and the last
+ATTEMPTS = 3  # from the first weights, with a lower rate if half the steps at the one before did not help
+SLOWER = 3.0  # by which the rate is divided
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Packed weights by layer, as long as they were, and the divergence on the batches of the first and last steps.
+    """Packed weights by layer, as long as they were, and how far they are from full precision on the judging samples.
 
-    `kl_before` and `kl_after` are means over a tenth of the steps, at least one, in nats a token.
+    `kl_before` and `kl_after` are in nats a token, a mean over conversations of the mean over each reply's tokens.
+    `step` is how many steps were taken to these weights, at `learning_rate`; 0 when none helped, and they are as they
+    were.
     """
 
     packed: dict[str, torch.Tensor]
     kl_before: float
     kl_after: float
+    step: int
+    learning_rate: float
 
 
 def finish(
@@ -57,45 +65,77 @@ def finish(
     """Tune the numbers of `packed` (by the names of linear layers in `model`).
 
     `model` is the full-precision model; its linear layers get the rebuilt weights and are of no use afterwards.
-    `full_precision` holds its log-probabilities on the `conversations`. Beside the model there are the gradients of the
-    packed layers' weights, and of one layer at a time what its codec needs. At most `together` conversations of a batch
-    go through the model at once, all of them by default; with fewer it takes less memory and longer. Raises
-    `InputError` for a layer that the model does not have, ArithmeticError if the divergence becomes NaN.
+    `full_precision` holds its log-probabilities on the `conversations`. A share of these is not tuned on: on the way
+    the divergence on it is measured ten times, and the best weights are kept. When half of the steps have not helped,
+    the rate is too high for as many numbers as the format holds, and all begins again at a third of it.
+
+    Beside the model there are the gradients of the packed layers' weights, and of one layer at a time what its codec
+    needs. At most `together` conversations of a batch go through the model at once, all of them by default; with fewer
+    it takes less memory and longer. Raises `InputError` for a layer that the model does not have and for a single
+    conversation, ArithmeticError if the divergence becomes NaN.
     """
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
-    optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=1.0)
-    order = _order(len(conversations), settings)
-    replies: dict[int, Reply] = {}
-    history = []
+    moves = [move for layer in layers for move in layer.moves.values()]
+    tuning, judging = _split(len(conversations), settings)
+    answers = _Answers(model, processor, conversations, full_precision, together or settings.batch)
     model.requires_grad_(False)
-    for step in range(settings.steps):
-        for layer in layers:
-            layer.place()
-        for number in order[step]:
-            if number not in replies:
-                replies[number] = read_reply(model, processor, conversations[number])
-        loss = 0.0
-        for numbers in _portions(order[step], conversations, together or settings.batch):
-            inputs = _inputs(model, processor, [conversations[number] for number in numbers])
-            full = [full_precision.of(number, replies[number]) for number in numbers]
-            loss += _backward(model, inputs, [replies[number] for number in numbers], full, len(order[step]))
-        if not math.isfinite(loss):
-            raise ArithmeticError(f"finishing: the divergence is {loss} at step {step}; try a lower learning_rate")
-        history.append(loss)
+    _place(layers)
+    best = _Best(answers.divergence(judging), moves)
+    before = best.kl
+    for attempt in range(ATTEMPTS):
+        rate = settings.learning_rate / SLOWER**attempt
+        for step, loss in enumerate(_descent(layers, answers, _order(tuning, settings), rate), 1):
+            if not math.isfinite(loss):
+                raise ArithmeticError(f"finishing: the divergence is {loss} at step {step}; try a lower learning_rate")
+            if progress:
+                progress(step, settings.steps)
+            if step % max(1, settings.steps // JUDGEMENTS) == 0 or step == settings.steps:
+                best.judge(step, answers.divergence(judging))
+            if not best.step and step >= settings.steps / 2:
+                break
+        best.restore()
+        if best.step:
+            break
+        _place(layers)
+    return Finished({layer.name: layer.packed() for layer in layers}, before, best.kl, best.step, rate)
+
+
+def _place(layers: Sequence[_Tuned]) -> None:
+    for layer in layers:
+        layer.place()
+
+
+def _descent(layers: Sequence[_Tuned], answers: _Answers, order: list[list[int]], rate: float) -> Iterator[float]:
+    """Steps of Adam from what is placed in the model, each placed there; the divergence that each had before it."""
+    optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
+    for numbers in order:
+        loss = answers.divergence(numbers, backward=True)
         for layer in layers:
             layer.collect()
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
-        if progress:
-            progress(step + 1, settings.steps)
-    tenth = max(1, settings.steps // 10)
-    return Finished(
-        packed={layer.name: layer.packed() for layer in layers},
-        kl_before=sum(history[:tenth]) / tenth,
-        kl_after=sum(history[-tenth:]) / tenth,
-    )
+        _place(layers)
+        yield loss
+
+
+class _Best:
+    """The moves with the smallest divergence so far; at first, before any step, none at all."""
+
+    def __init__(self, kl: float, moves: Sequence[nn.Parameter]) -> None:
+        self.step, self.kl, self._moves = 0, kl, moves
+        self._values = [torch.zeros_like(move) for move in moves]
+
+    def judge(self, step: int, kl: float) -> None:
+        if kl < self.kl:
+            self.step, self.kl = step, kl
+            self._values = [move.detach().clone() for move in self._moves]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for move, value in zip(self._moves, self._values, strict=True):
+            move.copy_(value)
 
 
 class _Tuned:
@@ -134,50 +174,87 @@ class _Tuned:
         return {key: values + self._units[key] * self.moves[key] for key, values in self._tunable.parameters.items()}
 
 
-def _backward(
-    model: PreTrainedModel, inputs: BatchFeature, replies: list[Reply], full: list[torch.Tensor], batch: int
-) -> float:
-    """The divergence on some conversations of a batch, its gradient added to the weights'.
+class _Answers:
+    """What the model says to the conversations, against what full precision says."""
 
-    A mean over the tokens of each reply, so that a caption counts as much as an answer of one word; as shares of the
-    whole batch. `inputs` are padded on the left, so that a reply's places are counted from the end.
-    """
-    from_end = [reply.inputs["input_ids"].shape[1] - reply.start + 1 for reply in replies]
-    logits = model(**inputs, use_cache=False, logits_to_keep=max(from_end)).logits
-    loss = logits.new_zeros((), dtype=torch.float32)
-    for row, (reply, end, expected) in enumerate(zip(replies, from_end, full, strict=True)):
-        first = logits.shape[1] - end
-        other = torch.log_softmax(logits[row, first : first + reply.count].to(torch.float32), dim=-1)
-        loss = loss + kl_by_token(expected.to(other.device, torch.float32), other).mean() / batch
-    loss.backward()
-    return float(loss.detach())
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        conversations: Sequence[Conversation],
+        full_precision: StoredLogProbabilities,
+        together: int,
+    ) -> None:
+        self._model, self._processor, self._conversations = model, processor, conversations
+        self._full_precision, self._together = full_precision, together
+        self._replies: dict[int, Reply] = {}
+
+    def divergence(self, numbers: Sequence[int], *, backward: bool = False) -> float:
+        """Mean KL on some conversations in nats a token; with `backward` its gradient is added to the weights'.
+
+        A mean over conversations of the mean over each reply's tokens, so that a caption counts as much as an answer of
+        one word.
+        """
+        total = 0.0
+        for some in self._portions(numbers):
+            with torch.set_grad_enabled(backward):
+                loss = self._sum(some) / len(numbers)
+            if backward:
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _sum(self, numbers: list[int]) -> torch.Tensor:
+        """The mean KL of each conversation's reply, added up; the conversations go through the model together."""
+        replies = [self._reply(number) for number in numbers]
+        # Padding is on the left, so that a reply's places are counted from the end.
+        from_end = [reply.inputs["input_ids"].shape[1] - reply.start + 1 for reply in replies]
+        logits = self._model(**self._inputs(numbers), use_cache=False, logits_to_keep=max(from_end)).logits
+        loss = logits.new_zeros((), dtype=torch.float32)
+        for row, (number, reply, end) in enumerate(zip(numbers, replies, from_end, strict=True)):
+            first = logits.shape[1] - end
+            other = torch.log_softmax(logits[row, first : first + reply.count].to(torch.float32), dim=-1)
+            full = self._full_precision.of(number, reply).to(other.device, torch.float32)
+            loss = loss + kl_by_token(full, other).mean()
+        return loss
+
+    def _reply(self, number: int) -> Reply:
+        if number not in self._replies:
+            self._replies[number] = read_reply(self._model, self._processor, self._conversations[number])
+        return self._replies[number]
+
+    def _inputs(self, numbers: list[int]) -> BatchFeature:
+        """Conversations with their replies as the model takes them in, padded on the left."""
+        some = [self._conversations[number] for number in numbers]
+        texts = [
+            render_dialogue(self._processor, each.user, each.assistant, image=each.image is not None) for each in some
+        ]
+        return encode(self._processor, self._model, texts, [each.image for each in some])
+
+    def _portions(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """At most so many conversations as go through the model at once, with and without a picture apart."""
+        for with_picture in (True, False):
+            some = [number for number in numbers if (self._conversations[number].image is not None) == with_picture]
+            for begin in range(0, len(some), self._together):
+                yield some[begin : begin + self._together]
 
 
-def _inputs(model: PreTrainedModel, processor: ProcessorMixin, conversations: list[Conversation]) -> BatchFeature:
-    """Conversations with their replies as the model takes them in, padded on the left."""
-    images = [conversation.image for conversation in conversations]
-    texts = [
-        render_dialogue(processor, each.user, each.assistant, image=each.image is not None) for each in conversations
-    ]
-    return encode(processor, model, texts, images)
+def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], list[int]]:
+    """The conversations to tune on and those to judge by, at least one of each."""
+    if conversations < 2:
+        raise InputError("finishing: got one conversation, expected at least two, one to tune on and one to judge by")
+    numbers = list(range(conversations))
+    random.Random(settings.seed).shuffle(numbers)
+    judging = min(conversations - 1, max(1, round(settings.judged_share * conversations)))
+    return sorted(numbers[judging:]), sorted(numbers[:judging])
 
 
-def _portions(numbers: list[int], conversations: Sequence[Conversation], together: int) -> Iterator[list[int]]:
-    """At most `together` of a step's conversations at once, with and without a picture apart."""
-    for with_picture in (True, False):
-        some = [number for number in numbers if (conversations[number].image is not None) == with_picture]
-        for begin in range(0, len(some), together):
-            yield some[begin : begin + together]
-
-
-def _order(conversations: int, settings: FinishSettings) -> list[list[int]]:
+def _order(conversations: list[int], settings: FinishSettings) -> list[list[int]]:
     """The conversations of every step: all of them in a new order each time round."""
     rng, waiting, order = random.Random(settings.seed), [], []
     for _ in range(settings.steps):
         while len(waiting) < settings.batch:
-            again = list(range(conversations))
-            rng.shuffle(again)
-            waiting += again
+            waiting += rng.sample(conversations, len(conversations))
         order.append(waiting[: settings.batch])
         waiting = waiting[settings.batch :]
     return order

@@ -30,7 +30,7 @@ from tasks.steps import Done, do_step, open_workspace
 STAGE = "finish"
 LOGITS_STAGE = "calibration logits"
 TUNED_STAGE = "tuned"
-VERSION = 1
+VERSION = 2
 LOGITS_FILE = "logits.safetensors"
 
 
@@ -79,7 +79,12 @@ def finish_layers(
                 )
         for name, tensor in finished.packed.items():
             (place / name).write_bytes(memoryview(tensor.numpy()))
-        return {"kl_before": finished.kl_before, "kl_after": finished.kl_after}
+        return {
+            "kl_before": finished.kl_before,
+            "kl_after": finished.kl_after,
+            "step": finished.step,
+            "learning_rate": finished.learning_rate,
+        }
 
     tuned = do_step(store, identity, tune)
     if tuned.reused:

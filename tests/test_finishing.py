@@ -61,8 +61,8 @@ def run(place, packed, settings=SETTINGS):
         return finish(model, processor, packed, conversations, full_precision, settings)
 
 
-def divergence(folder, packed, conversations):
-    """Mean over tokens of KL(full || packed), both models loaded anew."""
+def divergences(folder, packed, conversations):
+    """KL(full || packed) of each conversation, a mean over its reply's tokens, both models loaded anew."""
     full, processor = load_model(folder, "cpu")
     other, _ = load_model(folder, "cpu")
     for name, tensor in packed.items():
@@ -70,8 +70,13 @@ def divergence(folder, packed, conversations):
     found = []
     for conversation in conversations:
         reply = read_reply(full, processor, conversation)
-        found.append(kl_by_token(reply_log_probabilities(full, reply), reply_log_probabilities(other, reply)))
-    return float(torch.cat(found).mean())
+        one, two = reply_log_probabilities(full, reply), reply_log_probabilities(other, reply)
+        found.append(float(kl_by_token(one, two).mean()))
+    return found
+
+
+def mean_divergence(folder, packed, conversations):
+    return sum(divergences(folder, packed, conversations)) / len(conversations)
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=lambda settings: settings["method"])
@@ -80,7 +85,7 @@ def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, se
     before = packed_layers(folder, settings)
     finished = run(place, before)
     other = calibration_samples(8, 99)
-    assert divergence(folder, finished.packed, other) < 0.9 * divergence(folder, before, other)
+    assert mean_divergence(folder, finished.packed, other) < 0.9 * mean_divergence(folder, before, other)
     assert finished.kl_after < finished.kl_before
     for name, tensor in before.items():
         assert finished.packed[name].shape == tensor.shape
@@ -88,6 +93,51 @@ def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, se
         tuned, first = codec.tunable(finished.packed[name], header), codec.tunable(tensor, header)
         # What is no number stays: with the old numbers the new bytes rebuild the old weight.
         assert torch.equal(tuned.rebuild(first.parameters), first.rebuild(first.parameters))
+
+
+def test_some_conversations_judge_and_are_not_tuned_on(place):
+    """Which ones they are is seen from outside: those whose replies leave the bytes alone."""
+    folder, conversations, _ = place
+    packed = packed_layers(folder, METHODS[0])
+    settings = FinishSettings(steps=4, batch=2, judged_share=0.25)
+    first = run(place, packed, settings)
+    model, processor = load_model(folder, "cpu")
+    judging = []
+    for number, conversation in enumerate(conversations):
+        changed = [*conversations]
+        changed[number] = Conversation(conversation.image, conversation.user, "nothing of the kind")
+        logits = reference_logits(model, processor, changed, folder.with_name("changed"))
+        other = run((folder, changed, logits), packed, settings)
+        if all(torch.equal(first.packed[name], other.packed[name]) for name in packed):
+            judging.append(number)
+    assert len(judging) == 2
+    judges = [conversations[number] for number in judging]
+    assert first.kl_before == pytest.approx(mean_divergence(folder, packed, judges), rel=1e-3)
+    assert first.kl_after == pytest.approx(mean_divergence(folder, first.packed, judges), rel=1e-3)
+
+
+def test_too_high_a_rate_is_lowered(place):
+    packed = packed_layers(place[0], METHODS[0])
+    high = FinishSettings(steps=10, batch=2, learning_rate=0.3)
+    finished = run(place, packed, high)
+    assert 0 < finished.learning_rate < 0.2
+    assert finished.kl_after < finished.kl_before
+
+
+def test_weights_that_no_step_makes_better_stay_byte_for_byte(place):
+    packed = packed_layers(place[0], METHODS[0])
+    finished = run(place, packed, FinishSettings(steps=2, batch=2, learning_rate=1.0))
+    assert finished.step == 0
+    assert finished.kl_after == finished.kl_before
+    assert all(torch.equal(finished.packed[name], tensor) for name, tensor in packed.items())
+
+
+def test_a_single_conversation_cannot_judge_itself(place, tmp_path):
+    folder, conversations, _ = place
+    model, processor = load_model(folder, "cpu")
+    logits = reference_logits(model, processor, conversations[:1], tmp_path / "logits")
+    with pytest.raises(InputError, match="got one conversation, expected at least two"):
+        run((folder, conversations[:1], logits), packed_layers(folder, METHODS[0]))
 
 
 def test_the_same_request_gives_the_same_bytes(place):
@@ -112,6 +162,7 @@ def test_conversations_together_are_tuned_on_as_one_by_one(place):
             model, processor = load_model(folder, "cpu")
             found.append(finish(model, processor, packed, mixed, full_precision, settings, together=together))
     assert found[0].kl_before == pytest.approx(found[1].kl_before, rel=1e-4)
+    assert found[0].step == found[1].step > 0
     for name, tensor in found[0].packed.items():
         one, other = unpack(tensor, name).float(), unpack(found[1].packed[name], name).float()
         assert (one - other).norm() < 0.01 * one.norm()
