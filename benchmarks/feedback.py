@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from benchmarks.timing import medians
 from bivlm.feedback import SUB_BLOCK, inverse_factor
 from bivlm.inputs import SiteStatistics
 from bivlm.methods import method
@@ -50,12 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "codes": lambda: feed_back_groups(weight, inverse_factor(moment).upper_NN, options.bits, options.group_size),
         "packed": lambda: method("gptq").quantize(weight, plan, inputs),
     }
-    # In turn, so that a machine that slows down slows all.
-    times = {name: [] for name in work}
-    for _ in range(REPEATS):
-        for name, do in work.items():
-            times[name].append(_seconds(do))
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    seconds = medians(work, REPEATS)
     least = seconds["cholesky"] + seconds["inverse"] + seconds["products"]
     ratio = seconds["codes"] / least
     print(
@@ -90,12 +84,6 @@ def _halves(begin: int, end: int, block: int) -> Iterator[tuple[int, int, int]]:
         yield from _halves(begin, middle, block)
         yield begin, middle, end
         yield from _halves(middle, end, block)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

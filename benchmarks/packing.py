@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from benchmarks.timing import medians
 from bivlm.methods import method
 from bivlm.packing import unpack
 from bivlm.statistics import LayerStatistics
@@ -48,12 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rate(weight: torch.Tensor, work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return weight.numel() / sorted(times)[REPEATS // 2] / 1e6
+    return weight.numel() / medians({"work": work}, REPEATS)["work"] / 1e6
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from benchmarks.timing import medians
 from bivlm.methods import LayerPlan, method
 from bivlm.statistics import LayerStatistics
 from tests import literal
@@ -34,23 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = method("bivlm").Settings.model_validate(
             {"method": "bivlm", "groups": groups, "p_max": P_MAX, "refit": refit}
         )
-        # In turn, so that a machine that slows down slows both.
-        sorting, planning = [], []
-        for _ in range(REPEATS):
-            sorting.append(_seconds(lambda: torch.sort(weight.flatten())))
-            planning.append(_seconds(lambda settings=settings: _plan(weight, settings)))
-        share = statistics.median(planning) / statistics.median(sorting)
+        work = {"sort": lambda: torch.sort(weight.flatten()), "plan": lambda settings=settings: _plan(weight, settings)}
+        times = medians(work, REPEATS)
+        share = times["plan"] / times["sort"]
         missed += share >= 0.25
         print(
-            f"groups {groups}, refit {refit}: statistics and plan {statistics.median(planning):.2f} s, "
-            f"{share:.2f} of one sort ({statistics.median(sorting):.2f} s); bound 0.25"
+            f"groups {groups}, refit {refit}: statistics and plan {times['plan']:.2f} s, "
+            f"{share:.2f} of one sort ({times['sort']:.2f} s); bound 0.25"
         )
         if options.no_literal:
             continue
         begin = time.perf_counter()
         p_sal = literal.search(weight.double(), P_MAX, groups, refit=refit)
         seconds = time.perf_counter() - begin
-        ratio = seconds / statistics.median(planning)
+        ratio = seconds / times["plan"]
         found = _plan(weight, settings).parameters["p_sal"]
         same = _cut_off_rank(weight, found) == _cut_off_rank(weight, p_sal)
         missed += ratio < 50 or not same
@@ -68,12 +65,6 @@ def _plan(weight: torch.Tensor, settings) -> LayerPlan:
 def _cut_off_rank(weight: torch.Tensor, p_sal: float) -> int:
     statistics_ = LayerStatistics.measure(weight, 0)
     return statistics_.rank_above(statistics_.salient_cut_off(p_sal))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

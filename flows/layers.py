@@ -52,7 +52,7 @@ def pack_all(
     layers = [replace(layer, statistics=measured[layer.name]) for layer in layers]
     try:
         between: list[Done] = []
-        by_curvature = budget is not None and budget.importance == "curvature"
+        by_curvature = _by_curvature(budget)
         squares = by_curvature or any("gradients" in layer.needs for layer in layers)
         walk = Walk(calibration, squares, publish) if calibration is not None else None
         if budget is not None:
@@ -77,8 +77,11 @@ def needs_calibration(
     layers: Sequence[Layer], budget: BudgetSettings | None, searched: SearchSettings | None = None
 ) -> bool:
     """Whether anything of these layers has to be decided by what the model does."""
-    by_curvature = budget is not None and budget.importance == "curvature"
-    return by_curvature or searched is not None or any("inputs" in layer.needs for layer in layers)
+    return _by_curvature(budget) or searched is not None or any("inputs" in layer.needs for layer in layers)
+
+
+def _by_curvature(budget: BudgetSettings | None) -> bool:
+    return budget is not None and budget.importance == "curvature"
 
 
 def finish_all(

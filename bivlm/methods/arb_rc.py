@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.binary import choose_boundary, choose_salient, normalised, to_stored
-from bivlm.feedback import BLOCK, factor_figures, feed_back, input_factor
+from bivlm.binary import choose_boundary, to_stored
+from bivlm.binary_blocks import quantize_blocks
+from bivlm.feedback import BLOCK
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
-from bivlm.packing import rowblock
 
 
 class ARBSettings(MethodSettings):
@@ -42,34 +42,12 @@ class ARB(Method):
         return INPUTS
 
     def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
-        p = plan.parameters
-        factor = input_factor(inputs, p["damping"], self.name, weight_MN)
-        diagonal_N = factor.upper_NN.diagonal()
-        normal_MN, exponent = normalised(weight_MN)
-        symbols_NM = torch.empty(weight_MN.shape[::-1], dtype=torch.uint8, device=weight_MN.device)
-        salient_N = torch.zeros(weight_MN.shape[1], dtype=torch.bool, device=weight_MN.device)
-        scales: list[torch.Tensor] = []
-        factors: list[torch.Tensor] = []
+        iterations = plan.parameters["iterations"]
 
-        def quantize_block(begin: int, columns_BM: torch.Tensor) -> torch.Tensor:
-            block = slice(begin, begin + len(columns_BM))
-            salient_B = choose_salient(columns_BM, diagonal_N[block], p["salient_columns"], centred=False)
-            symbols_BM, found = binarize_block(columns_BM, salient_B, p["iterations"])
-            symbols_NM[block], salient_N[block] = symbols_BM, salient_B
-            scales.append(found["scales"])
-            factors.append(found["factors"])
-            return rowblock.rebuild(symbols_BM.T, salient_B, found, len(columns_BM)).T
+        def binarize(columns_BM: torch.Tensor, salient_B: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return binarize_block(columns_BM, salient_B, iterations)
 
-        feed_back(normal_MN, factor.upper_NN, quantize_block, p["block"])
-        packed = rowblock.pack(
-            symbols_NM.T,
-            salient_N,
-            {"scales": torch.cat(scales, dim=1), "factors": torch.cat(factors, dim=1)},
-            block=p["block"],
-            exponent=exponent,
-            dtype=weight_MN.dtype,
-        )
-        return Quantized(packed, {**factor_figures(factor, inputs), "salient_columns": int(salient_N.sum())})
+        return quantize_blocks(weight_MN, plan, inputs, binarize, centred=False)
 
 
 def binarize_block(

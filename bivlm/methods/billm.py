@@ -13,18 +13,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.binary import (
-    binarize,
-    choose_boundary,
-    choose_salient,
-    normalised,
-    residual,
-    to_stored,
-)
-from bivlm.feedback import BLOCK, factor_figures, feed_back, input_factor
+from bivlm.binary import binarize, choose_boundary, residual, to_stored
+from bivlm.binary_blocks import quantize_blocks
+from bivlm.feedback import BLOCK
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
-from bivlm.packing import rowblock
 
 
 class BiLLMSettings(MethodSettings):
@@ -47,33 +40,7 @@ class BiLLM(Method):
         return INPUTS
 
     def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
-        p = plan.parameters
-        factor = input_factor(inputs, p["damping"], self.name, weight_MN)
-        diagonal_N = factor.upper_NN.diagonal()
-        normal_MN, exponent = normalised(weight_MN)
-        symbols_NM = torch.empty(weight_MN.shape[::-1], dtype=torch.uint8, device=weight_MN.device)
-        salient_N = torch.zeros(weight_MN.shape[1], dtype=torch.bool, device=weight_MN.device)
-        numbers: dict[str, list[torch.Tensor]] = {"means": [], "scales": []}
-
-        def quantize_block(begin: int, columns_BM: torch.Tensor) -> torch.Tensor:
-            block = slice(begin, begin + len(columns_BM))
-            salient_B = choose_salient(columns_BM, diagonal_N[block], p["salient_columns"], centred=True)
-            symbols_BM, found = binarize_block(columns_BM, salient_B)
-            symbols_NM[block], salient_N[block] = symbols_BM, salient_B
-            for name, values in found.items():
-                numbers[name].append(values)
-            return rowblock.rebuild(symbols_BM.T, salient_B, found, len(columns_BM)).T
-
-        feed_back(normal_MN, factor.upper_NN, quantize_block, p["block"])
-        packed = rowblock.pack(
-            symbols_NM.T,
-            salient_N,
-            {name: torch.cat(blocks, dim=1) for name, blocks in numbers.items()},
-            block=p["block"],
-            exponent=exponent,
-            dtype=weight_MN.dtype,
-        )
-        return Quantized(packed, {**factor_figures(factor, inputs), "salient_columns": int(salient_N.sum())})
+        return quantize_blocks(weight_MN, plan, inputs, binarize_block, centred=True)
 
 
 def binarize_block(columns_BM: torch.Tensor, salient_B: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -84,6 +84,16 @@ def section(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
     return packed[begin:end]
 
 
+def fields(packed: torch.Tensor, header: Header, layout: struct.Struct) -> tuple[int, ...]:
+    """The first section read as `layout`; raises `InputError` if it has another length."""
+    head = section(packed, header, 0).cpu().numpy().tobytes()
+    if len(head) != layout.size:
+        raise InputError(
+            f"packed weight of shape {header.shape}: {len(head)} bytes of parameters, expected {layout.size}"
+        )
+    return layout.unpack(head)
+
+
 def rewrite(packed: torch.Tensor, header: Header, sections: Mapping[int, np.ndarray]) -> torch.Tensor:
     """The packed tensor with other bytes, as many as before, in some `sections`; the checksum follows."""
     kept = [section(packed, header, index).cpu().numpy() for index in range(len(header.sections))]

@@ -175,15 +175,13 @@ def _by_groups(chunk: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slic
 
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
-    head = section(packed, header, 0).cpu().numpy().tobytes()
-    stored = _Parameters(*_PARAMETERS.unpack(head)) if len(head) == _PARAMETERS.size else None
+    stored = _Parameters(*container.fields(packed, header, _PARAMETERS))
     if (
-        stored is None
-        or stored.bits not in BITS
+        stored.bits not in BITS
         or not 1 <= stored.width <= header.shape[1]
         or packed.numel() != packed_nbytes(header.shape, stored.bits, stored.width, bool(stored.channels))
     ):
-        raise InputError(f"packed weight of shape {header.shape}: damaged parameters {stored or head!r}")
+        raise InputError(f"packed weight of shape {header.shape}: damaged parameters {stored}")
     return stored
 
 

@@ -186,10 +186,7 @@ def _column_bytes(numbers: dict[str, torch.Tensor]) -> np.ndarray:
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
     m, n = header.shape
-    head = section(packed, header, 0).cpu().numpy().tobytes()
-    if len(head) != _PARAMETERS.size:
-        raise InputError(f"packed weight of shape {header.shape}: {len(head)} bytes of parameters, expected 8")
-    block, layout, _, exponent = _PARAMETERS.unpack(head)
+    block, layout, _, exponent = container.fields(packed, header, _PARAMETERS)
     if block == 0 or layout not in (_WITH_MEANS, _WITH_FACTORS):
         raise InputError(
             f"packed weight of shape {header.shape}: damaged parameters (block {block}, layout {layout}; "

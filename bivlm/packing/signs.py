@@ -190,10 +190,7 @@ def _row_bytes(numbers: dict[str, torch.Tensor], salient: int, exponent: int) ->
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
     m, n = header.shape
-    head = section(packed, header, 0).cpu().numpy().tobytes()
-    if len(head) != _PARAMETERS.size:
-        raise InputError(f"packed weight of shape {header.shape}: {len(head)} bytes of parameters, expected 8")
-    stored = _Parameters(*_PARAMETERS.unpack(head))
+    stored = _Parameters(*container.fields(packed, header, _PARAMETERS))
     if stored.mode not in (_SPARSE, _BITMAP) or stored.rice > 32 or stored.salient > m * n:
         raise InputError(
             f"packed weight of shape {header.shape}: damaged parameters (mode {stored.mode}, Rice parameter "

@@ -207,10 +207,7 @@ def _numbers(
 def _read_parameters(packed: torch.Tensor, header: Header) -> tuple[int, bool, int]:
     """Block, whether there is an order, and the exponent; raises `InputError` if the sections do not fit them."""
     m, n = header.shape
-    head = section(packed, header, 0).cpu().numpy().tobytes()
-    if len(head) != _PARAMETERS.size:
-        raise InputError(f"packed weight of shape {header.shape}: {len(head)} bytes of parameters, expected 8")
-    block, ordered, _, exponent = _PARAMETERS.unpack(head)
+    block, ordered, _, exponent = container.fields(packed, header, _PARAMETERS)
     if block == 0 or block % 2 or ordered > 1:
         raise InputError(
             f"packed weight of shape {header.shape}: damaged parameters (block {block}, order {ordered}; "
