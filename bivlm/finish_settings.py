@@ -12,11 +12,12 @@ class FinishSettings(BaseModel):
 
     Attributes:
         objective: what is minimised.
-        steps: of Adam; the learning rate falls to zero along a cosine.
+        steps: of Adam, at most; the learning rate falls to zero along a cosine of so many.
         batch: conversations a step.
-        learning_rate: how far a step may move a number, relative to the root mean square of its tensor.
-        judged_share: share of the calibration samples that is not tuned on: the weights with the smallest divergence on
-            these are kept, those of before the first step among them, so that finishing stops before it overfits.
+        learning_rate: how far a step may move a number, relative to the root mean square of its tensor; a third or a
+            ninth of it where no step is of use.
+        judging_share: share of the calibration samples by which the number of steps and the rate are chosen: tuned on
+            the others, those that leave the smallest divergence on these; then all are tuned on.
         seed: of the order of the conversations and of the share.
     """
 
@@ -26,5 +27,5 @@ class FinishSettings(BaseModel):
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=0.01, gt=0, le=1, allow_inf_nan=False)
-    judged_share: float = Field(default=0.25, gt=0, lt=1, allow_inf_nan=False)
+    judging_share: float = Field(default=0.25, gt=0, lt=1, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0)

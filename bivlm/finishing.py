@@ -7,12 +7,13 @@ difficulty of low-precision post-training quantization", 2024). So this minimise
     KL(full precision || model)   at the tokens of the calibration replies
 
 over the numbers that the packed formats hold in floating point, with every sign, group and position fixed: minutes of
-Adam, the same bits. A format with many numbers soon knows a few conversations by heart, so some of them only judge.
-Every codec takes part through `bivlm.packing.Codec.tunable`.
+Adam, the same bits. A format with many numbers soon knows a few conversations by heart, so how far to go is
+judged by some that it was not tuned on. Every codec takes part through `bivlm.packing.Codec.tunable`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,24 +31,24 @@ from bivlm.packing import open_packed
 from bivlm.samples import Conversation
 
 Progress = Callable[[int, int], None]
-JUDGEMENTS = 10  # of the weights, between the first step and the last
-ATTEMPTS = 3  # from the first weights, with a lower rate if half the steps at the one before did not help
+JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
+PATIENCE = 4  # judgements in a row without a better one, after which a rate is given up
+RATES = 3  # tried from the first weights, each only if no step at the one before was of use
 SLOWER = 3.0  # by which the rate is divided
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Packed weights by layer, as long as they were, and how far they are from full precision on the judging samples.
+    """Packed weights by layer, as long as they were, and what tuning did for conversations that were not tuned on.
 
     `kl_before` and `kl_after` are in nats a token, a mean over conversations of the mean over each reply's tokens.
-    `step` is how many steps were taken to these weights, at `learning_rate`; 0 when none helped, and they are as they
-    were.
+    `steps` were taken, at first at `learning_rate`; 0 when none was of use, and the weights are as they were.
     """
 
     packed: dict[str, torch.Tensor]
     kl_before: float
     kl_after: float
-    step: int
+    steps: int
     learning_rate: float
 
 
@@ -65,9 +66,9 @@ def finish(
     """Tune the numbers of `packed` (by the names of linear layers in `model`).
 
     `model` is the full-precision model; its linear layers get the rebuilt weights and are of no use afterwards.
-    `full_precision` holds its log-probabilities on the `conversations`. A share of these is not tuned on: on the way
-    the divergence on it is measured ten times, and the best weights are kept. When half of the steps have not helped,
-    the rate is too high for as many numbers as the format holds, and all begins again at a third of it.
+    `full_precision` holds its log-probabilities on the `conversations`. How far to go is found out on a part of these,
+    judged by the others: as many steps as leave the smallest divergence there, at a third of the rate where it is too
+    high for as many numbers as the format holds. Then so many steps are taken on all.
 
     Beside the model there are the gradients of the packed layers' weights, and of one layer at a time what its codec
     needs. At most `together` conversations of a batch go through the model at once, all of them by default; with fewer
@@ -75,67 +76,59 @@ def finish(
     conversation, ArithmeticError if the divergence becomes NaN.
     """
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
-    moves = [move for layer in layers for move in layer.moves.values()]
-    tuning, judging = _split(len(conversations), settings)
     answers = _Answers(model, processor, conversations, full_precision, together or settings.batch)
     model.requires_grad_(False)
-    _place(layers)
-    best = _Best(answers.divergence(judging), moves)
-    before = best.kl
-    for attempt in range(ATTEMPTS):
+    report = progress or (lambda done, total: None)
+    tuning, judging = _split(len(conversations), settings)
+    _restart(layers)
+    before = best = answers.divergence(judging)
+    steps, every = 0, max(1, settings.steps // JUDGEMENTS)
+    for attempt in range(RATES):
         rate = settings.learning_rate / SLOWER**attempt
-        for step, loss in enumerate(_descent(layers, answers, _order(tuning, settings), rate), 1):
-            if not math.isfinite(loss):
-                raise ArithmeticError(f"finishing: the divergence is {loss} at step {step}; try a lower learning_rate")
-            if progress:
-                progress(step, settings.steps)
-            if step % max(1, settings.steps // JUDGEMENTS) == 0 or step == settings.steps:
-                best.judge(step, answers.divergence(judging))
-            if not best.step and step >= settings.steps / 2:
-                break
-        best.restore()
-        if best.step:
+        for step in _descent(layers, answers, tuning, settings, rate):
+            report(step, 2 * settings.steps)
+            if step % every == 0 or step == settings.steps:
+                judged = answers.divergence(judging)
+                if judged < best:
+                    best, steps = judged, step
+                if step - steps >= PATIENCE * every:
+                    break
+        _restart(layers)
+        if steps:
             break
-        _place(layers)
-    return Finished({layer.name: layer.packed() for layer in layers}, before, best.kl, best.step, rate)
+    for step in itertools.islice(_descent(layers, answers, range(len(conversations)), settings, rate), steps):
+        report(settings.steps + step, 2 * settings.steps)
+    report(2 * settings.steps, 2 * settings.steps)
+    return Finished({layer.name: layer.packed() for layer in layers}, before, best, steps, rate)
 
 
-def _place(layers: Sequence[_Tuned]) -> None:
-    for layer in layers:
-        layer.place()
-
-
-def _descent(layers: Sequence[_Tuned], answers: _Answers, order: list[list[int]], rate: float) -> Iterator[float]:
-    """Steps of Adam from what is placed in the model, each placed there; the divergence that each had before it."""
+def _descent(
+    layers: Sequence[_Tuned], answers: _Answers, numbers: Sequence[int], settings: FinishSettings, rate: float
+) -> Iterator[int]:
+    """Steps of Adam from what is placed in the model, on some of the conversations; counts them from one."""
     optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
-    for numbers in order:
-        loss = answers.divergence(numbers, backward=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    for step, batch in enumerate(_order(numbers, settings), 1):
+        loss = answers.divergence(batch, backward=True)
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"finishing: the divergence is {loss} at step {step}; try a lower learning_rate")
         for layer in layers:
             layer.collect()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        _place(layers)
-        yield loss
+        for layer in layers:
+            layer.place()
+        yield step
 
 
-class _Best:
-    """The moves with the smallest divergence so far; at first, before any step, none at all."""
-
-    def __init__(self, kl: float, moves: Sequence[nn.Parameter]) -> None:
-        self.step, self.kl, self._moves = 0, kl, moves
-        self._values = [torch.zeros_like(move) for move in moves]
-
-    def judge(self, step: int, kl: float) -> None:
-        if kl < self.kl:
-            self.step, self.kl = step, kl
-            self._values = [move.detach().clone() for move in self._moves]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for move, value in zip(self._moves, self._values, strict=True):
-            move.copy_(value)
+@torch.no_grad()
+def _restart(layers: Sequence[_Tuned]) -> None:
+    """Put the first weights back into the model."""
+    for layer in layers:
+        for move in layer.moves.values():
+            move.zero_()
+        layer.place()
 
 
 class _Tuned:
@@ -245,16 +238,16 @@ def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], lis
         raise InputError("finishing: got one conversation, expected at least two, one to tune on and one to judge by")
     numbers = list(range(conversations))
     random.Random(settings.seed).shuffle(numbers)
-    judging = min(conversations - 1, max(1, round(settings.judged_share * conversations)))
+    judging = min(conversations - 1, max(1, round(settings.judging_share * conversations)))
     return sorted(numbers[judging:]), sorted(numbers[:judging])
 
 
-def _order(conversations: list[int], settings: FinishSettings) -> list[list[int]]:
+def _order(numbers: Sequence[int], settings: FinishSettings) -> list[list[int]]:
     """The conversations of every step: all of them in a new order each time round."""
     rng, waiting, order = random.Random(settings.seed), [], []
     for _ in range(settings.steps):
         while len(waiting) < settings.batch:
-            waiting += rng.sample(conversations, len(conversations))
+            waiting += rng.sample(numbers, len(numbers))
         order.append(waiting[: settings.batch])
         waiting = waiting[settings.batch :]
     return order

@@ -30,7 +30,7 @@ from tasks.steps import Done, do_step, open_workspace
 STAGE = "finish"
 LOGITS_STAGE = "calibration logits"
 TUNED_STAGE = "tuned"
-VERSION = 2
+VERSION = 3
 LOGITS_FILE = "logits.safetensors"
 
 
@@ -58,14 +58,15 @@ def finish_layers(
     inputs |= {"logits": logits.sha256, "packed": {name: reference.sha256 for name, reference in packed.items()}}
     identity = step_identity(STAGE, VERSION, inputs, settings.model_dump(mode="json"), exact=False, device=device.kind)
 
-    shown = 0
+    shown = 0.0
 
-    def progress(step: int, _steps: int) -> None:
-        # A second attempt with smaller batches begins at the first step again; the bar does not go back.
+    def progress(done: int, total: int) -> None:
+        # A lower rate, and a second attempt with smaller batches, begin at the first step; the bar does not go back.
         nonlocal shown
-        if step > shown:
-            advance(STAGE, step - shown)
-            shown = step
+        units = settings.steps * done / total
+        if units > shown:
+            advance(STAGE, units - shown)
+            shown = units
 
     def tune(place: Path) -> dict[str, Any]:
         with gpu_slot(device), store.scratch() as folder:
@@ -82,7 +83,7 @@ def finish_layers(
         return {
             "kl_before": finished.kl_before,
             "kl_after": finished.kl_after,
-            "step": finished.step,
+            "steps": finished.steps,
             "learning_rate": finished.learning_rate,
         }
 

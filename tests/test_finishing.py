@@ -95,31 +95,30 @@ def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, se
         assert torch.equal(tuned.rebuild(first.parameters), first.rebuild(first.parameters))
 
 
-def test_some_conversations_judge_and_are_not_tuned_on(place):
-    """Which ones they are is seen from outside: those whose replies leave the bytes alone."""
+def test_some_conversations_judge_and_in_the_end_all_are_tuned_on(place, tmp_path):
+    """Which ones judge is told from outside: by another reply of one of them the divergence before changes."""
     folder, conversations, _ = place
-    packed = packed_layers(folder, METHODS[0])
-    settings = FinishSettings(steps=4, batch=2, judged_share=0.25)
+    packed, settings = packed_layers(folder, METHODS[0]), FinishSettings(steps=3, batch=8, judging_share=0.25)
     first = run(place, packed, settings)
-    model, processor = load_model(folder, "cpu")
+    assert first.steps > 0
     judging = []
     for number, conversation in enumerate(conversations):
         changed = [*conversations]
         changed[number] = Conversation(conversation.image, conversation.user, "nothing of the kind")
-        logits = reference_logits(model, processor, changed, folder.with_name("changed"))
-        other = run((folder, changed, logits), packed, settings)
-        if all(torch.equal(first.packed[name], other.packed[name]) for name in packed):
-            judging.append(number)
+        model, processor = load_model(folder, "cpu")
+        other = run(
+            (folder, changed, reference_logits(model, processor, changed, tmp_path / "logits")), packed, settings
+        )
+        if other.kl_before != first.kl_before:
+            judging.append(conversation)
+        assert any(not torch.equal(first.packed[name], tensor) for name, tensor in other.packed.items())
     assert len(judging) == 2
-    judges = [conversations[number] for number in judging]
-    assert first.kl_before == pytest.approx(mean_divergence(folder, packed, judges), rel=1e-3)
-    assert first.kl_after == pytest.approx(mean_divergence(folder, first.packed, judges), rel=1e-3)
+    assert first.kl_before == pytest.approx(mean_divergence(folder, packed, judging), rel=1e-3)
 
 
 def test_too_high_a_rate_is_lowered(place):
     packed = packed_layers(place[0], METHODS[0])
-    high = FinishSettings(steps=10, batch=2, learning_rate=0.3)
-    finished = run(place, packed, high)
+    finished = run(place, packed, FinishSettings(steps=10, batch=2, learning_rate=0.3))
     assert 0 < finished.learning_rate < 0.2
     assert finished.kl_after < finished.kl_before
 
@@ -127,7 +126,7 @@ def test_too_high_a_rate_is_lowered(place):
 def test_weights_that_no_step_makes_better_stay_byte_for_byte(place):
     packed = packed_layers(place[0], METHODS[0])
     finished = run(place, packed, FinishSettings(steps=2, batch=2, learning_rate=1.0))
-    assert finished.step == 0
+    assert finished.steps == 0
     assert finished.kl_after == finished.kl_before
     assert all(torch.equal(finished.packed[name], tensor) for name, tensor in packed.items())
 
@@ -162,7 +161,7 @@ def test_conversations_together_are_tuned_on_as_one_by_one(place):
             model, processor = load_model(folder, "cpu")
             found.append(finish(model, processor, packed, mixed, full_precision, settings, together=together))
     assert found[0].kl_before == pytest.approx(found[1].kl_before, rel=1e-4)
-    assert found[0].step == found[1].step > 0
+    assert found[0].steps == found[1].steps > 0
     for name, tensor in found[0].packed.items():
         one, other = unpack(tensor, name).float(), unpack(found[1].packed[name], name).float()
         assert (one - other).norm() < 0.01 * one.norm()
