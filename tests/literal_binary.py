@@ -1,12 +1,16 @@
 """What the tests of binary methods share: layers, and error feedback by normal equations in double precision.
 
-It shares no code with the package.
+What is computed here shares no code with the package.
 """
 
 import numpy as np
 import torch
 
+from bivlm.compression import pack_layer
 from bivlm.inputs import SiteStatistics
+from bivlm.methods import method
+from bivlm.packing import unpack
+from bivlm.statistics import LayerStatistics
 
 GENERATOR = np.random.default_rng
 
@@ -16,6 +20,15 @@ def site(moment, tokens=100):
     moment = torch.as_tensor(moment, dtype=torch.float32)
     zeros = torch.zeros(len(moment))
     return SiteStatistics(moment, zeros, zeros, {"text": tokens})
+
+
+def compress(name, weight, moment, **settings):
+    """The weight as the method called `name` stores it, float64, and the record of its packing."""
+    chosen = method(name)
+    parsed = chosen.Settings.model_validate({"method": name} | settings)
+    plan = chosen.plan(LayerStatistics.measure(weight, chosen.tail_share(parsed)), parsed)
+    packed, record = pack_layer(weight, plan, inputs=site(moment))
+    return unpack(packed).double().numpy(), record
 
 
 def correlated_moment(channels, seed, tokens=None):

@@ -17,6 +17,7 @@ from bivlm.binary import normalised, to_stored
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import LayerPlan, Method, MethodSettings, Quantized
 from bivlm.packing import signs
+from bivlm.saliency import most_salient
 
 
 class PBLLMSettings(MethodSettings):
@@ -35,12 +36,14 @@ class PBLLM(Method):
 
     def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
         normal_MN, exponent = normalised(weight_MN)
-        salient_MN = largest(normal_MN, round(plan.parameters["share"] * normal_MN.numel()))
+        positions_S = most_salient(normal_MN.abs(), round(plan.parameters["share"] * normal_MN.numel()))
+        positions = torch.from_numpy(positions_S).to(normal_MN.device)
+        salient_MN = torch.zeros_like(normal_MN, dtype=torch.bool)
+        salient_MN.view(-1)[positions] = True
         ordinary_M = (~salient_MN).sum(1).clamp_min(1)
         numbers = {"row_scales": to_stored(normal_MN.abs().masked_fill_(salient_MN, 0).sum(1) / ordinary_M)}
-        positions = salient_MN.view(-1).nonzero().view(-1)
         levels = torch.empty(0, dtype=torch.int64)
-        if len(positions):
+        if len(positions_S):
             least_M, largest_M = salient_range(normal_MN, salient_MN)
             top = (1 << signs.LEVEL_BITS) - 1
             zero_M, step_M = to_stored(least_M), to_stored((largest_M - least_M) / top)
@@ -50,25 +53,13 @@ class PBLLM(Method):
             levels = ((normal_MN.view(-1)[positions] - zero_M[rows]) / step).round_().clamp_(0, top).to(torch.int64)
         packed = signs.pack(
             normal_MN < 0,
-            positions.cpu().numpy(),
+            positions_S,
             levels.cpu().numpy().astype(np.int64),
             numbers,
             exponent=exponent,
             dtype=weight_MN.dtype,
         )
-        return Quantized(packed, {"salient_weights": len(positions)})
-
-
-def largest(weight_MN: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the `count` largest magnitudes are, bool (M, N); of equal ones the first in row-major order."""
-    if count == 0:
-        return torch.zeros_like(weight_MN, dtype=torch.bool)
-    magnitude = weight_MN.abs().view(-1)
-    boundary = magnitude.kthvalue(len(magnitude) - count + 1).values
-    chosen = magnitude > boundary
-    equal = (magnitude == boundary).nonzero().view(-1)
-    chosen[equal[: count - int(chosen.sum())]] = True
-    return chosen.view(weight_MN.shape)
+        return Quantized(packed, {"salient_weights": len(positions_S)})
 
 
 def salient_range(weight_MN: torch.Tensor, salient_MN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

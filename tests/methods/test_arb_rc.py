@@ -1,27 +1,19 @@
 """ARB-LLM_RC against its algorithm in double precision, one row, column and candidate after another."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from bivlm.compression import pack_layer
 from bivlm.methods import method
 from bivlm.methods.arb_rc import alternate, alternate_twice
-from bivlm.packing import unpack
-from bivlm.statistics import LayerStatistics
 from tests import literal_binary as literal
 
 METHOD = method("arb_rc")
-
-
-def compress(weight, moment, **settings):
-    chosen = METHOD.Settings.model_validate({"method": "arb_rc"} | settings)
-    plan = METHOD.plan(LayerStatistics.measure(weight, METHOD.tail_share(chosen)), chosen)
-    packed, record = pack_layer(weight, plan, inputs=literal.site(moment))
-    return unpack(packed).double().numpy(), record
+compress = partial(literal.compress, "arb_rc")
 
 
 def squared_error_of_signs(columns, order):

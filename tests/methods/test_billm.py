@@ -1,26 +1,19 @@
 """BiLLM against its algorithm in double precision, one row, column and candidate after another."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from bivlm.compression import pack_layer
 from bivlm.errors import InputError
 from bivlm.methods import method
-from bivlm.packing import unpack
 from bivlm.statistics import LayerStatistics
 from tests import literal_binary as literal
 
 METHOD = method("billm")
-
-
-def compress(weight, moment, **settings):
-    chosen = METHOD.Settings.model_validate({"method": "billm"} | settings)
-    plan = METHOD.plan(LayerStatistics.measure(weight, METHOD.tail_share(chosen)), chosen)
-    packed, record = pack_layer(weight, plan, inputs=literal.site(moment))
-    return unpack(packed).double().numpy(), record
+compress = partial(literal.compress, "billm")
 
 
 def binary(values):

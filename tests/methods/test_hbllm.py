@@ -2,27 +2,19 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from bivlm.compression import pack_layer
 from bivlm.haar import haar
 from bivlm.methods import method
 from bivlm.methods.hbllm import pair_columns
-from bivlm.packing import unpack
-from bivlm.statistics import LayerStatistics
 from tests import literal_binary as literal
 
 METHOD = method("hbllm")
-
-
-def compress(weight, moment, **settings):
-    chosen = METHOD.Settings.model_validate({"method": "hbllm"} | settings)
-    plan = METHOD.plan(LayerStatistics.measure(weight, METHOD.tail_share(chosen)), chosen)
-    packed, record = pack_layer(weight, plan, inputs=literal.site(moment))
-    return unpack(packed).double().numpy(), record
+compress = partial(literal.compress, "hbllm")
 
 
 def haar_matrix(length):

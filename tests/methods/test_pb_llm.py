@@ -8,7 +8,6 @@ import torch
 
 from bivlm.compression import pack_layer
 from bivlm.methods import method
-from bivlm.methods.pb_llm import largest
 from bivlm.packing import unpack
 from bivlm.statistics import LayerStatistics
 from tests import literal_binary as literal
@@ -51,13 +50,6 @@ def test_the_rebuilt_weight_is_the_literal_algorithms(shape, share):
     assert np.allclose(rebuilt, expected, rtol=1e-6, atol=1e-8 + salient * np.ptp(weight.numpy()) / 250)
     assert np.isclose(rebuilt, expected, rtol=1e-6).mean() > 0.99
     assert record.figures["salient_weights"] == salient.sum()
-
-
-def test_of_equal_magnitudes_the_first_are_salient():
-    weight = torch.tensor([[1.0, -2.0, 2.0], [2.0, 3.0, -2.0]])
-    assert largest(weight, 3).tolist() == [[False, True, True], [False, True, False]]
-    assert largest(weight, 6).all()
-    assert not largest(weight, 0).any()
 
 
 def test_stored_bits_are_those_of_the_paper_and_of_the_positions():

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bivlm.errors import InputError
-from bivlm.packing import container, format_bits, open_packed, signs, unpack
+from bivlm.packing import format_bits, open_packed, signs, unpack
+from tests.codec_checks import check_damage_is_named, check_gradients
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -64,17 +64,7 @@ def test_other_numbers_are_stored_and_their_gradient_is_that_of_the_weight(share
     opened = codec.tunable(packed, header)
     doubled = {name: 2 * values for name, values in opened.parameters.items()}
     assert torch.equal(unpack(codec.retuned(packed, header, doubled)), 2 * unpack(packed))
-
-    leaves = {name: values.clone().requires_grad_() for name, values in opened.parameters.items()}
-    slope = torch.randn(12, 50, generator=torch.Generator().manual_seed(5))
-    (opened.rebuild(leaves) * slope).sum().backward()
-    for name, values in opened.parameters.items():
-        for index in range(0, len(values), 5):
-            step = torch.zeros_like(values)
-            step[index] = 2.0**-4  # the weight is linear in each number, so a difference is the derivative
-            ahead, behind = (opened.rebuild({**opened.parameters, name: values + s}) for s in (step, -step))
-            numeric = ((ahead - behind).double() * slope.double()).sum() / 2**-3
-            assert float(leaves[name].grad[index]) == pytest.approx(float(numeric), rel=1e-3, abs=1e-4)
+    check_gradients(packed, every=5, step=2.0**-4)
 
 
 @pytest.mark.parametrize(("share", "position_bits"), [(0.01, 0.0809), (0.1, 0.469), (0.3, 0.8813), (0.5, 1.0)])
@@ -104,11 +94,4 @@ def test_positions_cost_their_entropy_or_a_bitmap(share, position_bits):
     ],
 )
 def test_a_damaged_section_is_named(section, content, message):
-    packed = pack(5, 40, 0.1)
-    _, header = open_packed(packed)
-    sections = [container.section(packed, header, index).numpy() for index in range(6)]
-    sections[section : section + 1] = [np.frombuffer(content, np.uint8)]
-    damaged = container.write("signs", header.shape, header.dtype, sections)
-    for read in (unpack, format_bits):
-        with pytest.raises(InputError, match=f"shape \\(5, 40\\): .*{message}"):
-            read(damaged)
+    check_damage_is_named(pack(5, 40, 0.1), section, content, message)

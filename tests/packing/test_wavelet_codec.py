@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bivlm.errors import InputError
 from bivlm.packing import container, format_bits, open_packed, unpack, wavelet
+from tests.codec_checks import check_damage_is_named, check_gradients
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HALF = np.float32(math.sqrt(0.5))
@@ -101,17 +101,7 @@ def test_other_numbers_are_stored_and_their_gradient_is_that_of_the_weight(order
     opened = codec.tunable(packed, header)
     doubled = {name: 2 * values for name, values in opened.parameters.items()}
     assert torch.equal(unpack(codec.retuned(packed, header, doubled)), 2 * unpack(packed))
-
-    leaves = {name: values.clone().requires_grad_() for name, values in opened.parameters.items()}
-    slope = torch.randn(13, 51, generator=torch.Generator().manual_seed(5))
-    (opened.rebuild(leaves) * slope).sum().backward()
-    for name, values in opened.parameters.items():
-        for index in range(0, values.numel(), 5):
-            step = torch.zeros_like(values)
-            step.view(-1)[index] = 2.0**-4  # the weight is linear in each number, so a difference is the derivative
-            ahead, behind = (opened.rebuild({**opened.parameters, name: values + s}) for s in (step, -step))
-            numeric = ((ahead - behind).double() * slope.double()).sum() / 2**-3
-            assert float(leaves[name].grad.view(-1)[index]) == pytest.approx(float(numeric), rel=1e-3, abs=1e-4)
+    check_gradients(packed, every=5, step=2.0**-4)
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -152,11 +142,4 @@ def test_symbols_that_are_all_alike_have_no_entropy():
     ],
 )
 def test_a_damaged_section_is_named(section, content, message):
-    packed = pack(5, 40, 16)
-    _, header = open_packed(packed)
-    sections = [container.section(packed, header, index).numpy() for index in range(7)]
-    sections[section : section + 1] = [np.frombuffer(content, np.uint8)]
-    damaged = container.write("wavelet", header.shape, header.dtype, sections)
-    for read in (unpack, format_bits):
-        with pytest.raises(InputError, match=f"shape \\(5, 40\\): .*{message}"):
-            read(damaged)
+    check_damage_is_named(pack(5, 40, 16), section, content, message)
