@@ -1,0 +1,67 @@
+"""Image-token pruning: tokens that matter little are dropped while a model reads its prompt.
+
+They are dropped physically: layers compute on the tokens that are left, with their own positions, and the caches hold
+no more than these. The logits are those of a model that is told by its attention masks not to look at the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from bivlm.pruning.anatomy import anatomy
+from bivlm.pruning.language import LanguagePruning
+from bivlm.pruning.settings import PLACES, SCORES, SCORES_AT, Place, PruningSettings, Score
+from bivlm.pruning.vision import VisionPruning
+
+__all__ = ["PLACES", "SCORES", "SCORES_AT", "Kept", "Place", "Pruning", "PruningSettings", "Score", "pruned"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was left of the prompt that was read last, bool: true for a token that was kept.
+
+    Attributes:
+        vision: of the tokens in the vision encoder (images or tiles, tokens); None if it drops none.
+        language: of the tokens of the prompts (B, T), false for padding.
+        states: of the image features (B, S) of a model with cross-attention.
+    """
+
+    vision: torch.Tensor | None
+    language: torch.Tensor | None
+    states: torch.Tensor | None
+
+
+class Pruning:
+    """What `pruned` gives: a look at what it does."""
+
+    def __init__(self, language: LanguagePruning, vision: VisionPruning | None) -> None:
+        self._language, self._vision = language, vision
+
+    def kept(self) -> Kept:
+        """The tokens that were kept of the prompt that was read last."""
+        vision = self._vision.tokens if self._vision is not None else None
+        tokens, states = self._language.tokens, self._language.states
+        return Kept(*(None if each is None else each.alive_BT for each in (vision, tokens, states)))
+
+
+@contextmanager
+def pruned(model: PreTrainedModel, settings: PruningSettings) -> Iterator[Pruning]:
+    """Within this block `model` drops tokens from every prompt it reads, in ``forward`` and in ``generate``.
+
+    Logits of dropped tokens mean nothing. Prompts are given as ``input_ids``, with an ``attention_mask`` of (B, T) if
+    they are padded; a cache belongs to the block that it was made in. Raises `InputError` for an architecture that is
+    not known, a layer out of range, and on reading a prompt for a share that leaves no token.
+    """
+    parts = anatomy(model)
+    language = LanguagePruning(parts, model, settings)
+    vision = VisionPruning(parts, settings) if settings.place in ("vision", "joint") else None
+    with ExitStack() as stack:
+        language.enter(stack)
+        if vision is not None:
+            vision.enter(stack)
+        yield Pruning(language, vision)

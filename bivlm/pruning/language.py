@@ -1,0 +1,292 @@
+"""Dropping tokens in the language model: at the prompt, physically, from some layer on.
+
+Layers are run through wrappers of their ``forward``. While a prompt is read they hand the layer what is left of the
+sequence; while an answer is generated they cut the mask's columns to what the layer's cache holds. The cache of a layer
+that dropped tokens is as short as that, and says that it is as long as the prompt, since positions go on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from bivlm.errors import InputError
+from bivlm.pruning import selection
+from bivlm.pruning.anatomy import Anatomy
+from bivlm.pruning.attention import observing, received
+from bivlm.pruning.reading import Sequence, seeds_of
+from bivlm.pruning.settings import PruningSettings
+from bivlm.pruning.shortened import Shortened
+
+Forward = Callable[..., torch.Tensor]
+
+
+class LanguagePruning:
+    """Wrappers around the language model's layers.
+
+    Attributes:
+        tokens: the prompt that was read last; image and text tokens, but the candidates are those of `drop`.
+        states: of a model with cross-attention, the image features of that prompt.
+    """
+
+    def __init__(self, parts: Anatomy, model: nn.Module, settings: PruningSettings) -> None:
+        """Raises `InputError` for a layer out of range."""
+        self._parts, self._model, self._settings = parts, model, settings
+        self._of_text = settings.place in ("text", "joint")
+        self._scored = None  # the layer whose attention is the score
+        self.tokens: Sequence | None = None
+        self.states: Sequence | None = None
+        self._reading = False
+        self._scores_BT: torch.Tensor | None = None
+        self._is_image_BT: torch.Tensor | None = None
+        self._remembered: WeakKeyDictionary[Any, dict[int, tuple[Sequence, Sequence | None]]] = WeakKeyDictionary()
+        if settings.place in ("language", "text", "joint"):
+            self._scored = self._layer_before(settings.layer)
+
+    @property
+    def _drops_states(self) -> bool:
+        return bool(self._parts.cross_layers) and not self._of_text
+
+    def _layer_before(self, layer: int) -> int:
+        """The layer whose attention scores what is dropped from `layer` on."""
+        if self._drops_states:
+            cross = self._parts.cross_layers
+            if not cross[0] < layer <= cross[-1]:
+                raise InputError(
+                    f"pruning.layer: found {layer}, expected {cross[0] + 1} to {cross[-1]}: images are seen in the "
+                    f"cross-attention layers {', '.join(map(str, cross))}, and one of them has to be before it"
+                )
+            return max(number for number in cross if number < layer)
+        last = len(self._parts.language_layers) - 1
+        if not 1 <= layer <= last:
+            raise InputError(f"pruning.layer: found {layer}, expected 1 to {last}, the language model's last layer")
+        before = [number for number in range(layer) if number not in self._parts.cross_layers]
+        return before[-1]
+
+    def enter(self, stack: ExitStack) -> None:
+        """Put the wrappers around; they go with `stack`."""
+        self._hook(stack, self._model, self._begin)
+        self._hook(stack, self._parts.text_model, self._embedded)
+        for number, layer in enumerate(self._parts.language_layers):
+            wrapped = self._cross(number, layer.forward) if self._is_cross(number) else self._own(number, layer.forward)
+            layer.forward = wrapped
+            stack.callback(layer.__dict__.pop, "forward", None)
+        if self._scored is not None and self._settings.score in ("attention", "last_token"):
+            layer = self._parts.language_layers[self._scored]
+            stack.enter_context(observing(layer, self._see))
+
+    @staticmethod
+    def _hook(stack: ExitStack, module: nn.Module, function: Callable[..., Any]) -> None:
+        stack.callback(module.register_forward_pre_hook(function, with_kwargs=True).remove)
+
+    def _is_cross(self, number: int) -> bool:
+        return number in self._parts.cross_layers
+
+    # Before the model: what is read.
+
+    def _begin(self, _module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Whether this is a prompt, and what its tokens are."""
+        cache = named.get("past_key_values")
+        self._reading = cache is None or cache.get_seq_length() == 0
+        if not self._reading:
+            return
+        ids_BT = arguments[0] if arguments else named.get("input_ids")
+        if ids_BT is None:
+            raise InputError("pruning: found no input_ids, which tell image tokens from text; expected them")
+        mask_BT = named.get("attention_mask")
+        if mask_BT is not None and mask_BT.dim() != 2:
+            raise InputError(f"pruning: attention_mask has shape {tuple(mask_BT.shape)}, expected (batch, tokens)")
+        valid_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        self._is_image_BT = (ids_BT == self._parts.image_token) & valid_BT
+        if self._of_text:
+            candidates_BT = valid_BT & ~self._is_image_BT
+            # The last token gives the answer.
+            last_B = valid_BT.shape[1] - 1 - valid_BT.flip(1).to(torch.int8).argmax(1)
+            candidates_BT[torch.arange(len(last_B), device=last_B.device), last_B] = False
+        else:
+            candidates_BT = torch.zeros_like(valid_BT) if self._parts.cross_layers else self._is_image_BT
+        self.tokens = Sequence(candidates_BT, valid_BT, seeds_of(ids_BT, valid_BT))
+        self.states = self._scores_BT = None
+
+    def _embedded(
+        self, _module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The language model's inputs: features that the vision encoder dropped are not a number."""
+        if not self._reading:
+            return None
+        features = named.get("cross_attention_states")
+        if features is not None:
+            rows = len(self.tokens.alive_BT)
+            flat_BSD = features.reshape(rows, -1, features.shape[-1])
+            lost_BS = flat_BSD.isnan().any(-1)
+            all_BS = torch.ones_like(lost_BS)
+            self.states = Sequence(self._seen_states(named, all_BS), all_BS, self.tokens.seeds)
+            self.states.drop(~lost_BS)
+            whole_BSD = flat_BSD.masked_fill(lost_BS[..., None], 0)
+            named = {**named, "cross_attention_states": whole_BSD}
+            if self._settings.place == "input":
+                self._choose_by_features(self.states, whole_BSD, self._text_of(named))
+            return arguments, named
+        embeds_BTD = named.get("inputs_embeds")
+        if embeds_BTD is None:
+            return None
+        lost_BT = embeds_BTD.isnan().any(-1) & self._is_image_BT
+        whole_BTD = embeds_BTD.masked_fill(lost_BT[..., None], 0)
+        self.tokens.drop(~lost_BT)
+        if self._settings.place == "input":
+            self._choose_by_features(self.tokens, whole_BTD, whole_BTD)
+        return arguments, {**named, "inputs_embeds": whole_BTD}
+
+    @staticmethod
+    def _seen_states(named: Mapping[str, Any], all_BS: torch.Tensor) -> torch.Tensor:
+        """The image features that any token may look at: not those of tiles that are padding."""
+        mask = named.get("cross_attention_mask")
+        return all_BS if mask is None else (mask == 0).any(2).any(1)  # it is added to the logits
+
+    def _text_of(self, named: Mapping[str, Any]) -> torch.Tensor:
+        embeds = named.get("inputs_embeds")
+        return self._model.get_input_embeddings()(named["input_ids"]) if embeds is None else embeds
+
+    def _choose_by_features(self, sequence: Sequence, features_BSD: torch.Tensor, text_BTD: torch.Tensor) -> None:
+        text_BT = self.tokens.alive_BT & ~self._is_image_BT
+
+        def diverse(row: int, places_n: torch.Tensor, count: int) -> torch.Tensor:
+            features_nD = features_BSD[row, places_n]
+            if self._settings.score == "divprune":
+                return selection.divprune(features_nD, count)
+            relevance_n = selection.relevance(features_nD, text_BTD[row, text_BT[row]])
+            return selection.cdpruner(features_nD, relevance_n, count)
+
+        sequence.choose(self._settings, None, "image tokens", diverse)
+
+    # Around the layers.
+
+    def _see(
+        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
+    ) -> None:
+        """The scores, from the attention of the layer before."""
+        if not self._reading:
+            return
+        left = self.tokens.shortened
+        counts_BQ = self.tokens.alive_BT if left is None else left.filled_BK
+        if self._settings.score == "last_token":
+            places = torch.arange(counts_BQ.shape[1], device=counts_BQ.device)
+            counts_BQ = counts_BQ & (places == (counts_BQ * places).amax(1, keepdim=True))
+        if self._drops_states:
+            scores_BS = received(query, key, mask, scale, False, counts_BQ)
+            self._scores_BT = _spread(scores_BS, self.states.shortened, self.states.alive_BT.shape)
+        else:
+            scores_BT = received(query, key, mask, scale, causal, counts_BQ)
+            self._scores_BT = _spread(scores_BT, left, self.tokens.alive_BT.shape)
+
+    def _choose(self, number: int) -> None:
+        """Drop what is to be dropped from this layer on."""
+        if self._settings.place == "input" or number != self._settings.layer or self._settings.place == "vision":
+            return
+        sequence = self.states if self._drops_states else self.tokens
+        if sequence is not None:
+            what = "text tokens" if self._of_text else "image tokens"
+            sequence.choose(self._settings, self._scores_BT, what)
+
+    def _own(self, number: int, forward: Forward) -> Forward:
+        """A layer of self-attention."""
+
+        def run(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+            cache = named.get("past_key_values")
+            if self._reading:
+                self._choose(number)
+                left = self.tokens.shortened
+                if left is None:
+                    return forward(hidden_states, *arguments, **named)
+                named["attention_mask"] = left.mask(named.get("attention_mask"), causal=True)
+                self._take_positions(left, named)
+                short = forward(left.take(hidden_states), *arguments, **named)
+                self._remember(cache, number)
+                return left.put_back(short, hidden_states)
+            left, _ = self._remembered.get(cache, {}).get(number, (None, None))
+            if left is not None:
+                length = cache.get_seq_length(number) + hidden_states.shape[1] - left.alive_BT.shape[1]
+                named["attention_mask"] = left.later_mask(named.get("attention_mask"), length, hidden_states.shape[1])
+            return forward(hidden_states, *arguments, **named)
+
+        return run
+
+    def _cross(self, number: int, forward: Forward) -> Forward:
+        """A layer of cross-attention: tokens of the text as queries, image features as keys."""
+
+        def run(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+            cache = named.get("past_key_values")
+            if not self._reading:
+                _, states = self._remembered.get(cache, {}).get(number, (None, None))
+                if states is not None and named.get("cross_attention_mask") is not None:
+                    named["cross_attention_mask"] = _columns(named["cross_attention_mask"], states)
+                return forward(hidden_states, *arguments, **named)
+            self._choose(number)
+            text = self.tokens.shortened
+            states = None if self.states is None else self.states.shortened
+            if text is None and states is None:
+                return forward(hidden_states, *arguments, **named)
+            if states is not None:
+                named["cross_attention_states"] = states.take(named["cross_attention_states"])
+                mask = named.get("cross_attention_mask")
+                if mask is None and not states.full:
+                    mask = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], self._all_states())
+                named["cross_attention_mask"] = None if mask is None else _columns(mask, states)
+            whole = hidden_states
+            if text is not None:
+                for name in ("cross_attention_mask", "full_text_row_masked_out_mask"):
+                    if named.get(name) is not None:
+                        named[name] = text.take(named[name], 2)
+                self._take_positions(text, named)
+                hidden_states = text.take(hidden_states)
+            result = forward(hidden_states, *arguments, **named)
+            self._remember(cache, number)
+            return result if text is None else text.put_back(result, whole)
+
+        return run
+
+    def _all_states(self) -> int:
+        return self.states.alive_BT.shape[1]
+
+    @staticmethod
+    def _take_positions(left: Shortened, named: dict[str, Any]) -> None:
+        if named.get("position_ids") is not None:
+            named["position_ids"] = left.take(named["position_ids"])
+        if named.get("position_embeddings") is not None:
+            named["position_embeddings"] = tuple(left.take(each) for each in named["position_embeddings"])
+
+    def _remember(self, cache: Any, number: int) -> None:
+        """What a layer's cache holds, for the tokens to come."""
+        if cache is None:
+            return
+        layer = cache.layers[number]
+        if type(layer) is not DynamicLayer:
+            raise InputError(
+                f"pruning: layer {number} has a cache of type {type(layer).__name__}; expected the default one, which "
+                "grows with the sequence"
+            )
+        left, states = self.tokens.shortened, None if self.states is None else self.states.shortened
+        self._remembered.setdefault(cache, {})[number] = (left, states)
+        if left is not None and not self._is_cross(number):
+            dropped = left.alive_BT.shape[1] - left.length
+            layer.get_seq_length = lambda: layer.keys.shape[-2] + dropped
+
+
+def _columns(mask: torch.Tensor, states: Shortened) -> torch.Tensor:
+    """Of a mask (B, 1, Q, S) that is added, the columns of the features that are left."""
+    return states.take(mask, 3).masked_fill(~states.filled_BK[:, None, None], torch.finfo(mask.dtype).min)
+
+
+def _spread(scores_BK: torch.Tensor, left: Shortened | None, shape: torch.Size) -> torch.Tensor:
+    """Scores of what is left at the places of the whole sequence; zero elsewhere."""
+    if left is None:
+        return scores_BK
+    whole_BT = scores_BK.new_zeros(shape)
+    whole_BT[left.alive_BT] = scores_BK[left.filled_BK]
+    return whole_BT

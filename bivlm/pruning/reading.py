@@ -1,0 +1,83 @@
+"""A prompt while it is read: its tokens, which of them are still there, and how those that stay are chosen."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from bivlm.pruning import selection
+from bivlm.pruning.settings import PruningSettings
+from bivlm.pruning.shortened import Shortened
+
+
+@dataclass
+class Sequence:
+    """Rows of tokens, of which some are candidates for being dropped.
+
+    Attributes:
+        candidates_BT: bool (B, T).
+        alive_BT: bool (B, T); padding never is.
+        seeds: of every row, for choices at random: the same row gives the same, whatever it is batched with.
+        merged: neighbouring tokens that stay or go together.
+    """
+
+    candidates_BT: torch.Tensor
+    alive_BT: torch.Tensor
+    seeds: list[int]
+    merged: int = 1
+    _shortened: Shortened | None = field(default=None, repr=False)
+
+    @property
+    def shortened(self) -> Shortened | None:
+        """What is left; None while nothing was dropped."""
+        return self._shortened
+
+    def drop(self, kept_BT: torch.Tensor) -> None:
+        """Drop the tokens that are not among `kept`, bool (B, T)."""
+        alive_BT = self.alive_BT & kept_BT
+        if not torch.equal(alive_BT, self.alive_BT):
+            self.alive_BT, self._shortened = alive_BT, Shortened(alive_BT)
+
+    def choose(
+        self,
+        settings: PruningSettings,
+        scores_BT: torch.Tensor | None,
+        what: str,
+        diverse: Callable[[int, torch.Tensor, int], torch.Tensor] | None = None,
+    ) -> None:
+        """Drop candidates as the settings say.
+
+        ``diverse(row, tokens, count)`` chooses `count` of the tokens at some places of a row by their features.
+        """
+        kept_BT = self.alive_BT.clone()
+        for row in range(len(kept_BT)):
+            places_n = (self.candidates_BT[row] & self.alive_BT[row]).nonzero().view(-1)
+            units_nu = places_n.view(-1, self.merged)
+            n = len(units_nu)
+            if n == 0:
+                continue
+            count = n if settings.share is None else selection.kept_count(n, settings.share, what)
+            scores_n = None if scores_BT is None else scores_BT[row][units_nu].mean(1)
+            if settings.mass is not None:
+                kept_n = selection.by_mass(scores_n, settings.mass)
+            elif scores_n is not None:
+                kept_n = selection.highest(scores_n, count)
+            elif settings.score == "random":
+                seed = zlib.crc32(f"{settings.seed} {self.seeds[row]}".encode())
+                kept_n = selection.at_random(n, count, seed, kept_BT.device)
+            elif settings.score == "uniform":
+                kept_n = selection.evenly(n, count, kept_BT.device)
+            else:
+                kept_n = diverse(row, places_n, count)
+            kept_BT[row, units_nu[~kept_n].view(-1)] = False
+        self.drop(kept_BT)
+
+
+def seeds_of(rows: torch.Tensor, valid_BT: torch.Tensor | None = None) -> list[int]:
+    """A checksum of every row's content, of integers or floating-point numbers."""
+    rows = rows.detach().cpu()
+    picked = [row if valid_BT is None else row[valid_BT[number].cpu()] for number, row in enumerate(rows)]
+    return [zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in picked]

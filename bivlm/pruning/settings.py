@@ -1,0 +1,90 @@
+"""What a recipe says about pruning: which tokens are dropped, where, and by what score."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+Place = Literal["vision", "input", "language", "text", "joint"]
+Score = Literal["attention", "last_token", "divprune", "cdpruner", "random", "uniform"]
+PLACES: tuple[Place, ...] = get_args(Place)
+SCORES: tuple[Score, ...] = get_args(Score)
+
+# What each place can be scored by: attention needs a layer of attention before it, diversity the projected features.
+SCORES_AT: dict[Place, tuple[Score, ...]] = {
+    "vision": ("attention", "random", "uniform"),
+    "input": ("divprune", "cdpruner", "random", "uniform"),
+    "language": ("attention", "last_token", "random", "uniform"),
+    "text": ("attention", "last_token", "random", "uniform"),
+    "joint": ("attention", "random", "uniform"),
+}
+
+
+class PruningSettings(BaseModel):
+    """Tokens that are dropped while the model reads its prompt.
+
+    Attributes:
+        place: ``vision``: image tokens from layer j of the vision encoder on, and so in the language model;
+            ``input``: image tokens before the first layer of the language model; ``language``: image tokens from its
+            layer j on; ``text``: text tokens from its layer j on; ``joint``: ``vision`` and ``text`` at once, the
+            paper's third strategy.
+        layer: j, the first layer that does not see the dropped tokens, counted from 0; not at ``input``.
+        share: of the tokens of an image (of a prompt's text) that is dropped, rounded to whole tokens.
+        mass: instead of a share, at ``language``: the smallest number of image tokens is kept that receives this
+            share of the attention all of them receive, another number for every prompt.
+        score: ``attention``: what a token receives in layer j - 1, averaged over query tokens and heads
+            (arXiv 2509.18763, equations 21 and 23); ``last_token``: from the last token of the prompt (FastV);
+            ``divprune``: greedy max-min cosine distance (arXiv 2503.02175); ``cdpruner``: a determinantal point process
+            conditioned on the prompt (arXiv 2506.10967); ``random`` and ``uniform`` (evenly spaced) as controls.
+        seed: of ``random``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    place: Place
+    layer: int | None = Field(default=None, validate_default=True)
+    share: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+    mass: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False, validate_default=True)
+    score: Score = Field(default="attention", validate_default=True)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("layer")
+    @classmethod
+    def _where_there_are_layers(cls, value: int | None, info: ValidationInfo) -> int | None:
+        place = info.data.get("place")
+        if place == "input" and value is not None:
+            raise ValueError("place 'input' is before the first layer; expected no layer")
+        if place not in (None, "input") and (value is None or value < 1):
+            raise ValueError(
+                f"place {place!r}: expected a layer from 1 on, whose predecessor tells which tokens matter"
+                + ("; before the first layer is place 'input'" if place == "language" else "")
+            )
+        return value
+
+    @field_validator("mass")
+    @classmethod
+    def _share_or_mass(cls, value: float | None, info: ValidationInfo) -> float | None:
+        share = info.data.get("share")
+        if "share" in info.data and (value is None) == (share is None):
+            raise ValueError("expected either share or mass")
+        if value is not None and info.data.get("place") not in (None, "language"):
+            raise ValueError(f"only at place 'language', place is {info.data['place']!r}")
+        return value
+
+    @field_validator("score")
+    @classmethod
+    def _known_there(cls, value: Score, info: ValidationInfo) -> Score:
+        place = info.data.get("place")
+        if place is not None and value not in SCORES_AT[place]:
+            raise ValueError(f"at place {place!r} expected one of {', '.join(SCORES_AT[place])}")
+        if info.data.get("mass") is not None and value not in ("attention", "last_token"):
+            raise ValueError("mass is of attention; expected the score attention or last_token")
+        return value
+
+    @property
+    def label(self) -> str:
+        """A short name: place, layer, share and score."""
+        layer = "" if self.layer is None else f" from layer {self.layer}"
+        much = f"{100 * self.share:g} %" if self.share is not None else f"mass {100 * self.mass:g} % kept"
+        return f"{self.place}{layer}, {much}, {self.score}"

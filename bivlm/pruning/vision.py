@@ -1,0 +1,119 @@
+"""Dropping image tokens in the vision encoder, from some layer on.
+
+Layers compute on the tokens that are left. Around them every tensor keeps its full size, with "not a number" at dropped
+places: whatever merges, packs and projects the features afterwards carries the mark to the image tokens that saw a
+dropped one, and the language model drops these (`bivlm.pruning.language`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from bivlm.errors import InputError
+from bivlm.pruning.anatomy import Anatomy
+from bivlm.pruning.attention import observing, received
+from bivlm.pruning.reading import Sequence, seeds_of
+from bivlm.pruning.settings import PruningSettings
+
+Forward = Callable[..., torch.Tensor]
+
+
+class VisionPruning:
+    """Wrappers around the vision encoder's layers.
+
+    Attributes:
+        tokens: the images that were read last, each a row: (images or tiles, tokens), or (images, all tokens) where the
+            encoder sees one sequence, in which an image is a run of tokens.
+    """
+
+    def __init__(self, parts: Anatomy, settings: PruningSettings) -> None:
+        """Raises `InputError` for a layer out of range."""
+        self._parts, self._settings = parts, settings
+        self.tokens: Sequence | None = None
+        self._pixels: torch.Tensor | None = None
+        self._sizes: list[int] = []
+        self._seen: list[torch.Tensor] = []
+        last = len(parts.vision_layers) - 1
+        if not 1 <= settings.layer <= last:
+            raise InputError(
+                f"pruning.layer: found {settings.layer}, expected 1 to {last}, the vision encoder's last layer"
+            )
+
+    def enter(self, stack: ExitStack) -> None:
+        """Put the wrappers around; they go with `stack`."""
+        stack.callback(self._parts.tower.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        for number, layer in enumerate(self._parts.vision_layers):
+            layer.forward = self._wrapped(number, layer.forward)
+            stack.callback(layer.__dict__.pop, "forward", None)
+        if self._settings.score == "attention":
+            stack.enter_context(observing(self._parts.vision_layers[self._settings.layer - 1], self._see))
+
+    def _begin(self, _module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._pixels = arguments[0] if arguments else named.get("pixel_values", named.get("hidden_states"))
+        grid = named.get("grid_thw", arguments[1] if len(arguments) > 1 else None)
+        self._sizes = [] if grid is None else grid.prod(-1).tolist()
+        self.tokens, self._seen = None, []
+
+    def _look(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> Sequence:
+        """The images' tokens as they enter the encoder."""
+        if hidden_states.dim() == 2:  # one sequence of all images
+            rows = torch.arange(len(self._sizes), device=hidden_states.device)
+            owner_T = rows.repeat_interleave(torch.tensor(self._sizes, device=hidden_states.device))
+            alive_IT = owner_T == rows[:, None]
+            seeds = [seed for part in self._pixels.split(self._sizes) for seed in seeds_of(part[None])]
+            return Sequence(alive_IT, alive_IT, seeds, self._parts.merged)
+        alive_BT = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        candidates_BT = alive_BT.clone()
+        if self._parts.class_token:
+            candidates_BT[:, 0] = False
+        if mask is not None:  # padding may look at anything but padding, and others look at it
+            candidates_BT &= mask.diagonal(dim1=2, dim2=3)[:, 0] == 0
+        pixels = self._pixels.reshape(len(hidden_states), -1)
+        return Sequence(candidates_BT, alive_BT, seeds_of(pixels))
+
+    def _see(
+        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, _causal: bool
+    ) -> None:
+        """Scores of a batch of images, or of the next window of a sequence of images."""
+        counts_BQ = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+        # A window's scores add up to its length: a token of a large window counts as much as one of a small.
+        self._seen.append(query.shape[2] * received(query, key, mask, scale, False, counts_BQ))
+
+    def _wrapped(self, number: int, forward: Forward) -> Forward:
+        def run(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+            mask = arguments[0] if arguments else named.get("attention_mask")
+            if self.tokens is None:
+                self.tokens = self._look(hidden_states, mask)
+            tokens = self.tokens
+            if number == self._settings.layer:
+                scores_BT = torch.cat(self._seen, dim=1).expand(len(tokens.alive_BT), -1) if self._seen else None
+                tokens.choose(self._settings, scores_BT, "vision tokens")
+            left = tokens.shortened
+            if left is None:
+                return forward(hidden_states, *arguments, **named)
+            nothing = torch.full_like(hidden_states, torch.nan)
+            if hidden_states.dim() == 2:
+                alive_T = tokens.alive_BT.any(0)
+                named["position_embeddings"] = tuple(each[alive_T] for each in named["position_embeddings"])
+                named["cu_seqlens"] = _ends(named["cu_seqlens"], alive_T)
+                nothing[alive_T] = forward(hidden_states[alive_T], *arguments, **named)
+                return nothing
+            mask = left.mask(mask, causal=False)
+            if arguments:
+                arguments = (mask, *arguments[1:])
+            else:
+                named["attention_mask"] = mask
+            return left.put_back(forward(left.take(hidden_states), *arguments, **named), nothing)
+
+        return run
+
+
+def _ends(ends: torch.Tensor, alive_T: torch.Tensor) -> torch.Tensor:
+    """Where windows end in the sequence that is left, 0 first, those that lost all their tokens left out."""
+    before = torch.nn.functional.pad(alive_T.cumsum(0), (1, 0))
+    return before[ends.long()].unique_consecutive().to(ends.dtype)

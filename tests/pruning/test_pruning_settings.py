@@ -1,0 +1,87 @@
+"""What pruning refuses, with what it expects instead."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny_prunable import llava, make, mllama
+
+from bivlm.errors import InputError
+from bivlm.pruning import PLACES, SCORES_AT, PruningSettings, pruned
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_can_be_scored_as_listed(place):
+    layer = {} if place == "input" else {"layer": 1}
+    for score in SCORES_AT[place]:
+        assert place in PruningSettings(place=place, **layer, share=0.5, score=score).label
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"place": "language", "layer": 0, "share": 0.5}, "a layer from 1 on.*before the first layer is place 'input'"),
+        ({"place": "vision", "share": 0.5}, "expected a layer from 1 on"),
+        ({"place": "input", "layer": 1, "share": 0.5, "score": "random"}, "expected no layer"),
+        ({"place": "language", "layer": 1, "share": 1.0}, "less than 1"),
+        ({"place": "language", "layer": 1, "share": -0.1}, "greater than or equal to 0"),
+        ({"place": "language", "layer": 1}, "either share or mass"),
+        ({"place": "language", "layer": 1, "share": 0.5, "mass": 0.9}, "either share or mass"),
+        ({"place": "text", "layer": 1, "mass": 0.9}, "only at place 'language'"),
+        ({"place": "language", "layer": 1, "mass": 0.9, "score": "random"}, "mass is of attention"),
+        ({"place": "language", "layer": 1, "share": 0.5, "score": "divprune"}, "expected one of attention, last_token"),
+        ({"place": "input", "share": 0.5}, "expected one of divprune"),
+        ({"place": "nowhere", "layer": 1, "share": 0.5}, "'vision', 'input', 'language', 'text' or 'joint'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(settings, said):
+    with pytest.raises(ValidationError, match=said):
+        PruningSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("build", "place", "layer", "said"),
+    [
+        (llava, "language", 4, "found 4, expected 1 to 3, the language model's last layer"),
+        (llava, "vision", 4, "found 4, expected 1 to 3, the vision encoder's last layer"),
+        (mllama, "language", 1, "found 1, expected 2 to 4.*cross-attention layers 1, 3, 4"),
+        (mllama, "language", 5, "found 5, expected 2 to 4"),
+    ],
+)
+def test_a_layer_out_of_range_is_refused_with_the_range(build, place, layer, said):
+    model, _ = make(build)
+    with pytest.raises(InputError, match=said), pruned(model, PruningSettings(place=place, layer=layer, share=0.5)):
+        pass
+
+
+@torch.inference_mode()
+def test_a_prompt_without_tokens_to_tell_apart_is_refused():
+    model, inputs = make(llava)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with (
+        pruned(model, PruningSettings(place="language", layer=1, share=0.5)),
+        pytest.raises(InputError, match="found no input_ids"),
+    ):
+        model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+
+
+@torch.inference_mode()
+def test_a_share_that_leaves_no_token_is_refused():
+    model, inputs = make(llava)
+    with (
+        pruned(model, PruningSettings(place="language", layer=1, share=0.99)),
+        pytest.raises(InputError, match="leaves none of 16 image tokens"),
+    ):
+        model(**inputs)
+
+
+def test_a_model_without_an_image_token_is_refused():
+    model = SimpleNamespace(config=SimpleNamespace(model_type="llava"))
+    with (
+        pytest.raises(
+            InputError, match="llava: no image token; pruning expects one of image_token_id, image_token_index"
+        ),
+        pruned(model, PruningSettings(place="language", layer=1, share=0.5)),
+    ):
+        pass
