@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bivlm.pruning.anatomy import anatomy
 from bivlm.pruning.language import LanguagePruning
+from bivlm.pruning.reading import Tally
 from bivlm.pruning.settings import PLACES, SCORES, SCORES_AT, Place, PruningSettings, Score
 from bivlm.pruning.vision import VisionPruning
 
@@ -39,8 +40,15 @@ class Kept:
 class Pruning:
     """What `pruned` gives: a look at what it does."""
 
-    def __init__(self, language: LanguagePruning, vision: VisionPruning | None) -> None:
-        self._language, self._vision = language, vision
+    def __init__(self, language: LanguagePruning, vision: VisionPruning | None, tally: Tally) -> None:
+        self._language, self._vision, self._tally = language, vision, tally
+
+    def kept_shares(self) -> dict[str, float]:
+        """The share of the tokens that was kept, over all prompts so far: of "image" tokens, and of "text" tokens.
+
+        Tokens that were never to be dropped do not count; a kind of which no token was is left out.
+        """
+        return self._tally.kept_shares()
 
     def kept(self) -> Kept:
         """The tokens that were kept of the prompt that was read last."""
@@ -58,10 +66,11 @@ def pruned(model: PreTrainedModel, settings: PruningSettings) -> Iterator[Prunin
     not known, a layer out of range, and on reading a prompt for a share that leaves no token.
     """
     parts = anatomy(model)
-    language = LanguagePruning(parts, model, settings)
-    vision = VisionPruning(parts, settings) if settings.place in ("vision", "joint") else None
+    tally = Tally()
+    language = LanguagePruning(parts, model, settings, tally)
+    vision = VisionPruning(parts, settings, tally) if settings.place in ("vision", "joint") else None
     with ExitStack() as stack:
         language.enter(stack)
         if vision is not None:
             vision.enter(stack)
-        yield Pruning(language, vision)
+        yield Pruning(language, vision, tally)

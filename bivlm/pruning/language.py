@@ -20,7 +20,7 @@ from bivlm.errors import InputError
 from bivlm.pruning import selection
 from bivlm.pruning.anatomy import Anatomy
 from bivlm.pruning.attention import observing, received
-from bivlm.pruning.reading import Sequence, seeds_of
+from bivlm.pruning.reading import Sequence, Tally, seeds_of
 from bivlm.pruning.settings import PruningSettings
 from bivlm.pruning.shortened import Shortened
 
@@ -35,9 +35,9 @@ class LanguagePruning:
         states: of a model with cross-attention, the image features of that prompt.
     """
 
-    def __init__(self, parts: Anatomy, model: nn.Module, settings: PruningSettings) -> None:
+    def __init__(self, parts: Anatomy, model: nn.Module, settings: PruningSettings, tally: Tally) -> None:
         """Raises `InputError` for a layer out of range."""
-        self._parts, self._model, self._settings = parts, model, settings
+        self._parts, self._model, self._settings, self._tally = parts, model, settings, tally
         self._of_text = settings.place in ("text", "joint")
         self._scored = None  # the layer whose attention is the score
         self.tokens: Sequence | None = None
@@ -163,7 +163,7 @@ class LanguagePruning:
             relevance_n = selection.relevance(features_nD, text_BTD[row, text_BT[row]])
             return selection.cdpruner(features_nD, relevance_n, count)
 
-        sequence.choose(self._settings, None, "image tokens", diverse)
+        self._tally.add("image", sequence.choose(self._settings, None, diverse=diverse))
 
     # Around the layers.
 
@@ -191,8 +191,8 @@ class LanguagePruning:
             return
         sequence = self.states if self._drops_states else self.tokens
         if sequence is not None:
-            what = "text tokens" if self._of_text else "image tokens"
-            sequence.choose(self._settings, self._scores_BT, what)
+            kind = "text" if self._of_text else "image"
+            self._tally.add(kind, sequence.choose(self._settings, self._scores_BT, last=not self._of_text))
 
     def _own(self, number: int, forward: Forward) -> Forward:
         """A layer of self-attention."""

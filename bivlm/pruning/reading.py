@@ -45,21 +45,22 @@ class Sequence:
         self,
         settings: PruningSettings,
         scores_BT: torch.Tensor | None,
-        what: str,
+        last: bool = True,
         diverse: Callable[[int, torch.Tensor, int], torch.Tensor] | None = None,
-    ) -> None:
-        """Drop candidates as the settings say.
+    ) -> tuple[int, int]:
+        """Drop candidates as the settings say; returns how many there were and how many of them were kept.
 
+        `last` says that one of a row's candidates has to stay.
         ``diverse(row, tokens, count)`` chooses `count` of the tokens at some places of a row by their features.
         """
-        kept_BT = self.alive_BT.clone()
+        kept_BT, candidates_BT = self.alive_BT.clone(), self.candidates_BT & self.alive_BT
         for row in range(len(kept_BT)):
-            places_n = (self.candidates_BT[row] & self.alive_BT[row]).nonzero().view(-1)
+            places_n = candidates_BT[row].nonzero().view(-1)
             units_nu = places_n.view(-1, self.merged)
             n = len(units_nu)
             if n == 0:
                 continue
-            count = n if settings.share is None else selection.kept_count(n, settings.share, what)
+            count = n if settings.share is None else selection.kept_count(n, settings.share, last)
             scores_n = None if scores_BT is None else scores_BT[row][units_nu].mean(1)
             if settings.mass is not None:
                 kept_n = selection.by_mass(scores_n, settings.mass)
@@ -74,6 +75,23 @@ class Sequence:
                 kept_n = diverse(row, places_n, count)
             kept_BT[row, units_nu[~kept_n].view(-1)] = False
         self.drop(kept_BT)
+        return int(candidates_BT.sum()), int((candidates_BT & kept_BT).sum())
+
+
+class Tally:
+    """How many tokens there were to choose among, and how many of them were kept, by kind."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def add(self, kind: str, counts: tuple[int, int]) -> None:
+        """Count the tokens of one choice."""
+        before = self._counts.get(kind, (0, 0))
+        self._counts[kind] = before[0] + counts[0], before[1] + counts[1]
+
+    def kept_shares(self) -> dict[str, float]:
+        """Share of the tokens that was kept, by kind; kinds without any are left out."""
+        return {kind: kept / among for kind, (among, kept) in self._counts.items() if among}
 
 
 def seeds_of(rows: torch.Tensor, valid_BT: torch.Tensor | None = None) -> list[int]:

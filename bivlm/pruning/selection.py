@@ -11,13 +11,12 @@ import torch
 from bivlm.errors import InputError
 
 
-def kept_count(tokens: int, share: float, what: str = "image tokens") -> int:
-    """How many of `tokens` stay if `share` of them is dropped; raises `InputError` if none would."""
+def kept_count(tokens: int, share: float, last: bool = True) -> int:
+    """How many of `tokens` stay if `share` of them is dropped; raises `InputError` if none would and one has to."""
     count = tokens - round(share * tokens)
-    if tokens and not count:
-        raise InputError(
-            f"pruning.share {share:g} leaves none of {tokens} {what}; expected at most {(tokens - 1) / tokens:.6g}"
-        )
+    if tokens and not count and last:
+        most = (tokens - 1) / tokens
+        raise InputError(f"pruning.share {share:g} leaves none of {tokens} image tokens; expected at most {most:.6g}")
     return count
 
 

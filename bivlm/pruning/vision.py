@@ -17,7 +17,7 @@ from torch import nn
 from bivlm.errors import InputError
 from bivlm.pruning.anatomy import Anatomy
 from bivlm.pruning.attention import observing, received
-from bivlm.pruning.reading import Sequence, seeds_of
+from bivlm.pruning.reading import Sequence, Tally, seeds_of
 from bivlm.pruning.settings import PruningSettings
 
 Forward = Callable[..., torch.Tensor]
@@ -31,9 +31,9 @@ class VisionPruning:
             encoder sees one sequence, in which an image is a run of tokens.
     """
 
-    def __init__(self, parts: Anatomy, settings: PruningSettings) -> None:
+    def __init__(self, parts: Anatomy, settings: PruningSettings, tally: Tally) -> None:
         """Raises `InputError` for a layer out of range."""
-        self._parts, self._settings = parts, settings
+        self._parts, self._settings, self._tally = parts, settings, tally
         self.tokens: Sequence | None = None
         self._pixels: torch.Tensor | None = None
         self._sizes: list[int] = []
@@ -92,7 +92,7 @@ class VisionPruning:
             tokens = self.tokens
             if number == self._settings.layer:
                 scores_BT = torch.cat(self._seen, dim=1).expand(len(tokens.alive_BT), -1) if self._seen else None
-                tokens.choose(self._settings, scores_BT, "vision tokens")
+                self._tally.add("image", tokens.choose(self._settings, scores_BT))
             left = tokens.shortened
             if left is None:
                 return forward(hidden_states, *arguments, **named)

@@ -1,0 +1,118 @@
+"""How many image tokens a model can do without, at a loss of accuracy that is stated beforehand.
+
+A share counts as shown if the 95 % interval of its loss stays within the tolerance, as refuted if it lies beyond it.
+Between the largest that is shown and the smallest that is refuted the questions cannot tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from bivlm.evaluation.paired import Loss
+
+Verdict = Literal["within", "beyond", "unclear"]
+
+STEPS = 100  # shares are whole percents
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """How far image tokens can be dropped.
+
+    Attributes:
+        shown: the largest share, among those looked at, whose loss is shown to be within the tolerance; None if there
+            is none.
+        refuted: the smallest whose loss is shown to be beyond it; None if there is none.
+        losses: what was looked at, by share.
+        tolerance: in percentage points.
+        questions: how many were asked.
+        needed: how many it would take, about, to tell about the share next to `shown`; None if that is known.
+    """
+
+    shown: float | None
+    refuted: float | None
+    losses: dict[float, Loss]
+    tolerance: float
+    questions: int
+    needed: int | None
+
+    @property
+    def resolved(self) -> bool:
+        """Whether no share is left in doubt."""
+        top = 1.0 if self.refuted is None else self.refuted
+        below = 0.0 if self.shown is None else self.shown
+        return round(top * STEPS) - round(below * STEPS) <= 1
+
+    def in_words(self) -> str:
+        """One sentence for people."""
+        within = f"within {self.tolerance:g} point{'' if self.tolerance == 1 else 's'}"
+        if self.shown is None:
+            start = f"no share is shown to stay {within}"
+        else:
+            start = f"{100 * self.shown:g} % of the image tokens can be dropped {within}"
+        end = "" if self.refuted is None else f"; {100 * self.refuted:g} % cannot"
+        if self.resolved:
+            return f"{start}{end} ({self.questions} questions)"
+        return f"{start}{end}; in between not resolvable with {self.questions} questions" + (
+            "" if self.needed is None else f" (about {self.needed:,} would be needed)"
+        )
+
+
+def verdict(loss: Loss, tolerance: float) -> Verdict:
+    """What the questions say of a share's loss against the tolerance, both in percentage points."""
+    if loss.high <= tolerance:
+        return "within"
+    return "beyond" if loss.low > tolerance else "unclear"
+
+
+def find_redundancy(measure: Callable[[float], Loss], tolerance: float, highest: float = 0.99) -> Redundancy:
+    """Bisect shares of whole percents up to `highest`; ``measure(share)`` prunes and compares with no pruning.
+
+    It assumes that more pruning loses more; where that is not so, `shown` has larger shares above it that were not
+    looked at. Each of the two ends takes some seven measurements, many of them shared.
+    """
+    losses: dict[float, Loss] = {}
+
+    def says(step: int) -> Verdict:
+        share = step / STEPS
+        if share not in losses:
+            losses[share] = measure(share)
+        return verdict(losses[share], tolerance)
+
+    top = round(highest * STEPS)
+    shown = _last(lambda step: says(step) == "within", top)
+    kept = _last(lambda step: says(step) != "beyond", top)
+    nearest = losses.get(min(shown + 1, top) / STEPS)
+    ordered = dict(sorted(losses.items()))
+    questions = max((loss.n for loss in losses.values()), default=0)
+    return Redundancy(
+        shown=shown / STEPS if shown else None,
+        refuted=(kept + 1) / STEPS if kept < top else None,
+        losses=ordered,
+        tolerance=tolerance,
+        questions=questions,
+        needed=_needed(nearest, tolerance) if nearest is not None and kept > shown else None,
+    )
+
+
+def _last(holds: Callable[[int], bool], top: int) -> int:
+    """The last step of 1 to `top` at which it holds, if it holds up to some step and not after; 0 if it never does."""
+    below, above = 0, top + 1
+    while above - below > 1:
+        middle = (below + above) // 2
+        if holds(middle):
+            below = middle
+        else:
+            above = middle
+    return below
+
+
+def _needed(loss: Loss, tolerance: float) -> int | None:
+    """Questions at which an interval of this loss, narrowing with their square root, would leave the tolerance out."""
+    distance, reach = abs(tolerance - loss.loss), max(loss.high - loss.loss, loss.loss - loss.low)
+    if distance == 0 or reach <= 0:
+        return None
+    return math.ceil(loss.n * (reach / distance) ** 2)
