@@ -107,6 +107,34 @@ def print_board(board: dict[str, Any]) -> None:
         console.print(escape(f"not on the board: {failure['recipe']}: {failure['reason']}"), highlight=False)
 
 
+def print_sweep(result: dict[str, Any]) -> None:
+    """What `flows.pruning.sweep_flow` returned: a grid a model, place and score, over all questions together."""
+    from bivlm.pruning.tables import as_table, grid
+
+    table = as_table(result["rows"])
+    task = "all" if (table["task"] == "all").any() else table["task"].iloc[0]
+    for (model, place, score), _ in table[table["task"] == task].groupby(["model", "place", "score"], sort=False):
+        level = result["baselines"][model][task]
+        wide = grid(table, model, task, place, score)
+        print(f"{model}: {place}, {score}; accuracy in percent, without pruning {level:.1f}")
+        shown = Table("from layer", *wide.columns, box=None)
+        for layer, accuracies in wide.iterrows():
+            _row(shown, layer, *(_figure(None if value != value else value, ".1f") for value in accuracies))
+        _print(shown)
+
+
+def print_redundancy(results: list[dict[str, Any]]) -> None:
+    """What `flows.pruning.redundancy_flow` returned."""
+    for found in results:
+        layer = "" if found["layer"] is None else f" from layer {found['layer']}"
+        print(f"{found['place']}{layer}: {found['in_words']}")
+        shown = Table("dropped", "accuracy lost", "95 % interval", "worse", "better", box=None)
+        for share, loss in found["losses"].items():
+            interval = f"{loss['low']:.1f} to {loss['high']:.1f}"
+            _row(shown, f"{100 * share:g} %", f"{loss['loss']:.1f}", interval, loss["worse"], loss["better"])
+        _print(shown)
+
+
 _MARKS = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "not checked": "[yellow]not checked[/]"}
 
 

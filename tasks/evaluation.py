@@ -60,7 +60,7 @@ def evaluate_checkpoint(
                 advance(STAGE, answered - shown)
                 shown = answered
 
-        model, processor = _loaded(folder, sha256, device)
+        model, processor = loaded_model(folder, sha256, device)
         result = smaller_after_out_of_memory(
             lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
             default_batch_size(model),
@@ -137,7 +137,7 @@ def _asked(
     """Model, processor and the held-out samples."""
     with store.scratch() as samples:
         conversations = load_held_out(store.fetch_folder(calibration.record.outputs, samples))
-        yield *_loaded(folder, sha256, device), conversations
+        yield *loaded_model(folder, sha256, device), conversations
 
 
 class _HeldModel:
@@ -179,6 +179,7 @@ _held = _HeldModel()
 _guard = Lock()
 
 
-def _loaded(folder: str, sha256: str, device: Device) -> tuple[PreTrainedModel, ProcessorMixin]:
+def loaded_model(folder: str, sha256: str, device: Device) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model of a folder, held until another is asked for or `forget_models`; raises `InputError` if it changed."""
     with _guard:
         return _held.load(folder, sha256, device)

@@ -13,6 +13,7 @@ from bivlm.figures.compression import (
     weight_histogram,
 )
 from bivlm.figures.leaderboard import quality_against_bits
+from bivlm.figures.pruning import accuracy_by_share, loss_maps
 from bivlm.figures.saliency import salient_overlap
 from bivlm.figures.style import COMPONENT_COLOURS, INK, PAPER, png, svg
 
@@ -21,9 +22,11 @@ __all__ = [
     "INK",
     "PAPER",
     "accuracy_against_bits",
+    "accuracy_by_share",
     "bits_and_error",
     "error_by_p_max",
     "kl_per_layer",
+    "loss_maps",
     "png",
     "quality_against_bits",
     "salient_overlap",

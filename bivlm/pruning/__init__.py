@@ -4,73 +4,7 @@ They are dropped physically: layers compute on the tokens that are left, with th
 no more than these. The logits are those of a model that is told by its attention masks not to look at the others.
 """
 
-from __future__ import annotations
+# What needs the model zoo is not imported here: recipes hold settings, and are read without it.
+from bivlm.pruning.settings import PLACES, SCORES, SCORES_AT, Place, PruningSettings, Score, SweepSettings
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-
-import torch
-from transformers import PreTrainedModel
-
-from bivlm.pruning.anatomy import anatomy
-from bivlm.pruning.language import LanguagePruning
-from bivlm.pruning.reading import Tally
-from bivlm.pruning.settings import PLACES, SCORES, SCORES_AT, Place, PruningSettings, Score
-from bivlm.pruning.vision import VisionPruning
-
-__all__ = ["PLACES", "SCORES", "SCORES_AT", "Kept", "Place", "Pruning", "PruningSettings", "Score", "pruned"]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What was left of the prompt that was read last, bool: true for a token that was kept.
-
-    Attributes:
-        vision: of the tokens in the vision encoder (images or tiles, tokens); None if it drops none.
-        language: of the tokens of the prompts (B, T), false for padding.
-        states: of the image features (B, S) of a model with cross-attention.
-    """
-
-    vision: torch.Tensor | None
-    language: torch.Tensor | None
-    states: torch.Tensor | None
-
-
-class Pruning:
-    """What `pruned` gives: a look at what it does."""
-
-    def __init__(self, language: LanguagePruning, vision: VisionPruning | None, tally: Tally) -> None:
-        self._language, self._vision, self._tally = language, vision, tally
-
-    def kept_shares(self) -> dict[str, float]:
-        """The share of the tokens that was kept, over all prompts so far: of "image" tokens, and of "text" tokens.
-
-        Tokens that were never to be dropped do not count; a kind of which no token was is left out.
-        """
-        return self._tally.kept_shares()
-
-    def kept(self) -> Kept:
-        """The tokens that were kept of the prompt that was read last."""
-        vision = self._vision.tokens if self._vision is not None else None
-        tokens, states = self._language.tokens, self._language.states
-        return Kept(*(None if each is None else each.alive_BT for each in (vision, tokens, states)))
-
-
-@contextmanager
-def pruned(model: PreTrainedModel, settings: PruningSettings) -> Iterator[Pruning]:
-    """Within this block `model` drops tokens from every prompt it reads, in ``forward`` and in ``generate``.
-
-    Logits of dropped tokens mean nothing. Prompts are given as ``input_ids``, with an ``attention_mask`` of (B, T) if
-    they are padded; a cache belongs to the block that it was made in. Raises `InputError` for an architecture that is
-    not known, a layer out of range, and on reading a prompt for a share that leaves no token.
-    """
-    parts = anatomy(model)
-    tally = Tally()
-    language = LanguagePruning(parts, model, settings, tally)
-    vision = VisionPruning(parts, settings, tally) if settings.place in ("vision", "joint") else None
-    with ExitStack() as stack:
-        language.enter(stack)
-        if vision is not None:
-            vision.enter(stack)
-        yield Pruning(language, vision, tally)
+__all__ = ["PLACES", "SCORES", "SCORES_AT", "Place", "PruningSettings", "Score", "SweepSettings"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 Place = Literal["vision", "input", "language", "text", "joint"]
 Score = Literal["attention", "last_token", "divprune", "cdpruner", "random", "uniform"]
 PLACES: tuple[Place, ...] = get_args(Place)
 SCORES: tuple[Score, ...] = get_args(Score)
 
+PAPER_SHARES = (0.25, 0.5, 0.75, 0.863, 0.95, 0.99)  # tables 7 to 13
 # What each place can be scored by: attention needs a layer of attention before it, diversity the projected features.
 SCORES_AT: dict[Place, tuple[Score, ...]] = {
     "vision": ("attention", "random", "uniform"),
@@ -88,3 +90,62 @@ class PruningSettings(BaseModel):
         layer = "" if self.layer is None else f" from layer {self.layer}"
         much = f"{100 * self.share:g} %" if self.share is not None else f"mass {100 * self.mass:g} % kept"
         return f"{self.place}{layer}, {much}, {self.score}"
+
+
+class SweepSettings(BaseModel):
+    """What a recipe may say about a sweep.
+
+    Attributes:
+        places: where tokens are dropped, see `PruningSettings`.
+        layers: the first layers that do not see them; for all places, or by place. At ``input`` there is none.
+        shares: of the tokens that are dropped; by default the paper's.
+        scores: by which they are chosen; a score that is not known at a place is left out there.
+        questions: asked in every cell, the first ones of every benchmark; all of them if it is not given.
+        seed: of the score ``random``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    places: tuple[Place, ...] = Field(default=("vision", "language", "joint"), min_length=1)
+    layers: tuple[int, ...] | dict[Place, tuple[int, ...]] = (2,)
+    shares: tuple[float, ...] = Field(default=PAPER_SHARES, min_length=1)
+    scores: tuple[Score, ...] = Field(default=("attention",), min_length=1)
+    questions: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("places", "layers", "shares", "scores", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: tuple(each) if isinstance(each, list) else each for key, each in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _all_can_be(self) -> SweepSettings:
+        if isinstance(self.layers, dict) and (without := sorted(set(self.places) - {"input"} - set(self.layers))):
+            raise ValueError(f"layers: expected layers for every place, found none for {', '.join(without)}")
+        for place in self.places:
+            if not set(self.scores) & set(SCORES_AT[place]):
+                raise ValueError(f"scores: at place {place!r} expected one of {', '.join(SCORES_AT[place])}")
+        try:
+            self.cells()
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}") from None
+        return self
+
+    def cells(self) -> list[PruningSettings]:
+        """Every combination that there is, in order: place, score, layer, share."""
+        return [
+            PruningSettings(place=place, score=score, layer=layer, share=share, seed=self.seed)
+            for place in self.places
+            for score in self.scores
+            if score in SCORES_AT[place]
+            for layer in self._layers_at(place)
+            for share in self.shares
+        ]
+
+    def _layers_at(self, place: Place) -> Sequence[int | None]:
+        if place == "input":
+            return (None,)
+        return self.layers.get(place, ()) if isinstance(self.layers, dict) else self.layers

@@ -5,8 +5,9 @@ import torch
 from masked_twin import masked
 from tiny_prunable import FAMILIES, IMAGE, make
 
-from bivlm.pruning import PruningSettings, pruned
+from bivlm.pruning import PruningSettings
 from bivlm.pruning.anatomy import anatomy
+from bivlm.pruning.dropping import pruned
 
 PLACES = {
     "vision": {"place": "vision", "layer": 2, "share": 0.5},

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from tiny_prunable import llava, make, mllama
 
 from bivlm.errors import InputError
-from bivlm.pruning import PLACES, SCORES_AT, PruningSettings, pruned
+from bivlm.pruning import PLACES, SCORES_AT, PruningSettings
+from bivlm.pruning.dropping import pruned
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from bivlm.pruning.sweep import ROW, SweepSettings, as_table, grid
+from bivlm.pruning import SweepSettings
+from bivlm.pruning.tables import ROW, as_table, grid
 
 
 def test_every_combination_is_there_once():

@@ -1,0 +1,39 @@
+"""What came of a sweep as tables: a long one, and those of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from bivlm.pruning.settings import Place, Score
+
+ROW = (
+    *("model", "task", "place", "score", "layer", "share", "n", "accuracy", "low", "high"),
+    *("loss", "loss_low", "loss_high", "p_value", "kept_image", "kept_text", "refused"),
+)
+
+
+def as_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """A row a model, benchmark and cell, with the columns `ROW`.
+
+    Accuracy and loss against the same model without pruning are in percent and percentage points with their 95 %
+    intervals; ``kept_image`` and ``kept_text`` are shares of tokens. A cell that could not be has the reason in
+    ``refused`` and no figures.
+    """
+    table = pd.DataFrame(list(rows), columns=list(ROW)).astype({"layer": "Int64", "n": "Int64"})
+    return table.sort_values(["model", "task", "place", "score", "layer", "share"], kind="stable", ignore_index=True)
+
+
+def grid(
+    table: pd.DataFrame, model: str, task: str, place: Place, score: Score, value: str = "accuracy"
+) -> pd.DataFrame:
+    """One of the paper's tables (7 to 21): a row a layer, a column a share.
+
+    At ``input``, where there is no layer, the only row is called "-".
+    """
+    chosen = table.query("model == @model and task == @task and place == @place and score == @score")
+    named = chosen.assign(layer=chosen["layer"].astype("object").where(chosen["layer"].notna(), "-"))
+    wide = named.pivot(index="layer", columns="share", values=value)
+    return wide.rename(columns=lambda share: f"{100 * share:g} %").rename_axis(index="layer", columns=None)

@@ -1,0 +1,162 @@
+"""Pruning sweeps, and how many image tokens a model can do without: flows for any checkpoint, packed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from pydantic import ValidationError
+from rich.console import Console
+
+from bivlm.checkpoint import Checkpoint, resolve_model
+from bivlm.errors import InputError
+from bivlm.evaluation import load_benchmark
+from bivlm.evaluation.metrics import accuracy
+from bivlm.pruning import PruningSettings, SweepSettings
+from bivlm.pruning.redundancy import find_redundancy
+from bivlm.stores.location import default_workspace
+from bivlm.workspace import Workspace
+from flows.progress import FlowProgress
+from tasks import evaluation, pruning
+from tasks.device import Device, choose_device
+from tasks.naming import model_name
+from tasks.progress import shown_by
+from tasks.pruning import ALL, Subject
+from tasks.steps import Done
+
+
+@flow(name="prune-sweep", flow_run_name="prune-sweep-{output}", persist_result=False)
+def sweep_flow(
+    models: list[str],
+    benchmarks: list[str],
+    sweep: dict[str, Any],
+    output: str,
+    revision: str | None = None,
+    workspace: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Prune every one of `models` (folders or hub ids) in every cell of `sweep` and ask it the `benchmarks`.
+
+    `sweep` is as `bivlm.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's tables
+    in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A sweep that was killed goes on at the cell where it was.
+    Returns ``{"output", "rows", "baselines"}``. Raises `InputError` for anything the caller can mend, layers out of
+    range among it, before the first question is asked.
+    """
+    settings = parse_sweep(sweep)
+    store = Workspace.open(workspace or default_workspace())
+    asked = {name: load_benchmark(name, settings.questions) for name in benchmarks}
+    if not asked:
+        raise InputError("benchmarks: found none, expected at least one")
+    device, subjects = choose_device(), [subject_of(model, revision) for model in models]
+    if len({subject.label for subject in subjects}) < len(subjects):
+        raise InputError(f"models: two are called alike ({', '.join(s.label for s in subjects)}); rename their folders")
+    place = str(Path(output).expanduser().absolute())
+    cells = settings.cells()
+    questions = sum(map(len, asked.values()))
+    stages = {evaluation.STAGE: questions * len(subjects), pruning.STAGE: questions * len(subjects) * len(cells)}
+    with FlowProgress(stages, Console(stderr=True, quiet=quiet), "pruning sweep") as progress, shown_by(progress):
+        limit = settings.questions
+        rows, baselines = sweep_all(subjects, cells, benchmarks, limit, device, store.url, progress.publish)
+    pruning.write_sweep(rows, baselines, place)
+    return {"output": place, "rows": rows, "baselines": baselines}
+
+
+@flow(name="redundancy", flow_run_name="redundancy-{model}", persist_result=False)
+def redundancy_flow(
+    model: str,
+    benchmarks: list[str],
+    tolerance: float,
+    cells: list[dict[str, Any]],
+    questions: int | None = None,
+    revision: str | None = None,
+    workspace: str | None = None,
+) -> list[dict[str, Any]]:
+    """For each of `cells` (`bivlm.pruning.PruningSettings` without a share) the largest share that can be dropped.
+
+    `tolerance` is in percentage points of accuracy over all `benchmarks` together. Returns, for each cell, its settings
+    and `bivlm.pruning.redundancy.Redundancy` ready for JSON, with a sentence in ``"in_words"``.
+    """
+    store = Workspace.open(workspace or default_workspace())
+    device, subject = choose_device(), subject_of(model, revision)
+    try:
+        plain = {
+            name: evaluation.evaluate_checkpoint(subject.folder, subject.sha256, name, questions, device, store.url)
+            for name in benchmarks
+        }
+        results = []
+        for given in cells:
+
+            def measure(share: float, given: dict[str, Any] = given) -> Any:
+                cell = PruningSettings(**given, share=share)
+                (found,) = pruning.prune_cells(subject, [cell], benchmarks, questions, device, store.url)
+                return pruning.loss_of(plain, found, store.url)
+
+            pruning.check_cells(subject, [PruningSettings(**given, share=0.5)], device)
+            found = find_redundancy(measure, tolerance)
+            results.append({**given, **asdict(found), "resolved": found.resolved, "in_words": found.in_words()})
+        return results
+    finally:
+        evaluation.forget_models()
+
+
+def sweep_all(
+    subjects: Sequence[Subject],
+    cells: Sequence[PruningSettings],
+    benchmarks: Sequence[str],
+    limit: int | None,
+    device: Device,
+    workspace: str,
+    publish: Callable[[], None],
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """The rows of all cells, and the accuracies without pruning by model and benchmark.
+
+    One model after the other, and of each a task a place and layer.
+    """
+    rows: list[dict[str, Any]] = []
+    baselines: dict[str, dict[str, float]] = {}
+    try:
+        for subject in subjects:
+            pruning.check_cells(subject, cells, device)
+        for subject in subjects:
+            plain: dict[str, Done] = {}
+            for name in benchmarks:
+                plain[name] = evaluation.evaluate_checkpoint(
+                    subject.folder, subject.sha256, name, limit, device, workspace
+                )
+                publish()
+            found: list[Mapping[str, Done]] = []
+            for _, chunk in groupby(cells, key=lambda cell: (cell.place, cell.score, cell.layer)):
+                found += pruning.prune_cells(subject, list(chunk), benchmarks, limit, device, workspace)
+                publish()
+            rows += pruning.rows_of(subject, cells, found, plain, workspace)
+            baselines[subject.label] = _baseline(plain)
+    finally:
+        evaluation.forget_models()
+    return rows, baselines
+
+
+def _baseline(plain: Mapping[str, Done]) -> dict[str, float]:
+    """Accuracy by benchmark, and that over the questions of all of them."""
+    figures = {name: done.record.figures for name, done in plain.items()}
+    found = {name: each["metrics"]["accuracy"] for name, each in figures.items()}
+    scores = [each["metrics"]["accuracy"] / 100 for each in figures.values() for _ in range(each["n"])]
+    return found | ({ALL: accuracy(scores)} if len(found) > 1 else {})
+
+
+def parse_sweep(sweep: dict[str, Any]) -> SweepSettings:
+    """The settings in `sweep`; raises `InputError` naming the key."""
+    try:
+        return SweepSettings.model_validate(sweep)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, each['loc'])) or '(sweep)'}: {each['msg']}" for each in error.errors()]
+        raise InputError("\n".join(["sweep is not valid:", *lines])) from None
+
+
+def subject_of(model: str, revision: str | None = None) -> Subject:
+    """A checkpoint by folder or hub id."""
+    resolved = resolve_model(model, revision)
+    return Subject(model_name(resolved), str(resolved.folder), Checkpoint.open(resolved.folder).digest())

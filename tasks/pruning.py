@@ -1,0 +1,188 @@
+"""Models with fewer tokens: every cell of a sweep on every benchmark, a step each; and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from prefect import task
+
+from bivlm.errors import InputError
+from bivlm.evaluation import evaluate, load_benchmark, read_outcomes, write_outcomes
+from bivlm.evaluation.generation import default_batch_size
+from bivlm.evaluation.metrics import accuracy, bootstrap_interval
+from bivlm.evaluation.paired import Loss, loss_between
+from bivlm.figures import accuracy_by_share, loss_maps, svg
+from bivlm.identity import step_identity
+from bivlm.pruning import PruningSettings
+from bivlm.pruning.dropping import pruned
+from bivlm.pruning.tables import as_table, grid
+from bivlm.stores.folder import write_atomically
+from bivlm.workspace import Workspace
+from tasks.device import Device
+from tasks.evaluation import OUTCOMES_FILE, loaded_model
+from tasks.naming import slug
+from tasks.policy import OVER_NETWORK, smaller_after_out_of_memory
+from tasks.progress import advance
+from tasks.steps import Done, do_step, open_workspace
+
+STAGE = "pruning"
+VERSION = 1
+ALL = "all"  # the questions of all benchmarks together
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint whose tokens are pruned: what people call it, where it lies, and its hash."""
+
+    label: str
+    folder: str
+    sha256: str
+
+
+@task(name="check-cells", **OVER_NETWORK)
+def check_cells(subject: Subject, cells: Sequence[PruningSettings], device: Device) -> None:
+    """Raise `InputError` for a cell that the model does not have, before hours are spent on the others."""
+    model, _ = loaded_model(subject.folder, subject.sha256, device)
+    for cell in {(cell.place, cell.layer): cell for cell in cells}.values():
+        with pruned(model, cell):
+            pass
+
+
+@task(name="prune", task_run_name="prune-{cells[0].place}-{cells[0].layer}", **OVER_NETWORK)
+def prune_cells(
+    subject: Subject,
+    cells: list[PruningSettings],
+    benchmarks: Sequence[str],
+    limit: int | None,
+    device: Device,
+    workspace: str,
+) -> list[dict[str, Done]]:
+    """The outcome of every cell, by benchmark: figures as of an evaluation and ``kept``, the shares of tokens kept.
+
+    A cell that leaves a prompt no image token has ``refused``, the reason, instead.
+    """
+    store = open_workspace(workspace)
+    return [{name: _prune(subject, cell, name, limit, device, store) for name in benchmarks} for cell in cells]
+
+
+def _prune(
+    subject: Subject, cell: PruningSettings, benchmark: str, limit: int | None, device: Device, store: Workspace
+) -> Done:
+    questions = load_benchmark(benchmark, limit)
+    identity = step_identity(
+        STAGE,
+        VERSION,
+        {"checkpoint": subject.sha256, "benchmark": questions.digest},
+        {"task": benchmark, "cell": cell.model_dump(mode="json")},
+        exact=False,
+        device=device.kind,
+    )
+
+    def ask(place: Path) -> dict[str, Any]:
+        model, processor = loaded_model(subject.folder, subject.sha256, device)
+        try:
+            with pruned(model, cell) as pruning:
+                result = smaller_after_out_of_memory(
+                    lambda size: evaluate(model, processor, questions, batch_size=size), default_batch_size(model)
+                )
+        except InputError as error:
+            return {"refused": str(error)}
+        write_outcomes(result.outcomes, place / OUTCOMES_FILE)
+        return {**result.record(), "kept": pruning.kept_shares()}
+
+    done = do_step(store, identity, ask)
+    advance(STAGE, len(questions))
+    return done
+
+
+@task(name="sweep-rows", **OVER_NETWORK)
+def rows_of(
+    subject: Subject,
+    cells: Sequence[PruningSettings],
+    found: Sequence[Mapping[str, Done]],
+    plain: Mapping[str, Done],
+    workspace: str,
+) -> list[dict[str, Any]]:
+    """The rows of `bivlm.pruning.tables.as_table`: a row a cell and benchmark, and one for all benchmarks together.
+
+    `plain` are the evaluations of the same model without pruning, by benchmark.
+    """
+    store = open_workspace(workspace)
+    before = {name: _outcomes(store, done) for name, done in plain.items()}
+    rows = []
+    for cell, by_benchmark in zip(cells, found, strict=True):
+        known = {
+            "model": subject.label,
+            **cell.model_dump(mode="json", include={"place", "score", "layer", "share"}),
+        }
+        refused = next((done.record.figures["refused"] for done in by_benchmark.values() if _refused(done)), None)
+        after = {name: _outcomes(store, done) for name, done in by_benchmark.items() if not _refused(done)}
+        for name, done in by_benchmark.items():
+            kept = {f"kept_{kind}": share for kind, share in done.record.figures.get("kept", {}).items()}
+            figures = _figures(before[name], after[name]) if name in after else {"refused": refused}
+            rows.append({**known, "task": name, **kept, **figures})
+        if len(by_benchmark) > 1:
+            whole = {"refused": refused} if refused else _figures(_together(before), _together(after))
+            rows.append({**known, "task": ALL, **whole})
+    return rows
+
+
+def _refused(done: Done) -> bool:
+    return "refused" in done.record.figures
+
+
+def _outcomes(store: Workspace, done: Done) -> pd.DataFrame:
+    return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
+
+
+def _together(outcomes: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The questions of all benchmarks, whose ids and images get the benchmark's name in front."""
+    named = [
+        each.assign(**{column: f"{name}/" + each[column] for column in ("question_id", "image_id")})
+        for name, each in outcomes.items()
+    ]
+    return pd.concat(named, ignore_index=True)
+
+
+def _figures(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
+    low, high = bootstrap_interval(after["score"], after["image_id"])
+    lost: Loss = loss_between(before, after)
+    renamed = {"loss": lost.loss, "loss_low": lost.low, "loss_high": lost.high, "p_value": lost.p_value, "n": lost.n}
+    return {"accuracy": accuracy(after["score"]), "low": low, "high": high, **renamed}
+
+
+def write_sweep(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, float]], output: str) -> None:
+    """The sweep in the folder `output`: all rows, the paper's tables, heat maps of the loss, accuracy over shares.
+
+    `baselines` are accuracies without pruning, in percent by model and benchmark.
+    """
+    folder = Path(output)
+    table = as_table(rows)
+    texts = {
+        "sweep.csv": table.to_csv(index=False, float_format="%.6g"),
+        "baselines.json": json.dumps(baselines, indent=1, ensure_ascii=False) + "\n",
+        "losses.svg": svg(loss_maps(table)),
+        "accuracy.svg": svg(accuracy_by_share(table, baselines)),
+    }
+    keys = ["model", "task", "place", "score"]
+    for values, _ in table.groupby(keys, sort=False):
+        name = "-".join(slug(str(value)) for value in values)
+        texts[f"tables/{name}.csv"] = grid(table, *values).to_csv(float_format="%.2f")
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+
+
+def loss_of(plain: Mapping[str, Done], found: Mapping[str, Done], workspace: str) -> Loss:
+    """What one cell loses over all its benchmarks together; raises `InputError` for a cell that was refused."""
+    refused = next((done for done in found.values() if _refused(done)), None)
+    if refused is not None:
+        raise InputError(refused.record.figures["refused"])
+    store = open_workspace(workspace)
+    before, after = ({name: _outcomes(store, done) for name, done in each.items()} for each in (plain, found))
+    return loss_between(_together(before), _together(after))

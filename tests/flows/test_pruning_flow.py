@@ -1,0 +1,104 @@
+"""Sweeps and redundancy on a tiny model: what is written, that it resumes, and what is refused beforehand."""
+
+import json
+
+import pandas as pd
+import pytest
+from tiny_llava import make_tiny_llava
+
+from bivlm.errors import InputError
+from bivlm.pruning.tables import ROW
+from flows import cli
+from tasks import pruning
+
+SWEEP = {"places": ["vision", "language", "joint"], "layers": [1], "shares": [0.25, 0.5]}
+
+
+@pytest.fixture
+def swept(tmp_path, questions, monkeypatch):
+    """A function that sweeps two tiny models in one workspace."""
+    models = [str(make_tiny_llava(tmp_path / name, seed=seed)) for name, seed in (("one", 0), ("other", 1))]
+    monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "cache"))
+
+    def run(**changes):
+        from flows.pruning import sweep_flow
+
+        arguments = {"models": models, "benchmarks": [f"vqa:{questions}", "reference:choice"], "quiet": True}
+        arguments |= {"output": str(tmp_path / "out"), "workspace": str(tmp_path / "workspace")}
+        return sweep_flow(**arguments | {"sweep": {**SWEEP, "questions": 4}} | changes)
+
+    run.models = models
+    return run
+
+
+def test_a_sweep_has_every_cell_and_is_the_same_twice(swept, tmp_path, monkeypatch):
+    swept()
+    table = pd.read_csv(tmp_path / "out" / "sweep.csv")
+    assert tuple(table.columns) == ROW
+    assert len(table) == 2 * 6 * 3  # models, cells, two tasks and both together
+    assert set(table["task"]) == {"reference:choice", "all"} | set(table["task"][table["task"].str.startswith("vqa:")])
+    assert (table[table["task"] == "all"]["n"] == 8).all()
+    image = table[(table["place"] == "language") & (table["share"] == 0.25) & (table["task"] != "all")]
+    assert image["kept_image"].between(0.7, 0.8).all()
+    files = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {str(file) for file in files} >= {"sweep.csv", "baselines.json", "losses.svg", "accuracy.svg"}
+    assert sum(file.parts[0] == "tables" for file in files) == 2 * 3 * 3
+    written = {file: (tmp_path / "out" / file).read_bytes() for file in files}
+    monkeypatch.setattr(pruning, "evaluate", None)  # nothing is asked again
+    swept()
+    assert written == {file: (tmp_path / "out" / file).read_bytes() for file in files}
+
+
+def test_a_sweep_that_was_stopped_goes_on_at_the_cell_where_it_was(swept, monkeypatch):
+    real, asked = pruning.evaluate, []
+
+    def failing(*arguments, **options):
+        if len(asked) == 5:
+            raise RuntimeError("the power is gone")
+        asked.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(pruning, "evaluate", failing)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        swept()
+    monkeypatch.setattr(
+        pruning, "evaluate", lambda *arguments, **options: asked.append(1) or real(*arguments, **options)
+    )
+    swept()
+    assert len(asked) == 2 * 6 * 2
+
+
+def test_a_share_that_leaves_no_token_is_a_gap_with_its_reason(swept, tmp_path):
+    swept(sweep={"places": ["language"], "layers": [1], "shares": [0.5, 0.999], "questions": 2})
+    table = pd.read_csv(tmp_path / "out" / "sweep.csv")
+    refused = table[table["share"] == 0.999]
+    assert refused["refused"].str.contains("leaves none of").all()
+    assert refused["accuracy"].isna().all()
+    assert table[table["share"] == 0.5]["accuracy"].notna().all()
+
+
+def test_a_layer_out_of_range_is_refused_before_any_question(swept, monkeypatch):
+    monkeypatch.setattr(pruning, "evaluate", None)
+    with pytest.raises(InputError, match=r"pruning\.layer: found 7, expected 1 to"):
+        swept(sweep={**SWEEP, "layers": [1, 7]})
+
+
+def test_the_commands(swept, tmp_path, questions, capsys):
+    arguments = ["--model", swept.models[0], "--task", f"vqa:{questions}", "--questions", "2"]
+    arguments += ["--workspace", str(tmp_path / "workspace"), "--layers", "1"]
+    place = ["--output", str(tmp_path / "swept"), "--places", "language", "--shares", "50%", "0.75"]
+    assert cli.main(["sweep", *arguments, *place]) == 0
+    said = capsys.readouterr().out
+    assert "one: language, attention; accuracy in percent, without pruning" in said
+    assert "75 %" in said
+    assert cli.main(["redundancy", *arguments, "--tolerance", "1%", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["found"]
+    assert found["tolerance"] == 1.0
+    assert "not resolvable with 2 questions" in found["in_words"]
+    assert cli.main(["redundancy", *arguments, "--tolerance", "50%"]) == 0
+    assert "accuracy lost" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", *arguments, *place, "--shares", "1.5"])
+    assert "expected a share from 0 up to but not 1" in capsys.readouterr().err
+    assert cli.main(["sweep", *arguments, *place, "--places", "nowhere"]) == 2
+    assert "places" in capsys.readouterr().err
