@@ -16,6 +16,7 @@ from bivlm.checkpoint import Checkpoint, resolve_model
 from bivlm.errors import InputError
 from bivlm.evaluation import load_benchmark
 from bivlm.evaluation.metrics import accuracy
+from bivlm.evaluation.paired import Loss
 from bivlm.pruning import PruningSettings, SweepSettings
 from bivlm.pruning.redundancy import find_redundancy
 from bivlm.stores.location import default_workspace
@@ -90,14 +91,14 @@ def redundancy_flow(
         results = []
         for given in cells:
 
-            def measure(share: float, given: dict[str, Any] = given) -> Any:
+            def measure(share: float, given: dict[str, Any] = given) -> Loss | None:
                 cell = PruningSettings(**given, share=share)
                 (found,) = pruning.prune_cells(subject, [cell], benchmarks, questions, device, store.url)
                 return pruning.loss_of(plain, found, store.url)
 
             pruning.check_cells(subject, [PruningSettings(**given, share=0.5)], device)
             found = find_redundancy(measure, tolerance)
-            results.append({**given, **asdict(found), "resolved": found.resolved, "in_words": found.in_words()})
+            results.append({**given, **asdict(found), "in_words": found.in_words()})
         return results
     finally:
         evaluation.forget_models()

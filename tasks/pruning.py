@@ -178,11 +178,10 @@ def write_sweep(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mappi
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
 
 
-def loss_of(plain: Mapping[str, Done], found: Mapping[str, Done], workspace: str) -> Loss:
-    """What one cell loses over all its benchmarks together; raises `InputError` for a cell that was refused."""
-    refused = next((done for done in found.values() if _refused(done)), None)
-    if refused is not None:
-        raise InputError(refused.record.figures["refused"])
+def loss_of(plain: Mapping[str, Done], found: Mapping[str, Done], workspace: str) -> Loss | None:
+    """What one cell loses over all its benchmarks together; None for a cell that was refused."""
+    if any(_refused(done) for done in found.values()):
+        return None
     store = open_workspace(workspace)
     before, after = ({name: _outcomes(store, done) for name, done in each.items()} for each in (plain, found))
     return loss_between(_together(before), _together(after))

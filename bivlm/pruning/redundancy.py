@@ -30,6 +30,7 @@ class Redundancy:
         tolerance: in percentage points.
         questions: how many were asked.
         needed: how many it would take, about, to tell about the share next to `shown`; None if that is known.
+        resolved: whether no share that leaves a token is in doubt.
     """
 
     shown: float | None
@@ -38,13 +39,7 @@ class Redundancy:
     tolerance: float
     questions: int
     needed: int | None
-
-    @property
-    def resolved(self) -> bool:
-        """Whether no share is left in doubt."""
-        top = 1.0 if self.refuted is None else self.refuted
-        below = 0.0 if self.shown is None else self.shown
-        return round(top * STEPS) - round(below * STEPS) <= 1
+    resolved: bool
 
     def in_words(self) -> str:
         """One sentence for people."""
@@ -68,33 +63,35 @@ def verdict(loss: Loss, tolerance: float) -> Verdict:
     return "beyond" if loss.low > tolerance else "unclear"
 
 
-def find_redundancy(measure: Callable[[float], Loss], tolerance: float, highest: float = 0.99) -> Redundancy:
+def find_redundancy(measure: Callable[[float], Loss | None], tolerance: float, highest: float = 0.99) -> Redundancy:
     """Bisect shares of whole percents up to `highest`; ``measure(share)`` prunes and compares with no pruning.
 
+    It returns None for a share that leaves no token, which ends the range.
     It assumes that more pruning loses more; where that is not so, `shown` has larger shares above it that were not
     looked at. Each of the two ends takes some seven measurements, many of them shared.
     """
-    losses: dict[float, Loss] = {}
+    found: dict[float, Loss | None] = {}
 
     def says(step: int) -> Verdict:
         share = step / STEPS
-        if share not in losses:
-            losses[share] = measure(share)
-        return verdict(losses[share], tolerance)
+        if share not in found:
+            found[share] = measure(share)
+        return "beyond" if found[share] is None else verdict(found[share], tolerance)
 
     top = round(highest * STEPS)
     shown = _last(lambda step: says(step) == "within", top)
     kept = _last(lambda step: says(step) != "beyond", top)
+    losses = {share: loss for share, loss in sorted(found.items()) if loss is not None}
     nearest = losses.get(min(shown + 1, top) / STEPS)
-    ordered = dict(sorted(losses.items()))
     questions = max((loss.n for loss in losses.values()), default=0)
     return Redundancy(
         shown=shown / STEPS if shown else None,
-        refuted=(kept + 1) / STEPS if kept < top else None,
-        losses=ordered,
+        refuted=(kept + 1) / STEPS if (kept + 1) / STEPS in losses and kept < top else None,
+        losses=losses,
         tolerance=tolerance,
         questions=questions,
         needed=_needed(nearest, tolerance) if nearest is not None and kept > shown else None,
+        resolved=kept == shown,
     )
 
 

@@ -59,3 +59,9 @@ def test_no_loss_at_all_leaves_nothing_in_doubt():
 )
 def test_verdicts(low, high, said):
     assert verdict(Loss(100, (low + high) / 2, low, high, 0, 0, 1.0), 1.0) == said
+
+
+def test_a_share_that_leaves_no_token_ends_the_range():
+    found = find_redundancy(lambda share: loss(0.0, 0.1) if share < 0.94 else None, 1.0)
+    assert (found.shown, found.refuted, found.resolved) == (0.93, None, True)
+    assert None not in found.losses.values()
