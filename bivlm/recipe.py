@@ -24,6 +24,7 @@ from bivlm.calibration.settings import CalibrationSettings, TokenWeights
 from bivlm.errors import InputError
 from bivlm.finish_settings import FinishSettings
 from bivlm.methods import MethodSettings, method
+from bivlm.pruning import RecipePruning
 from bivlm.search_settings import SearchSettings
 
 __all__ = [
@@ -71,6 +72,7 @@ class Recipe(BaseModel):
     search: SearchSettings | None = None
     finish: FinishSettings | None = None
     evaluation: tuple[str, ...] = ()
+    pruning: RecipePruning | None = None
 
     @field_validator("finish", mode="before")
     @classmethod
@@ -83,6 +85,12 @@ class Recipe(BaseModel):
     def _bits_alone(cls, value: Any) -> Any:
         """``budget: 2.0`` is short for ``budget: {bits: 2.0}``."""
         return {"bits": float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("pruning", mode="before")
+    @classmethod
+    def _setting_alone(cls, value: Any) -> Any:
+        """``pruning: {place: ...}`` is short for ``pruning: {setting: {place: ...}}``."""
+        return {"setting": value} if isinstance(value, dict) and "place" in value else value
 
     @field_validator("search")
     @classmethod

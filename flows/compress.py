@@ -17,11 +17,13 @@ from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark, load_benchmark
 from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
+from bivlm.pruning import PRUNING_KEY, PruningSettings
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
 from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.workspace import Workspace
 from flows.layers import WORKERS, PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
 from flows.progress import FlowProgress
+from flows.pruning import sweep_all
 from tasks import (
     binarization,
     block_inputs,
@@ -31,6 +33,7 @@ from tasks import (
     evaluation,
     finishing,
     grouping,
+    pruning,
     saliency,
     search,
     tracking,
@@ -53,6 +56,8 @@ from tasks.report import (
     write_report,
 )
 from tasks.steps import Done
+
+SWEEP_FOLDER = "pruning"  # in the packed checkpoint's
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         **({finishing.STAGE: recipe.finish.steps} if recipe.finish else {}),
         checkpoint.STAGE: 1,
         **({evaluation.STAGE: answers, evaluation.DIVERGENCE_STAGE: 2} if answers else {}),
+        **({pruning.STAGE: _asked_in_sweep(request)} if recipe.pruning and recipe.pruning.sweep and answers else {}),
         curves.STAGE: len(varied),
         tracking.STAGE: 1,
     }
@@ -184,7 +190,9 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         if recipe.finish is not None:
             done = finish_all(done, base, samples, recipe.finish, request.device, store.url)
             progress.publish()
+        setting = recipe.pruning.setting if recipe.pruning else None
         settings = {"code_version": code_version()}
+        settings |= {PRUNING_KEY: setting.model_dump(mode="json")} if setting else {}
         packed = checkpoint.write_checkpoint(base, request.chosen, done.shards, settings, request.output, store.url)
         report = earlier_report(request.output, base, recipe) if packed.step.reused else None
         if report is None:
@@ -195,6 +203,8 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         progress.publish()
         results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None
         measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish) if varied else {}
+        if recipe.pruning and recipe.pruning.sweep and request.benchmarks:
+            _sweep(request, packed, progress.publish)
         registered = _record(request, tracked, done, samples, packed, report, results, measured)
         progress.advance(tracking.STAGE)
     return {
@@ -232,10 +242,14 @@ def _evaluate(
     """
     base, device, workspace = request.base, request.device, request.store.url
 
-    def ask(folder: str, sha256: str) -> dict[str, Done]:
+    pruning = request.recipe.pruning.setting if request.recipe.pruning else None
+
+    def ask(folder: str, sha256: str, pruning: PruningSettings | None = None) -> dict[str, Done]:
         done = {}
         for name in request.benchmarks:
-            done[name] = evaluation.evaluate_checkpoint(folder, sha256, name, request.questions, device, workspace)
+            done[name] = evaluation.evaluate_checkpoint(
+                folder, sha256, name, request.questions, device, workspace, pruning
+            )
             publish()
         return done
 
@@ -243,12 +257,34 @@ def _evaluate(
     try:
         full_precision = ask(folder, base.sha256)
         logits = evaluation.compute_reference_logits(folder, base.sha256, samples, device, workspace)
-        asked = ask(packed.folder, packed.sha256)
-        divergence = evaluation.measure_divergence(packed.folder, packed.sha256, samples, logits, device, workspace)
+        asked = ask(packed.folder, packed.sha256, pruning)
+        divergence = evaluation.measure_divergence(
+            packed.folder, packed.sha256, samples, logits, device, workspace, pruning
+        )
         publish()
     finally:
         evaluation.forget_models()
     return Results(full_precision, asked, logits, divergence)
+
+
+def _asked_in_sweep(request: Request) -> int:
+    """Questions that a sweep of both models asks with pruning."""
+    sweep = request.recipe.pruning.sweep
+    asked = sum(min(len(each), sweep.questions or len(each)) for each in request.benchmarks.values())
+    return 2 * asked * len(sweep.cells())
+
+
+def _sweep(request: Request, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]) -> None:
+    """Both models in every cell of the recipe's sweep; its tables and figures go beside the packed checkpoint."""
+    base, sweep = request.base, request.recipe.pruning.sweep
+    subjects = [
+        pruning.Subject("full precision", str(base.model.folder), base.sha256),
+        pruning.Subject(request.recipe.name, packed.folder, packed.sha256),
+    ]
+    limit = sweep.questions if sweep.questions is not None else request.questions
+    names, workspace = list(request.benchmarks), request.store.url
+    rows, baselines = sweep_all(subjects, sweep.cells(), names, limit, request.device, workspace, publish)
+    pruning.write_sweep(rows, baselines, str(Path(request.output) / SWEEP_FOLDER))
 
 
 def _record(

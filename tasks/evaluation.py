@@ -19,6 +19,8 @@ from bivlm.errors import InputError
 from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
 from bivlm.identity import step_identity
+from bivlm.pruning import PruningSettings
+from bivlm.pruning.dropping import pruned_if
 from bivlm.samples import Conversation
 from bivlm.workspace import Workspace
 from tasks.device import Device, gpu_slot
@@ -37,16 +39,25 @@ LOGITS_FILE = "logits.safetensors"
 
 @task(name="evaluate", task_run_name="evaluate-{benchmark}", **OVER_NETWORK)
 def evaluate_checkpoint(
-    folder: str, sha256: str, benchmark: str, limit: int | None, device: Device, workspace: str
+    folder: str,
+    sha256: str,
+    benchmark: str,
+    limit: int | None,
+    device: Device,
+    workspace: str,
+    pruning: PruningSettings | None = None,
 ) -> Done:
-    """One checkpoint on one benchmark: figures as `Evaluation.record`, the outcomes as a parquet file."""
+    """One checkpoint on one benchmark: figures as `Evaluation.record`, the outcomes as a parquet file.
+
+    With `pruning` it drops tokens.
+    """
     store = open_workspace(workspace)
     questions = load_benchmark(benchmark, limit)
     identity = step_identity(
         STAGE,
         VERSION,
         {"checkpoint": sha256, "benchmark": questions.digest},
-        {"task": benchmark},
+        {"task": benchmark, **_if_pruned(pruning)},
         exact=False,
         device=device.kind,
     )
@@ -61,10 +72,11 @@ def evaluate_checkpoint(
                 shown = answered
 
         model, processor = loaded_model(folder, sha256, device)
-        result = smaller_after_out_of_memory(
-            lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
-            default_batch_size(model),
-        )
+        with pruned_if(model, pruning):
+            result = smaller_after_out_of_memory(
+                lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
+                default_batch_size(model),
+            )
         write_outcomes(result.outcomes, place / OUTCOMES_FILE)
         return {**result.record(), "benchmark_sha256": questions.digest, "name": questions.name}
 
@@ -98,11 +110,18 @@ def compute_reference_logits(folder: str, sha256: str, calibration: Done, device
 
 @task(name="divergence", **OVER_NETWORK)
 def measure_divergence(
-    folder: str, sha256: str, calibration: Done, logits: Done, device: Device, workspace: str
+    folder: str,
+    sha256: str,
+    calibration: Done,
+    logits: Done,
+    device: Device,
+    workspace: str,
+    pruning: PruningSettings | None = None,
 ) -> Done:
     """`figures["kl"]`: mean KL divergence (nats a token) of the packed model from full precision.
 
-    It is measured on the held-out samples, which neither calibration nor tuning has seen.
+    It is measured on the held-out samples, which neither calibration nor tuning has seen; with `pruning` the packed
+    model drops tokens.
     """
     store = open_workspace(workspace)
     reference = logits.record.outputs[LOGITS_FILE]
@@ -110,13 +129,14 @@ def measure_divergence(
         DIVERGENCE_STAGE,
         DIVERGENCE_VERSION,
         {"checkpoint": sha256, "logits": reference.sha256, "samples": calibration.record.figures["sha256"]},
-        None,
+        _if_pruned(pruning) or None,
         exact=False,
         device=device.kind,
     )
 
     def compute(_place: Path) -> dict[str, Any]:
-        with _asked(folder, sha256, calibration, device, store) as (model, processor, conversations):
+        asked = _asked(folder, sha256, calibration, device, store)
+        with asked as (model, processor, conversations), pruned_if(model, pruning):
             return {"kl": kl_divergence(model, processor, conversations, store.fetch(reference))}
 
     done = do_step(store, identity, compute)
@@ -128,6 +148,11 @@ def forget_models() -> None:
     """Let go of the model that is held between the tasks of a run, and of the GPU with it."""
     with _guard:
         _held.clear()
+
+
+def _if_pruned(pruning: PruningSettings | None) -> dict[str, Any]:
+    """What the key of a step has more of when tokens are dropped."""
+    return {} if pruning is None else {"pruning": pruning.model_dump(mode="json")}
 
 
 @contextmanager

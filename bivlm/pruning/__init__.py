@@ -5,6 +5,26 @@ no more than these. The logits are those of a model that is told by its attentio
 """
 
 # What needs the model zoo is not imported here: recipes hold settings, and are read without it.
-from bivlm.pruning.settings import PLACES, SCORES, SCORES_AT, Place, PruningSettings, Score, SweepSettings
+from bivlm.pruning.settings import (
+    PLACES,
+    PRUNING_KEY,
+    SCORES,
+    SCORES_AT,
+    Place,
+    PruningSettings,
+    RecipePruning,
+    Score,
+    SweepSettings,
+)
 
-__all__ = ["PLACES", "SCORES", "SCORES_AT", "Place", "PruningSettings", "Score", "SweepSettings"]
+__all__ = [
+    "PLACES",
+    "PRUNING_KEY",
+    "SCORES",
+    "SCORES_AT",
+    "Place",
+    "PruningSettings",
+    "RecipePruning",
+    "Score",
+    "SweepSettings",
+]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
+from bivlm.checkpoint import Checkpoint
+from bivlm.errors import InputError
 from bivlm.pruning.anatomy import anatomy
 from bivlm.pruning.language import LanguagePruning
 from bivlm.pruning.reading import Tally
-from bivlm.pruning.settings import PruningSettings
+from bivlm.pruning.settings import PRUNING_KEY, PruningSettings
 from bivlm.pruning.vision import VisionPruning
 
 
@@ -68,3 +72,21 @@ def pruned(model: PreTrainedModel, settings: PruningSettings) -> Iterator[Prunin
         if vision is not None:
             vision.enter(stack)
         yield Pruning(language, vision, tally)
+
+
+def pruned_if(model: PreTrainedModel, settings: PruningSettings | None) -> AbstractContextManager[Pruning | None]:
+    """`pruned`, or nothing at all."""
+    return nullcontext() if settings is None else pruned(model, settings)
+
+
+def carried_pruning(folder: str | Path) -> PruningSettings | None:
+    """The setting that a packed checkpoint carries, if it does; raises `InputError` for one that is not valid."""
+    quantization = Checkpoint.open(folder).quantization or {}
+    if (carried := quantization.get(PRUNING_KEY)) is None:
+        return None
+    try:
+        return PruningSettings.model_validate(carried)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("quantization_config", PRUNING_KEY, *first["loc"])))
+        raise InputError(f"checkpoint {folder}: {place}: {first['msg']}") from None

@@ -23,6 +23,9 @@ SCORES_AT: dict[Place, tuple[Score, ...]] = {
 }
 
 
+PRUNING_KEY = "pruning"  # in a packed checkpoint's quantization config
+
+
 class PruningSettings(BaseModel):
     """Tokens that are dropped while the model reads its prompt.
 
@@ -149,3 +152,24 @@ class SweepSettings(BaseModel):
         if place == "input":
             return (None,)
         return self.layers.get(place, ()) if isinstance(self.layers, dict) else self.layers
+
+
+class RecipePruning(BaseModel):
+    """What a recipe may say about pruning; at least one of the two.
+
+    Attributes:
+        setting: what the packed checkpoint carries, to be applied when it is loaded for use; its accuracy and its
+            divergence are measured with it.
+        sweep: cells to try on both models, full precision and packed, each without the setting.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    setting: PruningSettings | None = None
+    sweep: SweepSettings | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RecipePruning:
+        if self.setting is None and self.sweep is None:
+            raise ValueError("expected a setting (place, layer, share, score), a sweep, or both")
+        return self

@@ -102,3 +102,36 @@ def test_the_commands(swept, tmp_path, questions, capsys):
     assert "expected a share from 0 up to but not 1" in capsys.readouterr().err
     assert cli.main(["sweep", *arguments, *place, "--places", "nowhere"]) == 2
     assert "places" in capsys.readouterr().err
+
+
+def test_a_recipe_may_carry_a_setting_and_ask_for_a_sweep(new_compression, tmp_path, questions, capsys, monkeypatch):
+    monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "cache"))
+    compression = new_compression(tmp_path / "place")
+    setting = {"place": "language", "layer": 1, "share": 0.5}
+    sweep = {"places": ["language"], "layers": [1], "shares": [0.25]}
+    compression.recipe |= {"evaluation": [f"vqa:{questions}"], "pruning": {"setting": setting, "sweep": sweep}}
+    compression.run()
+    config = json.loads((compression.output / "config.json").read_text())
+    assert config["quantization_config"]["pruning"] == {**setting, "mass": None, "score": "attention", "seed": 0}
+    table = pd.read_csv(compression.output / "pruning" / "sweep.csv")
+    assert table["model"].tolist() == ["full precision", compression.recipe["name"]]
+    evaluated = [step["identity"]["recipe"] for step in compression.steps("evaluation")]
+    assert sorted("pruning" in part for part in evaluated) == [False, False, True]  # both models plain for the sweep
+
+    arguments = ["evaluate", "--model", str(compression.output), "--task", f"vqa:{questions}", "--json"]
+    assert cli.main([*arguments, "--pruned"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 4
+    assert cli.main(["evaluate", "--model", str(compression.model), *arguments[3:], "--pruned"]) == 2
+    assert "carries no pruning setting" in capsys.readouterr().err
+
+
+def test_a_recipe_that_says_nothing_of_pruning_is_refused(new_compression, tmp_path):
+    compression = new_compression(tmp_path)
+    for wrong, said in (
+        ({}, "expected a setting"),
+        ({"place": "language", "layer": 0, "share": 0.5}, "pruning.setting.layer: .*from 1 on"),
+        ({"sweep": {"shares": [1.0]}}, "pruning.sweep: .*less than 1"),
+    ):
+        compression.recipe["pruning"] = wrong
+        with pytest.raises(InputError, match=said):
+            compression.run()
