@@ -204,7 +204,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None
         measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish) if varied else {}
         if recipe.pruning and recipe.pruning.sweep and request.benchmarks:
-            _sweep(request, packed, progress.publish)
+            _sweep(request, tracked, packed, progress.publish)
         registered = _record(request, tracked, done, samples, packed, report, results, measured)
         progress.advance(tracking.STAGE)
     return {
@@ -274,7 +274,9 @@ def _asked_in_sweep(request: Request) -> int:
     return 2 * asked * len(sweep.cells())
 
 
-def _sweep(request: Request, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]) -> None:
+def _sweep(
+    request: Request, tracked: tracking.Tracking, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]
+) -> None:
     """Both models in every cell of the recipe's sweep; its tables and figures go beside the packed checkpoint."""
     base, sweep = request.base, request.recipe.pruning.sweep
     subjects = [
@@ -284,7 +286,9 @@ def _sweep(request: Request, packed: checkpoint.PackedCheckpoint, publish: Calla
     limit = sweep.questions if sweep.questions is not None else request.questions
     names, workspace = list(request.benchmarks), request.store.url
     rows, baselines = sweep_all(subjects, sweep.cells(), names, limit, request.device, workspace, publish)
-    pruning.write_sweep(rows, baselines, str(Path(request.output) / SWEEP_FOLDER))
+    files = str(Path(request.output) / SWEEP_FOLDER)
+    pruning.write_sweep(rows, baselines, files)
+    tracking.log_sweep(rows, files, workspace, tracked)
 
 
 def _record(

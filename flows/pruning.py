@@ -28,6 +28,7 @@ from tasks.naming import model_name
 from tasks.progress import shown_by
 from tasks.pruning import ALL, Subject
 from tasks.steps import Done
+from tasks.tracking.sweeps import log_sweep
 
 
 @flow(name="prune-sweep", flow_run_name="prune-sweep-{output}", persist_result=False)
@@ -44,8 +45,8 @@ def sweep_flow(
 
     `sweep` is as `bivlm.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's tables
     in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A sweep that was killed goes on at the cell where it was.
-    Returns ``{"output", "rows", "baselines"}``. Raises `InputError` for anything the caller can mend, layers out of
-    range among it, before the first question is asked.
+    Returns ``{"output", "rows", "baselines", "run_id"}``. Raises `InputError` for anything the caller can mend, layers
+    out of range among it, before the first question is asked.
     """
     settings = parse_sweep(sweep)
     store = Workspace.open(workspace or default_workspace())
@@ -63,7 +64,8 @@ def sweep_flow(
         limit = settings.questions
         rows, baselines = sweep_all(subjects, cells, benchmarks, limit, device, store.url, progress.publish)
     pruning.write_sweep(rows, baselines, place)
-    return {"output": place, "rows": rows, "baselines": baselines}
+    run_id = log_sweep(rows, place, store.url)
+    return {"output": place, "rows": rows, "baselines": baselines, "run_id": run_id}
 
 
 @flow(name="redundancy", flow_run_name="redundancy-{model}", persist_result=False)

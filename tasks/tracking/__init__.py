@@ -17,6 +17,7 @@ from tasks.tracking.run import (
     run_page,
     ui_command,
 )
+from tasks.tracking.sweeps import log_sweep
 
 STAGE = "registration"
 
@@ -32,6 +33,7 @@ __all__ = [
     "log_documents",
     "log_evaluation",
     "log_model",
+    "log_sweep",
     "note",
     "other_points",
     "public_uri",

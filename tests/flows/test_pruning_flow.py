@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+from mlflow import MlflowClient
 from tiny_llava import make_tiny_llava
 
 from bivlm.errors import InputError
@@ -11,6 +12,7 @@ from bivlm.pruning.tables import ROW
 from flows import cli
 from tasks import pruning
 
+PARAMS = {"model": "one", "place": "language", "score": "attention", "layer": "1", "share": "0.5"}
 SWEEP = {"places": ["vision", "language", "joint"], "layers": [1], "shares": [0.25, 0.5]}
 
 
@@ -32,7 +34,7 @@ def swept(tmp_path, questions, monkeypatch):
 
 
 def test_a_sweep_has_every_cell_and_is_the_same_twice(swept, tmp_path, monkeypatch):
-    swept()
+    result = swept()
     table = pd.read_csv(tmp_path / "out" / "sweep.csv")
     assert tuple(table.columns) == ROW
     assert len(table) == 2 * 6 * 3  # models, cells, two tasks and both together
@@ -44,8 +46,19 @@ def test_a_sweep_has_every_cell_and_is_the_same_twice(swept, tmp_path, monkeypat
     assert {str(file) for file in files} >= {"sweep.csv", "baselines.json", "losses.svg", "accuracy.svg"}
     assert sum(file.parts[0] == "tables" for file in files) == 2 * 3 * 3
     written = {file: (tmp_path / "out" / file).read_bytes() for file in files}
+    client = MlflowClient(f"sqlite:///{tmp_path / 'workspace' / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    logged = client.search_runs(experiments)
+    cells = [run for run in logged if run.data.tags["bivlm.role"] == "pruned"]
+    assert len(cells) == len(logged) - 1 == 2 * 6
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells} == {result["run_id"]}
+    some = next(run for run in cells if run.data.params == PARAMS)
+    row = table.query("model == 'one' and place == 'language' and share == 0.5 and task == 'all'").iloc[0]
+    assert some.data.metrics["all/loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert {file.path for file in client.list_artifacts(result["run_id"], "pruning")} >= {"pruning/sweep.csv"}
     monkeypatch.setattr(pruning, "evaluate", None)  # nothing is asked again
     swept()
+    assert len(client.search_runs(experiments)) == len(logged)
     assert written == {file: (tmp_path / "out" / file).read_bytes() for file in files}
 
 

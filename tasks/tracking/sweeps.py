@@ -1,0 +1,89 @@
+"""A pruning sweep in MLflow: a run for every cell, below that of the compression or below one of the sweep's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from prefect import task
+
+from bivlm.identity import digest
+from tasks.naming import slug
+from tasks.policy import OVER_NETWORK
+from tasks.steps import open_workspace
+from tasks.tracking.run import NOTE_TAG, ROLE_TAG, Tracking, find_run, open_experiment
+
+CELL_TAG = "bivlm.cell"  # of a cell's run: what was pruned, and how
+SWEEP_TAG = "bivlm.sweep"  # of the sweep's own run: all of its rows
+FOLDER = "pruning"  # of its files among a run's artifacts
+_CELL = ("model", "place", "score", "layer", "share")
+_FIGURES = ("accuracy", "loss", "loss_low", "loss_high")
+
+
+@task(name="log-sweep", **OVER_NETWORK)
+def log_sweep(rows: Sequence[Mapping[str, Any]], files: str, workspace: str, parent: Tracking | None = None) -> str:
+    """A child run a cell with its accuracies and losses, the folder `files` as artifacts; returns the parent's id.
+
+    Without a `parent` there is one for the sweep. What is there already is not logged again.
+    """
+    client, experiment = open_experiment(open_workspace(workspace))
+    run_id = parent.run_id if parent is not None else _own_run(client, experiment, rows)
+    condition = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`{ROLE_TAG}` = 'pruned'"
+    known = {run.data.tags[CELL_TAG] for run in client.search_runs([experiment], condition, max_results=50_000)}
+    for values, of_cell in groupby(rows, key=lambda row: tuple(row[key] for key in _CELL)):
+        cell = dict(zip(_CELL, values, strict=True))
+        _log_cell(client, experiment, run_id, cell, list(of_cell), known)
+    client.log_artifacts(run_id, files, FOLDER)
+    if parent is None:
+        client.set_terminated(run_id)
+    return run_id
+
+
+def _own_run(client: MlflowClient, experiment: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    same = digest([dict(row) for row in rows])
+    found = find_run(client, experiment, {SWEEP_TAG: same})
+    if found is not None:
+        return found.info.run_id
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    tags = {
+        ROLE_TAG: "pruning sweep",
+        SWEEP_TAG: same,
+        NOTE_TAG: f"Tokens dropped from the prompts of {models}; child runs hold the cells, `{FOLDER}/` the tables.",
+        "mlflow.source.name": "bivlm sweep",
+    }
+    return client.create_run(experiment, run_name=f"pruning sweep · {models}"[:250], tags=tags).info.run_id
+
+
+def _log_cell(
+    client: MlflowClient,
+    experiment: str,
+    parent: str,
+    cell: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    known: set[str],
+) -> None:
+    """One run with the figures of a cell's benchmarks, unless it is `known`."""
+    subject = digest({"cell": dict(cell), "rows": [dict(row) for row in rows]})
+    if subject in known:
+        return
+    where = "before the first layer" if cell["layer"] is None else f"from layer {cell['layer']}"
+    name = f"{cell['model']} · {cell['place']} {where} · {100 * cell['share']:g} % · {cell['score']}"
+    tags = {ROLE_TAG: "pruned", "mlflow.parentRunId": parent, "mlflow.source.name": "bivlm sweep"}
+    run = client.create_run(experiment, run_name=name, tags=tags)
+    now = run.info.start_time
+    metrics = [
+        Metric(slug(f"{row['task']}/{key}", "/"), float(row[key]), now, 0)
+        for row in rows
+        for key in _FIGURES
+        if row.get(key) is not None and math.isfinite(row[key])
+    ]
+    refused = next((row["refused"] for row in rows if row.get("refused")), None)
+    params = [Param(key, str(value)) for key, value in cell.items() if value is not None]
+    params += [Param("refused", refused[:500])] if refused else []
+    # The tag is in the same call as the figures: a run that has it is whole.
+    client.log_batch(run.info.run_id, metrics=metrics, params=params, tags=[RunTag(CELL_TAG, subject)])
+    client.set_terminated(run.info.run_id)
