@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--places", nargs="+", metavar="PLACE", help="vision, input, language, text, joint")
     sweep.add_argument("--layers", nargs="+", type=int, metavar="J", help="first layers without the dropped tokens")
     sweep.add_argument("--shares", nargs="+", type=_share, metavar="S", help="dropped, for example 0.5 or 50%%")
+    sweep.add_argument(
+        "--masses", nargs="+", type=_share, metavar="M", help="of attention kept, adaptively; at language"
+    )
     sweep.add_argument("--scores", nargs="+", metavar="SCORE", help="attention, last_token, divprune, ...")
     sweep.add_argument("--questions", type=int, metavar="N", help="only the first N of every task")
     sweep.add_argument("--workspace", metavar="DIR_OR_URL", help="as for compress")
@@ -205,7 +208,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    given = {key: getattr(options, key) for key in ("places", "layers", "shares", "scores", "questions")}
+    given = {key: getattr(options, key) for key in ("places", "layers", "shares", "scores", "masses", "questions")}
     print("starting: Prefect and the models", file=sys.stderr)
     from flows.local import temporary_server
     from flows.pruning import parse_sweep, sweep_flow

@@ -23,7 +23,7 @@ from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.workspace import Workspace
 from flows.layers import WORKERS, PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
 from flows.progress import FlowProgress
-from flows.pruning import sweep_all
+from flows.pruning import questions_of_sweep, sweep_all
 from tasks import (
     binarization,
     block_inputs,
@@ -269,9 +269,7 @@ def _evaluate(
 
 def _asked_in_sweep(request: Request) -> int:
     """Questions that a sweep of both models asks with pruning."""
-    sweep = request.recipe.pruning.sweep
-    asked = sum(min(len(each), sweep.questions or len(each)) for each in request.benchmarks.values())
-    return 2 * asked * len(sweep.cells())
+    return 2 * questions_of_sweep(request.recipe.pruning.sweep, list(request.benchmarks.values()))
 
 
 def _sweep(
@@ -285,10 +283,10 @@ def _sweep(
     ]
     limit = sweep.questions if sweep.questions is not None else request.questions
     names, workspace = list(request.benchmarks), request.store.url
-    rows, baselines = sweep_all(subjects, sweep.cells(), names, limit, request.device, workspace, publish)
+    swept = sweep_all(subjects, sweep, names, limit, request.device, workspace, publish)
     files = str(Path(request.output) / SWEEP_FOLDER)
-    pruning.write_sweep(rows, baselines, files)
-    tracking.log_sweep(rows, files, workspace, tracked)
+    pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, files)
+    tracking.log_sweep(swept.rows, files, workspace, tracked)
 
 
 def _record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bivlm.checkpoint import Checkpoint, resolve_model
 from bivlm.errors import InputError
-from bivlm.evaluation import load_benchmark
+from bivlm.evaluation import Benchmark, load_benchmark
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.paired import Loss
 from bivlm.pruning import PruningSettings, SweepSettings
@@ -45,8 +45,8 @@ def sweep_flow(
 
     `sweep` is as `bivlm.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's tables
     in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A sweep that was killed goes on at the cell where it was.
-    Returns ``{"output", "rows", "baselines", "run_id"}``. Raises `InputError` for anything the caller can mend, layers
-    out of range among it, before the first question is asked.
+    Returns ``{"output", "rows", "adaptive", "baselines", "run_id"}``. Raises `InputError` for anything the caller can
+    mend, layers out of range among it, before the first question is asked.
     """
     settings = parse_sweep(sweep)
     store = Workspace.open(workspace or default_workspace())
@@ -57,15 +57,16 @@ def sweep_flow(
     if len({subject.label for subject in subjects}) < len(subjects):
         raise InputError(f"models: two are called alike ({', '.join(s.label for s in subjects)}); rename their folders")
     place = str(Path(output).expanduser().absolute())
-    cells = settings.cells()
-    questions = sum(map(len, asked.values()))
-    stages = {evaluation.STAGE: questions * len(subjects), pruning.STAGE: questions * len(subjects) * len(cells)}
+    stages = {
+        evaluation.STAGE: len(subjects) * sum(map(len, asked.values())),
+        pruning.STAGE: len(subjects) * questions_of_sweep(settings, list(asked.values())),
+    }
     with FlowProgress(stages, Console(stderr=True, quiet=quiet), "pruning sweep") as progress, shown_by(progress):
         limit = settings.questions
-        rows, baselines = sweep_all(subjects, cells, benchmarks, limit, device, store.url, progress.publish)
-    pruning.write_sweep(rows, baselines, place)
-    run_id = log_sweep(rows, place, store.url)
-    return {"output": place, "rows": rows, "baselines": baselines, "run_id": run_id}
+        swept = sweep_all(subjects, settings, benchmarks, limit, device, store.url, progress.publish)
+    pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, place)
+    run_id = log_sweep(swept.rows, place, store.url)
+    return {"output": place, **vars(swept), "run_id": run_id}
 
 
 @flow(name="redundancy", flow_run_name="redundancy-{model}", persist_result=False)
@@ -106,24 +107,48 @@ def redundancy_flow(
         evaluation.forget_models()
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What came of a sweep.
+
+    Attributes:
+        rows: of every cell, see `tasks.pruning.rows_of`.
+        adaptive: of every adaptive cell, see `tasks.pruning.adaptive_row`.
+        baselines: accuracies without pruning, by model and benchmark.
+    """
+
+    rows: list[dict[str, Any]]
+    adaptive: list[dict[str, Any]]
+    baselines: dict[str, dict[str, float]]
+
+
+def questions_of_sweep(settings: SweepSettings, benchmarks: Sequence[Benchmark]) -> int:
+    """How many questions the cells of one model are asked."""
+    asked = sum(min(len(each), settings.questions or len(each)) for each in benchmarks)
+    return asked * (len(settings.cells()) + 2 * len(settings.adaptive_cells()))
+
+
 def sweep_all(
     subjects: Sequence[Subject],
-    cells: Sequence[PruningSettings],
+    settings: SweepSettings,
     benchmarks: Sequence[str],
     limit: int | None,
     device: Device,
     workspace: str,
     publish: Callable[[], None],
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
-    """The rows of all cells, and the accuracies without pruning by model and benchmark.
+) -> Swept:
+    """Every cell of every model: one model after the other, and of each a task a place, score and layer."""
+    cells, adaptive = settings.cells(), settings.adaptive_cells()
+    swept = Swept([], [], {})
 
-    One model after the other, and of each a task a place and layer.
-    """
-    rows: list[dict[str, Any]] = []
-    baselines: dict[str, dict[str, float]] = {}
+    def prune(subject: Subject, some: list[PruningSettings]) -> list[dict[str, Done]]:
+        found = pruning.prune_cells(subject, some, benchmarks, limit, device, workspace)
+        publish()
+        return found
+
     try:
         for subject in subjects:
-            pruning.check_cells(subject, cells, device)
+            pruning.check_cells(subject, [*cells, *adaptive], device)
         for subject in subjects:
             plain: dict[str, Done] = {}
             for name in benchmarks:
@@ -133,13 +158,17 @@ def sweep_all(
                 publish()
             found: list[Mapping[str, Done]] = []
             for _, chunk in groupby(cells, key=lambda cell: (cell.place, cell.score, cell.layer)):
-                found += pruning.prune_cells(subject, list(chunk), benchmarks, limit, device, workspace)
-                publish()
-            rows += pruning.rows_of(subject, cells, found, plain, workspace)
-            baselines[subject.label] = _baseline(plain)
+                found += prune(subject, list(chunk))
+            swept.rows.extend(pruning.rows_of(subject, cells, found, plain, workspace))
+            for cell in adaptive:
+                (chosen,) = prune(subject, [cell])
+                share = 1 - pruning.kept_on_average(chosen)
+                (fixed,) = prune(subject, [cell.model_copy(update={"mass": None, "share": share})])
+                swept.adaptive.append(pruning.adaptive_row(subject, cell, plain, chosen, fixed, workspace))
+            swept.baselines[subject.label] = _baseline(plain)
     finally:
         evaluation.forget_models()
-    return rows, baselines
+    return swept
 
 
 def _baseline(plain: Mapping[str, Done]) -> dict[str, float]:

@@ -121,6 +121,24 @@ def print_sweep(result: dict[str, Any]) -> None:
         for layer, accuracies in wide.iterrows():
             _row(shown, layer, *(_figure(None if value != value else value, ".1f") for value in accuracies))
         _print(shown)
+    _print_adaptive(result["adaptive"])
+
+
+def _print_adaptive(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    print("keeping a share of the attention, and a fixed share of as many tokens; accuracy lost in percentage points")
+    shown = Table("model", "from layer", "score", "mass", "kept", "adaptive", "fixed", "gain", box=None)
+    for row in rows:
+        losses = [
+            f"{row[key]:.1f} ({row[f'{key}_low']:.1f} to {row[f'{key}_high']:.1f})" for key in _COMPARED if key in row
+        ]
+        mass, kept = f"{100 * row['mass']:g} %", f"{100 * row['kept_image']:.1f} %"
+        _row(shown, row["model"], row["layer"], row["score"], mass, kept, *losses)
+    _print(shown)
+
+
+_COMPARED = ("adaptive", "fixed", "gain")
 
 
 def print_redundancy(results: list[dict[str, Any]]) -> None:

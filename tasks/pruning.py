@@ -156,10 +156,44 @@ def _figures(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
     return {"accuracy": accuracy(after["score"]), "low": low, "high": high, **renamed}
 
 
-def write_sweep(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, float]], output: str) -> None:
+def kept_on_average(found: Mapping[str, Done]) -> float | None:
+    """The share of the image tokens that a cell kept, over the questions of all its benchmarks; None if refused."""
+    if any(_refused(done) for done in found.values()):
+        return None
+    figures = [done.record.figures for done in found.values()]
+    return sum(each["n"] * each["kept"]["image"] for each in figures) / sum(each["n"] for each in figures)
+
+
+@task(name="adaptive-row", **OVER_NETWORK)
+def adaptive_row(
+    subject: Subject,
+    cell: PruningSettings,
+    plain: Mapping[str, Done],
+    adaptive: Mapping[str, Done],
+    fixed: Mapping[str, Done],
+    workspace: str,
+) -> dict[str, Any]:
+    """What keeping a mass of attention loses, what a fixed share of as many tokens loses, and the one over the other.
+
+    A positive ``gain`` says how much accuracy the adaptive choice saves; percentage points with 95 % intervals.
+    """
+    row = {"model": subject.label, "score": cell.score, "layer": cell.layer, "mass": cell.mass}
+    row["kept_image"] = kept_on_average(adaptive)
+    for name, before, after in (("adaptive", plain, adaptive), ("fixed", plain, fixed), ("gain", adaptive, fixed)):
+        loss = loss_of(before, after, workspace)
+        row |= {name: loss.loss, f"{name}_low": loss.low, f"{name}_high": loss.high} if loss else {}
+    return row | {"n": sum(done.record.figures["n"] for done in plain.values())}
+
+
+def write_sweep(
+    rows: Sequence[Mapping[str, Any]],
+    adaptive: Sequence[Mapping[str, Any]],
+    baselines: Mapping[str, Mapping[str, float]],
+    output: str,
+) -> None:
     """The sweep in the folder `output`: all rows, the paper's tables, heat maps of the loss, accuracy over shares.
 
-    `baselines` are accuracies without pruning, in percent by model and benchmark.
+    `baselines` are accuracies without pruning, in percent by model and benchmark; `adaptive` are of `adaptive_row`.
     """
     folder = Path(output)
     table = as_table(rows)
@@ -169,6 +203,8 @@ def write_sweep(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mappi
         "losses.svg": svg(loss_maps(table)),
         "accuracy.svg": svg(accuracy_by_share(table, baselines)),
     }
+    if adaptive:
+        texts["adaptive.csv"] = pd.DataFrame(list(adaptive)).to_csv(index=False, float_format="%.6g")
     keys = ["model", "task", "place", "score"]
     for values, _ in table.groupby(keys, sort=False):
         name = "-".join(slug(str(value)) for value in values)

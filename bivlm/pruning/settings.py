@@ -103,6 +103,8 @@ class SweepSettings(BaseModel):
         layers: the first layers that do not see them; for all places, or by place. At ``input`` there is none.
         shares: of the tokens that are dropped; by default the paper's.
         scores: by which they are chosen; a score that is not known at a place is left out there.
+        masses: adaptive cells at ``language``, of every layer and every score that is of attention: each keeps that
+            share of the attention, and is compared with a fixed share that keeps as many tokens on average.
         questions: asked in every cell, the first ones of every benchmark; all of them if it is not given.
         seed: of the score ``random``.
     """
@@ -113,10 +115,11 @@ class SweepSettings(BaseModel):
     layers: tuple[int, ...] | dict[Place, tuple[int, ...]] = (2,)
     shares: tuple[float, ...] = Field(default=PAPER_SHARES, min_length=1)
     scores: tuple[Score, ...] = Field(default=("attention",), min_length=1)
+    masses: tuple[float, ...] = ()
     questions: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
 
-    @field_validator("places", "layers", "shares", "scores", mode="before")
+    @field_validator("places", "layers", "shares", "scores", "masses", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -132,6 +135,8 @@ class SweepSettings(BaseModel):
                 raise ValueError(f"scores: at place {place!r} expected one of {', '.join(SCORES_AT[place])}")
         try:
             self.cells()
+            if self.masses and not self.adaptive_cells():
+                raise ValueError("masses: expected the place 'language' and the score attention or last_token")
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}") from None
@@ -146,6 +151,16 @@ class SweepSettings(BaseModel):
             if score in SCORES_AT[place]
             for layer in self._layers_at(place)
             for share in self.shares
+        ]
+
+    def adaptive_cells(self) -> list[PruningSettings]:
+        """The cells that keep a share of the attention, in order: score, layer, mass."""
+        return [
+            PruningSettings(place="language", score=score, layer=layer, mass=mass)
+            for score in self.scores
+            if score in ("attention", "last_token") and "language" in self.places
+            for layer in self._layers_at("language")
+            for mass in self.masses
         ]
 
     def _layers_at(self, place: Place) -> Sequence[int | None]:

@@ -81,6 +81,17 @@ def test_a_sweep_that_was_stopped_goes_on_at_the_cell_where_it_was(swept, monkey
     assert len(asked) == 2 * 6 * 2
 
 
+def test_an_adaptive_cell_is_compared_with_a_fixed_one_of_as_many_tokens(swept, tmp_path):
+    sweep = {"places": ["language"], "layers": [1], "shares": [0.5], "masses": [0.5, 0.9], "questions": 4}
+    rows = swept(sweep=sweep)["adaptive"]
+    assert [(row["model"], row["mass"]) for row in rows] == [(m, s) for m in ("one", "other") for s in (0.5, 0.9)]
+    for row in rows:
+        assert row["gain"] == pytest.approx(row["fixed"] - row["adaptive"])
+        assert row["n"] == 8
+    assert rows[0]["kept_image"] < rows[1]["kept_image"] < 1
+    assert len(pd.read_csv(tmp_path / "out" / "adaptive.csv")) == 4
+
+
 def test_a_share_that_leaves_no_token_is_a_gap_with_its_reason(swept, tmp_path):
     swept(sweep={"places": ["language"], "layers": [1], "shares": [0.5, 0.999], "questions": 2})
     table = pd.read_csv(tmp_path / "out" / "sweep.csv")

@@ -40,6 +40,8 @@ def test_scores_go_where_they_are_known_and_layers_where_there_are_any():
         ({"layers": [0]}, "layer: .*expected a layer from 1 on.*found 0"),
         ({"layers": {"vision": [1]}}, "found none for joint, language"),
         ({"scores": ["divprune"]}, "at place 'vision' expected one of attention"),
+        ({"places": ["vision"], "masses": [0.9]}, "expected the place 'language'"),
+        ({"masses": [1.5]}, "mass: .*less than or equal to 1"),
         ({"places": []}, "at least 1 item"),
         ({"questions": 0}, "greater than or equal to 1"),
     ],
