@@ -103,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--task", required=True, nargs="+", metavar="TASK", help="reference:SET or vqa:FOLDER")
     sweep.add_argument("--output", required=True, metavar="DIR", help="folder for tables and figures")
     sweep.add_argument("--places", nargs="+", metavar="PLACE", help="vision, input, language, text, joint")
-    sweep.add_argument("--layers", nargs="+", type=int, metavar="J", help="first layers without the dropped tokens")
+    sweep.add_argument(
+        "--layers", nargs="+", metavar="J", help="first layers without the dropped tokens; or PLACE=J,J,... for some"
+    )
     sweep.add_argument("--shares", nargs="+", type=_share, metavar="S", help="dropped, for example 0.5 or 50%%")
     sweep.add_argument(
         "--masses", nargs="+", type=_share, metavar="M", help="of attention kept, adaptively; at language"
@@ -215,6 +217,8 @@ def _sweep(options: argparse.Namespace) -> int:
     from flows.tables import print_sweep
 
     sweep = {key: value for key, value in given.items() if value is not None}
+    if "layers" in sweep:
+        sweep["layers"] = _layers(sweep["layers"])
     parse_sweep(sweep)
     hide_loading_bars()
     with temporary_server():
@@ -256,6 +260,19 @@ def _redundancy(options: argparse.Namespace) -> int:
     else:
         print_redundancy(results)
     return DONE
+
+
+def _layers(given: Sequence[str]) -> list[int] | dict[str, list[int]]:
+    """Layers for all places, ``1 2``, or by place, ``vision=1 language=1,2``."""
+    from bivlm.errors import InputError
+
+    try:
+        if any("=" in text for text in given):
+            by_place = (text.split("=", 1) for text in given)
+            return {place: [int(layer) for layer in layers.split(",")] for place, layers in by_place}
+        return [int(text) for text in given]
+    except ValueError:
+        raise InputError(f"--layers {' '.join(given)}: expected numbers, or PLACE=NUMBER,NUMBER,... by place") from None
 
 
 def _share(text: str) -> float:

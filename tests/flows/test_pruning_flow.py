@@ -124,6 +124,11 @@ def test_the_commands(swept, tmp_path, questions, capsys):
     with pytest.raises(SystemExit):
         cli.main(["sweep", *arguments, *place, "--shares", "1.5"])
     assert "expected a share from 0 up to but not 1" in capsys.readouterr().err
+    by_place = ["--places", "vision", "language", "--layers", "vision=1", "language=1"]
+    assert cli.main(["sweep", *arguments, *place, *by_place]) == 0
+    assert "one: vision, attention" in capsys.readouterr().out
+    assert cli.main(["sweep", *arguments, *place, "--layers", "vision=one"]) == 2
+    assert "expected numbers, or PLACE=NUMBER" in capsys.readouterr().err
     assert cli.main(["sweep", *arguments, *place, "--places", "nowhere"]) == 2
     assert "places" in capsys.readouterr().err
 
