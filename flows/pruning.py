@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -81,27 +82,31 @@ def redundancy_flow(
 ) -> list[dict[str, Any]]:
     """For each of `cells` (`bivlm.pruning.PruningSettings` without a share) the largest share that can be dropped.
 
-    `tolerance` is in percentage points of accuracy over all `benchmarks` together. Returns, for each cell, its settings
-    and `bivlm.pruning.redundancy.Redundancy` ready for JSON, with a sentence in ``"in_words"``.
+    `tolerance` is in percentage points of accuracy: on each of the `benchmarks`, and on the questions of all together.
+    Returns, for each cell and question set, the cell's settings and `bivlm.pruning.redundancy.Redundancy` ready for
+    JSON, with the set's name as ``"task"`` and a sentence in ``"in_words"``.
     """
     store = Workspace.open(workspace or default_workspace())
     device, subject = choose_device(), subject_of(model, revision)
+    sets = {name: [name] for name in benchmarks} | ({ALL: benchmarks} if len(benchmarks) > 1 else {})
     try:
+        for given in cells:
+            pruning.check_cells(subject, [PruningSettings(**given, share=0.5)], device)
         plain = {
             name: evaluation.evaluate_checkpoint(subject.folder, subject.sha256, name, questions, device, store.url)
             for name in benchmarks
         }
+
+        def measure(given: dict[str, Any], names: list[str], share: float) -> Loss | None:
+            cell = PruningSettings(**given, share=share)
+            (found,) = pruning.prune_cells(subject, [cell], names, questions, device, store.url)
+            return pruning.loss_of({name: plain[name] for name in names}, found, store.url)
+
         results = []
         for given in cells:
-
-            def measure(share: float, given: dict[str, Any] = given) -> Loss | None:
-                cell = PruningSettings(**given, share=share)
-                (found,) = pruning.prune_cells(subject, [cell], benchmarks, questions, device, store.url)
-                return pruning.loss_of(plain, found, store.url)
-
-            pruning.check_cells(subject, [PruningSettings(**given, share=0.5)], device)
-            found = find_redundancy(measure, tolerance)
-            results.append({**given, **asdict(found), "in_words": found.in_words()})
+            for task, names in sets.items():
+                found = find_redundancy(partial(measure, given, names), tolerance)
+                results.append({**given, "task": task, **asdict(found), "in_words": found.in_words()})
         return results
     finally:
         evaluation.forget_models()

@@ -145,7 +145,7 @@ def print_redundancy(results: list[dict[str, Any]]) -> None:
     """What `flows.pruning.redundancy_flow` returned."""
     for found in results:
         layer = "" if found["layer"] is None else f" from layer {found['layer']}"
-        print(f"{found['place']}{layer}: {found['in_words']}")
+        print(f"{found['task']}, {found['place']}{layer}: {found['in_words']}")
         shown = Table("dropped", "accuracy lost", "95 % interval", "worse", "better", box=None)
         for share, loss in found["losses"].items():
             interval = f"{loss['low']:.1f} to {loss['high']:.1f}"

@@ -119,8 +119,14 @@ def test_the_commands(swept, tmp_path, questions, capsys):
     (found,) = json.loads(capsys.readouterr().out)["found"]
     assert found["tolerance"] == 1.0
     assert "not resolvable with 2 questions" in found["in_words"]
-    assert cli.main(["redundancy", *arguments, "--tolerance", "50%"]) == 0
-    assert "accuracy lost" in capsys.readouterr().out
+    both = [*arguments, "--task", f"vqa:{questions}", "reference:choice"]
+    assert cli.main(["redundancy", *both, "--tolerance", "50%"]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy lost" in said
+    assert [line.partition(",")[0] for line in said.splitlines() if ", language from layer 1: " in line][1:] == [
+        "reference:choice",
+        "all",
+    ]
     with pytest.raises(SystemExit):
         cli.main(["sweep", *arguments, *place, "--shares", "1.5"])
     assert "expected a share from 0 up to but not 1" in capsys.readouterr().err
