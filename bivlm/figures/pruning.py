@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from bivlm.figures.style import INK, SERIES, empty, new_figure, one_line, settled, styled
 from bivlm.pruning.tables import grid
 
-_TITLE = "Accuracy lost by dropping tokens, percentage points"
-_ON_LIGHT = "#101418"
+_TITLE = "Accuracy lost by dropping tokens, percentage points (*: the 95 % interval leaves out zero)"
+_ON_LIGHT, _ON_DARK = "#101418", "#fcfdfe"  # letters on a colour keep theirs when a page swaps ink and paper
 
 
 @styled()
 def loss_maps(table: pd.DataFrame) -> Figure:
-    """A map for every model and place: the loss in every cell, and a mark where its interval does not hold zero.
+    """A map for every model and place: the loss in every cell, and a star where its interval leaves out zero.
 
     `table` is of `bivlm.pruning.tables.as_table`; of several benchmarks all together are drawn, of several scores the
     first.
@@ -57,7 +57,8 @@ def _draw_map(axes: Axes, cells: pd.DataFrame, norm: TwoSlopeNorm) -> None:
     for (row, column), value in np.ndenumerate(values):
         sure = not low[row, column] <= 0 <= high[row, column]
         text = "–" if np.isnan(value) else f"{value:.1f}{'*' if sure else ''}"
-        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=_ON_LIGHT, fontsize=7.5)
+        ink = _ON_DARK if abs(norm(value) - 0.5) > 0.38 else _ON_LIGHT
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=7.5)
     axes.set_xticks(np.arange(values.shape[1]) + 0.5, losses.columns, fontsize=7.5)
     axes.set_yticks(np.arange(values.shape[0]) + 0.5, losses.index, fontsize=7.5)
     axes.invert_yaxis()
@@ -90,6 +91,7 @@ def accuracy_by_share(table: pd.DataFrame, baselines: Mapping[str, Mapping[str, 
                     x, line["low"].to_numpy(float), line["high"].to_numpy(float), color=colour, alpha=0.12, linewidth=0
                 )
             axes.set_title(f"{one_line(model, 30)}, {place}")
+            axes.set(xlim=(0, 100), xticks=(0, 25, 50, 75, 100))
             level = baselines.get(model, {}).get(table["task"].iloc[0])
             if level is not None:
                 axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (6, 4)))

@@ -9,6 +9,7 @@ import pandas as pd
 
 from bivlm.pruning.settings import Place, Score
 
+_NAMES = ("model", "task", "place", "score")
 ROW = (
     *("model", "task", "place", "score", "layer", "share", "n", "accuracy", "low", "high"),
     *("loss", "loss_low", "loss_high", "p_value", "kept_image", "kept_text", "refused"),
@@ -20,10 +21,16 @@ def as_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
     Accuracy and loss against the same model without pruning are in percent and percentage points with their 95 %
     intervals; ``kept_image`` and ``kept_text`` are shares of tokens. A cell that could not be has the reason in
-    ``refused`` and no figures.
+    ``refused`` and no figures. Names stand in the order in which they first come, layers and shares in theirs.
     """
     table = pd.DataFrame(list(rows), columns=list(ROW)).astype({"layer": "Int64", "n": "Int64"})
-    return table.sort_values(["model", "task", "place", "score", "layer", "share"], kind="stable", ignore_index=True)
+    asked = {key: {name: number for number, name in enumerate(dict.fromkeys(table[key]))} for key in _NAMES}
+    return table.sort_values(
+        [*_NAMES, "layer", "share"],
+        key=lambda column: column.map(asked[column.name]) if column.name in asked else column,
+        kind="stable",
+        ignore_index=True,
+    )
 
 
 def grid(

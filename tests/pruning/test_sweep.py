@@ -73,3 +73,10 @@ def test_a_cell_that_could_not_be_has_its_reason_and_a_gap():
     assert table["refused"].isna().tolist() == [True, False]
     assert table["accuracy"].isna().tolist() == [False, True]
     assert grid(table, "m", "t", "language", "attention").isna().to_numpy().tolist() == [[False, True]]
+
+
+def test_names_stand_as_they_came_and_layers_in_order():
+    rows = [row(model=model, layer=layer, share=0.5) for model in ("z", "a") for layer in (10, 2)]
+    table = as_table(rows)
+    assert table["model"].tolist() == ["z", "z", "a", "a"]
+    assert table["layer"].tolist() == [2, 10, 2, 10]
