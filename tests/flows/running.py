@@ -10,8 +10,10 @@ import textwrap
 from pathlib import Path
 
 # "ready" is said after the imports, which take longer than the work on the tiny model.
+# What is started in the background may have inherited that Ctrl-C is ignored.
 SCRIPT = textwrap.dedent("""
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from flows.quiet import quieten
     quieten()
     from flows.cli import main
