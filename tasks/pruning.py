@@ -118,6 +118,7 @@ def rows_of(
     for cell, by_benchmark in zip(cells, found, strict=True):
         known = {
             "model": subject.label,
+            "checkpoint": subject.sha256,
             **cell.model_dump(mode="json", include={"place", "score", "layer", "share"}),
         }
         refused = next((done.record.figures["refused"] for done in by_benchmark.values() if _refused(done)), None)

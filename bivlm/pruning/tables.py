@@ -12,7 +12,7 @@ from bivlm.pruning.settings import Place, Score
 _NAMES = ("model", "task", "place", "score")
 ROW = (
     *("model", "task", "place", "score", "layer", "share", "n", "accuracy", "low", "high"),
-    *("loss", "loss_low", "loss_high", "p_value", "kept_image", "kept_text", "refused"),
+    *("loss", "loss_low", "loss_high", "p_value", "kept_image", "kept_text", "refused", "checkpoint"),
 )
 
 
@@ -21,7 +21,8 @@ def as_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
     Accuracy and loss against the same model without pruning are in percent and percentage points with their 95 %
     intervals; ``kept_image`` and ``kept_text`` are shares of tokens. A cell that could not be has the reason in
-    ``refused`` and no figures. Names stand in the order in which they first come, layers and shares in theirs.
+    ``refused`` and no figures. ``checkpoint`` is the model's sha256. Names stand in the order in which they first
+    come, layers and shares in theirs.
     """
     table = pd.DataFrame(list(rows), columns=list(ROW)).astype({"layer": "Int64", "n": "Int64"})
     asked = {key: {name: number for number, name in enumerate(dict.fromkeys(table[key]))} for key in _NAMES}

@@ -83,6 +83,7 @@ def _log_cell(
     ]
     refused = next((row["refused"] for row in rows if row.get("refused")), None)
     params = [Param(key, str(value)) for key, value in cell.items() if value is not None]
+    params.append(Param("checkpoint", rows[0]["checkpoint"]))
     params += [Param("refused", refused[:500])] if refused else []
     # The tag is in the same call as the figures: a run that has it is whole.
     client.log_batch(run.info.run_id, metrics=metrics, params=params, tags=[RunTag(CELL_TAG, subject)])

@@ -52,6 +52,7 @@ def test_a_sweep_has_every_cell_and_is_the_same_twice(swept, tmp_path, monkeypat
     cells = [run for run in logged if run.data.tags["bivlm.role"] == "pruned"]
     assert len(cells) == len(logged) - 1 == 2 * 6
     assert {run.data.tags["mlflow.parentRunId"] for run in cells} == {result["run_id"]}
+    assert len({run.data.params.pop("checkpoint") for run in cells}) == 2
     some = next(run for run in cells if run.data.params == PARAMS)
     row = table.query("model == 'one' and place == 'language' and share == 0.5 and task == 'all'").iloc[0]
     assert some.data.metrics["all/loss"] == pytest.approx(row["loss"], rel=1e-5)
