@@ -65,8 +65,8 @@ def pruned(model: PreTrainedModel, settings: PruningSettings) -> Iterator[Prunin
     """
     parts = anatomy(model)
     tally = Tally()
-    language = LanguagePruning(parts, model, settings, tally)
     vision = VisionPruning(parts, settings, tally) if settings.place in ("vision", "joint") else None
+    language = LanguagePruning(parts, model, settings, tally, vision)
     with ExitStack() as stack:
         language.enter(stack)
         if vision is not None:

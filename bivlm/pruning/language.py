@@ -23,6 +23,7 @@ from bivlm.pruning.attention import observing, received
 from bivlm.pruning.reading import Sequence, Tally, seeds_of
 from bivlm.pruning.settings import PruningSettings
 from bivlm.pruning.shortened import Shortened
+from bivlm.pruning.vision import VisionPruning
 
 Forward = Callable[..., torch.Tensor]
 
@@ -35,9 +36,17 @@ class LanguagePruning:
         states: of a model with cross-attention, the image features of that prompt.
     """
 
-    def __init__(self, parts: Anatomy, model: nn.Module, settings: PruningSettings, tally: Tally) -> None:
-        """Raises `InputError` for a layer out of range."""
+    def __init__(
+        self,
+        parts: Anatomy,
+        model: nn.Module,
+        settings: PruningSettings,
+        tally: Tally,
+        vision: VisionPruning | None = None,
+    ) -> None:
+        """`vision` drops tokens before, if any does. Raises `InputError` for a layer out of range."""
         self._parts, self._model, self._settings, self._tally = parts, model, settings, tally
+        self._vision = vision
         self._of_text = settings.place in ("text", "joint")
         self._scored = None  # the layer whose attention is the score
         self.tokens: Sequence | None = None
@@ -127,6 +136,7 @@ class LanguagePruning:
             lost_BS = flat_BSD.isnan().any(-1)
             all_BS = torch.ones_like(lost_BS)
             self.states = Sequence(self._seen_states(named, all_BS), all_BS, self.tokens.seeds)
+            self._check_lost(lost_BS, self.states.candidates_BT)
             self.states.drop(~lost_BS)
             whole_BSD = flat_BSD.masked_fill(lost_BS[..., None], 0)
             named = {**named, "cross_attention_states": whole_BSD}
@@ -137,11 +147,27 @@ class LanguagePruning:
         if embeds_BTD is None:
             return None
         lost_BT = embeds_BTD.isnan().any(-1) & self._is_image_BT
+        self._check_lost(lost_BT, self._is_image_BT)
         whole_BTD = embeds_BTD.masked_fill(lost_BT[..., None], 0)
         self.tokens.drop(~lost_BT)
         if self._settings.place == "input":
             self._choose_by_features(self.tokens, whole_BTD, whole_BTD)
         return arguments, {**named, "inputs_embeds": whole_BTD}
+
+    def _check_lost(self, lost_BT: torch.Tensor, image_BT: torch.Tensor) -> None:
+        """What the vision encoder dropped has to be seen here, and to leave something."""
+        if self._vision is None or not self._vision.dropped:
+            return
+        if not lost_BT.any():
+            raise InputError(
+                f"pruning.layer: found {self._settings.layer}, expected a lower one: the language model gets the "
+                "features of a layer of the vision encoder before it"
+            )
+        if (image_BT.any(1) & ~(image_BT & ~lost_BT).any(1)).any():
+            raise InputError(
+                f"pruning.place: found {self._settings.place!r}, expected 'input' or 'language': between this model's "
+                "vision encoder and its language model all tokens are mixed, so that every one depends on those dropped"
+            )
 
     @staticmethod
     def _seen_states(named: Mapping[str, Any], all_BS: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,11 @@ class VisionPruning:
                 f"pruning.layer: found {settings.layer}, expected 1 to {last}, the vision encoder's last layer"
             )
 
+    @property
+    def dropped(self) -> bool:
+        """Whether any token of the images that were read last was."""
+        return self.tokens is not None and self.tokens.shortened is not None
+
     def enter(self, stack: ExitStack) -> None:
         """Put the wrappers around; they go with `stack`."""
         stack.callback(self._parts.tower.register_forward_pre_hook(self._begin, with_kwargs=True).remove)

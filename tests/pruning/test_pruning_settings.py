@@ -86,3 +86,27 @@ def test_a_model_without_an_image_token_is_refused():
         pruned(model, PruningSettings(place="language", layer=1, share=0.5)),
     ):
         pass
+
+
+@torch.inference_mode()
+def test_a_layer_behind_the_features_that_are_used_is_refused():
+    """This model's language model gets what the last layer but one gives: dropping in the last would change nothing."""
+    model, inputs = make(llava)
+    with (
+        pruned(model, PruningSettings(place="vision", layer=3, share=0.5)),
+        pytest.raises(InputError, match="found 3, expected a lower one"),
+    ):
+        model(**inputs)
+
+
+@torch.inference_mode()
+def test_an_adaptor_that_mixes_all_tokens_is_refused():
+    model, inputs = make(llava)
+    projector = model.model.multi_modal_projector
+    plain = projector.forward
+    projector.forward = lambda features: plain(features) + plain(features).mean(1, keepdim=True)
+    with (
+        pruned(model, PruningSettings(place="vision", layer=1, share=0.5)),
+        pytest.raises(InputError, match="all tokens are mixed"),
+    ):
+        model(**inputs)
