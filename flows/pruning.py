@@ -91,7 +91,7 @@ def redundancy_flow(
     sets = {name: [name] for name in benchmarks} | ({ALL: benchmarks} if len(benchmarks) > 1 else {})
     try:
         for given in cells:
-            pruning.check_cells(subject, [PruningSettings(**given, share=0.5)], device)
+            pruning.check_cells(subject, [PruningSettings(**given, share=0.5)])
         plain = {
             name: evaluation.evaluate_checkpoint(subject.folder, subject.sha256, name, questions, device, store.url)
             for name in benchmarks
@@ -153,7 +153,7 @@ def sweep_all(
 
     try:
         for subject in subjects:
-            pruning.check_cells(subject, [*cells, *adaptive], device)
+            pruning.check_cells(subject, [*cells, *adaptive])
         for subject in subjects:
             plain: dict[str, Done] = {}
             for name in benchmarks:

@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 from prefect import task
 
+from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.linears import skeleton
 from bivlm.errors import InputError
 from bivlm.evaluation import evaluate, load_benchmark, read_outcomes, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
@@ -45,9 +47,9 @@ class Subject:
 
 
 @task(name="check-cells", **OVER_NETWORK)
-def check_cells(subject: Subject, cells: Sequence[PruningSettings], device: Device) -> None:
+def check_cells(subject: Subject, cells: Sequence[PruningSettings]) -> None:
     """Raise `InputError` for a cell that the model does not have, before hours are spent on the others."""
-    model, _ = loaded_model(subject.folder, subject.sha256, device)
+    model = skeleton(Checkpoint.open(subject.folder))
     for cell in {(cell.place, cell.layer): cell for cell in cells}.values():
         with pruned(model, cell):
             pass

@@ -20,7 +20,7 @@ from bivlm.errors import InputError
 from bivlm.pruning import selection
 from bivlm.pruning.anatomy import Anatomy
 from bivlm.pruning.attention import observing, received
-from bivlm.pruning.reading import Sequence, Tally, seeds_of
+from bivlm.pruning.reading import Sequence, Tally, seed_of
 from bivlm.pruning.settings import PruningSettings
 from bivlm.pruning.shortened import Shortened
 from bivlm.pruning.vision import VisionPruning
@@ -105,6 +105,8 @@ class LanguagePruning:
         self._reading = cache is None or cache.get_seq_length() == 0
         if not self._reading:
             return
+        if self._vision is not None:
+            self._vision.forget()  # a prompt may be without a picture
         ids_BT = arguments[0] if arguments else named.get("input_ids")
         if ids_BT is None:
             raise InputError("pruning: found no input_ids, which tell image tokens from text; expected them")
@@ -120,7 +122,9 @@ class LanguagePruning:
             candidates_BT[torch.arange(len(last_B), device=last_B.device), last_B] = False
         else:
             candidates_BT = torch.zeros_like(valid_BT) if self._parts.cross_layers else self._is_image_BT
-        self.tokens = Sequence(candidates_BT, valid_BT, seeds_of(ids_BT, valid_BT))
+        prompts = (ids[valid] for ids, valid in zip(ids_BT, valid_BT, strict=True))
+        seeds = [seed_of(ids) for ids in prompts] if self._settings.score == "random" else []
+        self.tokens = Sequence(candidates_BT, valid_BT, seeds)
         self.states = self._scores_BT = None
 
     def _embedded(
@@ -133,7 +137,7 @@ class LanguagePruning:
         if features is not None:
             rows = len(self.tokens.alive_BT)
             flat_BSD = features.reshape(rows, -1, features.shape[-1])
-            lost_BS = flat_BSD.isnan().any(-1)
+            lost_BS = self._lost(flat_BSD)
             all_BS = torch.ones_like(lost_BS)
             self.states = Sequence(self._seen_states(named, all_BS), all_BS, self.tokens.seeds)
             self._check_lost(lost_BS, self.states.candidates_BT)
@@ -146,13 +150,19 @@ class LanguagePruning:
         embeds_BTD = named.get("inputs_embeds")
         if embeds_BTD is None:
             return None
-        lost_BT = embeds_BTD.isnan().any(-1) & self._is_image_BT
+        lost_BT = self._lost(embeds_BTD) & self._is_image_BT
         self._check_lost(lost_BT, self._is_image_BT)
         whole_BTD = embeds_BTD.masked_fill(lost_BT[..., None], 0)
         self.tokens.drop(~lost_BT)
         if self._settings.place == "input":
             self._choose_by_features(self.tokens, whole_BTD, whole_BTD)
         return arguments, {**named, "inputs_embeds": whole_BTD}
+
+    def _lost(self, features_BTD: torch.Tensor) -> torch.Tensor:
+        """Which features the vision encoder dropped, bool (B, T). If it drops none, what is not a number stays so."""
+        if self._vision is None:
+            return torch.zeros(features_BTD.shape[:2], dtype=torch.bool, device=features_BTD.device)
+        return features_BTD.isnan().any(-1)
 
     def _check_lost(self, lost_BT: torch.Tensor, image_BT: torch.Tensor) -> None:
         """What the vision encoder dropped has to be seen here, and to leave something."""

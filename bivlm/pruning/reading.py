@@ -20,7 +20,8 @@ class Sequence:
     Attributes:
         candidates_BT: bool (B, T).
         alive_BT: bool (B, T); padding never is.
-        seeds: of every row, for choices at random: the same row gives the same, whatever it is batched with.
+        seeds: of every row, for choices at random: the same row gives the same, whatever it is batched with. Empty
+            where nothing is chosen at random.
         merged: neighbouring tokens that stay or go together.
     """
 
@@ -94,8 +95,6 @@ class Tally:
         return {kind: kept / among for kind, (among, kept) in self._counts.items() if among}
 
 
-def seeds_of(rows: torch.Tensor, valid_BT: torch.Tensor | None = None) -> list[int]:
-    """A checksum of every row's content, of integers or floating-point numbers."""
-    rows = rows.detach().cpu()
-    picked = [row if valid_BT is None else row[valid_BT[number].cpu()] for number, row in enumerate(rows)]
-    return [zlib.crc32(row.contiguous().view(torch.uint8).numpy().tobytes()) for row in picked]
+def seed_of(content: torch.Tensor) -> int:
+    """A checksum of integers or floating-point numbers."""
+    return zlib.crc32(content.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

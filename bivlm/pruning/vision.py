@@ -7,7 +7,7 @@ dropped one, and the language model drops these (`bivlm.pruning.language`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from bivlm.errors import InputError
 from bivlm.pruning.anatomy import Anatomy
 from bivlm.pruning.attention import observing, received
-from bivlm.pruning.reading import Sequence, Tally, seeds_of
+from bivlm.pruning.reading import Sequence, Tally, seed_of
 from bivlm.pruning.settings import PruningSettings
 
 Forward = Callable[..., torch.Tensor]
@@ -49,6 +49,10 @@ class VisionPruning:
         """Whether any token of the images that were read last was."""
         return self.tokens is not None and self.tokens.shortened is not None
 
+    def forget(self) -> None:
+        """Before a prompt is read: the images of another are none of its."""
+        self.tokens, self._seen = None, []
+
     def enter(self, stack: ExitStack) -> None:
         """Put the wrappers around; they go with `stack`."""
         stack.callback(self._parts.tower.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
@@ -62,7 +66,7 @@ class VisionPruning:
         self._pixels = arguments[0] if arguments else named.get("pixel_values", named.get("hidden_states"))
         grid = named.get("grid_thw", arguments[1] if len(arguments) > 1 else None)
         self._sizes = [] if grid is None else grid.prod(-1).tolist()
-        self.tokens, self._seen = None, []
+        self.forget()
 
     def _look(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> Sequence:
         """The images' tokens as they enter the encoder."""
@@ -70,16 +74,18 @@ class VisionPruning:
             rows = torch.arange(len(self._sizes), device=hidden_states.device)
             owner_T = rows.repeat_interleave(torch.tensor(self._sizes, device=hidden_states.device))
             alive_IT = owner_T == rows[:, None]
-            seeds = [seed for part in self._pixels.split(self._sizes) for seed in seeds_of(part[None])]
-            return Sequence(alive_IT, alive_IT, seeds, self._parts.merged)
+            return Sequence(alive_IT, alive_IT, self._seeds(self._pixels.split(self._sizes)), self._parts.merged)
         alive_BT = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         candidates_BT = alive_BT.clone()
         if self._parts.class_token:
             candidates_BT[:, 0] = False
         if mask is not None:  # padding may look at anything but padding, and others look at it
             candidates_BT &= mask.diagonal(dim1=2, dim2=3)[:, 0] == 0
-        pixels = self._pixels.reshape(len(hidden_states), -1)
-        return Sequence(candidates_BT, alive_BT, seeds_of(pixels))
+        return Sequence(candidates_BT, alive_BT, self._seeds(self._pixels.reshape(len(hidden_states), -1)))
+
+    def _seeds(self, pixels: Iterable[torch.Tensor]) -> list[int]:
+        """Of every image or tile; none unless they are needed, since its pixels have to be brought to the CPU."""
+        return [seed_of(each) for each in pixels] if self._settings.score == "random" else []
 
     def _see(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, _causal: bool

@@ -110,3 +110,23 @@ def test_an_adaptor_that_mixes_all_tokens_is_refused():
         pytest.raises(InputError, match="all tokens are mixed"),
     ):
         model(**inputs)
+
+
+@torch.inference_mode()
+def test_a_prompt_without_a_picture_after_one_with_is_read_whole():
+    model, inputs = make(llava)
+    text = {"input_ids": torch.tensor([[10, 11, 12]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    expected = model(**text).logits
+    with pruned(model, PruningSettings(place="vision", layer=1, share=0.5)) as pruning:
+        model(**inputs)
+        assert pruning.kept().vision is not None
+        assert torch.equal(model(**text).logits, expected)
+        assert pruning.kept().vision is None
+
+
+@torch.inference_mode()
+def test_what_is_not_a_number_without_being_dropped_stays_so():
+    model, inputs = make(llava)
+    inputs["pixel_values"][0, 0, 0, 0] = torch.nan
+    with pruned(model, PruningSettings(place="input", share=0.5, score="uniform")):
+        assert model(**inputs).logits[:, -1].isnan().all()
