@@ -24,11 +24,21 @@ SCRIPT = textwrap.dedent("""
 
 
 class Running:
-    """`bivlm compress` in a process group of its own, as far as it is ready to begin."""
+    """`bivlm compress`, or another command, in a process group of its own, as far as it is ready to begin."""
 
     def __init__(self, compression, workspace: str, log: Path, *options: str, **environment: str) -> None:
         arguments = ["compress", "--model", str(compression.model), "--recipe", str(compression.recipe_file())]
         arguments += ["--output", str(compression.output), "--workspace", workspace, *options]
+        self._start(arguments, log, environment)
+
+    @classmethod
+    def command(cls, arguments: list[str], log: Path, **environment: str) -> Running:
+        """Any command."""
+        running = cls.__new__(cls)
+        running._start(arguments, log, environment)
+        return running
+
+    def _start(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
         self.log = log
         # Into a file: nobody reads along, and a full pipe would hold the process up.
         with log.open("ab") as stream:

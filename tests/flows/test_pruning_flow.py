@@ -1,6 +1,7 @@
 """Sweeps and redundancy on a tiny model: what is written, that it resumes, and what is refused beforehand."""
 
 import json
+import time
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from bivlm.errors import InputError
 from bivlm.pruning.tables import ROW
 from flows import cli
 from tasks import pruning
+from tests.flows.running import Running
 
 PARAMS = {"model": "one", "place": "language", "score": "attention", "layer": "1", "share": "0.5"}
 SWEEP = {"places": ["vision", "language", "joint"], "layers": [1], "shares": [0.25, 0.5]}
@@ -80,6 +82,40 @@ def test_a_sweep_that_was_stopped_goes_on_at_the_cell_where_it_was(swept, monkey
     )
     swept()
     assert len(asked) == 2 * 6 * 2
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(swept, tmp_path):
+    """By SIGKILL, each time a few cells later, until it gets through."""
+    arguments = [
+        "sweep",
+        "--model",
+        swept.models[0],
+        "--task",
+        "reference:choice",
+        "--questions",
+        "40",
+        "--layers",
+        "1",
+    ]
+    arguments += ["--places", "vision", "language", "--output", str(tmp_path / "killed")]
+    steps, kills = tmp_path / "one" / "steps", 0
+    for at_least in range(2, 40, 3):
+        run = Running.command([*arguments, "--workspace", str(tmp_path / "one")], tmp_path / "log")
+        while run.process.poll() is None and len(list(steps.glob("*.json"))) < at_least:
+            time.sleep(0.005)
+        if not run.kill():
+            break
+        kills += 1
+    assert kills >= 3
+    assert run.process.returncode == 0
+    whole = [*arguments[:-1], str(tmp_path / "whole"), "--workspace", str(tmp_path / "two")]
+    assert cli.main(whole) == 0
+    for name in ("sweep.csv", "baselines.json", "losses.svg", "accuracy.svg"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    client = MlflowClient(f"sqlite:///{tmp_path / 'one' / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len(runs) == 1 + 2 * 6  # none twice
 
 
 def test_an_adaptive_cell_is_compared_with_a_fixed_one_of_as_many_tokens(swept, tmp_path):
