@@ -51,7 +51,14 @@ class Redundancy:
         end = "" if self.refuted is None else f"; {100 * self.refuted:g} % cannot"
         if self.resolved:
             return f"{start}{end} ({self.questions} questions)"
-        return f"{start}{end}; in between not resolvable with {self.questions} questions" + (
+        doubt = {
+            (True, True): "; in between",
+            (True, False): "; more is",
+            (False, True): "; less is",
+            (False, False): ":",
+        }
+        which = doubt[self.shown is not None, self.refuted is not None]
+        return f"{start}{end}{which} not resolvable with {self.questions} questions" + (
             "" if self.needed is None else f" (about {self.needed:,} would be needed)"
         )
 

@@ -37,8 +37,13 @@ def test_what_the_questions_cannot_tell_is_said():
     found = find_redundancy(lambda share: loss(3 * share, 2.0), 1.0)
     assert found.shown is None
     assert not found.resolved
-    assert "no share is shown to stay within 1 point; 99 % cannot" not in found.in_words()
-    assert "not resolvable with 500 questions" in found.in_words()
+    assert found.in_words().startswith(
+        "no share is shown to stay within 1 point: not resolvable with 500 questions (about "
+    )
+    found = find_redundancy(lambda share: loss(40 * share**2, 2.0), 3.0)
+    assert "15 % of the image tokens can be dropped within 3 points; 36 % cannot; in between not" in found.in_words()
+    found = find_redundancy(lambda share: loss(4 * share, 2.0), 3.0)
+    assert "25 % of the image tokens can be dropped within 3 points; more is not resolvable" in found.in_words()
 
 
 def test_how_many_questions_it_would_take():
