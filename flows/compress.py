@@ -161,6 +161,8 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     varied = [layer for layer in layers if curves.has_curve(layer)]
     tracked = tracking.find_or_create_run(store.url, base, recipe)
     answers = 2 * sum(map(len, request.benchmarks.values()))
+    swept = recipe.pruning.sweep if recipe.pruning and answers else None
+    in_sweep = questions_of_sweep(swept, request.benchmarks.values(), models=2) if swept else {}
     stages = {
         calibration.STAGE: 1,
         saliency.STAGE: len(layers),
@@ -170,8 +172,9 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         binarization.STAGE: len(layers),
         **({finishing.STAGE: recipe.finish.steps} if recipe.finish else {}),
         checkpoint.STAGE: 1,
-        **({evaluation.STAGE: answers, evaluation.DIVERGENCE_STAGE: 2} if answers else {}),
-        **({pruning.STAGE: _asked_in_sweep(request)} if recipe.pruning and recipe.pruning.sweep and answers else {}),
+        **({evaluation.STAGE: answers + in_sweep.get(evaluation.STAGE, 0)} if answers else {}),
+        **({evaluation.DIVERGENCE_STAGE: 2} if answers else {}),
+        **({pruning.STAGE: in_sweep[pruning.STAGE]} if swept else {}),
         curves.STAGE: len(varied),
         tracking.STAGE: 1,
     }
@@ -203,7 +206,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         progress.publish()
         results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None
         measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish) if varied else {}
-        if recipe.pruning and recipe.pruning.sweep and request.benchmarks:
+        if swept is not None:
             _sweep(request, tracked, packed, progress.publish)
         registered = _record(request, tracked, done, samples, packed, report, results, measured)
         progress.advance(tracking.STAGE)
@@ -265,11 +268,6 @@ def _evaluate(
     finally:
         evaluation.forget_models()
     return Results(full_precision, asked, logits, divergence)
-
-
-def _asked_in_sweep(request: Request) -> int:
-    """Questions that a sweep of both models asks with pruning."""
-    return 2 * questions_of_sweep(request.recipe.pruning.sweep, list(request.benchmarks.values()))
 
 
 def _sweep(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -58,10 +58,7 @@ def sweep_flow(
     if len({subject.label for subject in subjects}) < len(subjects):
         raise InputError(f"models: two are called alike ({', '.join(s.label for s in subjects)}); rename their folders")
     place = str(Path(output).expanduser().absolute())
-    stages = {
-        evaluation.STAGE: len(subjects) * sum(map(len, asked.values())),
-        pruning.STAGE: len(subjects) * questions_of_sweep(settings, list(asked.values())),
-    }
+    stages = questions_of_sweep(settings, asked.values(), len(subjects))
     with FlowProgress(stages, Console(stderr=True, quiet=quiet), "pruning sweep") as progress, shown_by(progress):
         limit = settings.questions
         swept = sweep_all(subjects, settings, benchmarks, limit, device, store.url, progress.publish)
@@ -127,10 +124,11 @@ class Swept:
     baselines: dict[str, dict[str, float]]
 
 
-def questions_of_sweep(settings: SweepSettings, benchmarks: Sequence[Benchmark]) -> int:
-    """How many questions the cells of one model are asked."""
-    asked = sum(min(len(each), settings.questions or len(each)) for each in benchmarks)
-    return asked * (len(settings.cells()) + 2 * len(settings.adaptive_cells()))
+def questions_of_sweep(settings: SweepSettings, benchmarks: Iterable[Benchmark], models: int) -> dict[str, int]:
+    """How many questions are asked, by stage: of the models as they are, and in their cells."""
+    asked = models * sum(min(len(each), settings.questions or len(each)) for each in benchmarks)
+    cells = len(settings.cells()) + 2 * len(settings.adaptive_cells())
+    return {evaluation.STAGE: asked, pruning.STAGE: asked * cells}
 
 
 def sweep_all(

@@ -135,7 +135,7 @@ def _print_adaptive(rows: list[dict[str, Any]]) -> None:
         ]
         mass, kept = f"{100 * row['mass']:g} %", f"{100 * row['kept_image']:.1f} %"
         _row(shown, row["model"], row["layer"], row["score"], mass, kept, *losses)
-    _print(shown)
+    _print_whole(shown)
 
 
 _COMPARED = ("adaptive", "fixed", "gain")
