@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bivlm.checkpoint import Checkpoint, Linear, TensorEntry, linears
+from bivlm.checkpoint import TABLES_KEY, Checkpoint, Linear, TensorEntry, anatomy
 from bivlm.checkpoint.tensor_file import header_text
 from bivlm.packing import FormatBits, format_bits
 
@@ -19,27 +19,33 @@ def bits_of(folder: str | Path) -> dict[str, Any]:
     ::
 
         {"linears": {"nominal", "entropy", "stored", "weights"},
+         "tables": {"nominal", "entropy", "stored", "weights"},
          "model": {"stored", "weights"},
          "by_component": {component: {"nominal", "entropy", "stored", "weights"}}}
 
     The linears are the packed ones; their stored bits are the bytes of the packed tensors and of their entries in the
-    files' headers, over the weights that they rebuild. The model's are the bytes of its safetensors files, over all
-    parameters once rebuilt. `nominal` and `entropy` are explained at `bivlm.packing.FormatBits`. For a checkpoint that
-    is not packed "linears" is None and "by_component" empty. Raises `InputError` naming a damaged tensor or file.
+    files' headers, over the weights that they rebuild. "tables" are the same of a packed embedding of tokens and a head
+    that is packed beside it, which do not count as linears. The model's are the bytes of its safetensors files, over
+    all parameters once rebuilt. `nominal` and `entropy` are explained at `bivlm.packing.FormatBits`. What is not packed
+    is None, and "by_component" without it. Raises `InputError` naming a damaged tensor or file.
     """
     checkpoint = Checkpoint.open(folder)
-    layers = linears(checkpoint) if checkpoint.packed else []
+    parts = anatomy(checkpoint) if checkpoint.packed else None
+    packed = [linear for name, linear in parts.packable.items() if name in checkpoint.packed] if parts else []
+    tables = (checkpoint.quantization or {}).get(TABLES_KEY, ())
+    of_tables = [_cost(linear, checkpoint) for linear in packed if linear.name in tables]
     costs: dict[str, list[_Cost]] = defaultdict(list)
-    for linear in layers:
-        if linear.name in checkpoint.packed:
+    for linear in packed:
+        if linear.name not in tables:
             costs[linear.component].append(_cost(linear, checkpoint))
-    packed_weights = {linear.disk_name: linear.size for linear in layers if linear.name in checkpoint.packed}
+    packed_weights = {linear.disk_name: linear.size for linear in packed}
     parameters = sum(
         packed_weights.get(name, entry.numel if entry.is_floating else 0) for name, entry in checkpoint.entries.items()
     )
     file_bytes = sum(file.stat().st_size for file in checkpoint.weight_files)
     return {
         "linears": _per_weight(cost for group in costs.values() for cost in group) if costs else None,
+        "tables": _per_weight(of_tables) if of_tables else None,
         "model": {"stored": 8 * file_bytes / parameters, "weights": parameters},
         "by_component": {component: _per_weight(group) for component, group in costs.items()},
     }

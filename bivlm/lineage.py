@@ -17,14 +17,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from bivlm.checkpoint import LINEAGE, Checkpoint, digest_of_files, linears
+from bivlm.checkpoint import LINEAGE, Checkpoint, anatomy, digest_of_files
 from bivlm.checkpoint.tensor_file import tensor_chunks
 from bivlm.errors import InputError
 from bivlm.identity import digest
 from bivlm.workspace import MissingObject, StepRecord, Workspace, WorkspaceError
 
 FORMAT = 1
-PACK_STAGE, ALLOCATION_STAGE, SEARCH_STAGE = "pack", "allocation", "block search"
+PACK_STAGE, ALLOCATION_STAGE, SEARCH_STAGE, TABLES_STAGE = "pack", "allocation", "block search", "tables"
 
 State = Literal["holds", "broken", "not checked"]
 
@@ -164,7 +164,7 @@ def _packed_tensors(lineage: Lineage, folder: Path) -> Finding:
     subject = "packed weights"
     try:
         checkpoint = Checkpoint.open(folder)
-        disk_names = {linear.name: linear.disk_name for linear in linears(checkpoint)}
+        disk_names = {name: linear.disk_name for name, linear in anatomy(checkpoint).packable.items()}
     except InputError as error:
         return Finding(subject, "broken", str(error))
     problems = []
@@ -191,11 +191,14 @@ def _recipe(lineage: Lineage) -> Finding:
     # Under a budget of bits, or after a search, a layer's settings are chosen by a step that says which.
     choosing = (ALLOCATION_STAGE, SEARCH_STAGE)
     chosen = [each.figures["settings"] for each in lineage.steps.values() if each.stage in choosing]
+    of_tables = list((lineage.recipe.get("tables") or {}).values())
     for name, steps in lineage.layers.items():
-        plan = lineage.steps.get(steps.get("plan", ""))
+        plan, packed = (lineage.steps.get(steps.get(stage, "")) for stage in ("plan", PACK_STAGE))
         allowed = [each.get(name) for each in chosen] or settings
         if plan is not None and plan.identity.get("recipe") not in allowed:
             problems.append(f"{name} was planned with other settings")
+        if packed is not None and packed.stage == TABLES_STAGE and packed.identity.get("recipe") not in of_tables:
+            problems.append(f"{name} was rounded with other settings")
     return _finding("recipe", problems, f"{lineage.recipe.get('name')}, sha256 {lineage.recipe_sha256}")
 
 

@@ -26,6 +26,7 @@ from bivlm.finish_settings import FinishSettings
 from bivlm.methods import MethodSettings, method
 from bivlm.pruning import RecipePruning
 from bivlm.search_settings import SearchSettings
+from bivlm.tables import RecipeTables
 
 __all__ = [
     "COMPONENTS",
@@ -67,6 +68,7 @@ class Recipe(BaseModel):
         min_length=1
     )
     keep: tuple[str, ...] = ("lm_head",)
+    tables: RecipeTables | None = None
     calibration: CalibrationSettings = CalibrationSettings()
     budget: BudgetSettings | None = None
     search: SearchSettings | None = None

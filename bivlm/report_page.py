@@ -17,9 +17,9 @@ from bivlm import figures
 
 _TEMPLATE = "report.html"
 _NONE = "–"
-_LINEARS, _MODEL = "packed linears", "whole model"
+_LINEARS, _TABLES, _MODEL = "packed linears", "embedding and head", "whole model"
 _BITS = ("nominal", "entropy", "stored")
-_SHOWN_ELSEWHERE = frozenset({"format", "base_model", "recipe", "bits", "layers"})
+_SHOWN_ELSEWHERE = frozenset({"format", "base_model", "recipe", "bits", "layers", "tables"})
 _LAYER_PICTURES = (
     (
         figures.weight_histogram,
@@ -110,13 +110,13 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
 def _bits_rows(bits: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table of bits; `megabytes` are stored bits times weights."""
     parts = [(_LINEARS, bits.get("linears")), *(bits.get("by_component") or {}).items()]
-    parts.append((_MODEL, bits.get("model")))
+    parts += [(_TABLES, bits.get("tables")), (_MODEL, bits.get("model"))]
     rows = []
     for name, part in parts:
         if part:
             row = {key: part.get(key) for key in ("weights", *_BITS)}
             size = None if row["weights"] is None or row["stored"] is None else row["weights"] * row["stored"] / 8e6
-            rows.append({"name": name, "part": name not in (_LINEARS, _MODEL), "megabytes": size, **row})
+            rows.append({"name": name, "part": name not in (_LINEARS, _TABLES, _MODEL), "megabytes": size, **row})
     return rows
 
 

@@ -28,7 +28,7 @@ from bivlm.checkpoint.linears import loaded_names
 from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD, check_quantization
 from bivlm.checkpoint.tensor_file import TensorEntry, read_entries
 from bivlm.errors import InputError
-from bivlm.linear import PackedLinear
+from bivlm.linear import PackedEmbedding, PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,17 +104,22 @@ class BiVLMQuantizer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes an element takes once loaded: transformers plans device memory with it."""
         module = model.get_submodule(param_name.rpartition(".")[0])
-        if self.quantization_config.dequantize and isinstance(module, PackedLinear) and param is module.weight:
-            return module.in_features * module.out_features * module.dtype.itemsize / param.numel()
+        if self.quantization_config.dequantize and isinstance(module, _PACKED) and param is module.weight:
+            return module.size * module.dtype.itemsize / param.numel()
         return super().param_element_size(model, param_name, param)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        packed = {}
         for name, nbytes in self.quantization_config.packed.items():
-            path, linear = _find_linear(model, name)
-            with torch.device("meta"):
-                model.set_submodule(path, PackedLinear.replacing(linear, nbytes, path))
+            path, module = _find_layer(model, name)
+            packed[f"{path}.weight"] = nbytes
+            _swap(model, path, module, nbytes)
+        for weight, source in _tied(model).items():  # a head that shares its tensor with a packed embedding
+            if source in packed:
+                path = weight.removesuffix(".weight")
+                _swap(model, path, model.get_submodule(path), packed[source])
         if checkpoint_files:
             _check_files(model, checkpoint_files)
         return model
@@ -124,32 +129,53 @@ class BiVLMQuantizer(HfQuantizer):
             module = model.get_submodule(name)
             if module.weight.is_meta:
                 raise InputError(f"{name}.weight: offloaded; packed weights have to be on a CPU or an accelerator")
-            module.verify()
-            if self.quantization_config.dequantize:
-                model.set_submodule(name, module.dequantized())
-        return model
+            if f"{name}.weight" not in _tied(model):
+                module.verify()
+        return self._dequantize(model) if self.quantization_config.dequantize else model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name in _packed_layers(model):
-            model.set_submodule(name, model.get_submodule(name).dequantized(dtype))
+        tied = _tied(model)
+        names = _packed_layers(model)
+        for name in sorted(names, key=lambda name: f"{name}.weight" in tied):  # what they share comes first
+            module = model.get_submodule(name)
+            if (source := tied.get(f"{name}.weight")) is None:
+                model.set_submodule(name, module.dequantized(dtype))
+            else:
+                model.set_submodule(name, module.with_weight(model.get_parameter(source)))
         return model
+
+
+_PACKED = (PackedLinear, PackedEmbedding)
 
 
 def _packed_layers(model: nn.Module) -> list[str]:
     """Names, not modules: a list of modules would keep every packed weight until the last one is rebuilt."""
-    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    return [name for name, module in model.named_modules() if isinstance(module, _PACKED)]
 
 
-def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:
-    """The linear called `name`, also where `model` is the base model of the one that was packed."""
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that share the tensor of another, by name."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _swap(model: PreTrainedModel, path: str, module: nn.Linear | nn.Embedding, nbytes: int) -> None:
+    with torch.device("meta"):
+        if isinstance(module, nn.Embedding):
+            model.set_submodule(path, PackedEmbedding(module, nbytes, path))
+        else:
+            model.set_submodule(path, PackedLinear.replacing(module, nbytes, path))
+
+
+def _find_layer(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear | nn.Embedding]:
+    """The layer called `name`, also where `model` is the base model of the one that was packed."""
     for path in (name, name.removeprefix(f"{model.base_model_prefix}.")):
         try:
             module = model.get_submodule(path)
         except AttributeError:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Embedding):
             return path, module
-    raise InputError(f"quantization_config: packed: {type(model).__name__} has no linear layer called {name}")
+    raise InputError(f"quantization_config: packed: {type(model).__name__} has no linear layer or embedding {name}")
 
 
 def _check_files(model: PreTrainedModel, files: list[str]) -> None:
@@ -157,7 +183,7 @@ def _check_files(model: PreTrainedModel, files: list[str]) -> None:
     entries: dict[str, TensorEntry] = {entry.name: entry for file in files for entry in read_entries(Path(file))}
     goals = loaded_names(model, entries)
     sources = {name: entries[disk_name] for disk_name, goal in goals.items() for name in goal.names}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = _tied(model)
     for name, tensor in model.state_dict().items():
         entry = sources.get(name) or sources.get(tied.get(name, ""))
         if entry is None:

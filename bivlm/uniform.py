@@ -64,7 +64,11 @@ def layer_exponent(weight_MN: torch.Tensor, bits: int) -> int:
     The scale of the layer's whole range comes near 2^10, a 64th of the largest float16: error feedback may widen the
     range of a group so far before its scale is cut.
     """
-    lowest, highest = (float(end) for end in weight_MN.aminmax())
+    return range_exponent(*(float(end) for end in weight_MN.aminmax()), bits)
+
+
+def range_exponent(lowest: float, highest: float, bits: int) -> int:
+    """As `layer_exponent`, of a layer whose weights lie between these ends."""
     return max(exponent_of((max(highest, 0.0) - min(lowest, 0.0)) / (2**bits - 1)), _LEAST_EXPONENT)
 
 
@@ -88,13 +92,17 @@ def divisor(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales > 0, scales, 1.0)
 
 
-def round_to_nearest(weight_MN: torch.Tensor, bits: int, group_size: int, clip: float = 1.0) -> GroupedCodes:
+def round_to_nearest(
+    weight_MN: torch.Tensor, bits: int, group_size: int, clip: float = 1.0, exponent: int | None = None
+) -> GroupedCodes:
     """Every weight on the nearest point of its group's grid; a few rows at a time, so that temporaries stay small.
 
-    The grid spans `clip` times the group's range, 0 < clip <= 1.
+    The grid spans `clip` times the group's range, 0 < clip <= 1. `exponent` is the layer's where these are some of its
+    rows.
     """
     rows, columns = weight_MN.shape
-    width, exponent = group_width(columns, group_size), layer_exponent(weight_MN, bits)
+    width = group_width(columns, group_size)
+    exponent = layer_exponent(weight_MN, bits) if exponent is None else exponent
     groups = -(-columns // width)
     device = weight_MN.device
     codes_MN = torch.empty(rows, columns, dtype=torch.uint8, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
-from bivlm.checkpoint import REPORT, Linear, select
+from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
 from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark, load_benchmark
 from bivlm.identity import digest
@@ -36,6 +36,7 @@ from tasks import (
     pruning,
     saliency,
     search,
+    tables,
     tracking,
 )
 from tasks.device import Device, choose_device
@@ -67,6 +68,7 @@ class Request:
     base: checkpoint.Base
     recipe: Recipe
     chosen: list[Linear]
+    tables: list[tables.Table]
     output: str
     store: Workspace
     benchmarks: dict[str, Benchmark]
@@ -140,7 +142,8 @@ def compress_flow(
     benchmarks = {name: load_benchmark(name, questions) for name in names}
     base = checkpoint.resolve_base(model, revision, output)
     chosen, _kept = select(base.linears, chosen_recipe)
-    request = Request(base, chosen_recipe, chosen, output, store, benchmarks, questions, choose_device())
+    packed_tables = tables.tables_of(base, chosen_recipe, chosen)
+    request = Request(base, chosen_recipe, chosen, packed_tables, output, store, benchmarks, questions, choose_device())
     console = Console(stderr=True, quiet=quiet)
 
     def wait() -> None:
@@ -171,6 +174,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         **({search.STAGE: 1} if recipe.search else {}),
         binarization.STAGE: len(layers),
         **({finishing.STAGE: recipe.finish.steps} if recipe.finish else {}),
+        **({tables.STAGE: len(request.tables)} if request.tables else {}),
         checkpoint.STAGE: 1,
         **({evaluation.STAGE: answers + in_sweep.get(evaluation.STAGE, 0)} if answers else {}),
         **({evaluation.DIVERGENCE_STAGE: 2} if answers else {}),
@@ -193,15 +197,32 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         if recipe.finish is not None:
             done = finish_all(done, base, samples, recipe.finish, request.device, store.url)
             progress.publish()
+        done = replace(done, tables={table.name: tables.pack_one(table, store.url) for table in request.tables})
         setting = recipe.pruning.setting if recipe.pruning else None
         settings = {"code_version": code_version()}
         settings |= {PRUNING_KEY: setting.model_dump(mode="json")} if setting else {}
-        packed = checkpoint.write_checkpoint(base, request.chosen, done.shards, settings, request.output, store.url)
+        settings |= {TABLES_KEY: list(done.tables)} if done.tables else {}
+        packed = checkpoint.write_checkpoint(
+            base,
+            [*request.chosen, *(table.linear for table in request.tables)],
+            done.shards | done.tables,
+            settings,
+            request.output,
+            store.url,
+        )
         report = earlier_report(request.output, base, recipe) if packed.step.reused else None
         if report is None:
             seconds = time.perf_counter() - started
             report = write_report(
-                base, recipe, done.layers, done.shards, request.output, seconds=seconds, peak_memory_bytes=peak_bytes()
+                base,
+                recipe,
+                done.layers,
+                done.shards,
+                request.tables,
+                done.tables,
+                request.output,
+                seconds=seconds,
+                peak_memory_bytes=peak_bytes(),
             )
         progress.publish()
         results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None
@@ -304,7 +325,20 @@ def _record(
     base, recipe, workspace = request.base, request.recipe, request.store.url
     place = {"uri": tracking.public_uri(tracked.uri), "experiment": tracked.experiment_id, "run": tracked.run_id}
     evaluations = results.by_name() if results else {}
-    write_lineage(base, recipe, done.layers, done.shards, samples, done.between, packed, evaluations, place, workspace)
+    write_lineage(
+        base,
+        recipe,
+        done.layers,
+        done.shards,
+        request.tables,
+        done.tables,
+        samples,
+        done.between,
+        packed,
+        evaluations,
+        place,
+        workspace,
+    )
     figures = results.figures() if results else None
     others = tracking.other_points(tracked, base.sha256, results.packed) if results else []
     drawn = layers_for_figures(report, done.layers, measured)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect import Task, unmapped
@@ -30,12 +30,14 @@ WORKERS = min(4, os.cpu_count() or 1)
 class PackedLayers:
     """The layers with the steps that were done of them, the shard of each by name, and what else was done on the way.
 
-    `between` are steps that others refer to: calibration, and the shards before finishing.
+    `between` are steps that others refer to: calibration, and the shards before finishing. `tables` are the shards of
+    packed tables.
     """
 
     layers: list[Layer]
     shards: dict[str, Done]
     between: list[Done]
+    tables: dict[str, Done] = field(default_factory=dict)
 
 
 def pack_all(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def print_bits(bits: dict[str, Any]) -> None:
     """The result of `bivlm.bits.bits_of`."""
     table = Table("", "weights", "nominal", "entropy", "stored", title="bits a weight")
-    rows = [("packed linears", bits["linears"]), *bits["by_component"].items(), ("whole model", bits["model"])]
+    rows = [("packed linears", bits["linears"]), *bits["by_component"].items()]
+    rows += [("embedding and head", bits["tables"]), ("whole model", bits["model"])]
     for name, figures in rows:
         if figures is not None:
             shown = [_bits(figures.get(key)) for key in ("nominal", "entropy", "stored")]

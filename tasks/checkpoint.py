@@ -11,13 +11,14 @@ from typing import Any
 from prefect import task
 
 from bivlm.checkpoint import (
+    Anatomy,
     Checkpoint,
     Digests,
     Linear,
     ResolvedModel,
+    anatomy,
     check_output,
     digest_of_files,
-    linears,
     resolve_model,
     write_packed_checkpoint,
 )
@@ -34,11 +35,15 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Base:
-    """The model to compress: where it is, what it is, and the linear layers it has."""
+    """The model to compress: where it is, what it is, and what it is made of."""
 
     model: ResolvedModel
     digests: Digests
-    linears: list[Linear]
+    parts: Anatomy
+
+    @property
+    def linears(self) -> list[Linear]:
+        return self.parts.linears
 
     @property
     def sha256(self) -> str:
@@ -47,11 +52,11 @@ class Base:
 
 @task(name="base-model", **OVER_NETWORK)
 def resolve_base(model: str, revision: str | None, output: str) -> Base:
-    """Find the model (a folder, or the hub), see that it may be packed into `output`, hash it and list its linears."""
+    """Find the model (a folder, or the hub), see that it may be packed into `output`, hash it and look at its parts."""
     resolved = resolve_model(model, revision)
     checkpoint = Checkpoint.open(resolved.folder)
     check_output(checkpoint, output)
-    return Base(resolved, checkpoint.digests(), linears(checkpoint))
+    return Base(resolved, checkpoint.digests(), anatomy(checkpoint))
 
 
 @dataclass(frozen=True)

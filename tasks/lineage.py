@@ -16,6 +16,7 @@ from bivlm.stores.folder import write_atomically
 from tasks.checkpoint import Base, PackedCheckpoint
 from tasks.layers import Layer
 from tasks.steps import Done
+from tasks.tables import Table
 
 # What differs between two runs that did the same thing, where a workspace may have been moved in between.
 _CIRCUMSTANCES = {
@@ -33,6 +34,8 @@ def write_lineage(
     recipe: Recipe,
     layers: Sequence[Layer],
     shards: dict[str, Done],
+    tables: Sequence[Table],
+    packed_tables: dict[str, Done],
     calibration: Done,
     between: Sequence[Done],
     packed: PackedCheckpoint,
@@ -56,6 +59,7 @@ def write_lineage(
         }
         for layer in layers
     }
+    by_stage |= {name: {"pack": step} for name, step in packed_tables.items()}
     steps = [calibration, *between, packed.step, *evaluations.values()]
     steps += [step for stages in by_stage.values() for step in stages.values()]
     lineage = Lineage(
@@ -65,7 +69,8 @@ def write_lineage(
             revision=base.model.revision,
             sha256=base.sha256,
             files=base.digests.files,
-            tensors={layer.disk_name: layer.weight_sha256 for layer in layers},
+            tensors={layer.disk_name: layer.weight_sha256 for layer in layers}
+            | {table.linear.disk_name: table.weight_sha256 for table in tables},
         ),
         recipe=canonical,
         recipe_sha256=digest(canonical),

@@ -19,9 +19,10 @@ from bivlm.stores.folder import write_atomically
 from tasks.checkpoint import Base
 from tasks.layers import Layer
 from tasks.steps import Done
+from tasks.tables import Table
 
 PAGE = "report.html"
-FORMAT = 2
+FORMAT = 3
 OTHERS = 8  # compressions that one picture compares with: the labels of more would leave it no room
 
 
@@ -35,6 +36,8 @@ def write_report(
     recipe: Recipe,
     layers: Sequence[Layer],
     shards: dict[str, Done],
+    tables: Sequence[Table],
+    packed_tables: dict[str, Done],
     output: str,
     *,
     seconds: float,
@@ -56,6 +59,7 @@ def write_report(
         "bits": bits_of(output),
         "relative_error": relative_error(_with_moments(described, layers)),
         "layers": described,
+        "tables": [_table(table, packed_tables[table.name]) for table in tables],
         "warnings": _warnings(described, [layer.settings.get("damping") for layer in layers]),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
@@ -197,6 +201,17 @@ def _warnings(layers: list[dict[str, Any]], asked: list[float | None]) -> list[s
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _table(table: Table, shard: Done) -> dict[str, Any]:
+    return {
+        "name": table.name,
+        "shape": list(table.linear.shape),
+        **table.settings.model_dump(mode="json"),
+        "error": shard.record.figures["error"],
+        "stored_bits": shard.record.figures["bits"]["stored"],
+        "seconds": shard.record.seconds,
+    }
 
 
 def _layer(layer: Layer, shard: Done) -> dict[str, Any]:

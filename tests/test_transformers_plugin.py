@@ -235,7 +235,7 @@ class TestWhatIsRefused:
 
     def test_a_packed_layer_that_the_model_does_not_have_is_named(self, packed_llava):
         change_config(packed_llava, lambda config: config["packed"].update({"model.nowhere": 10}))
-        with pytest.raises(InputError, match=r"has no linear layer called model\.nowhere"):
+        with pytest.raises(InputError, match=r"has no linear layer or embedding model\.nowhere"):
             load(packed_llava)
 
     def test_a_packed_layer_that_the_config_forgot_is_not_loaded_as_something_else(self, packed_llava):

@@ -5,13 +5,23 @@ the packed folder, `tensor_file` knows the safetensors format.
 """
 
 from bivlm.checkpoint.linears import Anatomy, LeftAlone, Linear, anatomy, linears, select
-from bivlm.checkpoint.reading import LINEAGE, REPORT, Checkpoint, Digests, ResolvedModel, digest_of_files, resolve_model
+from bivlm.checkpoint.reading import (
+    LINEAGE,
+    REPORT,
+    TABLES_KEY,
+    Checkpoint,
+    Digests,
+    ResolvedModel,
+    digest_of_files,
+    resolve_model,
+)
 from bivlm.checkpoint.tensor_file import TensorEntry
 from bivlm.checkpoint.writing import check_output, write_packed_checkpoint
 
 __all__ = [
     "LINEAGE",
     "REPORT",
+    "TABLES_KEY",
     "Anatomy",
     "Checkpoint",
     "Digests",

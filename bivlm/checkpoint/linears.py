@@ -69,11 +69,26 @@ class LeftAlone:
 class Anatomy:
     """Every tensor of a checkpoint, once: linear layers in module order, then the rest by name.
 
-    A tied head stands among the linears although the tensor counts as the embedding's and is in `left_alone`.
+    A tied head stands among the linears although the tensor counts as the embedding's.
+
+    Attributes:
+        linears: the linear layers.
+        left_alone: the rest, the embedding of tokens among it unless that is packed.
+        tokens: the embedding of tokens, described as a linear layer with a weight (V, D); None if it is not one tensor
+            on disk.
+        head: name of the linear layer that gives the logits; None if there is none.
     """
 
     linears: list[Linear]
     left_alone: list[LeftAlone]
+    tokens: Linear | None
+    head: str | None
+
+    @property
+    def packable(self) -> dict[str, Linear]:
+        """Everything that can be packed, by its name in the loaded model."""
+        both = self.linears if self.tokens is None else [*self.linears, self.tokens]
+        return {linear.name: linear for linear in both}
 
 
 @dataclass(frozen=True)
@@ -115,16 +130,22 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         if disk_name is None:
             raise InputError(f"checkpoint {checkpoint.folder}: the tensor of {weight} is missing")
         shape = (module.out_features, module.in_features)
-        dtype = _dtype(name, shape, disk_name, checkpoint)
+        holder = tied.get(weight, weight).removesuffix(".weight")
+        dtype = _dtype(holder, shape, disk_name, checkpoint)
         found.append(Linear(name, disk_name, component, shape, dtype, tied.get(weight)))
+    names = {module: name for name, module in model.named_modules()}
+    tokens = _tokens(names, model.get_input_embeddings(), sources, checkpoint)
     packable = {linear.disk_name for linear in found if linear.tied_to is None}
+    if tokens is not None and tokens.name in checkpoint.packed:
+        packable.add(tokens.disk_name)
     kinds = {
         disk_name: _kind(model, members, loaded[disk_name])
         for disk_name in checkpoint.entries
         if disk_name not in packable
     }
     left = [_left_alone(checkpoint.entries[disk_name], kind) for disk_name, kind in kinds.items()]
-    return Anatomy(found, left)
+    head = names.get(model.get_output_embeddings())
+    return Anatomy(found, left, tokens, head if head in {linear.name for linear in found} else None)
 
 
 def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Linear]]:
@@ -206,6 +227,18 @@ def _sources(loaded: dict[str, LoadedName], checkpoint: Checkpoint) -> dict[str,
                 f"checkpoint {checkpoint.folder}: {other} and {disk_name} are both loaded as {goal.names[0]}"
             )
     return sources
+
+
+def _tokens(
+    names: dict[nn.Module, str], embedding: nn.Module, sources: dict[str, str], checkpoint: Checkpoint
+) -> Linear | None:
+    """The embedding of tokens, unless it is no table or merged while loading."""
+    name = names.get(embedding, "")
+    disk_name = sources.get(f"{name}.weight")
+    if not isinstance(embedding, nn.Embedding) or disk_name is None:
+        return None
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    return Linear(name, disk_name, "language", shape, _dtype(name, shape, disk_name, checkpoint))
 
 
 def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkpoint) -> torch.dtype:

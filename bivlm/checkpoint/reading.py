@@ -25,6 +25,7 @@ REPORT = "compression_report.json"
 LINEAGE = "lineage.json"
 QUANT_METHOD = "bivlm"
 FORMAT = 1  # of the packed checkpoint
+TABLES_KEY = "tables"  # in the quantization config: which packed weights are the embedding of tokens and the head
 
 # Files that a model needs beside its weights: configs, tokenizer, processor, chat template.
 _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}

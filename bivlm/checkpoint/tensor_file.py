@@ -106,9 +106,7 @@ def read_tensor(entry: TensorEntry, sha256: str | None = None) -> torch.Tensor:
     Raises `InputError` naming it for an unknown dtype, a file that ends early, or bytes that are not those of `sha256`
     (as `digest_file` gives it).
     """
-    dtype = DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise InputError(f"{entry.name} in {entry.file}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
+    dtype = _dtype_of(entry)
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.begin)
@@ -116,12 +114,28 @@ def read_tensor(entry: TensorEntry, sha256: str | None = None) -> torch.Tensor:
     if sha256 is not None:
         found = tensor_hash(entry.dtype, entry.shape)
         found.update(raw.numpy())
-        if found.hexdigest() != sha256:
-            raise InputError(
-                f"{entry.name} in {entry.file}: other bytes than when the checkpoint was opened (sha256 "
-                f"{found.hexdigest()}, expected {sha256}); do not change it while it is compressed"
-            )
+        _check_hash(entry, sha256, found)
     return raw.view(dtype).reshape(entry.shape)
+
+
+def tensor_rows(entry: TensorEntry, count: int, sha256: str | None = None) -> Iterator[torch.Tensor]:
+    """The tensor `count` rows at a time, each piece alone in memory; raises as `read_tensor`, on the bytes at the end.
+
+    A piece is overwritten by the next.
+    """
+    dtype = _dtype_of(entry)
+    row = entry.nbytes // entry.shape[0]
+    buffer = torch.empty(min(count, entry.shape[0]) * row, dtype=torch.uint8)
+    found = tensor_hash(entry.dtype, entry.shape)
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.begin)
+        for begin in range(0, entry.shape[0], count):
+            raw = buffer[: min(count, entry.shape[0] - begin) * row]
+            _read_into(stream, memoryview(raw.numpy()), entry)
+            if sha256 is not None:
+                found.update(raw.numpy())
+            yield raw.view(dtype).view(-1, *entry.shape[1:])
+    _check_hash(entry, sha256, found)
 
 
 def digest_file(file: Path, entries: Iterable[TensorEntry]) -> tuple[str, dict[str, str]]:
@@ -205,6 +219,21 @@ def write_tensors(file: Path, tensors: Sequence[OutgoingTensor]) -> None:
                 raise InputError(f"{tensor.name}: {written} bytes came, {tensor.nbytes} were announced")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _dtype_of(entry: TensorEntry) -> torch.dtype:
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise InputError(f"{entry.name} in {entry.file}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
+    return dtype
+
+
+def _check_hash(entry: TensorEntry, expected: str | None, found: hashlib._Hash) -> None:
+    if expected is not None and found.hexdigest() != expected:
+        raise InputError(
+            f"{entry.name} in {entry.file}: other bytes than when the checkpoint was opened (sha256 "
+            f"{found.hexdigest()}, expected {expected}); do not change it while it is compressed"
+        )
 
 
 def _compact(value: Any) -> str:

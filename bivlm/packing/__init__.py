@@ -57,6 +57,10 @@ class Codec(ABC):
         opened = self.tunable(packed, header)
         return opened.rebuild(opened.parameters).to(header.dtype)
 
+    def rows(self, packed: torch.Tensor, header: Header, rows_m: torch.Tensor) -> torch.Tensor:
+        """The rebuilt rows (m, N) of these numbers, int64 (m,); by default taken from the whole weight."""
+        return self.unpack(packed, header)[rows_m]
+
     @abstractmethod
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Scales and levels, and the weight as a function of them; rounded to `header.dtype` it is what `unpack`
@@ -93,6 +97,12 @@ def unpack(packed: torch.Tensor, name: str = "packed weight", *, check: bool = T
     """Rebuild the weight (M, N) from its packed bytes, uint8 of shape (bytes,); raises `InputError` naming `name`."""
     codec, header = open_packed(packed, name, check=check)
     return codec.unpack(packed, header)
+
+
+def unpack_rows(packed: torch.Tensor, rows_m: torch.Tensor, name: str = "packed weight") -> torch.Tensor:
+    """Rebuild some rows (m, N) of a weight, by their numbers, int64 (m,), on the device of `packed`; no checksum."""
+    codec, header = open_packed(packed, name, check=False)
+    return codec.rows(packed, header, rows_m)
 
 
 def format_bits(packed: torch.Tensor, name: str = "packed weight") -> FormatBits:

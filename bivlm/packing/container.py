@@ -23,6 +23,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,17 +66,32 @@ def write(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequ
 
     Raises `InputError` for a dtype that has no code or a section of 4 GiB and more.
     """
+    return torch.from_numpy(np.concatenate(_parts(codec, shape, dtype, sections)))
+
+
+def write_file(
+    file: Path, codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]
+) -> None:
+    """The bytes of `write`, straight into `file`: the sections are not held twice."""
+    with file.open("wb") as stream:
+        for part in _parts(codec, shape, dtype, sections):
+            stream.write(memoryview(part))
+
+
+def _parts(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The packed tensor in pieces: header, table of lengths, sections."""
     if dtype not in _DTYPES:
         raise InputError(f"a packed weight is rebuilt as bfloat16, float16 or float32, not {dtype}")
     lengths = [section.nbytes for section in sections]
     if max(lengths) >= 2**32:
         raise InputError(f"a section of a packed weight has {max(lengths)} bytes; the format holds less than 4 GiB")
     table = np.array(lengths, dtype="<u4").view(np.uint8)
-    body = np.concatenate([table, *(np.ascontiguousarray(s, dtype=np.uint8).reshape(-1) for s in sections)])
+    body = [table, *(np.ascontiguousarray(section, dtype=np.uint8).reshape(-1) for section in sections)]
     fields = (MAGIC, FORMAT_VERSION, _DTYPES.index(dtype), len(sections), 0, codec.encode("ascii"), *shape)
-    checksum = zlib.crc32(body, zlib.crc32(_HEADER.pack(*fields, 0)[:_CHECKSUM_AT]))
-    head = np.frombuffer(_HEADER.pack(*fields, checksum), dtype=np.uint8)
-    return torch.from_numpy(np.concatenate([head, body]))
+    checksum = zlib.crc32(_HEADER.pack(*fields, 0)[:_CHECKSUM_AT])
+    for part in body:
+        checksum = zlib.crc32(part, checksum)
+    return [np.frombuffer(_HEADER.pack(*fields, checksum), dtype=np.uint8), *body]
 
 
 def section(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:

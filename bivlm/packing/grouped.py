@@ -17,7 +17,9 @@ every device, and is rounded once more, to the weight's dtype.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -27,8 +29,8 @@ from bivlm.errors import InputError
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
 from bivlm.packing.halves import exponent_of, from_halves, to_halves
-from bivlm.packing.radix import CHUNK_SYMBOLS, count_symbols, pack_symbols, radix, unpack_values
-from bivlm.uniform import GroupedCodes, group_width
+from bivlm.packing.radix import CHUNK_SYMBOLS, count_symbols, pack_symbols, radix, symbols_at, unpack_values
+from bivlm.uniform import GroupedCodes, group_width, range_exponent, round_to_nearest
 
 NAME = "grouped"
 CodeBits = Literal[2, 3, 4, 8]
@@ -64,18 +66,35 @@ def pack(coded: GroupedCodes, dtype: torch.dtype, channel_scales_N: torch.Tensor
 
     `channel_scales_N`, float32 as `stored_channel_scales` gives them, multiply the rebuilt columns.
     """
-    channels = np.empty(0, np.float32) if channel_scales_N is None else channel_scales_N.cpu().numpy()
-    channel_exponent = exponent_of(float(np.max(channels, initial=0.0)))
-    fields = (coded.bits, channel_scales_N is not None, coded.exponent, channel_exponent, coded.width)
-    zeros = pack_symbols(coded.zeros_MG.reshape(1, -1), 1 << coded.bits)
-    sections = [
-        np.frombuffer(_PARAMETERS.pack(*fields), np.uint8),
-        to_halves(coded.scales_MG.cpu().numpy(), coded.exponent),
-        np.concatenate([plane.reshape(-1) for plane in zeros]),
-        _pack_codes(coded.codes_MN, coded.bits),
-        to_halves(channels, channel_exponent),
-    ]
+    codes = _Codes(tuple(coded.codes_MN.shape), coded.bits)
+    codes.put(0, coded.codes_MN)
+    grids = (coded.bits, coded.width, coded.exponent)
+    sections = _sections(coded.scales_MG, coded.zeros_MG, codes.section, grids, channel_scales_N)
     return container.write(NAME, tuple(coded.codes_MN.shape), dtype, sections)
+
+
+def pack_rows(
+    file: Path, pieces: Callable[[], Iterable[torch.Tensor]], shape: tuple[int, int], bits: int, group_size: int
+) -> None:
+    """Write the bytes of ``pack(round_to_nearest(weight, bits, group_size))`` to `file`, a few rows at a time.
+
+    ``pieces()`` gives all rows of a weight of this shape, one piece after another; it is called twice. Beside a piece
+    no more is held than the packed bytes.
+    """
+    lowest, highest = torch.stack([torch.stack(piece.aminmax()).float() for piece in pieces()]).unbind(1)
+    exponent = range_exponent(float(lowest.min()), float(highest.max()), bits)
+    width = group_width(shape[1], group_size)
+    scales_MG = torch.empty(shape[0], -(-shape[1] // width))
+    zeros_MG = torch.empty(scales_MG.shape, dtype=torch.uint8)
+    codes, begin = _Codes(shape, bits), 0
+    for piece in pieces():
+        coded = round_to_nearest(piece, bits, group_size, exponent=exponent)
+        rows = slice(begin, begin + len(piece))
+        scales_MG[rows], zeros_MG[rows] = coded.scales_MG, coded.zeros_MG
+        codes.put(begin, coded.codes_MN)
+        begin = rows.stop
+    sections = _sections(scales_MG, zeros_MG, codes.section, (bits, width, exponent), None)
+    container.write_file(file, NAME, shape, piece.dtype, sections)
 
 
 def stored_channel_scales(channel_scales_N: torch.Tensor) -> torch.Tensor:
@@ -108,6 +127,24 @@ class GroupedCodec(Codec):
                 chunk.mul_(channels_N)
             weight_MN[begin : begin + step] = chunk
         return weight_MN
+
+    def rows(self, packed: torch.Tensor, header: Header, rows_m: torch.Tensor) -> torch.Tensor:
+        stored = _read_parameters(packed, header)
+        columns = header.shape[1]
+        groups = -(-columns // stored.width)
+        halves = section(packed, header, 1).view(header.shape[0], -1)[rows_m]
+        scales_mG = from_halves(halves.view(-1), stored.exponent).view(-1, groups)
+        places = rows_m.unsqueeze(1) * groups + torch.arange(groups, device=packed.device)
+        planes = _planes_of(section(packed, header, 2), stored.bits, 1, header.shape[0] * groups)
+        zeros = symbols_at(planes, 1 << stored.bits, header.shape[0] * groups, places.view(-1))
+        zeros_mG = zeros.view(-1, groups).to(torch.float32)
+        table = torch.arange(1 << stored.bits, dtype=torch.float32, device=packed.device)
+        weight_mN = unpack_values([plane[rows_m] for plane in _planes(packed, header, stored)], table, columns)
+        for grouped, inside in _by_groups(weight_mN, stored.width):
+            grouped.sub_(zeros_mG[:, inside].unsqueeze(-1)).mul_(scales_mG[:, inside].unsqueeze(-1))
+        if stored.channels:
+            weight_mN.mul_(from_halves(section(packed, header, 4), stored.channel_exponent))
+        return weight_mN.to(header.dtype)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Parameters ``scales`` (M, G) and, if there are any, ``channel_scales`` (N,); zero points are integers."""
@@ -151,15 +188,43 @@ class GroupedCodec(Codec):
         )
 
 
-def _pack_codes(codes_MN: torch.Tensor, bits: int) -> np.ndarray:
-    """All planes, one after another, made a few rows at a time so that temporaries stay small."""
-    rows, columns = codes_MN.shape
-    planes = [np.empty((rows, nbytes), np.uint8) for nbytes in radix(1 << bits).plane_row_bytes(columns)]
-    step = max(1, CHUNK_SYMBOLS // columns)
-    for begin in range(0, rows, step):
-        for plane, part in zip(planes, pack_symbols(codes_MN[begin : begin + step], 1 << bits), strict=True):
-            plane[begin : begin + step] = part
-    return np.concatenate([plane.reshape(-1) for plane in planes])
+class _Codes:
+    """The section of codes of a weight of some shape: all planes, one after another."""
+
+    def __init__(self, shape: tuple[int, int], bits: int) -> None:
+        sizes = [shape[0] * nbytes for nbytes in radix(1 << bits).plane_row_bytes(shape[1])]
+        self.section = np.empty(sum(sizes), np.uint8)
+        self._planes = [part.reshape(shape[0], -1) for part in np.split(self.section, np.cumsum(sizes)[:-1])]
+        self._bits = bits
+
+    def put(self, first: int, codes_mN: torch.Tensor) -> None:
+        """Pack the rows from `first` on, a few at a time so that temporaries stay small."""
+        step = max(1, CHUNK_SYMBOLS // codes_mN.shape[1])
+        for begin in range(0, len(codes_mN), step):
+            some = codes_mN[begin : begin + step]
+            for plane, part in zip(self._planes, pack_symbols(some, 1 << self._bits), strict=True):
+                plane[first + begin : first + begin + len(some)] = part
+
+
+def _sections(
+    scales_MG: torch.Tensor,
+    zeros_MG: torch.Tensor,
+    codes: np.ndarray,
+    grids: tuple[int, int, int],
+    channel_scales_N: torch.Tensor | None,
+) -> list[np.ndarray]:
+    """All sections; `grids` are bits, columns of a group and exponent."""
+    bits, width, exponent = grids
+    channels = np.empty(0, np.float32) if channel_scales_N is None else channel_scales_N.cpu().numpy()
+    channel_exponent = exponent_of(float(np.max(channels, initial=0.0)))
+    fields = (bits, channel_scales_N is not None, exponent, channel_exponent, width)
+    return [
+        np.frombuffer(_PARAMETERS.pack(*fields), np.uint8),
+        to_halves(scales_MG.cpu().numpy(), exponent),
+        np.concatenate([plane.reshape(-1) for plane in pack_symbols(zeros_MG.reshape(1, -1), 1 << bits)]),
+        codes,
+        to_halves(channels, channel_exponent),
+    ]
 
 
 def _by_groups(chunk: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice]]:

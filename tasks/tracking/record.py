@@ -69,6 +69,7 @@ def log_compression(
         "seconds": report["seconds"],
         "peak_memory_bytes": report["peak_memory_bytes"],
         **{f"bits/linears/{key}": value for key, value in bits["linears"].items()},
+        **{f"bits/tables/{key}": value for key, value in (bits["tables"] or {}).items()},
         **{f"bits/model/{key}": value for key, value in bits["model"].items()},
         **{
             f"bits/{component}/{key}": value

@@ -44,6 +44,7 @@ def test_the_report_says_what_the_contract_says(compressed):
         "bits",
         "relative_error",
         "layers",
+        "tables",
         "warnings",
         "seconds",
         "peak_memory_bytes",

@@ -1,0 +1,75 @@
+"""A compression that packs the embedding of tokens and the head beside the linear layers."""
+
+import json
+
+import pytest
+
+from bivlm.bits import bits_of
+from bivlm.checkpoint import Checkpoint, anatomy
+from bivlm.errors import InputError
+from bivlm.evaluation import evaluate, load_benchmark, load_model
+from bivlm.lineage import read_lineage, verify
+from bivlm.packing import format_bits
+from tasks.steps import open_workspace
+
+
+@pytest.fixture(scope="module")
+def compressed(new_compression, tmp_path_factory):
+    compression = new_compression(tmp_path_factory.mktemp("tables"))
+    compression.recipe["components"] = {"language": {"method": "rtn", "bits": 4}}
+    compression.recipe["tables"] = {"tokens": 8, "head": {"bits": 4, "group_size": 16}}
+    compression.run()
+    return compression
+
+
+def test_both_are_packed_and_count_apart_from_the_linears(compressed):
+    checkpoint, report = Checkpoint.open(compressed.output), compressed.report()
+    embedding, head = report["tables"]
+    assert [each["bits"] for each in report["tables"]] == [8, 4]
+    assert {embedding["name"], head["name"]} < set(checkpoint.packed)
+    assert head["name"] == "lm_head"
+    assert not {embedding["name"], head["name"]} & {layer["name"] for layer in report["layers"]}
+    assert report["bits"] == bits_of(compressed.output)
+    stored = format_bits(checkpoint.read(anatomy(checkpoint).packable["lm_head"].disk_name)).stored
+    assert head["stored_bits"] == stored / (head["shape"][0] * head["shape"][1])
+    assert 0 < embedding["error"] < head["error"] < 0.02
+    assert "embedding and head" in (compressed.output / "report.html").read_text()
+    (run,) = compressed.runs("compression")
+    assert run.data.metrics["bits/tables/stored"] == report["bits"]["tables"]["stored"]
+
+
+def test_every_link_of_the_lineage_holds(compressed):
+    lineage = read_lineage(compressed.output)
+    assert {found.state for found in verify(lineage, compressed.output, open_workspace(str(compressed.workspace)))} == {
+        "holds"
+    }
+    assert set(lineage.layers) == set(Checkpoint.open(compressed.output).packed)
+
+
+def test_other_settings_of_a_table_than_those_of_its_step_are_found(compressed):
+    record = json.loads((compressed.output / "lineage.json").read_text())
+    record["recipe"]["tables"]["tokens"]["bits"] = 4
+    lineage = read_lineage(compressed.output).model_validate(record)
+    recipe = next(found for found in verify(lineage, compressed.output) if found.subject == "recipe")
+    assert recipe.state == "broken"
+    assert "embed_tokens was rounded with other settings" in recipe.detail
+
+
+def test_accuracy_was_measured_on_the_stored_tables(compressed):
+    (task,) = compressed.recipe["evaluation"]
+    expected = evaluate(*load_model(compressed.output, device="cpu"), load_benchmark(task)).metrics
+    assert compressed.results[0]["evaluation"]["packed"][task]["metrics"] == expected
+
+
+def test_once_more_does_nothing_again(compressed):
+    before = compressed.weights()
+    assert compressed.run()["reused"]
+    assert compressed.weights() == before
+
+
+def test_a_head_that_is_not_kept_is_refused_before_anything_is_done(new_compression, tmp_path):
+    compression = new_compression(tmp_path / "place")
+    compression.recipe |= {"keep": [], "tables": 4}
+    with pytest.raises(InputError, match=r"tables\.head: lm_head is compressed as a linear layer, too"):
+        compression.run()
+    assert not compression.steps("statistics")
