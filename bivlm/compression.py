@@ -13,6 +13,8 @@ from bivlm.methods import LayerPlan, method
 from bivlm.packing import format_bits, unpack
 from bivlm.statistics import CHUNK_WEIGHTS, check_weight
 
+_ROWS_TOGETHER = 256  # of a weight in one product with a second moment: enough for its speed, however wide it is
+
 
 class LayerBits(BaseModel):
     """Bits a weight of one packed layer, see `bivlm.packing.FormatBits`."""
@@ -65,11 +67,14 @@ def output_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor, inputs: Site
     """
     moment = inputs.second_moment_NN.to(weight_MN.device)
     # A ratio: of weights that are scaled to 1 no square overflows.
-    largest = float(weight_MN.abs().max().to(torch.float64)) or 1.0
-    weight = (weight_MN.to(torch.float64) / largest).to(torch.float32)
-    error = (rebuilt_MN.to(torch.float64) / largest).to(torch.float32) - weight
-    lost = float(((error @ moment) * error).sum(dtype=torch.float64))
-    total = float(((weight @ moment) * weight).sum(dtype=torch.float64))
+    largest = max(abs(float(end)) for end in weight_MN.aminmax()) or 1.0
+    lost = total = 0.0
+    rows = max(_ROWS_TOGETHER, CHUNK_WEIGHTS // weight_MN.shape[1])
+    for some_mN, rebuilt_mN in zip(weight_MN.split(rows), rebuilt_MN.split(rows), strict=True):
+        weight = (some_mN.to(torch.float64) / largest).to(torch.float32)
+        error = (rebuilt_mN.to(torch.float64) / largest).to(torch.float32) - weight
+        lost += float(((error @ moment) * error).sum(dtype=torch.float64))
+        total += float(((weight @ moment) * weight).sum(dtype=torch.float64))
     if total <= 0:
         return 0.0 if lost <= 0 else float("inf")
     return max(lost, 0.0) / total

@@ -24,6 +24,7 @@ BLOCK = 128
 SUB_BLOCK = 32
 _MOST_DAMPING = 1.0
 _INVERT_WHOLE = 256
+_REVERSED_TOGETHER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ def inverse_factor(second_moment_NN: torch.Tensor, damping: float = 0.01) -> Inv
     live = int((~dead).sum())
     mean = float(diagonal[~dead].mean()) if live else 1.0
     while True:
-        damped = second_moment_NN.flip(0, 1).to(torch.float32)
-        damped.diagonal().add_(damping * mean)
-        damped.diagonal()[dead.flip(0)] = mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+        # The library wants columns in a row and then factors in place: beside H there is one matrix of its size.
+        lower = second_moment_NN.flip(0, 1).to(torch.float32).T
+        lower.diagonal().add_(damping * mean)
+        lower.diagonal()[dead.flip(0)] = mean
+        failed = torch.empty((), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed) and bool(lower.diagonal().isfinite().all()):
             break
         if damping >= _MOST_DAMPING:
@@ -66,7 +68,8 @@ def inverse_factor(second_moment_NN: torch.Tensor, damping: float = 0.01) -> Inv
             raise ArithmeticError(f"a second moment {shape} has no Cholesky factor at damping {damping}")
         damping = min(max(10 * damping, 1e-4), _MOST_DAMPING)
     _invert_lower(lower)
-    return InverseFactor(lower.flip(0, 1), damping, len(dead) - live)
+    _reverse(lower.T.view(-1))
+    return InverseFactor(lower, damping, len(dead) - live)
 
 
 def input_factor(inputs: SiteStatistics | None, damping: float, method: str, weight_MN: torch.Tensor) -> InverseFactor:
@@ -163,6 +166,17 @@ def _feed_back(
 
     go(0, len(running_NM))
     return running_NM
+
+
+def _reverse(numbers: torch.Tensor) -> None:
+    """Reverse the order of 1-D `numbers` in place: of a matrix's, that is the flip of both its sides."""
+    half = len(numbers) // 2
+    for begin in range(0, half, _REVERSED_TOGETHER):
+        end = min(begin + _REVERSED_TOGETHER, half)
+        front, back = numbers[begin:end], numbers[len(numbers) - end : len(numbers) - begin]
+        kept = front.clone()
+        front.copy_(back.flip(0))
+        back.copy_(kept.flip(0))
 
 
 def _invert_lower(lower_NN: torch.Tensor) -> None:

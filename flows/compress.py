@@ -161,7 +161,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     base, recipe, store = request.base, request.recipe, request.store
     layers = layers_of(request.chosen, recipe, str(base.model.folder), base.digests.tensors)
     calibrated = needs_calibration(layers, recipe.budget, recipe.search)
-    varied = [layer for layer in layers if curves.has_curve(layer)]
+    varied = curves.varied_layers(layers)
     tracked = tracking.find_or_create_run(store.url, base, recipe)
     answers = 2 * sum(map(len, request.benchmarks.values()))
     swept = recipe.pruning.sweep if recipe.pruning and answers else None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +20,30 @@ from tasks.steps import Done
 
 STAGE = "error curve"
 P_MAX = (0.01, 0.02, 0.05, 0.10)
+MOST_WEIGHTS = 1 << 29  # that are looked at, about
 
 
-def has_curve(layer: Layer) -> bool:
-    """Whether the layer's method has a largest salient share to vary."""
-    return "p_max" in layer.method.Settings.model_fields
+def varied_layers(layers: Sequence[Layer]) -> list[Layer]:
+    """Those whose method has a largest salient share to vary; of a large model's every so manieth of each kind.
+
+    Kinds are names without the numbers of their blocks. A picture needs no more, and all would take as long as the
+    compression itself.
+    """
+    varied = [layer for layer in layers if "p_max" in layer.method.Settings.model_fields]
+    every = math.ceil(sum(layer.weights for layer in varied) / MOST_WEIGHTS)
+    seen: Counter[str] = Counter()
+    chosen = []
+    for layer in varied:
+        kind = re.sub(r"\d+", "", layer.name)
+        if seen[kind] % every == 0:
+            chosen.append(layer)
+        seen[kind] += 1
+    return chosen
 
 
 @task(name="error-curve", task_run_name="error-curve-{chunk[0].name}", **OVER_NETWORK)
 def measure_curves(chunk: list[Layer], workspace: str) -> dict[str, Done]:
-    """``figures["error_by_p_max"]`` of a chunk of layers that `has_curve`: the plan's error at each of `P_MAX`.
+    """``figures["error_by_p_max"]`` of a chunk of `varied_layers`: the plan's error at each of `P_MAX`.
 
     The statistics are measured again with the largest share, because those of the recipe keep fewer of the large
     weights; they are not stored.

@@ -1,0 +1,147 @@
+"""Time and peak memory of compressing checkpoints far larger than memory should be, as people do it.
+
+``python -m benchmarks.size [--layers 10 28] [--folder DIR]`` writes random sharded bf16 checkpoints with the shapes of
+Qwen2.5-VL-7B and so many language layers (10: 8 GB, 28: the whole 16.6 GB), runs ``bivlm compress`` on each in a
+process of its own, and prints its peak of resident memory, its seconds and weights a second. The bound is 2.5 GB
+whatever the number of layers. The folder needs 1.6 times the largest checkpoint of free space.
+
+The peak is the sum over the command and the processes it starts, each at its own highest point. Nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+
+from bivlm.checkpoint.tensor_file import OutgoingTensor, file_order, write_tensors
+from bivlm.neighbours import neighbours_up_to
+
+BOUND = 2.5e9
+SHARD_BYTES = 4_000_000_000
+POOL = 1 << 22  # random numbers, of which every tensor takes some
+COMPONENTS = {part: {"method": "bivlm", "groups": 2, "p_max": 0.01} for part in ("vision", "adaptor", "language")}
+RECIPE = {"name": "size", "format": 1, "components": COMPONENTS, "tables": 4}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one row a checkpoint; returns 1 if one takes more memory than the bound."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.size", description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[10, 28], help="of the language model")
+    parser.add_argument("--folder", type=Path, help="for checkpoints and workspace (default: a temporary one)")
+    options = parser.parse_args(arguments)
+    worst = 0
+    for layers in options.layers:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            worst = max(worst, _row(Path(folder), layers))
+    print(f"largest peak {worst / 1e9:.2f} GB; bound {BOUND / 1e9:g} GB; {os.cpu_count()} cores")
+    return int(worst >= BOUND)
+
+
+def _row(place: Path, layers: int) -> int:
+    base, output = place / "base", place / "packed"
+    weights = write_checkpoint(base, layers)
+    nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    (place / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    names = {"model": base, "recipe": place / "recipe.yaml", "output": output, "workspace": place / "workspace"}
+    told = [str(text) for name, value in names.items() for text in (f"--{name}", value)]
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "flows.cli", "compress", *told, "--no-evaluate"]
+    with (place / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        peak = _watched(process)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        sys.exit((place / "log").read_text())
+    report = json.loads((output / "compression_report.json").read_text())
+    packed = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    print(
+        f"{layers} language layers, {nbytes / 1e9:.1f} GB: peak {peak / 1e9:.2f} GB, {seconds:.0f} s in all, "
+        f"{report['seconds']:.0f} s of it compressing {weights / 1e9:.2f} G weights = "
+        f"{weights / report['seconds'] / 1e6:.1f} M weights/s; {packed / 1e9:.2f} GB packed",
+        flush=True,
+    )
+    return peak
+
+
+def _watched(process: subprocess.Popen) -> int:
+    """The sum of the highest resident sizes of a process and its children, once it has ended."""
+    highest: dict[int, int] = {}
+    while process.poll() is None:
+        try:
+            parent = psutil.Process(process.pid)
+            for each in (parent, *parent.children(recursive=True)):
+                highest[each.pid] = max(highest.get(each.pid, 0), _high_water(each.pid))
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            pass
+        time.sleep(0.05)
+    return sum(highest.values())
+
+
+def _high_water(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0  # it has ended
+
+
+def write_checkpoint(folder: Path, layers: int) -> int:
+    """A random Qwen2.5-VL of the 7B model's shapes and names on disk; returns the number of its parameters."""
+    folder.mkdir(parents=True)
+    rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
+    text = {
+        **{"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
+        **{"vocab_size": 152064, "num_hidden_layers": layers, "rope_parameters": rope, "tie_word_embeddings": False},
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    config.architectures, config.dtype = ["Qwen2_5_VLForConditionalGeneration"], torch.bfloat16
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    pool = (0.02 * torch.randn(POOL, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+    tensors = [
+        OutgoingTensor(_disk_name(name), "BF16", tuple(each.shape), 2 * each.numel(), _drawn(pool, name, each.numel()))
+        for name, each in model.state_dict().items()
+    ]
+    shards = neighbours_up_to(SHARD_BYTES, tensors, lambda tensor: tensor.nbytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, file_order(shard))
+        weight_map |= {tensor.name: file for tensor in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sum(each.numel() for each in model.parameters())
+
+
+def _disk_name(name: str) -> str:
+    """As in the published checkpoint."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def _drawn(pool: torch.Tensor, name: str, count: int) -> Callable[[], Iterator[bytes]]:
+    """A function that gives the bytes of `count` numbers of the pool, from a place that depends on the name."""
+
+    def chunks() -> Iterator[bytes]:
+        left, begin = count, sum(name.encode()) * 7919 % (POOL // 2)
+        while left:
+            part = pool[begin : begin + min(left, POOL // 2)]
+            yield part.view(torch.uint8).numpy().tobytes()
+            left -= len(part)
+
+    return chunks
+
+
+if __name__ == "__main__":
+    sys.exit(main())
