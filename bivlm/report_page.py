@@ -26,7 +26,11 @@ _LAYER_PICTURES = (
         "The cut-offs assume Gaussian weights; KL says how far from that they are. The lower row shows the tails.",
     ),
     (figures.kl_per_layer, "Lines join layers of one kind. The band above each panel has its component's colour."),
-    (figures.error_by_p_max, "Predicted from the weights' statistics, with the recipe's other settings."),
+    (
+        figures.error_by_p_max,
+        "Predicted from the weights' statistics, with the recipe's other settings; of large models on some layers and "
+        "rows.",
+    ),
     (figures.bits_and_error, "Measured on the packed bytes; the entries in the files' headers are not counted here."),
 )
 _POINTS_CAPTION = "A column a model, a mark a task, a bar their mean. Dashes are chance. The ring is this compression."

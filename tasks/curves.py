@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from prefect import task
 
 from bivlm.checkpoint import Checkpoint
@@ -20,7 +21,8 @@ from tasks.steps import Done
 
 STAGE = "error curve"
 P_MAX = (0.01, 0.02, 0.05, 0.10)
-MOST_WEIGHTS = 1 << 29  # that are looked at, about
+LAYER_WEIGHTS = 1 << 22  # of a layer that are looked at, in rows at even distances
+MODEL_WEIGHTS = 1 << 27  # of a model, about
 
 
 def varied_layers(layers: Sequence[Layer]) -> list[Layer]:
@@ -30,7 +32,7 @@ def varied_layers(layers: Sequence[Layer]) -> list[Layer]:
     compression itself.
     """
     varied = [layer for layer in layers if "p_max" in layer.method.Settings.model_fields]
-    every = math.ceil(sum(layer.weights for layer in varied) / MOST_WEIGHTS)
+    every = math.ceil(sum(min(layer.weights, LAYER_WEIGHTS) for layer in varied) / MODEL_WEIGHTS)
     seen: Counter[str] = Counter()
     chosen = []
     for layer in varied:
@@ -46,17 +48,19 @@ def measure_curves(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     """``figures["error_by_p_max"]`` of a chunk of `varied_layers`: the plan's error at each of `P_MAX`.
 
     The statistics are measured again with the largest share, because those of the recipe keep fewer of the large
-    weights; they are not stored.
+    weights; they are not stored. A large layer's are measured on some of its rows.
     """
     checkpoint = Checkpoint.open(chunk[0].folder)
 
     def identity(layer: Layer) -> dict[str, Any]:
         inputs = {"weight": layer.weight_sha256}
         settings = {key: value for key, value in layer.settings.items() if key != "p_max"} | {"p_max": list(P_MAX)}
+        settings |= {"rows": _rows(layer)}
         return step_identity(STAGE, layer.method.version, inputs, settings, exact=True)
 
     def measure(layer: Layer, _folder: Path) -> dict[str, Any]:
-        weight = checkpoint.read(layer.disk_name, layer.weight_sha256)
+        rows = torch.arange(_rows(layer)) * layer.shape[0] // _rows(layer)
+        weight = checkpoint.read(layer.disk_name, layer.weight_sha256)[rows]
         statistics = LayerStatistics.measure(weight, max(P_MAX), layer.name)
         errors = {}
         for p_max in P_MAX:
@@ -65,3 +69,7 @@ def measure_curves(chunk: list[Layer], workspace: str) -> dict[str, Done]:
         return {"error_by_p_max": errors}
 
     return do_layers(chunk, workspace, identity, measure)
+
+
+def _rows(layer: Layer) -> int:
+    return min(layer.shape[0], max(1, LAYER_WEIGHTS // layer.shape[1]))
