@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from bivlm.checkpoint.members import members_of
 from bivlm.errors import InputError
-from bivlm.families import Family, family
+from bivlm.families import Family, Modules
 
 _TOKEN_NAMES = ("image_token_id", "image_token_index")
 
@@ -39,9 +40,9 @@ class Anatomy:
     class_token: bool
 
 
-def anatomy(model: PreTrainedModel) -> Anatomy:
+def anatomy(model: PreTrainedModel, modules: Modules | None = None) -> Anatomy:
     """Look at a model; raises `InputError` for an architecture that is not known or has no image token."""
-    members = family(model.config.model_type)
+    members = members_of(model, modules)
     token = next((value for name in _TOKEN_NAMES if (value := getattr(model.config, name, None)) is not None), None)
     if token is None:
         raise InputError(f"{model.config.model_type}: no image token; pruning expects one of {', '.join(_TOKEN_NAMES)}")
