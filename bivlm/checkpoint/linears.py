@@ -263,7 +263,7 @@ def _kind(model: PreTrainedModel, members: Family, goal: LoadedName) -> str:
     if not hasattr(module, tensor_name):
         return "not used by the model"
     if isinstance(module, nn.Linear) and tensor_name == "weight" and members.component(module_name) is None:
-        return f"{kind} outside vision, adaptor and language"
+        return f"{kind}, outside vision, adaptor and language"
     return kind if tensor_name == "weight" else f"{kind}.{tensor_name}"
 
 
