@@ -307,6 +307,8 @@ def tiny_model(build, dtype=torch.bfloat16):
     inputs = {**inputs, "input_ids": ids, "pixel_values": inputs["pixel_values"].to(dtype)}
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
-    if config.model_type in ("paligemma", "gemma3"):
-        inputs["token_type_ids"] = (ids == IMAGE).long()
+    if config.model_type == "paligemma":
+        inputs["token_type_ids"] = torch.zeros_like(ids)  # a prompt looks at all of itself
+    if config.model_type == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).long()  # a picture looks at all of itself
     return model, inputs

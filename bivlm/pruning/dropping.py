@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
-from bivlm.families import Modules
+from bivlm.families import Modules, families
 from bivlm.pruning.anatomy import anatomy
 from bivlm.pruning.language import LanguagePruning
 from bivlm.pruning.reading import Tally
@@ -66,6 +66,11 @@ def pruned(model: PreTrainedModel, settings: PruningSettings, modules: Modules |
     not known, a layer out of range, and on reading a prompt for a share that leaves no token.
     """
     parts = anatomy(model, modules)
+    if settings.place in ("vision", "joint") and model.config.model_type not in families():
+        raise InputError(
+            f"pruning.place: found {settings.place!r}, expected 'input', 'language' or 'text': in which order the "
+            f"vision encoder of {model.config.model_type} keeps its tokens is not known"
+        )
     tally = Tally()
     vision = VisionPruning(parts, settings, tally) if settings.place in ("vision", "joint") else None
     language = LanguagePruning(parts, model, settings, tally, vision)

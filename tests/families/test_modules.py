@@ -151,6 +151,9 @@ def test_pruning_knows_the_map(stranger):
     with torch.no_grad(), pruned(model, settings, MODULES) as pruning:
         model(**inputs)
     assert pruning.kept_shares() == {"image": 0.5}
+    in_vision = PruningSettings(place="vision", layer=1, share=0.5)
+    with pytest.raises(InputError, match="vision encoder of vipllava"), pruned(model, in_vision, MODULES):
+        pass
 
 
 @pytest.mark.parametrize(
