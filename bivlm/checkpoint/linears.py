@@ -184,7 +184,8 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
             del config.quantization_config
         with torch.device("meta"), no_init_weights():
             return AutoModelForImageTextToText.from_config(config)
-    except (ValueError, StrictDataclassError) as error:
+    # A config that leaves out what its class needs fails somewhere in the model's own code; a tower may need a package.
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
         model_type = checkpoint.config.get("model_type", "")
         if model_type not in families():
             family(model_type)  # says which there are
