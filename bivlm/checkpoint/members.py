@@ -38,7 +38,7 @@ def members_of(model: PreTrainedModel, modules: Modules | None = None) -> Family
 def unknown(model: PreTrainedModel) -> str:
     """What is said of an architecture without a file: its linear layers, with numbers as #, and how to name them."""
     linears = Counter(
-        (re.sub(r"\d+(?=\.|$)", "#", name), (module.out_features, module.in_features))
+        (re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name), (module.out_features, module.in_features))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     )

@@ -64,6 +64,7 @@ def test_an_unknown_architecture_is_refused_with_its_linears_grouped(stranger):
     assert "model_type 'vipllava'; known are gemma3, " in said
     assert "   3 x model.language_model.layers.#.mlp.down_proj 32 x 48" in said
     assert "   2 x model.vision_tower.encoder.layers.#.self_attn.q_proj 32 x 32" in said
+    assert "   2 x model.vision_tower.encoder.layers.#.mlp.fc1 48 x 32" in said
     assert "   1 x lm_head 64 x 32" in said
     assert "vision: [model.vision_tower]" in said
 
