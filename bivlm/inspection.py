@@ -8,37 +8,52 @@ from typing import Any
 import torch
 
 from bivlm.checkpoint import Anatomy, Checkpoint, Linear, anatomy
+from bivlm.families import COMPONENTS, Modules
 from bivlm.packing import unpack
 from bivlm.statistics import LayerStatistics
 
+OUTSIDE = "outside"  # of vision, adaptor and language
 
-def inspect(folder: str | Path, *, statistics: bool = True) -> dict[str, Any]:
+
+def inspect(folder: str | Path, *, statistics: bool = True, modules: Modules | None = None) -> dict[str, Any]:
     """A description of the checkpoint in `folder`, ready for JSON. Reads one weight at a time.
+
+    `modules` say what is vision, adaptor and language in an architecture that bivlm does not know.
 
     ::
 
         {"model_type", "quantization": method or None, "parameters",
          "components": {component: {"linears", "packed", "parameters", "share"}},
+         "parts": [{"component", "kind", "state", "tensors", "parameters", "share"}],
          "linears": [{"name", "disk_name", "component", "shape", "dtype", "packed", "tied_to",
                       "mean", "std", "kurtosis", "kl_gaussian"}],
-         "left_alone": {"parameters", "share", "tensors": [{"name", "kind", "shape", "dtype", "parameters", "share"}]}}
+         "left_alone": {"parameters", "share", "tensors": [{"name", "kind", "component", "shape", "dtype", "parameters",
+                                                            "share"}]}}
 
-    `share` is of all parameters. Linears stand in module order, a tied head among them although its parameters count
-    as the embedding's. Statistics of a packed layer are those of its rebuilt weight, "dtype" is the weight's; with
-    `statistics` false they are left out and no weight is read. Raises `InputError` naming a tensor that is damaged
-    or has NaN or infinite weights.
+    "parts" hold every tensor once: by component (or "outside") the linears, "packed" or "packable", and what is "left
+    alone" by kind, in fewer words than a tensor's own; their shares add up to 1. `share` is of all parameters. Linears
+    stand in module order, a tied head among them although its parameters count as the embedding's. Statistics of a
+    packed layer are those of its rebuilt weight, "dtype" is the weight's; with `statistics` false they are left out and
+    no weight is read. Raises `InputError` naming a tensor that is damaged or has NaN or infinite weights.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder, modules)
     parts = anatomy(checkpoint)
-    parameters = sum(_own_size(linear) for linear in parts.linears) + sum(t.parameters for t in parts.left_alone)
+    own = [*parts.linears, *_packed_tokens(parts, checkpoint)]
+    parameters = sum(_own_size(linear) for linear in own) + sum(t.parameters for t in parts.left_alone)
     return {
         "model_type": checkpoint.config["model_type"],
         "quantization": (checkpoint.quantization or {}).get("quant_method"),
         "parameters": parameters,
         "components": _components(parts, checkpoint, parameters),
+        "parts": _parts(parts, checkpoint, parameters),
         "linears": [_describe(linear, checkpoint, statistics) for linear in parts.linears],
         "left_alone": _left_alone(parts, parameters),
     }
+
+
+def _packed_tokens(parts: Anatomy, checkpoint: Checkpoint) -> list[Linear]:
+    """The embedding of tokens if it is packed, else nothing: it then is left alone."""
+    return [parts.tokens] if parts.tokens is not None and parts.tokens.name in checkpoint.packed else []
 
 
 def _own_size(linear: Linear) -> int:
@@ -59,8 +74,59 @@ def _components(parts: Anatomy, checkpoint: Checkpoint, parameters: int) -> dict
     return described
 
 
+def _parts(parts: Anatomy, checkpoint: Checkpoint, parameters: int) -> list[dict[str, Any]]:
+    """Tensors by component, kind and state; within a component linears first, then the larger before the smaller."""
+    sizes: dict[tuple[str, str, str], list[int]] = {}
+    for linear in parts.linears:
+        kind, state = "linear layers", "packed" if linear.name in checkpoint.packed else "packable"
+        if linear.tied_to:
+            kind, state = f"{linear.name}, tied", "packed" if linear.holder in checkpoint.packed else "left alone"
+        counted = sizes.setdefault((linear.component, kind, state), [])
+        if not linear.tied_to:
+            counted.append(linear.size)
+    for tokens in _packed_tokens(parts, checkpoint):
+        sizes[tokens.component, "Embedding", "packed"] = [tokens.size]
+    for tensor in parts.left_alone:
+        place = (tensor.component or OUTSIDE, _group(tensor.kind), "left alone")
+        sizes.setdefault(place, []).append(tensor.parameters)
+    order = (*COMPONENTS, OUTSIDE)
+
+    def rank(row: tuple[str, str, str]) -> tuple[int, bool, int, str]:
+        component, kind, state = row
+        return order.index(component), state == "left alone", -sum(sizes[row]), kind
+
+    return [
+        {
+            "component": component,
+            "kind": kind,
+            "state": state,
+            "tensors": len(sizes[component, kind, state]),
+            "parameters": sum(sizes[component, kind, state]),
+            "share": sum(sizes[component, kind, state]) / parameters,
+        }
+        for component, kind, state in sorted(sizes, key=rank)
+    ]
+
+
+def _group(kind: str) -> str:
+    """The kind of a tensor that is left alone, as a row of a table has it: "Conv2d", "norms", "experts: down_proj"."""
+    what, comma, further = kind.partition(",")
+    module, dot, parameter = what.partition(".")
+    if parameter == "bias":
+        return "biases"
+    if "expert" in module.lower():
+        return f"experts: {parameter or 'weight'}"
+    if comma:
+        return f"{parameter or module},{further}"
+    if "norm" in module.lower():
+        return "norms"
+    if dot:
+        return parameter
+    return next((word for word in ("Embedding", "Router") if module.endswith(word)), kind)
+
+
 def _describe(linear: Linear, checkpoint: Checkpoint, statistics: bool) -> dict[str, Any]:
-    packed = linear.name in checkpoint.packed
+    packed = linear.holder in checkpoint.packed
     described = {
         "name": linear.name,
         "disk_name": linear.disk_name,
@@ -86,6 +152,7 @@ def _left_alone(parts: Anatomy, parameters: int) -> dict[str, Any]:
         {
             "name": tensor.disk_name,
             "kind": tensor.kind,
+            "component": tensor.component,
             "shape": list(tensor.shape),
             "dtype": tensor.dtype,
             "parameters": tensor.parameters,

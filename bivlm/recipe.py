@@ -22,6 +22,7 @@ from pydantic import (
 from bivlm.allocation import BudgetSettings
 from bivlm.calibration.settings import CalibrationSettings, TokenWeights
 from bivlm.errors import InputError
+from bivlm.families import Modules, parse_modules
 from bivlm.finish_settings import FinishSettings
 from bivlm.methods import MethodSettings, method
 from bivlm.pruning import RecipePruning
@@ -58,7 +59,11 @@ def _settings(settings: Any) -> MethodSettings:
 
 
 class Recipe(BaseModel):
-    """A recipe, format 1. A component that is left out keeps its dtype."""
+    """A recipe, format 1. A component that is left out keeps its dtype.
+
+    `modules` name the modules of vision, adaptor and language in the loaded model, for an architecture that bivlm does
+    not know; they go before what it knows.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -68,6 +73,7 @@ class Recipe(BaseModel):
         min_length=1
     )
     keep: tuple[str, ...] = ("lm_head",)
+    modules: Modules | None = None
     tables: RecipeTables | None = None
     calibration: CalibrationSettings = CalibrationSettings()
     budget: BudgetSettings | None = None
@@ -110,6 +116,14 @@ class Recipe(BaseModel):
                         "have to be searched anew; expected methods that see weights alone"
                     )
         return value
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _modules(cls, value: Any) -> Any:
+        try:
+            return None if value is None else parse_modules(value)
+        except InputError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("keep", "evaluation", mode="before")
     @classmethod

@@ -140,6 +140,11 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="components, linear layers and weight statistics of a checkpoint")
     inspect.add_argument("--model", required=True, metavar="DIR", type=Path)
+    said = inspect.add_mutually_exclusive_group()
+    said.add_argument("--recipe", metavar="NAME_OR_FILE", help="whose 'modules' name the model's parts")
+    said.add_argument(
+        "--modules", metavar="FILE", type=Path, help="YAML: names of modules by vision, adaptor, language"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
 
@@ -287,6 +292,7 @@ def _share(text: str) -> float:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from bivlm.checkpoint import Checkpoint
     from bivlm.errors import InputError
     from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
     from bivlm.identity import digest
@@ -306,7 +312,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise InputError(f"{options.model}: carries no pruning setting; leave --pruned out")
         stem = f"{stem}-{digest(pruning.model_dump(mode='json'))[:8]}"
     model, processor = load_model(options.model)
-    with pruned_if(model, pruning):
+    with pruned_if(model, pruning, Checkpoint.open(folder).modules):
         result = evaluate(model, processor, benchmark)
     outcomes = write_outcomes(result.outcomes, place / f"{stem}.parquet")
     record = {"model": str(options.model), **result.record(), "outcomes": str(outcomes)}
@@ -321,13 +327,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from bivlm.inspection import inspect
+    from flows.inspection import modules_from, print_inspection
 
-    found = inspect(options.model)
+    found = inspect(options.model, modules=modules_from(options.recipe, options.modules))
     if options.json:
         _print_json(found)
     else:
-        from flows.tables import print_inspection
-
         print_inspection(found)
     return DONE
 

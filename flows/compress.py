@@ -140,7 +140,7 @@ def compress_flow(
     store = Workspace.open(workspace or default_workspace())
     names = chosen_recipe.evaluation if evaluate else ()
     benchmarks = {name: load_benchmark(name, questions) for name in names}
-    base = checkpoint.resolve_base(model, revision, output)
+    base = checkpoint.resolve_base(model, revision, output, chosen_recipe.modules)
     chosen, _kept = select(base.linears, chosen_recipe)
     packed_tables = tables.tables_of(base, chosen_recipe, chosen)
     request = Request(base, chosen_recipe, chosen, packed_tables, output, store, benchmarks, questions, choose_device())
@@ -297,7 +297,7 @@ def _sweep(
     """Both models in every cell of the recipe's sweep; its tables and figures go beside the packed checkpoint."""
     base, sweep = request.base, request.recipe.pruning.sweep
     subjects = [
-        pruning.Subject("full precision", str(base.model.folder), base.sha256),
+        pruning.Subject("full precision", str(base.model.folder), base.sha256, base.modules),
         pruning.Subject(request.recipe.name, packed.folder, packed.sha256),
     ]
     limit = sweep.questions if sweep.questions is not None else request.questions

@@ -23,31 +23,7 @@ def print_bits(bits: dict[str, Any]) -> None:
         if figures is not None:
             shown = [_bits(figures.get(key)) for key in ("nominal", "entropy", "stored")]
             _row(table, name, f"{figures['weights']:,}", *shown)
-    _print(table)
-
-
-def print_inspection(found: dict[str, Any]) -> None:
-    """The result of `bivlm.inspection.inspect`."""
-    components = Table("component", "linears", "packed", "parameters", "share", title=found["model_type"])
-    for name, part in found["components"].items():
-        _row(components, name, part["linears"], part["packed"], f"{part['parameters']:,}", f"{part['share']:.1%}")
-    left = found["left_alone"]
-    _row(components, "left alone", "", "", f"{left['parameters']:,}", f"{left['share']:.1%}")
-    _print(components)
-
-    linears = Table("linear", "component", "shape", "dtype", "mean", "std", "kurtosis", "KL to Gaussian", box=None)
-    for linear in found["linears"]:
-        figures = [_figure(linear[key], ".4g") for key in ("mean", "std", "kurtosis", "kl_gaussian")]
-        dtype = f"{linear['dtype']}, packed" if linear["packed"] else linear["dtype"]
-        _row(linears, linear["name"], linear["component"], _shape(linear["shape"]), dtype, *figures)
-    _print_whole(linears)
-
-    tensors = Table("left alone", "what it is", "shape", "dtype", "share", box=None)
-    for tensor in left["tensors"]:
-        share = f"{tensor['share']:.2%}"
-        _row(tensors, tensor["name"], tensor["kind"], _shape(tensor["shape"]), tensor["dtype"], share)
-    print()
-    _print_whole(tensors)
+    print_table(table)
 
 
 def print_evaluation(record: dict[str, Any]) -> None:
@@ -57,7 +33,7 @@ def print_evaluation(record: dict[str, Any]) -> None:
         _row(table, name, f"{value:.2f}")
     low, high = record["ci95"]
     _row(table, "accuracy, 95 % interval", f"{low:.2f} to {high:.2f}")
-    _print(table)
+    print_table(table)
     print(f"outcomes: {record['outcomes']}")
 
 
@@ -70,7 +46,7 @@ def print_compression(result: dict[str, Any]) -> None:
             before = found["full_precision"][benchmark]["metrics"]["accuracy"]
             low, high = packed["ci95"]
             _row(table, benchmark, f"{before:.1f}", f"{packed['metrics']['accuracy']:.1f}", f"{low:.1f} to {high:.1f}")
-        _print(table)
+        print_table(table)
         print(f"KL to full precision: {found['kl']:.4f} nats a token")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
@@ -121,7 +97,7 @@ def print_sweep(result: dict[str, Any]) -> None:
         shown = Table("from layer", *wide.columns, box=None)
         for layer, accuracies in wide.iterrows():
             _row(shown, layer, *(_figure(None if value != value else value, ".1f") for value in accuracies))
-        _print(shown)
+        print_table(shown)
     _print_adaptive(result["adaptive"])
 
 
@@ -136,7 +112,7 @@ def _print_adaptive(rows: list[dict[str, Any]]) -> None:
         ]
         mass, kept = f"{100 * row['mass']:g} %", f"{100 * row['kept_image']:.1f} %"
         _row(shown, row["model"], row["layer"], row["score"], mass, kept, *losses)
-    _print_whole(shown)
+    print_whole(shown)
 
 
 _COMPARED = ("adaptive", "fixed", "gain")
@@ -151,7 +127,7 @@ def print_redundancy(results: list[dict[str, Any]]) -> None:
         for share, loss in found["losses"].items():
             interval = f"{loss['low']:.1f} to {loss['high']:.1f}"
             _row(shown, f"{100 * share:g} %", f"{loss['loss']:.1f}", interval, loss["worse"], loss["better"])
-        _print(shown)
+        print_table(shown)
 
 
 _MARKS = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "not checked": "[yellow]not checked[/]"}
@@ -174,11 +150,11 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     _row(chain, "on", "\n".join(f"{key} {value}" for key, value in lineage.hardware.items()))
     _row(chain, "with", ", ".join(f"{key} {value}" for key, value in lineage.packages.items()))
     _row(chain, "in MLflow", "\n".join(f"{key} {value}" for key, value in lineage.tracking.items()))
-    _print(chain)
+    print_table(chain)
     found = Table("checked", "", "what was found")
     for finding in findings:
         found.add_row(finding.subject, _MARKS[finding.state], escape(finding.detail))
-    _print(found)
+    print_table(found)
 
 
 def _bits(value: float | None) -> str:
@@ -189,7 +165,8 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _shape(shape: list[int]) -> str:
+def shape_text(shape: list[int]) -> str:
+    """For example 64 x 32."""
     return " x ".join(map(str, shape))
 
 
@@ -198,10 +175,11 @@ def _row(table: Table, *cells: Any) -> None:
     table.add_row(*(escape(str(cell)) for cell in cells))
 
 
-def _print_whole(table: Table) -> None:
+def print_whole(table: Table) -> None:
     """However narrow the terminal: names are there to be copied into a recipe, and half a name is none."""
     Console(width=1000).print(table)
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """As wide as the terminal."""
     Console().print(table)

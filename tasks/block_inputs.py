@@ -25,9 +25,9 @@ from bivlm.blocks.run import image_tokens, run_unit
 from bivlm.blocks.sites import Weigh, by_modality, names_of, uniform
 from bivlm.blocks.units import Unit
 from bivlm.calibration import load_samples
-from bivlm.checkpoint import Checkpoint
 from bivlm.divergence import read_reply
 from bivlm.evaluation.generation import load_processor
+from bivlm.families import MODULES_KEY
 from bivlm.identity import step_identity
 from bivlm.packing import unpack
 from bivlm.recipe import CalibrationSettings, TokenWeights
@@ -68,6 +68,8 @@ class Calibration:
     def identity(self, stage: str, inputs: Mapping[str, Any], recipe_part: Any) -> dict[str, Any]:
         """Of a step that runs parts of the model on the samples."""
         both = {"checkpoint": self.base.sha256, "samples": self._samples.sha256, **inputs}
+        if self.base.modules:
+            both[MODULES_KEY] = self.base.modules
         return step_identity(stage, VERSION, both, recipe_part, exact=False, device=self.device.kind)
 
 
@@ -231,14 +233,14 @@ class _HeldFrame:
     """At most one model without its blocks, which takes seconds to build."""
 
     def __init__(self) -> None:
-        self._which: tuple[str, str, str] | None = None
+        self._which: tuple[Any, ...] | None = None
         self._model: BlockwiseModel | None = None
 
     def get(self, base: Base, device: Device) -> BlockwiseModel:
-        wanted = (str(base.model.folder), base.sha256, device.place)
+        wanted = (str(base.model.folder), base.sha256, base.modules, device.place)
         if self._which != wanted:
             self.clear()
-            self._model, self._which = BlockwiseModel(Checkpoint.open(base.model.folder), device.place), wanted
+            self._model, self._which = BlockwiseModel(base.open(), device.place), wanted
         return self._model
 
     def clear(self) -> None:

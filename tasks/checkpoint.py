@@ -23,6 +23,7 @@ from bivlm.checkpoint import (
     write_packed_checkpoint,
 )
 from bivlm.errors import InputError
+from bivlm.families import MODULES_KEY, Modules
 from bivlm.identity import digest, step_identity
 from tasks import binarization
 from tasks.policy import OVER_NETWORK
@@ -35,11 +36,15 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Base:
-    """The model to compress: where it is, what it is, and what it is made of."""
+    """The model to compress: where it is, what it is, and what it is made of.
+
+    `modules` are the recipe's, of an architecture that bivlm does not know.
+    """
 
     model: ResolvedModel
     digests: Digests
     parts: Anatomy
+    modules: Modules | None = None
 
     @property
     def linears(self) -> list[Linear]:
@@ -49,14 +54,18 @@ class Base:
     def sha256(self) -> str:
         return self.digests.sha256
 
+    def open(self) -> Checkpoint:
+        """The checkpoint, headers alone."""
+        return Checkpoint.open(self.model.folder, self.modules)
+
 
 @task(name="base-model", **OVER_NETWORK)
-def resolve_base(model: str, revision: str | None, output: str) -> Base:
+def resolve_base(model: str, revision: str | None, output: str, modules: Modules | None = None) -> Base:
     """Find the model (a folder, or the hub), see that it may be packed into `output`, hash it and look at its parts."""
     resolved = resolve_model(model, revision)
-    checkpoint = Checkpoint.open(resolved.folder)
+    checkpoint = Checkpoint.open(resolved.folder, modules)
     check_output(checkpoint, output)
-    return Base(resolved, checkpoint.digests(), anatomy(checkpoint))
+    return Base(resolved, checkpoint.digests(), anatomy(checkpoint), modules)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,8 @@ def write_checkpoint(
     """The packed checkpoint in the folder `output`; written only if what lies there is not already it."""
     store = open_workspace(workspace)
     references = {name: done.record.outputs[binarization.FILE] for name, done in shards.items()}
+    if base.modules:
+        quantization_config = {**quantization_config, MODULES_KEY: base.modules}
     identity = step_identity(
         STAGE,
         VERSION,
@@ -95,7 +106,7 @@ def write_checkpoint(
         return PackedCheckpoint(output, record.figures["sha256"], files, Done(record, reused=True))
     started = time.perf_counter()
     packed = {name: store.fetch(reference) for name, reference in references.items()}
-    write_packed_checkpoint(Checkpoint.open(base.model.folder), packed, chosen, output, quantization_config)
+    write_packed_checkpoint(base.open(), packed, chosen, output, quantization_config)
     digests = Checkpoint.open(output).digests()
     step = finish(store, identity, {}, {"sha256": digests.sha256}, time.perf_counter() - started)
     advance(STAGE)

@@ -72,7 +72,7 @@ def evaluate_checkpoint(
                 shown = answered
 
         model, processor = loaded_model(folder, sha256, device)
-        with pruned_if(model, pruning):
+        with pruned_if(model, pruning, Checkpoint.open(folder).modules):
             result = smaller_after_out_of_memory(
                 lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
                 default_batch_size(model),
@@ -136,7 +136,8 @@ def measure_divergence(
 
     def compute(_place: Path) -> dict[str, Any]:
         asked = _asked(folder, sha256, calibration, device, store)
-        with asked as (model, processor, conversations), pruned_if(model, pruning):
+        modules = Checkpoint.open(folder).modules
+        with asked as (model, processor, conversations), pruned_if(model, pruning, modules):
             return {"kl": kl_divergence(model, processor, conversations, store.fetch(reference))}
 
     done = do_step(store, identity, compute)

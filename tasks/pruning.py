@@ -18,6 +18,7 @@ from bivlm.evaluation import evaluate, load_benchmark, read_outcomes, write_outc
 from bivlm.evaluation.generation import default_batch_size
 from bivlm.evaluation.metrics import accuracy, bootstrap_interval
 from bivlm.evaluation.paired import Loss, loss_between
+from bivlm.families import MODULES_KEY, Modules
 from bivlm.figures import accuracy_by_share, loss_maps, svg
 from bivlm.identity import step_identity
 from bivlm.pruning import PruningSettings
@@ -39,19 +40,29 @@ ALL = "all"  # the questions of all benchmarks together
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint whose tokens are pruned: what people call it, where it lies, and its hash."""
+    """A checkpoint whose tokens are pruned: what people call it, where it lies, and its hash.
+
+    `modules` are those of a recipe, for full precision of an architecture that bivlm does not know; a packed
+    checkpoint carries its own.
+    """
 
     label: str
     folder: str
     sha256: str
+    modules: Modules | None = None
+
+    def open(self) -> Checkpoint:
+        """The checkpoint, headers alone."""
+        return Checkpoint.open(self.folder, self.modules)
 
 
 @task(name="check-cells", **OVER_NETWORK)
 def check_cells(subject: Subject, cells: Sequence[PruningSettings]) -> None:
     """Raise `InputError` for a cell that the model does not have, before hours are spent on the others."""
-    model = skeleton(Checkpoint.open(subject.folder))
+    checkpoint = subject.open()
+    model = skeleton(checkpoint)
     for cell in {(cell.place, cell.layer): cell for cell in cells}.values():
-        with pruned(model, cell):
+        with pruned(model, cell, checkpoint.modules):
             pass
 
 
@@ -80,7 +91,7 @@ def _prune(
         STAGE,
         VERSION,
         {"checkpoint": subject.sha256, "benchmark": questions.digest},
-        {"task": benchmark, "cell": cell.model_dump(mode="json")},
+        {"task": benchmark, "cell": cell.model_dump(mode="json")} | _if_named(subject),
         exact=False,
         device=device.kind,
     )
@@ -88,7 +99,7 @@ def _prune(
     def ask(place: Path) -> dict[str, Any]:
         model, processor = loaded_model(subject.folder, subject.sha256, device)
         try:
-            with pruned(model, cell) as pruning:
+            with pruned(model, cell, subject.open().modules) as pruning:
                 result = smaller_after_out_of_memory(
                     lambda size: evaluate(model, processor, questions, batch_size=size), default_batch_size(model)
                 )
@@ -100,6 +111,11 @@ def _prune(
     done = do_step(store, identity, ask)
     advance(STAGE, len(questions))
     return done
+
+
+def _if_named(subject: Subject) -> dict[str, Any]:
+    """What the key of a step has more of where a recipe names the model's modules."""
+    return {MODULES_KEY: subject.modules} if subject.modules else {}
 
 
 @task(name="sweep-rows", **OVER_NETWORK)

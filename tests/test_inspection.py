@@ -5,9 +5,11 @@ import json
 import pytest
 from raw_codec import top_bytes
 from safetensors.torch import load_file, save_file
+from tiny_families import gemma3, make_published, mllama, qwen3_vl_moe
 from tiny_llava import make_tiny_llava
 
 from bivlm.inspection import inspect
+from flows.inspection import print_inspection
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +98,54 @@ def test_a_constant_weight_has_no_kurtosis(tmp_path):
 
 def test_the_figures_are_ready_for_json(found):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_parts_hold_every_tensor_once_and_add_up(found, tensors):
+    parts = found["parts"]
+    assert sum(part["tensors"] for part in parts) == len(tensors)
+    assert sum(part["parameters"] for part in parts) == found["parameters"]
+    assert sum(part["share"] for part in parts) == pytest.approx(1)
+    embedding = next(part for part in parts if part["kind"] == "Embedding" and part["component"] == "language")
+    assert (embedding["tensors"], embedding["parameters"], embedding["state"]) == (1, 259 * 64, "left alone")
+    assert {part["state"] for part in parts if part["kind"] == "linear layers"} == {"packable"}
+
+
+def test_a_packed_checkpoint_has_packed_parts_beside_those_that_could_be(packed_llava):
+    parts = inspect(packed_llava, statistics=False)["parts"]
+    found = {(part["component"], part["state"]): part["tensors"] for part in parts if part["kind"] == "linear layers"}
+    assert found == {
+        ("vision", "packed"): 12,
+        ("adaptor", "packed"): 2,
+        ("language", "packed"): 14,
+        ("language", "packable"): 1,  # the head
+    }
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("build", [gemma3, mllama, qwen3_vl_moe], ids=lambda build: build.__name__)
+def test_the_table_fits_the_terminal_and_adds_up(build, columns, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    make_published(build, tmp_path)
+    print_inspection(inspect(tmp_path))
+    table = capsys.readouterr().out.partition(" linear  ")[0].splitlines()
+    assert max(map(len, table)) <= columns
+    assert sum("left alone" in line or "packable" in line for line in table) > 10
+    (total,) = (line for line in table if line.startswith(" all"))
+    assert "100.00 %" in total
+    shares = [float(line.split(" %")[0].split()[-1]) for line in table if " %" in line and line != total]
+    assert sum(shares) == pytest.approx(100, abs=0.1)
+
+
+def test_a_bare_parameter_and_experts_are_left_alone_by_name(tmp_path):
+    for build in (gemma3, qwen3_vl_moe):
+        make_published(build, tmp_path / build.__name__)
+    kinds = {
+        (part["component"], part["kind"]): (part["tensors"], part["parameters"], part["state"])
+        for build in (gemma3, qwen3_vl_moe)
+        for part in inspect(tmp_path / build.__name__, statistics=False)["parts"]
+    }
+    assert kinds["adaptor", "mm_input_projection_weight"] == (1, 32 * 32, "left alone")
+    assert kinds["language", "experts: gate_up_proj"] == (2, 2 * 4 * 32 * 48, "left alone")
+    assert kinds["language", "Router"] == (2, 2 * 4 * 32, "left alone")
+    assert kinds["language", "lm_head, tied"] == (0, 0, "left alone")
+    assert kinds["vision", "Conv2d"] == (1, 32 * 3 * 16, "left alone")

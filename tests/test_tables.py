@@ -14,6 +14,7 @@ from bivlm.bits import bits_of
 from bivlm.checkpoint import TABLES_KEY, Checkpoint, anatomy, write_packed_checkpoint
 from bivlm.checkpoint.tensor_file import tensor_rows
 from bivlm.errors import InputError
+from bivlm.inspection import inspect
 from bivlm.packing import grouped, unpack, unpack_rows
 from bivlm.recipe import parse_recipe
 from bivlm.tables import TableSettings, chosen_tables, pack_table
@@ -124,6 +125,18 @@ def test_a_tied_pair_is_stored_once_and_both_are_counted(packed):
     assert bits["model"]["weights"] == bits_of(base)["model"]["weights"]
     size = sum(entry.nbytes for entry in Checkpoint.open(folder).entries.values() if entry.dtype == "U8")
     assert 8 * size < bits["tables"]["stored"] * bits["tables"]["weights"] < 8 * (size + 400)
+
+
+def test_an_inspection_counts_packed_tables_as_what_they_rebuild(packed):
+    base, folder, _ = packed
+    before, after = inspect(base), inspect(folder)
+    assert after["parameters"] == before["parameters"]
+    assert sum(part["share"] for part in after["parts"]) == pytest.approx(1)
+    (row,) = (part for part in after["parts"] if part["kind"] == "Embedding" and part["component"] == "language")
+    assert (row["state"], row["parameters"]) == ("packed", anatomy(Checkpoint.open(base)).tokens.size)
+    head = next(linear for linear in after["linears"] if linear["name"] == "lm_head")
+    assert head["packed"]
+    assert head["std"] == pytest.approx(next(e for e in before["linears"] if e["name"] == "lm_head")["std"], rel=0.1)
 
 
 class TestWhatIsRefused:

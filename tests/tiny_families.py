@@ -1,19 +1,33 @@
 """Tiny random models of every architecture we name."""
 
+import json
+import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Idefics3Config,
+    InternVLConfig,
+    InternVLVisionConfig,
     LlamaConfig,
+    LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
     MllamaConfig,
+    PaliGemmaConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen2VLConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
+    SmolVLMConfig,
 )
 
 IMAGE = 5  # the image token's id
@@ -104,21 +118,197 @@ def mllama():
     return config, inputs, 1
 
 
-FAMILIES = (llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, mllama)
+def llava():
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    return config, {"pixel_values": torch.randn(1, 3, 16, 16)}, 4
+
+
+def qwen2_5_vl_tied():
+    """As the 3B model is: the head is the embedding, and the file holds it once."""
+    config, inputs, image_tokens = qwen2_5_vl()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    return config, inputs, image_tokens
+
+
+def qwen3_vl():
+    config = Qwen3VLConfig(
+        vision_config=QWEN3_TOWER,
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        image_token_id=IMAGE,
+        video_token_id=6,
+        vision_start_token_id=7,
+    )
+    return config, qwen_inputs(), 4
+
+
+def qwen3_vl_moe():
+    text = {**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = Qwen3VLMoeConfig(
+        vision_config=QWEN3_TOWER,
+        text_config=text,
+        image_token_id=IMAGE,
+        video_token_id=6,
+        vision_start_token_id=7,
+    )
+    return config, qwen_inputs(), 4
+
+
+QWEN3_TOWER = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 8,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+    "initializer_range": 0.1,
+}
+
+
+def idefics3(kind=Idefics3Config):
+    # 4 x 4 patches, shuffled 2 x 2 to four tokens; the second of two images is cut off by its mask.
+    config = kind(
+        vision_config={**TOWER, "patch_size": 4}, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
+    )
+    config.text_config.pad_token_id = config.pad_token_id = 0
+    mask = torch.ones(1, 2, 16, 16, dtype=torch.bool)
+    mask[:, 1, 8:] = False
+    return config, {"pixel_values": torch.randn(1, 2, 3, 16, 16), "pixel_attention_mask": mask}, 8
+
+
+def smolvlm():
+    return idefics3(SmolVLMConfig)
+
+
+def paligemma():
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=GemmaConfig(**{**TEXT, "pad_token_id": 0}, head_dim=16),
+        image_token_index=IMAGE,
+        projection_dim=32,
+    )
+    return config, {"pixel_values": torch.randn(1, 3, 16, 16)}, 4
+
+
+def gemma3():
+    # 4 x 4 patches averaged to 2 x 2 tokens; the first language layer sees a window of six tokens.
+    text = {**TEXT, "pad_token_id": 0, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**{**TOWER, "patch_size": 4}, vision_use_head=False),
+        text_config=Gemma3TextConfig(**text, layer_types=["sliding_attention", "full_attention"]),
+        image_token_index=IMAGE,
+        mm_tokens_per_image=4,
+        boi_token_index=8,
+        eoi_token_index=9,
+    )
+    return config, {"pixel_values": torch.randn(1, 3, 16, 16)}, 4
+
+
+def internvl():
+    vision = {**TOWER, "image_size": [16, 16], "patch_size": [4, 4], "attention_bias": True}
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(**vision),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=4,
+    )
+    return config, {"pixel_values": torch.randn(1, 3, 16, 16)}, 4
+
+
+FAMILIES = (
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen2_5_vl_tied,
+    qwen3_vl,
+    qwen3_vl_moe,
+    mllama,
+    idefics3,
+    smolvlm,
+    paligemma,
+    gemma3,
+    internvl,
+)
+
+# From names in the loaded model to those in the published files, by builder; the others' are the same.
+_LLAVA = {
+    r"^model\.language_model\.": "language_model.model.",
+    r"^lm_head\.": "language_model.lm_head.",
+    r"^model\.vision_tower\.": "vision_tower.vision_model.",
+    r"^model\.": "",
+}
+_QWEN2 = {r"^model\.language_model\.": "model.", r"^model\.visual\.": "visual."}
+_PLAIN = {**_LLAVA, r"^model\.vision_tower\.": "vision_tower."}  # a tower whose modules are not one deeper on disk
+PUBLISHED = {
+    **dict.fromkeys((llava, llava_next, llava_onevision, paligemma, gemma3), _LLAVA),
+    **dict.fromkeys((qwen2_vl, qwen2_5_vl, qwen2_5_vl_tied), _QWEN2),
+    **dict.fromkeys((mllama, internvl), _PLAIN),
+}
 
 
 def make_tiny(build, folder: Path, dtype=torch.bfloat16):
     """Write a model of this family to `folder`; returns inputs for it."""
+    model, inputs = tiny_model(build, dtype)
+    model.save_pretrained(folder)
+    return inputs
+
+
+def make_published(build, folder: Path, dtype=torch.bfloat16):
+    """The same with the names of the published files, in shards with an index."""
+    model, inputs = tiny_model(build, dtype)
+    model.config.save_pretrained(folder)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
+        for pattern, to in PUBLISHED.get(build, {}).items():
+            name, done = re.subn(pattern, to, name)
+            if done:
+                break
+        # Qwen3-VL's experts lie on disk the other way round.
+        tensors[name] = tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor.contiguous()
+    names = sorted(tensors)
+    weight_map = {}
+    for number in range(3):
+        file = f"model-{number + 1:05d}-of-00003.safetensors"
+        shard = {name: tensors[name] for name in names[number::3]}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return inputs
+
+
+def tiny_model(build, dtype=torch.bfloat16):
+    """A model of this family, and inputs for it."""
     torch.manual_seed(0)
     config, inputs, image_tokens = build()
-    model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    # Llama 3.2 Vision begins with its gates shut, through which no image would be seen.
-    gates = [parameter for name, parameter in model.named_parameters() if "gate" in name and parameter.numel() == 1]
-    for gate in gates:
-        gate.data.fill_(0.5)
-    model.save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+    # Llama 3.2 Vision begins with its gates shut, through which no image would be seen; InternVL's are open a little;
+    # what transformers leaves at zero would hide a fault: biases, Gemma 3's projector.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name and parameter.numel() == 1:
+                parameter.fill_(0.5)
+            elif not parameter.any():
+                parameter.normal_(0, 0.1)
     ids = torch.tensor([[IMAGE] * image_tokens + [10, 11, 12]])
     inputs = {**inputs, "input_ids": ids, "pixel_values": inputs["pixel_values"].to(dtype)}
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
-    return inputs
+    if config.model_type == "paligemma":
+        inputs["token_type_ids"] = torch.zeros_like(ids)  # a prompt looks at all of itself
+    if config.model_type == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).long()  # a picture looks at all of itself
+    return model, inputs

@@ -20,10 +20,12 @@ from torch import nn
 
 from bivlm.blocks.units import Unit, find_units, predecessors
 from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.conversion import convert
 from bivlm.checkpoint.linears import linears, loaded_names
+from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.tensor_file import read_tensor
 from bivlm.errors import InputError
-from bivlm.families import family
+from bivlm.families import MODULES_KEY, Family
 
 Step = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -55,11 +57,13 @@ class BlockwiseModel:
         self._model = _frame(checkpoint)
         self.dtype = self._model.dtype
         names = {linear.name for linear in linears(checkpoint) if linear.tied_to is None}
-        self.units = find_units(self._model, family(checkpoint.config["model_type"]), names)
+        members = members_of(self._model, checkpoint.modules)
+        self.units = find_units(self._model, members, names)
         self._sources = self._disk_names()
         paths = {module: name for name, module in self._model.named_modules()}
         self._embedding, self._head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         self._embedding_name, self.head_name = paths[self._embedding], paths[self._head]
+        self._refuse_outsiders(members)
         self._load_rest()
 
     @property
@@ -176,10 +180,19 @@ class BlockwiseModel:
 
     def _disk_names(self) -> dict[str, str]:
         """Name on disk by name in the loaded model, of tensors that are loaded as they are."""
-        goals = loaded_names(self._model, self._checkpoint.entries)
-        sources = {goal.names[0]: disk_name for disk_name, goal in goals.items() if not goal.converted}
+        self._loaded = loaded_names(self._model, self._checkpoint.entries)
+        sources = {goal.names[0]: disk_name for disk_name, goal in self._loaded.items() if not goal.converted}
         tied = getattr(self._model, "all_tied_weights_keys", None) or {}
         return {name: sources[other] for name, other in tied.items() if other in sources} | sources
+
+    def _refuse_outsiders(self, members: Family) -> None:
+        """Linear layers of no component would compute with what passes through gates: if the model runs one, it ends.
+
+        A family has none; `modules` of a recipe may have forgotten some.
+        """
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.Linear) and members.component(name) is None and name != self.head_name:
+                module.forward = _outside(name)
 
     def _load_rest(self) -> None:
         """Load what lies in no unit: norms, patch and position embeddings; not the tokens' embedding and the head."""
@@ -211,10 +224,8 @@ class BlockwiseModel:
         """A tensor by its name in the loaded model, or one row of it, with a first dimension of 1."""
         source = self._sources.get(path)
         if source is None:
-            raise InputError(
-                f"checkpoint {self._checkpoint.folder}: {path} is merged, split or missing on disk; calibration block "
-                "by block needs it as it is"
-            )
+            tensor = convert(self._model, path, self._loaded, self._checkpoint.read)
+            return tensor if row is None else tensor[row : row + 1]
         if row is None:
             return self._checkpoint.read(source)
         entry = self._checkpoint.entries[source]
@@ -239,6 +250,16 @@ def _gate(name: str, given: Mapping[str, torch.Tensor]) -> Callable[..., torch.T
         return arguments[0] if arguments else named["hidden_states"]
 
     return passes
+
+
+def _outside(name: str) -> Callable[..., torch.Tensor]:
+    def refuse(*_: Any, **__: Any) -> torch.Tensor:
+        raise InputError(
+            f"{name} is outside vision, adaptor and language, and the model runs it: calibration block by block needs "
+            f"it in one of them; name it in the recipe's '{MODULES_KEY}'"
+        )
+
+    return refuse
 
 
 def _frame(checkpoint: Checkpoint) -> nn.Module:

@@ -31,14 +31,15 @@ def find_units(model: nn.Module, members: Family, linears: Collection[str]) -> l
     """The units of `model` in the order in which they run: vision, adaptor, language, each in module order.
 
     A block is an entry of the outermost `torch.nn.ModuleList` of the vision or language model that holds any linear
-    layer. `linears` are the names of those that can be packed.
+    layer; an adaptor is one with or without (Gemma 3's is a bare parameter). `linears` are the names of those that can
+    be packed.
     """
     found: list[Unit] = []
 
     def visit(name: str, module: nn.Module, parent: nn.Module | None) -> None:
         component = members.component(name)
         if component is not None and not isinstance(module, nn.ModuleList):
-            adaptor = component == "adaptor" and _has_linears(module)
+            adaptor = component == "adaptor" and any(True for _ in module.parameters())
             block = component != "adaptor" and isinstance(parent, nn.ModuleList) and _has_linears(module)
             if adaptor or block or name in linears:
                 inside = (n for n, _ in module.named_modules(prefix=name) if n in linears)
@@ -56,14 +57,17 @@ def predecessors(unit: Unit, units: Sequence[Unit]) -> list[Unit]:
 
     The one before it in its component, because a block reads the hidden states alone; for an adaptor all of vision,
     because it may read the outputs of several blocks; for the language model all adaptors too, because their outputs
-    enter at its beginning (LLaVA, Qwen), between its blocks, or in every cross-attention block (Llama 3.2 Vision).
+    enter at its beginning (LLaVA, Qwen), between its blocks (Qwen3-VL), or in every cross-attention block (Llama 3.2
+    Vision). In a model without adaptors all of vision enters instead.
     """
     before = units[: units.index(unit)]
     if unit.component == "adaptor":
         return [other for other in before if other.component == "vision"]
     same = [other for other in before if other.component == unit.component][-1:]
-    adaptors = [other for other in before if other.component == "adaptor"] if unit.component == "language" else []
-    return adaptors + same
+    if unit.component != "language":
+        return same
+    vision = [other for other in before if other.component == "vision"]
+    return ([other for other in before if other.component == "adaptor"] or vision) + same
 
 
 def _has_linears(module: nn.Module) -> bool:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import QUANT_METHOD, Checkpoint
 from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry
 from bivlm.errors import InputError
-from bivlm.families import Family, family
+from bivlm.families import Family, families, family
 from bivlm.packing.container import read_header
 
 if TYPE_CHECKING:
@@ -49,6 +50,11 @@ class Linear:
     tied_to: str | None = None
 
     @property
+    def holder(self) -> str:
+        """Name of the module whose weight it uses: its own, or that of the embedding which it is tied to."""
+        return self.tied_to.removesuffix(".weight") if self.tied_to else self.name
+
+    @property
     def size(self) -> int:
         """Number of weights, M * N."""
         return self.shape[0] * self.shape[1]
@@ -56,13 +62,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A tensor on disk that is no `Linear`'s weight, and what it is: `kind` is for people to read."""
+    """A tensor on disk that is no `Linear`'s weight, and what it is: `kind` is for people to read.
+
+    `component` is None for a tensor outside vision, adaptor and language.
+    """
 
     disk_name: str
     kind: str
     shape: tuple[int, ...]
     dtype: str
     parameters: int
+    component: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +103,17 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class LoadedName:
-    """Where a tensor on disk goes: `names` in the loaded model, `converted` if more than its name changes."""
+    """Where a tensor on disk goes: `names` in the loaded model, and what becomes of it on the way.
+
+    Attributes:
+        names: in the loaded model; several where it is split.
+        converted: whether more than its name changes.
+        rule: the source pattern of the converter that does it, see `bivlm.checkpoint.conversion`; None without one.
+    """
 
     names: tuple[str, ...]
     converted: bool
+    rule: str | None = None
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
@@ -112,11 +129,11 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     while loading. Raises `InputError` for an unknown architecture, for a checkpoint quantized by another method, and
     for a Linear whose weight is missing on disk, there twice, or of another shape than the config says.
     """
-    members = family(checkpoint.config.get("model_type", ""))
     method = (checkpoint.quantization or {}).get("quant_method", QUANT_METHOD)
     if method != QUANT_METHOD:
         raise InputError(f"checkpoint {checkpoint.folder}: quantized by {method}; expected full precision")
     model = skeleton(checkpoint)
+    members = members_of(model, checkpoint.modules)
     loaded = loaded_names(model, checkpoint.entries)
     sources = _sources(loaded, checkpoint)
     converted = {name for goal in loaded.values() if goal.converted for name in goal.names}
@@ -143,7 +160,10 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         for disk_name in checkpoint.entries
         if disk_name not in packable
     }
-    left = [_left_alone(checkpoint.entries[disk_name], kind) for disk_name, kind in kinds.items()]
+    left = [
+        _left_alone(checkpoint.entries[disk_name], kind, members.component(loaded[disk_name].names[0]))
+        for disk_name, kind in kinds.items()
+    ]
     head = names.get(model.get_output_embeddings())
     return Anatomy(found, left, tokens, head if head in {linear.name for linear in found} else None)
 
@@ -175,7 +195,10 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without its weights, on the meta device; raises `InputError` for a config that makes no model."""
+    """The model without its weights, on the meta device.
+
+    Raises `InputError` for a config that makes no model, and for an unknown architecture that is none for images.
+    """
     # Imported here because they bring in the model zoo, which takes seconds.
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -187,7 +210,11 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
             del config.quantization_config
         with torch.device("meta"), no_init_weights():
             return AutoModelForImageTextToText.from_config(config)
-    except (ValueError, StrictDataclassError) as error:
+    # A config that leaves out what its class needs fails somewhere in the model's own code; a tower may need a package.
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
+        model_type = checkpoint.config.get("model_type", "")
+        if model_type not in families():
+            family(model_type)  # says which there are
         raise InputError(f"checkpoint {checkpoint.folder}: its config makes no image-text model: {error}") from error
 
 
@@ -211,7 +238,7 @@ def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str,
         if name not in state and disk_name in state:
             name, source = rename_source_key(disk_name, [], [], model.base_model_prefix, state)
         names = (name,) if source is None else tuple(name.replace(targets[source][0], to) for to in targets[source])
-        loaded[disk_name] = LoadedName(names, converted=source is not None)
+        loaded[disk_name] = LoadedName(names, converted=source is not None, rule=source)
     return loaded
 
 
@@ -256,8 +283,9 @@ def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkp
     return dtype
 
 
-def _left_alone(entry: TensorEntry, kind: str) -> LeftAlone:
-    return LeftAlone(entry.name, kind, entry.shape, entry.dtype, entry.numel if entry.is_floating else 0)
+def _left_alone(entry: TensorEntry, kind: str, component: str | None) -> LeftAlone:
+    parameters = entry.numel if entry.is_floating else 0
+    return LeftAlone(entry.name, kind, entry.shape, entry.dtype, parameters, component)
 
 
 def _kind(model: PreTrainedModel, members: Family, goal: LoadedName) -> str:
@@ -269,11 +297,12 @@ def _kind(model: PreTrainedModel, members: Family, goal: LoadedName) -> str:
         return "not used by the model"
     kind = type(module).__name__
     if goal.converted:
-        return f"{kind}, merged, split or permuted while loading"
+        what = f"{kind}.{tensor_name}" if tensor_name != "weight" else kind
+        return f"{what}, merged, split or turned while loading"
     if not hasattr(module, tensor_name):
         return "not used by the model"
     if isinstance(module, nn.Linear) and tensor_name == "weight" and members.component(module_name) is None:
-        return f"{kind} outside vision, adaptor and language"
+        return f"{kind}, outside vision, adaptor and language"
     return kind if tensor_name == "weight" else f"{kind}.{tensor_name}"
 
 

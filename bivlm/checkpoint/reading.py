@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from bivlm.checkpoint.tensor_file import TensorEntry, digest_file, read_entries, read_tensor
 from bivlm.errors import InputError
+from bivlm.families import MODULES_KEY, Modules, parse_modules
 from bivlm.identity import file_digest
 
 WEIGHTS = "model.safetensors"
@@ -44,15 +45,18 @@ class Checkpoint:
         folder: the folder.
         config: what config.json says.
         entries: every tensor by its name on disk, in the order of names.
+        modules: which modules are vision, adaptor and language, where the caller says it or the packed checkpoint
+            carries it; None where its family knows.
     """
 
     folder: Path
     config: dict[str, Any]
     entries: dict[str, TensorEntry]
+    modules: Modules | None = None
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
-        """Read config and tensor headers, no weights.
+    def open(cls, folder: str | Path, modules: Modules | None = None) -> Checkpoint:
+        """Read config and tensor headers, no weights. `modules` go before what a packed checkpoint carries.
 
         As in transformers, one ``model.safetensors`` goes before an index of shards. Raises `InputError` naming folder
         and file if the config is missing or unreadable, weights are missing, cut short, only there as pickles, or an
@@ -72,7 +76,7 @@ class Checkpoint:
         for name, file in _indexed_tensors(folder):
             if name not in entries:
                 raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {file}; it is not there")
-        return cls(folder, config, dict(sorted(entries.items())))
+        return cls(folder, config, dict(sorted(entries.items())), modules or _carried_modules(config, folder / CONFIG))
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -207,6 +211,14 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
             raise InputError(f"model {model!r}: no such folder, and the hub gives no {wanted}: {reason}") from error
         raise ConnectionError(f"model {model!r}: no such folder, and the hub cannot be reached for {wanted}") from error
     return ResolvedModel(Path(folder), model, Path(folder).name)
+
+
+def _carried_modules(config: dict[str, Any], source: Path) -> Modules | None:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        return None
+    carried = quantization.get(MODULES_KEY)
+    return None if carried is None else parse_modules(carried, f"{source}: quantization_config: {MODULES_KEY}")
 
 
 def _weight_files(folder: Path) -> list[Path]:

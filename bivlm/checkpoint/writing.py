@@ -22,6 +22,7 @@ from bivlm.checkpoint.tensor_file import (
     write_tensors,
 )
 from bivlm.errors import InputError
+from bivlm.families import MODULES_KEY
 from bivlm.neighbours import neighbours_up_to
 from bivlm.packing import open_packed
 from bivlm.stores.folder import flush_folder, writable_folder
@@ -43,7 +44,8 @@ def write_packed_checkpoint(
     `packed` gives every chosen linear, by name, its packed weight: a function that returns the tensor (uint8, 1-D;
     called once, when its turn comes) or a file whose bytes are the tensor. It is stored under the weight's own name on
     disk. All other tensors, tokenizer, processor, templates and licences are copied byte for byte; config.json gets
-    the quantization config: `quantization_config` and, by linear, the lengths of the packed tensors.
+    the quantization config: `quantization_config`, the checkpoint's `modules` if it has any and, by linear, the lengths
+    of the packed tensors.
     `extra_files` are written beside them.
 
     One tensor is in memory at a time. The folder is built beside `output` under a temporary name and put in its place
@@ -181,6 +183,7 @@ def _write_config(
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
         "dequantize": "load",
+        **({MODULES_KEY: checkpoint.modules} if checkpoint.modules else {}),
         **quantization_config,
         "packed": lengths,
     }

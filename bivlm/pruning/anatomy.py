@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from bivlm.checkpoint.members import members_of
 from bivlm.errors import InputError
-from bivlm.families import Family, family
+from bivlm.families import Family, Modules
 
 _TOKEN_NAMES = ("image_token_id", "image_token_index")
+_CLASS_TOKENS = ("embeddings.class_embedding", "embeddings.cls_token")
+_SHUFFLES = ("scale_factor", "downsample_ratio")  # settings of a pixel shuffle
+_EXACT = ("full_attention", "cross_attention")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Anatomy:
         image_token: id of the image token.
         merged: vision tokens that become one image token.
         class_token: whether each row of vision tokens begins with one that stands for no patch.
+        shuffled: whether vision tokens that are neighbours in the picture, but not in the sequence, become one image
+            token.
     """
 
     tower: nn.Module
@@ -37,14 +43,20 @@ class Anatomy:
     image_token: int
     merged: int
     class_token: bool
+    shuffled: bool
 
 
-def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Look at a model; raises `InputError` for an architecture that is not known or has no image token."""
-    members = family(model.config.model_type)
+def anatomy(model: PreTrainedModel, modules: Modules | None = None) -> Anatomy:
+    """Look at a model.
+
+    Raises `InputError` for an architecture that is not known or has no image token, and for language layers that see a
+    window or keep a state: of a sequence that lacks tokens they would see others.
+    """
+    members = members_of(model, modules)
     token = next((value for name in _TOKEN_NAMES if (value := getattr(model.config, name, None)) is not None), None)
     if token is None:
         raise InputError(f"{model.config.model_type}: no image token; pruning expects one of {', '.join(_TOKEN_NAMES)}")
+    _check_layer_types(model)
     vision = dict(_layers(model, members, "vision"))
     language = dict(_layers(model, members, "language"))
     if not vision or not language:
@@ -58,8 +70,19 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
         cross_layers=[number for number, layer in enumerate(language.values()) if hasattr(layer, "cross_attn")],
         image_token=token,
         merged=getattr(tower, "spatial_merge_size", 1) ** 2,
-        class_token=any(name.endswith("embeddings.class_embedding") for name, _ in tower.named_parameters()),
+        class_token=any(name.endswith(_CLASS_TOKENS) for name, _ in tower.named_parameters()),
+        shuffled=any(getattr(model.config, name, None) is not None for name in _SHUFFLES),
     )
+
+
+def _check_layer_types(model: PreTrainedModel) -> None:
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    other = next((kind for kind in kinds if kind not in _EXACT), None)
+    if other is not None:
+        raise InputError(
+            f"{model.config.model_type}: its language model has layers of {other}; pruning is exact only for "
+            f"{' and '.join(_EXACT)}, and is refused"
+        )
 
 
 def _layers(model: nn.Module, members: Family, component: str) -> Iterator[tuple[str, nn.Module]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
+from bivlm.families import Modules, families
 from bivlm.pruning.anatomy import anatomy
 from bivlm.pruning.language import LanguagePruning
 from bivlm.pruning.reading import Tally
@@ -56,14 +57,20 @@ class Pruning:
 
 
 @contextmanager
-def pruned(model: PreTrainedModel, settings: PruningSettings) -> Iterator[Pruning]:
+def pruned(model: PreTrainedModel, settings: PruningSettings, modules: Modules | None = None) -> Iterator[Pruning]:
     """Within this block `model` drops tokens from every prompt it reads, in ``forward`` and in ``generate``.
 
     Logits of dropped tokens mean nothing. Prompts are given as ``input_ids``, with an ``attention_mask`` of (B, T) if
-    they are padded; a cache belongs to the block that it was made in. Raises `InputError` for an architecture that is
+    they are padded; a cache belongs to the block that it was made in. `modules` say what is vision and language in an
+    architecture that bivlm does not know. Raises `InputError` for an architecture that is
     not known, a layer out of range, and on reading a prompt for a share that leaves no token.
     """
-    parts = anatomy(model)
+    parts = anatomy(model, modules)
+    if settings.place in ("vision", "joint") and model.config.model_type not in families():
+        raise InputError(
+            f"pruning.place: found {settings.place!r}, expected 'input', 'language' or 'text': in which order the "
+            f"vision encoder of {model.config.model_type} keeps its tokens is not known"
+        )
     tally = Tally()
     vision = VisionPruning(parts, settings, tally) if settings.place in ("vision", "joint") else None
     language = LanguagePruning(parts, model, settings, tally, vision)
@@ -74,9 +81,11 @@ def pruned(model: PreTrainedModel, settings: PruningSettings) -> Iterator[Prunin
         yield Pruning(language, vision, tally)
 
 
-def pruned_if(model: PreTrainedModel, settings: PruningSettings | None) -> AbstractContextManager[Pruning | None]:
+def pruned_if(
+    model: PreTrainedModel, settings: PruningSettings | None, modules: Modules | None = None
+) -> AbstractContextManager[Pruning | None]:
     """`pruned`, or nothing at all."""
-    return nullcontext() if settings is None else pruned(model, settings)
+    return nullcontext() if settings is None else pruned(model, settings, modules)
 
 
 def carried_pruning(folder: str | Path) -> PruningSettings | None:

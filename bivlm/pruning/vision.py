@@ -33,6 +33,12 @@ class VisionPruning:
 
     def __init__(self, parts: Anatomy, settings: PruningSettings, tally: Tally) -> None:
         """Raises `InputError` for a layer out of range."""
+        if parts.shuffled:
+            raise InputError(
+                f"pruning.place: found {settings.place!r}, expected 'input', 'language' or 'text': this model shuffles "
+                "neighbouring pixels of its vision encoder's output into one image token, and dropping some of them is "
+                "not supported"
+            )
         self._parts, self._settings, self._tally = parts, settings, tally
         self.tokens: Sequence | None = None
         self._pixels: torch.Tensor | None = None

@@ -33,7 +33,10 @@ def test_every_unit_gives_what_it_gives_in_the_whole_model(build, tmp_path):
     inputs = make_tiny(build, tmp_path, torch.float32)
     model = BlockwiseModel(Checkpoint.open(tmp_path))
     expected, logits = whole_run(tmp_path, inputs, [unit.name for unit in model.units])
-    assert list(expected) == [unit.name for unit in model.units]  # the order in which they ran
+    assert set(expected) == {unit.name for unit in model.units}
+    for component in ("vision", "language"):  # Qwen3-VL's deep-stack mergers run between vision blocks
+        names = [unit.name for unit in model.units if unit.component == component]
+        assert [name for name in expected if name in names] == names  # the order in which they ran
     outputs = {}
     for unit in model.units:
         given = {other.name: outputs[other.name] for other in model.predecessors(unit)}
@@ -51,7 +54,7 @@ def test_units_hold_every_linear_once(build, tmp_path):
     make_tiny(build, tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     inside = [name for unit in BlockwiseModel(checkpoint).units for name in unit.linears]
-    assert sorted(inside) == sorted(linear.name for linear in linears(checkpoint))
+    assert sorted(inside) == sorted(linear.name for linear in linears(checkpoint) if linear.tied_to is None)
 
 
 def test_only_the_unit_at_work_is_in_memory(tiny_llava):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_prunable import llava, make, mllama
+from tiny_prunable import SHUFFLED, gemma3, llava, make, mllama
 
 from bivlm.errors import InputError
 from bivlm.pruning import PLACES, SCORES_AT, PruningSettings
@@ -130,3 +130,21 @@ def test_what_is_not_a_number_without_being_dropped_stays_so():
     inputs["pixel_values"][0, 0, 0, 0] = torch.nan
     with pruned(model, PruningSettings(place="input", share=0.5, score="uniform")):
         assert model(**inputs).logits[:, -1].isnan().all()
+
+
+@pytest.mark.parametrize("build", SHUFFLED, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("place", ["vision", "joint"])
+def test_the_encoder_of_a_model_that_shuffles_pixels_keeps_its_tokens(build, place):
+    model, _ = make(build)
+    settings = PruningSettings(place=place, layer=2, share=0.5)
+    with pytest.raises(InputError, match="shuffles neighbouring pixels"), pruned(model, settings):
+        pass
+
+
+@pytest.mark.parametrize("place", ["input", "language", "text", "vision"])
+def test_a_language_model_with_sliding_windows_is_refused(place):
+    model, _ = make(gemma3)
+    settings = PruningSettings(place=place, share=0.5, **({"score": "divprune"} if place == "input" else {"layer": 2}))
+    refusal = "gemma3: its language model has layers of sliding_attention"
+    with pytest.raises(InputError, match=refusal), pruned(model, settings):
+        pass

@@ -4,12 +4,22 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Idefics3Config,
+    InternVLConfig,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaOnevisionConfig,
     MllamaConfig,
+    PaliGemmaConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
 )
 
@@ -72,11 +82,87 @@ def qwen2_5_vl(batch):
         image_token_id=IMAGE,
         video_token_id=6,
     )
+    return (config, *qwen_images(batch))
+
+
+def qwen_images(batch):
     # Images of 8 x 8 and 4 x 8 patches by turns, in windows of 2 x 2 merged tokens.
     grids = [(1, 8, 8) if number % 2 == 0 else (1, 4, 8) for number in range(batch)]
     patches = sum(t * h * w for t, h, w in grids)
     inputs = {"pixel_values": torch.randn(patches, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor(grids)}
-    return config, inputs, [t * h * w // 4 for t, h, w in grids]
+    return inputs, [t * h * w // 4 for t, h, w in grids]
+
+
+def qwen2_vl(batch):
+    vision = {"depth": 4, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = Qwen2VLConfig(
+        vision_config=vision, text_config={**TEXT, "rope_parameters": rope}, image_token_id=IMAGE, video_token_id=6
+    )
+    return (config, *qwen_images(batch))
+
+
+def qwen3_vl(batch, kind=Qwen3VLConfig, **further):
+    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [1, 2, 3]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    config = kind(
+        vision_config={**vision, "initializer_range": 0.2},
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope, **further},
+        image_token_id=IMAGE,
+        video_token_id=6,
+        vision_start_token_id=7,
+    )
+    return (config, *qwen_images(batch))
+
+
+def qwen3_vl_moe(batch):
+    return qwen3_vl(batch, Qwen3VLMoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+
+
+def idefics3(batch):
+    # 8 x 8 patches, shuffled 2 x 2.
+    config = Idefics3Config(
+        vision_config={**TOWER, "patch_size": 4},
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    return config, {"pixel_values": torch.randn(batch, 1, 3, 32, 32)}, [16] * batch
+
+
+def internvl(batch):
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(**{**TOWER, "image_size": [32, 32], "patch_size": [4, 4]}),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+    )
+    return config, {"pixel_values": torch.randn(batch, 3, 32, 32)}, [16] * batch
+
+
+def paligemma(batch):
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=GemmaConfig(**TEXT, head_dim=8),
+        image_token_index=IMAGE,
+        projection_dim=32,
+    )
+    return config, {"pixel_values": torch.randn(batch, 3, 32, 32)}, [16] * batch
+
+
+def gemma3(batch):
+    text = {**TEXT, "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=Gemma3TextConfig(**text, layer_types=["sliding_attention", "full_attention"] * 2),
+        image_token_index=IMAGE,
+        mm_tokens_per_image=16,
+        boi_token_index=8,
+        eoi_token_index=9,
+    )
+    return config, {"pixel_values": torch.randn(batch, 3, 32, 32)}, [16] * batch
 
 
 def mllama(batch):
@@ -95,7 +181,19 @@ def mllama(batch):
     return config, inputs, [1] * batch
 
 
-FAMILIES = (llava, llava_onevision, qwen2_5_vl, mllama)
+FAMILIES = (
+    llava,
+    llava_onevision,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen3_vl_moe,
+    mllama,
+    idefics3,
+    internvl,
+    paligemma,
+)
+SHUFFLED = (idefics3, internvl)  # neighbours in the picture become one image token
 
 
 def make(build, batch=1):
@@ -119,4 +217,6 @@ def make(build, batch=1):
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     if "aspect_ratio_mask" in inputs:
         inputs["cross_attention_mask"] = mask[:, :, None, None] * inputs["aspect_ratio_mask"][:, None]
+    if config.model_type == "paligemma":
+        inputs["token_type_ids"] = torch.zeros_like(ids)  # a prompt looks at all of itself
     return model, inputs
