@@ -209,7 +209,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
                 request.output,
                 seconds=time.perf_counter() - started_at,
                 peak_memory_bytes=peak_bytes(),
-                runner=str(request.runner),
+                runner=request.runner.described,
             )
         progress.publish()
         results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None

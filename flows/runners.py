@@ -47,8 +47,13 @@ class Runner:
         """How many threads each worker computes with, so that all of them together have one a core."""
         return max(1, (os.cpu_count() or 1) // self.workers)
 
+    @property
+    def described(self) -> str:
+        """For reports, which name no machine."""
+        return f"{self.name}, a running cluster" if self.address else f"{self.name}, {self.workers} workers"
+
     def __str__(self) -> str:
-        return f"{self.name} at {self.address}" if self.address else f"{self.name}, {self.workers} workers"
+        return f"{self.name}={self.address}" if self.address else self.name
 
 
 def parse_runner(text: str = "threads", workers: int | None = None) -> Runner:
