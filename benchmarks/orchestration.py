@@ -25,13 +25,13 @@ quieten()
 
 import torch  # noqa: E402
 from prefect import flow  # noqa: E402
-from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from bivlm.checkpoint import Checkpoint  # noqa: E402
 from bivlm.recipe import load_recipe  # noqa: E402
-from flows.layers import WORKERS, pack_all  # noqa: E402
+from flows.layers import pack_all  # noqa: E402
 from flows.local import temporary_server  # noqa: E402
+from flows.runners import WORKERS, Runner, started  # noqa: E402
 from tasks import binarization, grouping, saliency  # noqa: E402
 from tasks.layers import Layer, in_chunks  # noqa: E402
 
@@ -69,10 +69,11 @@ def without_prefect(layers: Sequence[Layer], workspace: str) -> None:
         stage(binarization.pack_layers.fn, [replace(layer, plan=planned[layer.name]) for layer in layers])
 
 
-@flow(task_runner=ThreadPoolTaskRunner(max_workers=WORKERS), persist_result=False, validate_parameters=False)
+@flow(persist_result=False, validate_parameters=False)
 def with_prefect(layers: Sequence[Layer], workspace: str) -> None:
     """The stages as `flows.layers` runs them."""
-    pack_all(layers, workspace, lambda: None)
+    with started(Runner()) as workers:
+        pack_all(layers, workspace, lambda: None, workers)
 
 
 @flow(persist_result=False)

@@ -158,6 +158,10 @@ class Workspace:
             return False
         return True
 
+    def has(self, reference: Reference) -> bool:
+        """Whether an object of this name and length is there; unlike `holds` it reads no byte."""
+        return self._store.size(_object_name(reference)) == reference.nbytes
+
     def fetch_folder(self, outputs: dict[str, Reference], folder: str | Path) -> Path:
         """Lay copies of `outputs` under `folder` by their names (forward slashes make subfolders)."""
         folder = Path(folder)
@@ -199,8 +203,7 @@ class Workspace:
     def finish_step(self, record: StepRecord) -> None:
         """Write down that a step is done; its outputs must be stored already (`WorkspaceError` if one is not)."""
         for name, reference in record.outputs.items():
-            size = self._store.size(_object_name(reference))
-            if size != reference.nbytes:
+            if not self.has(reference):
                 raise WorkspaceError(f"{self.url}: output {name!r} of {record.stage} is not stored; put it first")
         content: dict[str, Any] = record.model_dump(mode="json")
         content["checksum"] = digest(content)  # a damaged figure would otherwise pass for a true one

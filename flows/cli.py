@@ -81,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--no-evaluate", action="store_true", help="leave accuracy and divergence out")
     compress.add_argument("--questions", type=int, metavar="N", help="only the first N of every benchmark")
+    compress.add_argument(
+        "--runner",
+        default="threads",
+        metavar="R",
+        help="threads (default), processes, dask, ray, or a running cluster: dask=tcp://HOST:8786, ray=ray://HOST:10001",
+    )
+    compress.add_argument("--workers", type=int, metavar="N", help="layers at once (default: cores, at most 4)")
     compress.set_defaults(run=_compress)
 
     leaderboard = commands.add_parser("leaderboard", help="many recipes on one model, at the bits they store")
@@ -164,8 +171,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress(options: argparse.Namespace) -> int:
     from bivlm.recipe import load_recipe
+    from flows.runners import parse_runner
 
     load_recipe(options.recipe)  # a mistake in it is told before anything is started
+    parse_runner(options.runner, options.workers)
     print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
     from flows.compress import compress_flow
     from flows.local import temporary_server
@@ -181,6 +190,8 @@ def _compress(options: argparse.Namespace) -> int:
             workspace=options.workspace,
             evaluate=not options.no_evaluate,
             questions=options.questions,
+            runner=options.runner,
+            workers=options.workers,
         )
     print_compression(result)
     return DONE

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
@@ -21,9 +20,10 @@ from bivlm.pruning import PRUNING_KEY, PruningSettings
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
 from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.workspace import Workspace
-from flows.layers import WORKERS, PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
+from flows.layers import PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
 from flows.progress import FlowProgress
 from flows.pruning import questions_of_sweep, sweep_all
+from flows.runners import Runner, parse_runner, started
 from tasks import (
     binarization,
     block_inputs,
@@ -74,6 +74,7 @@ class Request:
     benchmarks: dict[str, Benchmark]
     questions: int | None
     device: Device
+    runner: Runner
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,7 @@ class Results:
         }
 
 
-@flow(
-    name="compress",
-    flow_run_name="compress-{output}",
-    task_runner=ThreadPoolTaskRunner(max_workers=WORKERS),
-    persist_result=False,
-)
+@flow(name="compress", flow_run_name="compress-{output}", persist_result=False)
 def compress_flow(
     model: str,
     recipe: str | dict[str, Any],
@@ -125,14 +121,18 @@ def compress_flow(
     evaluate: bool = True,
     questions: int | None = None,
     quiet: bool = False,
+    runner: str = "threads",
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe` into the folder `output`; returns what the command line and the demo print.
 
     `recipe` is a shipped name, a file or the recipe itself. `workspace` is a folder or ``s3://bucket/prefix`` (default:
     `bivlm.stores.location.default_workspace`). `questions` limits every benchmark to its first questions; `quiet` shows
-    no progress in the terminal. What the workspace, the output folder and MLflow already hold of an identical request
-    is not done again. Raises `InputError` for anything the caller can mend.
+    no progress in the terminal. `runner` and `workers` say who works on the layers, see `flows.runners.parse_runner`;
+    the bytes are the same whoever does. What the workspace, the output folder and MLflow already hold of an identical
+    request is not done again. Raises `InputError` for anything the caller can mend.
     """
+    chosen_runner = parse_runner(runner, workers)
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
     if not output or "://" in output:
         raise InputError(f"output {output!r}: expected a folder on this machine")
@@ -143,7 +143,18 @@ def compress_flow(
     base = checkpoint.resolve_base(model, revision, output, chosen_recipe.modules)
     chosen, _kept = select(base.linears, chosen_recipe)
     packed_tables = tables.tables_of(base, chosen_recipe, chosen)
-    request = Request(base, chosen_recipe, chosen, packed_tables, output, store, benchmarks, questions, choose_device())
+    request = Request(
+        base,
+        chosen_recipe,
+        chosen,
+        packed_tables,
+        output,
+        store,
+        benchmarks,
+        questions,
+        choose_device(),
+        chosen_runner,
+    )
     console = Console(stderr=True, quiet=quiet)
 
     def wait() -> None:
@@ -159,7 +170,8 @@ def compress_flow(
 
 def _compress(request: Request, console: Console) -> dict[str, Any]:
     base, recipe, store = request.base, request.recipe, request.store
-    layers = layers_of(request.chosen, recipe, str(base.model.folder), base.digests.tensors)
+    # Absolute, because workers on other machines look there, too.
+    layers = layers_of(request.chosen, recipe, str(base.model.folder.absolute()), base.digests.tensors)
     calibrated = needs_calibration(layers, recipe.budget, recipe.search)
     varied = curves.varied_layers(layers)
     tracked = tracking.find_or_create_run(store.url, base, recipe)
@@ -184,7 +196,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     }
     progress = FlowProgress(stages, console, f"{model_name(base.model)} with {recipe.name}")
     # From here to the written checkpoint is what the report calls the compression.
-    started = time.perf_counter()
+    started_at = time.perf_counter()
     reset_peak()
     with tracking.ends_run(tracked), progress, shown_by(progress):
         samples = calibration.freeze_calibration(recipe.calibration.model_dump(mode="json"), store.url)
@@ -193,7 +205,8 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
             if calibrated
             else None
         )
-        done = pack_all(layers, store.url, progress.publish, inputs, recipe.budget, recipe.search)
+        with started(request.runner) as workers:
+            done = pack_all(layers, store.url, progress.publish, workers, inputs, recipe.budget, recipe.search)
         if recipe.finish is not None:
             done = finish_all(done, base, samples, recipe.finish, request.device, store.url)
             progress.publish()
@@ -212,7 +225,6 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         )
         report = earlier_report(request.output, base, recipe) if packed.step.reused else None
         if report is None:
-            seconds = time.perf_counter() - started
             report = write_report(
                 base,
                 recipe,
@@ -221,12 +233,17 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
                 request.tables,
                 done.tables,
                 request.output,
-                seconds=seconds,
+                seconds=time.perf_counter() - started_at,
                 peak_memory_bytes=peak_bytes(),
+                runner=request.runner.described,
             )
         progress.publish()
         results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None
-        measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish) if varied else {}
+        measured = {}
+        if varied:
+            # Anew, so that no worker was kept waiting, in memory, while models were asked.
+            with started(request.runner) as workers:
+                measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish, workers)
         if swept is not None:
             _sweep(request, tracked, packed, progress.publish)
         registered = _record(request, tracked, done, samples, packed, report, results, measured)

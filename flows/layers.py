@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prefect import Task, unmapped
+from prefect import Task
 
 from bivlm.allocation import BudgetSettings
 from bivlm.blocks.units import Unit
 from bivlm.finish_settings import FinishSettings
 from bivlm.search_settings import SearchSettings
+from flows.runners import Workers
 from tasks import allocation, binarization, block_inputs, finishing, grouping, saliency, search
 from tasks.block_inputs import Calibration
 from tasks.checkpoint import Base
@@ -20,10 +20,7 @@ from tasks.device import Device
 from tasks.layers import Layer, in_chunks
 from tasks.policy import halves, is_out_of_memory
 from tasks.progress import advance, expect
-from tasks.steps import Done
-
-# Each worker holds one layer; more of them than cores would only add memory.
-WORKERS = min(4, os.cpu_count() or 1)
+from tasks.steps import Done, check_that_workers_share, open_workspace
 
 
 @dataclass(frozen=True)
@@ -44,30 +41,31 @@ def pack_all(
     layers: Sequence[Layer],
     workspace: str,
     publish: Callable[[], None],
+    workers: Workers,
     calibration: Calibration | None = None,
     budget: BudgetSettings | None = None,
     searched: SearchSettings | None = None,
 ) -> PackedLayers:
     """Every stage of every layer. `calibration` is needed if `needs_calibration`."""
     to_measure = search.with_widest_tail(layers, searched) if searched is not None else layers
-    measured = side_by_side(saliency.measure_layers, to_measure, workspace, publish)
+    measured = side_by_side(saliency.measure_layers, to_measure, workspace, publish, workers)
     layers = [replace(layer, statistics=measured[layer.name]) for layer in layers]
     try:
         between: list[Done] = []
         by_curvature = _by_curvature(budget)
         squares = by_curvature or any("gradients" in layer.needs for layer in layers)
-        walk = Walk(calibration, squares, publish) if calibration is not None else None
+        walk = Walk(calibration, squares, publish, workers) if calibration is not None else None
         if budget is not None:
-            choices = side_by_side(allocation.measure_choices, layers, workspace, publish)
+            choices = side_by_side(allocation.measure_choices, layers, workspace, publish, workers)
             curvature = walk.curvature() if by_curvature else None
             layers, allocated = allocation.allocate_bits(layers, choices, budget, curvature, workspace)
             between = [*choices.values(), allocated]
         if searched is not None:
             layers = walk.search(layers, searched)
-        planned = side_by_side(grouping.plan_layers, layers, workspace, publish)
+        planned = side_by_side(grouping.plan_layers, layers, workspace, publish, workers)
         layers = [replace(layer, plan=planned[layer.name]) for layer in layers]
         if walk is None or not any("inputs" in layer.needs for layer in layers):
-            shards = side_by_side(binarization.pack_layers, layers, workspace, publish)
+            shards = side_by_side(binarization.pack_layers, layers, workspace, publish, workers)
         else:
             layers, shards = walk.pack(layers)
         return PackedLayers(layers, shards, between + (walk.steps if walk else []))
@@ -101,9 +99,9 @@ class Walk:
     measured.
     """
 
-    def __init__(self, calibration: Calibration, squares: bool, publish: Callable[[], None]) -> None:
+    def __init__(self, calibration: Calibration, squares: bool, publish: Callable[[], None], workers: Workers) -> None:
         self.steps = [calibration.samples]
-        self._calibration, self._squares, self._publish = calibration, squares, publish
+        self._calibration, self._squares, self._publish, self._workers = calibration, squares, publish, workers
         self._blocks, self._head = block_inputs.blocks_of(calibration)
         self._layers: dict[str, Layer] = {}
         self._gradients: Done | None = None
@@ -203,35 +201,46 @@ class Walk:
     def _pack(self, layers: list[Layer]) -> dict[str, Done]:
         if not layers:
             return {}
-        return side_by_side(binarization.pack_layers, layers, self._calibration.workspace, self._publish)
+        workspace = self._calibration.workspace
+        return side_by_side(binarization.pack_layers, layers, workspace, self._publish, self._workers)
 
 
 def side_by_side(
-    stage: Task[..., dict[str, Done]], layers: Sequence[Layer], workspace: str, publish: Callable[[], None]
+    stage: Task[..., dict[str, Done]],
+    layers: Sequence[Layer],
+    workspace: str,
+    publish: Callable[[], None],
+    workers: Workers,
 ) -> dict[str, Done]:
     """Run a stage over all layers, chunks side by side.
 
-    A chunk that ran out of memory is done again in halves, one at a time, down to single layers.
+    A chunk that ran out of memory, or whose worker was killed, is done again in halves, one at a time, down to single
+    layers.
     """
     done: dict[str, Done] = {}
     too_large: list[Any] = []
-    chunks = in_chunks(layers, WORKERS)
-    futures = stage.map(chunks, unmapped(workspace))
-    for chunk, future in zip(chunks, futures, strict=True):
-        result = future.result(raise_on_failure=False)
+
+    def take(steps: dict[str, Done]) -> None:
+        done.update(steps)
+        if workers.elsewhere:
+            check_that_workers_share(open_workspace(workspace), steps.values())
+        if not workers.in_process:
+            for step in steps.values():
+                advance(step.record.stage)
+        publish()
+
+    for chunk, result in workers.carry_out(stage, in_chunks(layers, workers.count), workspace):
         if not isinstance(result, BaseException):
-            done |= result
+            take(result)
         elif is_out_of_memory(result):
             too_large.append(chunk)
         else:
             raise result
-        publish()
     while too_large:
         chunk = too_large.pop(0)
-        state = stage(chunk, workspace, return_state=True)
-        result = state.result(raise_on_failure=False)
+        ((_, result),) = workers.carry_out(stage, [chunk], workspace)
         if not isinstance(result, BaseException):
-            done |= result
+            take(result)
         elif is_out_of_memory(result) and len(chunk) > 1:
             too_large = [*halves(chunk), *too_large]
         else:

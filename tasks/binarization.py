@@ -9,14 +9,13 @@ from typing import Any
 from prefect import task
 from safetensors import safe_open
 
-from bivlm.checkpoint import Checkpoint
 from bivlm.compression import pack_layer
 from bivlm.identity import step_identity
 from bivlm.inputs import SiteStatistics
 from bivlm.methods import LayerPlan
-from bivlm.workspace import Reference
+from bivlm.workspace import Reference, Workspace
 from tasks import grouping
-from tasks.layers import Layer, do_layers
+from tasks.layers import Layer, do_layers, open_base
 from tasks.policy import OVER_NETWORK
 from tasks.steps import Done, open_workspace
 
@@ -31,7 +30,7 @@ def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     One weight is in memory at a time.
     """
     store = open_workspace(workspace)
-    checkpoint = Checkpoint.open(chunk[0].folder)
+    checkpoint = open_base(chunk)
 
     def identity(layer: Layer) -> dict[str, Any]:
         inputs = {"weight": layer.weight_sha256, "plan": _planned(layer).sha256}
@@ -46,15 +45,22 @@ def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     def pack(layer: Layer, folder: Path) -> dict[str, Any]:
         plan = LayerPlan.model_validate_json(store.read(_planned(layer)))
         weight = checkpoint.read(layer.disk_name, layer.weight_sha256)
-        inputs = SiteStatistics.load(store.fetch(layer.inputs)) if layer.inputs else None
-        if layer.gradient_squares is not None:
-            with safe_open(store.fetch(layer.gradient_squares), framework="pt") as file:
-                inputs = replace(inputs, gradient_square_MN=file.get_tensor(layer.name))
-        packed, record = pack_layer(weight, plan, layer.name, inputs)
+        packed, record = pack_layer(weight, plan, layer.name, _inputs(layer, store))
         (folder / FILE).write_bytes(memoryview(packed.numpy()))
         return record.model_dump(mode="json")
 
     return do_layers(chunk, workspace, identity, pack)
+
+
+# Not inside the task: that travels to worker processes by value, and safetensors' class cannot.
+def _inputs(layer: Layer, store: Workspace) -> SiteStatistics | None:
+    if layer.inputs is None:
+        return None
+    inputs = SiteStatistics.load(store.fetch(layer.inputs))
+    if layer.gradient_squares is None:
+        return inputs
+    with safe_open(store.fetch(layer.gradient_squares), framework="pt") as file:
+        return replace(inputs, gradient_square_MN=file.get_tensor(layer.name))
 
 
 def _planned(layer: Layer) -> Reference:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from prefect import task
 
-from bivlm.checkpoint import Checkpoint
 from bivlm.identity import step_identity
 from bivlm.statistics import LayerStatistics
-from tasks.layers import Layer, do_layers
+from tasks.layers import Layer, do_layers, open_base
 from tasks.policy import OVER_NETWORK
 from tasks.steps import Done
 
@@ -50,7 +49,7 @@ def measure_curves(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     The statistics are measured again with the largest share, because those of the recipe keep fewer of the large
     weights; they are not stored. A large layer's are measured on some of its rows.
     """
-    checkpoint = Checkpoint.open(chunk[0].folder)
+    checkpoint = open_base(chunk)
 
     def identity(layer: Layer) -> dict[str, Any]:
         inputs = {"weight": layer.weight_sha256}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bivlm.checkpoint import Linear
+from bivlm.checkpoint import Checkpoint, Linear
+from bivlm.errors import InputError
 from bivlm.methods import Method, MethodSettings, method
 from bivlm.methods.base import Need
 from bivlm.neighbours import neighbours_up_to
@@ -28,7 +30,7 @@ class Layer:
     """One linear layer on its way through the stages.
 
     Attributes:
-        folder: where the base checkpoint lies on this machine.
+        folder: where the base checkpoint lies, on this machine and on every worker's.
         name, disk_name, component, shape: as in `bivlm.checkpoint.Linear`.
         weight_sha256: of the weight, as in `bivlm.checkpoint.Digests`. The key of what is made of the weight alone, so
             that a new revision of the model is computed anew only where its weights are new.
@@ -109,6 +111,17 @@ def in_chunks(layers: Sequence[Layer], workers: int) -> list[list[Layer]]:
     total = sum(layer.weights for layer in layers)
     limit = max(min(CHUNK_WEIGHTS, -(-total // workers)), SMALLEST_CHUNK_WEIGHTS)
     return neighbours_up_to(limit, layers, lambda layer: layer.weights)
+
+
+def open_base(chunk: Sequence[Layer]) -> Checkpoint:
+    """The base checkpoint of a chunk of layers; raises `InputError` if this worker does not have it."""
+    folder = chunk[0].folder
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"base checkpoint {folder}: no such folder on {socket.gethostname()}; every worker reads the weights from "
+            "there: share it, or copy it to the same path"
+        )
+    return Checkpoint.open(folder)
 
 
 def do_layers(

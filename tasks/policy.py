@@ -1,6 +1,7 @@
 """What is tried again, how, and what is not: the whole retry policy, in one place.
 
-- Out of memory: again with smaller chunks (or batches), see `smaller_after_out_of_memory`.
+- Out of memory: again with smaller chunks (or batches), see `smaller_after_out_of_memory`. A worker that was killed
+  counts as out of memory, which is what the kernel kills for.
 - Network, S3, tracking server: again with growing, jittered pauses, and an end (`OVER_NETWORK`).
 - Bad input: never; the message says what to mend.
 - Anything else: never; a defect is not healed by repetition.
@@ -40,9 +41,13 @@ _BUSY = {408, 425, 429, 500, 502, 503, 504}
 _MLFLOW_BUSY = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "ABORTED", "RESOURCE_CONFLICT"}
 
 
+class WorkerLost(RuntimeError):
+    """A worker is gone in the middle of its work, most likely killed by the kernel because memory ran out."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the machine or on its GPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+    """Whether memory ran out, on the machine or on its GPU, or is likely to have: see `WorkerLost`."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError | WorkerLost)
 
 
 def is_passing(error: BaseException | None) -> bool:

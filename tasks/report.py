@@ -42,11 +42,13 @@ def write_report(
     *,
     seconds: float,
     peak_memory_bytes: int,
+    runner: str,
 ) -> dict[str, Any]:
     """Write the report beside the packed checkpoint in `output` and return it.
 
     `seconds` and `peak_memory_bytes` are those of the run that wrote the checkpoint, from the calibration samples to
-    the written files, libraries included; a layer's seconds are those of its steps when they ran.
+    the written files, libraries included, the memory that of the flow's own process; `runner` is who worked on the
+    layers. A layer's seconds are those of its steps when they ran.
     """
     canonical = recipe.canonical()
     described = [_layer(layer, shards[layer.name]) for layer in layers]
@@ -63,6 +65,7 @@ def write_report(
         "warnings": _warnings(described, [layer.settings.get("damping") for layer in layers]),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
+        "runner": runner,
     }
     content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(Path(output) / REPORT, lambda file: file.write(content.encode()))

@@ -8,10 +8,9 @@ from typing import Any
 from prefect import task
 
 from bivlm import statistics
-from bivlm.checkpoint import Checkpoint
 from bivlm.identity import step_identity
 from bivlm.statistics import LayerStatistics
-from tasks.layers import Layer, do_layers
+from tasks.layers import Layer, do_layers, open_base
 from tasks.policy import OVER_NETWORK
 from tasks.steps import Done
 
@@ -22,7 +21,7 @@ FILE = "statistics.safetensors"
 @task(name="statistics", task_run_name="statistics-{chunk[0].name}", **OVER_NETWORK)
 def measure_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
     """The statistics of a chunk of layers, one weight in memory at a time; steps by layer name."""
-    checkpoint = Checkpoint.open(chunk[0].folder)
+    checkpoint = open_base(chunk)
 
     def identity(layer: Layer) -> dict[str, Any]:
         inputs = {"weight": layer.weight_sha256}

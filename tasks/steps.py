@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from bivlm.environment import software
+from bivlm.errors import InputError
 from bivlm.identity import digest
 from bivlm.workspace import Reference, StepRecord, Workspace
 
@@ -28,8 +30,28 @@ class Done:
 
 @lru_cache(maxsize=8)
 def open_workspace(url: str) -> Workspace:
-    """The workspace at `url`, opened once a process."""
+    """The workspace at `url`, opened once a process.
+
+    Raises `InputError` for a folder that is not there. The flow has made it, so that this worker is on another machine
+    that does not share it; what it made in a new one would never be found.
+    """
+    if "://" not in url and not Path(url).is_dir():
+        raise InputError(
+            f"workspace {url}: no such folder on {socket.gethostname()}; every worker needs the same one at the same "
+            "path: share it, or use s3://bucket/prefix"
+        )
     return Workspace.open(url)
+
+
+def check_that_workers_share(workspace: Workspace, steps: Iterable[Done]) -> None:
+    """Raise `InputError` if what a worker says it has made is not in the workspace as this process sees it."""
+    for done in steps:
+        for name, reference in done.record.outputs.items():
+            if not workspace.has(reference):
+                raise InputError(
+                    f"workspace {workspace.url}: a worker has made {name!r} ({done.record.stage}), which is not there; "
+                    "its folder of that name, or its S3 server, is another one"
+                )
 
 
 def do_step(workspace: Workspace, identity: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> Done:

@@ -48,6 +48,7 @@ def test_the_report_says_what_the_contract_says(compressed):
         "warnings",
         "seconds",
         "peak_memory_bytes",
+        "runner",
     ]
     assert set(report["base_model"]) == {"id", "revision", "sha256"}
     assert report["base_model"]["sha256"] == Checkpoint.open(compressed.model).digest()

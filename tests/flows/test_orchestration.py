@@ -9,11 +9,11 @@ import time
 
 import pytest
 from prefect import flow, task
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from bivlm.errors import InputError
 from bivlm.workspace import StepRecord
 from flows.layers import side_by_side
+from flows.runners import Runner, started
 from tasks.device import Device, gpu_slot
 from tasks.layers import Layer
 from tasks.policy import OVER_NETWORK
@@ -73,9 +73,10 @@ def test_a_chunk_that_does_not_fit_is_done_in_smaller_ones():
             raise MemoryError
         return {item.name: Done(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
 
-    @flow(task_runner=ThreadPoolTaskRunner(max_workers=2))
+    @flow
     def run():
-        return side_by_side(stage, [layer(str(i)) for i in range(3)], "", lambda: None)
+        with started(Runner("threads", workers=2)) as workers:
+            return side_by_side(stage, [layer(str(i)) for i in range(3)], "", lambda: None, workers)
 
     assert set(run()) == {"0", "1", "2"}
     assert seen[:2] == [3, 3]
@@ -89,7 +90,8 @@ def test_a_layer_that_does_not_fit_alone_ends_the_run():
 
     @flow
     def run():
-        side_by_side(stage, [layer("0")], "", lambda: None)
+        with started(Runner("threads", workers=2)) as workers:
+            side_by_side(stage, [layer("0")], "", lambda: None, workers)
 
     with pytest.raises(MemoryError):
         run()
