@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         help="threads (default), processes, dask, ray, or a running cluster: dask=tcp://HOST:8786, ray=ray://HOST:10001",
     )
     compress.add_argument("--workers", type=int, metavar="N", help="layers at once (default: cores, at most 4)")
+    compress.add_argument("--estimate", action="store_true", help="say what it needs of memory, disk and time; no work")
+    compress.add_argument("--no-check", action="store_true", help="try what is said not to fit")
     compress.set_defaults(run=_compress)
 
     leaderboard = commands.add_parser("leaderboard", help="many recipes on one model, at the bits they store")
@@ -175,6 +177,24 @@ def _compress(options: argparse.Namespace) -> int:
 
     load_recipe(options.recipe)  # a mistake in it is told before anything is started
     parse_runner(options.runner, options.workers)
+    asked = {
+        "model": options.model,
+        "recipe": options.recipe,
+        "output": options.output,
+        "revision": options.revision,
+        "workspace": options.workspace,
+        "evaluate": not options.no_evaluate,
+        "questions": options.questions,
+        "runner": options.runner,
+        "workers": options.workers,
+    }
+    if options.estimate:
+        from flows.estimates import told
+        from flows.tables import print_estimate
+
+        found = told(**asked)
+        print_estimate(found)
+        return BAD_INPUT if found["refused"] else DONE
     print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
     from flows.compress import compress_flow
     from flows.local import temporary_server
@@ -182,17 +202,7 @@ def _compress(options: argparse.Namespace) -> int:
 
     hide_loading_bars()
     with temporary_server():
-        result = compress_flow(
-            model=options.model,
-            recipe=options.recipe,
-            output=options.output,
-            revision=options.revision,
-            workspace=options.workspace,
-            evaluate=not options.no_evaluate,
-            questions=options.questions,
-            runner=options.runner,
-            workers=options.workers,
-        )
+        result = compress_flow(**asked, check=not options.no_check)
     print_compression(result)
     return DONE
 

@@ -20,6 +20,7 @@ from bivlm.pruning import PRUNING_KEY, PruningSettings
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
 from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.workspace import Workspace
+from flows.estimates import refuse_what_cannot_fit
 from flows.layers import PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
 from flows.progress import FlowProgress
 from flows.pruning import questions_of_sweep, sweep_all
@@ -123,14 +124,16 @@ def compress_flow(
     quiet: bool = False,
     runner: str = "threads",
     workers: int | None = None,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe` into the folder `output`; returns what the command line and the demo print.
 
     `recipe` is a shipped name, a file or the recipe itself. `workspace` is a folder or ``s3://bucket/prefix`` (default:
     `bivlm.stores.location.default_workspace`). `questions` limits every benchmark to its first questions; `quiet` shows
     no progress in the terminal. `runner` and `workers` say who works on the layers, see `flows.runners.parse_runner`;
-    the bytes are the same whoever does. What the workspace, the output folder and MLflow already hold of an identical
-    request is not done again. Raises `InputError` for anything the caller can mend.
+    the bytes are the same whoever does. `check` refuses what cannot fit into this machine's memory and onto its disks.
+    What the workspace, the output folder and MLflow already hold of an identical request is not done again. Raises
+    `InputError` for anything the caller can mend.
     """
     chosen_runner = parse_runner(runner, workers)
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
@@ -155,6 +158,10 @@ def compress_flow(
         choose_device(),
         chosen_runner,
     )
+    if check:
+        places = [store.local, Path(output)]
+        answers = 2 * sum(map(len, benchmarks.values()))
+        refuse_what_cannot_fit(base.open(), base.parts, chosen_recipe, answers, chosen_runner, places)
     console = Console(stderr=True, quiet=quiet)
 
     def wait() -> None:

@@ -37,6 +37,19 @@ def print_evaluation(record: dict[str, Any]) -> None:
     print(f"outcomes: {record['outcomes']}")
 
 
+def print_estimate(found: dict[str, Any]) -> None:
+    """The result of `flows.estimates.told`."""
+    table = Table("stage", "memory", "GPU memory", "on disk", "time", title="about, on this machine")
+    for each in found["stages"]:
+        sizes = (_gigabytes(each[key]) for key in ("memory", "gpu", "disk"))
+        _row(table, each["stage"], *sizes, "" if each["seconds"] is None else f"{each['seconds'] / 60:.1f} min")
+    _row(table, "all", _gigabytes(found["memory"]), "", _gigabytes(found["disk"]), "")
+    print_table(table)
+    print("All: the largest stage with the libraries, and what is left on disk. Stages without a time were not timed.")
+    if found["refused"]:
+        print(f"It does not fit: {found['refused']}")
+
+
 def print_compression(result: dict[str, Any]) -> None:
     """What `flows.compress.compress_flow` returned."""
     print_bits(result["bits"])
@@ -159,6 +172,10 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
 
 def _bits(value: float | None) -> str:
     return _figure(value, ".3f")
+
+
+def _gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes else ""
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -76,6 +76,7 @@ class Method(ABC):
     version: ClassVar[int]
     scope: ClassVar[Literal["layer", "block", "model"]] = "layer"
     Settings: ClassVar[type[MethodSettings]]
+    bytes_a_weight: ClassVar[float] = 8.0  # peak memory where it sees weights alone, see `bivlm.estimate.layer_bytes`
 
     def needs(self, settings: MethodSettings) -> frozenset[Need]:
         """What the method has to see: the weights alone unless it says more."""

@@ -31,6 +31,7 @@ class PBLLM(Method):
     """The method `pb_llm`."""
 
     name: ClassVar[str] = "pb_llm"
+    bytes_a_weight: ClassVar[float] = 24.0
     version: ClassVar[int] = 1
     Settings = PBLLMSettings
 
