@@ -76,10 +76,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Results:
-    """What both models can do: evaluations by benchmark, and the divergence between them."""
+    """What both models can do: evaluations by benchmark, the loss between them, and the divergence."""
 
     full_precision: dict[str, Done]
     packed: dict[str, Done]
+    loss: dict[str, dict[str, Any]]
     logits: Done
     divergence: Done
 
@@ -93,7 +94,7 @@ class Results:
         }
 
     def figures(self) -> dict[str, Any]:
-        """Accuracy (percent) of both models by benchmark, and KL (nats a token)."""
+        """Accuracy (percent) of both models by benchmark, the loss on the same questions, and KL (nats a token)."""
 
         def short(evaluations: dict[str, Done]) -> dict[str, Any]:
             return {
@@ -104,6 +105,7 @@ class Results:
         return {
             "full_precision": short(self.full_precision),
             "packed": short(self.packed),
+            "loss": self.loss,
             "kl": self.divergence.record.figures["kl"],
         }
 
@@ -267,7 +269,8 @@ def _evaluate(
         publish()
     finally:
         evaluation.forget_models()
-    return Results(full_precision, asked, logits, divergence)
+    loss = evaluation.paired_losses(full_precision, asked, workspace)
+    return Results(full_precision, asked, loss, logits, divergence)
 
 
 def _sweep(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import pandas as pd
 import torch
 from prefect import task
 from transformers import PreTrainedModel, ProcessorMixin
@@ -16,8 +18,9 @@ from bivlm.calibration import load_held_out
 from bivlm.checkpoint import Checkpoint
 from bivlm.divergence import kl_divergence, reference_logits
 from bivlm.errors import InputError
-from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
+from bivlm.evaluation import evaluate, load_benchmark, load_model, read_outcomes, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
+from bivlm.evaluation.paired import loss_between
 from bivlm.identity import step_identity
 from bivlm.pruning import PruningSettings
 from bivlm.pruning.dropping import pruned_if
@@ -83,6 +86,17 @@ def evaluate_checkpoint(
     done = do_step(store, identity, ask)
     advance(STAGE, len(questions) - shown)
     return done
+
+
+@task(name="paired-losses", **OVER_NETWORK)
+def paired_losses(before: dict[str, Done], after: dict[str, Done], workspace: str) -> dict[str, dict[str, Any]]:
+    """What the second model lost against the first on every benchmark, question by question: `Loss` as a dict."""
+    store = open_workspace(workspace)
+
+    def outcomes(done: Done) -> pd.DataFrame:
+        return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
+
+    return {name: asdict(loss_between(outcomes(before[name]), outcomes(after[name]))) for name in after}
 
 
 @task(name="reference-logits", **OVER_NETWORK)
