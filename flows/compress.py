@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bivlm.checkpoint import REPORT, Linear, select
 from bivlm.errors import InputError
-from bivlm.evaluation import Benchmark, load_benchmark
+from bivlm.evaluation import Benchmark
 from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
 from bivlm.pruning import PRUNING_KEY, PruningSettings
@@ -96,9 +96,12 @@ class Results:
     def figures(self) -> dict[str, Any]:
         """Accuracy (percent) of both models by benchmark, the loss on the same questions, and KL (nats a token)."""
 
+        keys = ("n", "metrics", "ci95", "intervals")
+
         def short(evaluations: dict[str, Done]) -> dict[str, Any]:
             return {
-                benchmark: {key: done.record.figures[key] for key in ("n", "metrics", "ci95")} | {"reused": done.reused}
+                benchmark: {key: value for key, value in done.record.figures.items() if key in keys}
+                | {"reused": done.reused}
                 for benchmark, done in evaluations.items()
             }
 
@@ -139,7 +142,7 @@ def compress_flow(
     output = str(Path(output).expanduser().absolute())
     store = Workspace.open(workspace or default_workspace())
     names = chosen_recipe.evaluation if evaluate else ()
-    benchmarks = {name: load_benchmark(name, questions) for name in names}
+    benchmarks = {name: evaluation.open_benchmark(name, questions) for name in names}
     base = checkpoint.resolve_base(model, revision, output)
     chosen, _kept = select(base.linears, chosen_recipe)
     request = Request(base, chosen_recipe, chosen, output, store, benchmarks, questions, choose_device())

@@ -81,6 +81,9 @@ def print_compression(result: dict[str, Any]) -> None:
             lost = f"{loss['loss']:.1f} ({loss['low']:.1f} to {loss['high']:.1f})"
             after = f"{packed['metrics']['accuracy']:.1f}"
             _row(table, benchmark, f"{before:.1f}", after, f"{low:.1f} to {high:.1f}", lost)
+            for name, (low, high) in packed.get("intervals", {}).items():
+                both = (found[role][benchmark]["metrics"][name] for role in ("full_precision", "packed"))
+                _row(table, f"  {name}", *(f"{score:.1f}" for score in both), f"{low:.1f} to {high:.1f}", "")
         _print(table)
         print(f"KL to full precision: {found['kl']:.4f} nats a token")
     for warning in result["warnings"]:

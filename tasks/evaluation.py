@@ -18,7 +18,7 @@ from bivlm.calibration import load_held_out
 from bivlm.checkpoint import Checkpoint
 from bivlm.divergence import kl_divergence, reference_logits
 from bivlm.errors import InputError
-from bivlm.evaluation import evaluate, load_benchmark, load_model, read_outcomes, write_outcomes
+from bivlm.evaluation import Benchmark, evaluate, load_benchmark, load_model, read_outcomes, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
 from bivlm.evaluation.paired import loss_between
 from bivlm.identity import step_identity
@@ -38,6 +38,12 @@ VERSION = 2  # raised when a CPU computes in another dtype, too
 DIVERGENCE_VERSION = 3  # of both steps; raised when held-out samples took the place of those calibrated on
 OUTCOMES_FILE = "outcomes.parquet"
 LOGITS_FILE = "logits.safetensors"
+
+
+@task(name="benchmark", **OVER_NETWORK)
+def open_benchmark(benchmark: str, limit: int | None) -> Benchmark:
+    """The benchmark, whose questions may have to be fetched from the hub; raises `InputError`."""
+    return load_benchmark(benchmark, limit)
 
 
 @task(name="evaluate", task_run_name="evaluate-{benchmark}", **OVER_NETWORK)
