@@ -11,11 +11,11 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from bivlm.errors import InputError
 
 
-def render_prompt(processor: ProcessorMixin, user: str, *, image: bool = True) -> str:
+def render_prompt(processor: ProcessorMixin, user: str, *, image: bool | int = True) -> str:
     """A picture and the user's text as the chat template writes them, up to where the assistant begins.
 
-    Without `image` it is the text alone. Raises `InputError` when there is no chat template, or when the text holds the
-    image placeholder of the model.
+    `image` is how many pictures there are; without any it is the text alone. Raises `InputError` when there is no chat
+    template, or when the text holds the image placeholder of the model.
     """
     return _render(processor, [_user_turn(processor, user, image)], add_generation_prompt=True)
 
@@ -28,17 +28,24 @@ def render_dialogue(processor: ProcessorMixin, user: str, assistant: str, *, ima
 
 
 def encode(
-    processor: ProcessorMixin, model: PreTrainedModel, texts: Sequence[str], images: Sequence[Image.Image | None]
+    processor: ProcessorMixin,
+    model: PreTrainedModel,
+    texts: Sequence[str],
+    images: Sequence[Image.Image | Sequence[Image.Image] | None],
 ) -> BatchFeature:
     """Model inputs of rendered texts, padded on the left, on the model's device and in its dtype.
 
-    Each text has one picture, or each has None: then there are no pixel values. Raises ValueError for a mixture, which
-    processors do not agree on. A template that writes the beginning-of-sequence token gets no second one from the
-    tokenizer.
+    Each text has one picture or several, or each has None: then there are no pixel values. Raises ValueError for a
+    mixture, which processors do not agree on. A template that writes the beginning-of-sequence token gets no second one
+    from the tokenizer.
     """
     if len({image is None for image in images}) > 1:
         raise ValueError("texts with and without a picture in one batch; expected one kind, or batches of one")
-    pictures = {} if images[0] is None else {"images": [[image] for image in images]}
+    pictures = (
+        {}
+        if images[0] is None
+        else {"images": [list(image) if isinstance(image, Sequence) else [image] for image in images]}
+    )
     begin = processor.tokenizer.bos_token
     marked = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
     inputs = processor(
@@ -52,10 +59,10 @@ def encode(
     return inputs.to(model.device, dtype=model.dtype if model.dtype.is_floating_point else torch.float32)
 
 
-def _user_turn(processor: ProcessorMixin, user: str, image: bool) -> dict:
+def _user_turn(processor: ProcessorMixin, user: str, image: bool | int) -> dict:
     _refuse_placeholders(processor, user)
-    picture = [{"type": "image"}] if image else []
-    return {"role": "user", "content": [*picture, {"type": "text", "text": user}]}
+    pictures = [{"type": "image"} for _ in range(int(image))]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": user}]}
 
 
 def _refuse_placeholders(processor: ProcessorMixin, text: str) -> None:

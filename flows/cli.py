@@ -141,8 +141,15 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a checkpoint, packed or not, on one task")
     evaluate.add_argument("--model", required=True, metavar="DIR", type=Path)
-    evaluate.add_argument("--task", required=True, metavar="TASK", help="reference:SET or vqa:FOLDER")
+    evaluate.add_argument(
+        "--task",
+        required=True,
+        metavar="TASK",
+        help="reference:SET, vqa:FOLDER, or mme:, mmmu:, scienceqa:, vizwiz:hub",
+    )
+    evaluate.add_argument("--against", metavar="DIR", type=Path, help="full precision: what is lost against it")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    evaluate.add_argument("--batch-size", type=int, metavar="N", help="questions that are answered together")
     evaluate.add_argument("--pruned", action="store_true", help="drop tokens as the checkpoint says it may")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_evaluate)
@@ -313,30 +320,11 @@ def _share(text: str) -> float:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from bivlm.checkpoint import Checkpoint
-    from bivlm.errors import InputError
-    from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
-    from bivlm.identity import digest
-    from bivlm.pruning.dropping import carried_pruning, pruned_if
-    from bivlm.stores.folder import writable_folder
-    from bivlm.stores.location import cache_folder
+    from flows.evaluate import evaluate_folders
 
-    benchmark = load_benchmark(options.task, options.limit)
-    folder = options.model.resolve()
-    # The path's hash keeps apart folders of one name, such as OUT.
-    stem = f"{folder.name}-{digest(str(folder))[:8]}-{benchmark.name}-{benchmark.digest[:8]}"
-    place = writable_folder(cache_folder() / "outcomes", "BIVLM_CACHE")
     hide_loading_bars()
-    pruning = carried_pruning(folder) if options.pruned else None
-    if options.pruned:
-        if pruning is None:
-            raise InputError(f"{options.model}: carries no pruning setting; leave --pruned out")
-        stem = f"{stem}-{digest(pruning.model_dump(mode='json'))[:8]}"
-    model, processor = load_model(options.model)
-    with pruned_if(model, pruning, Checkpoint.open(folder).modules):
-        result = evaluate(model, processor, benchmark)
-    outcomes = write_outcomes(result.outcomes, place / f"{stem}.parquet")
-    record = {"model": str(options.model), **result.record(), "outcomes": str(outcomes)}
+    given = {key: getattr(options, key) for key in ("limit", "against", "pruned", "batch_size")}
+    record = evaluate_folders(options.model, options.task, **given)
     if options.json:
         _print_json(record)
     else:

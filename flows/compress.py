@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
 from bivlm.errors import InputError
-from bivlm.evaluation import Benchmark, load_benchmark
+from bivlm.evaluation import Benchmark
 from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
 from bivlm.pruning import PRUNING_KEY, PruningSettings
@@ -80,10 +80,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Results:
-    """What both models can do: evaluations by benchmark, and the divergence between them."""
+    """What both models can do: evaluations by benchmark, the loss between them, and the divergence."""
 
     full_precision: dict[str, Done]
     packed: dict[str, Done]
+    loss: dict[str, dict[str, Any]]
     logits: Done
     divergence: Done
 
@@ -97,17 +98,21 @@ class Results:
         }
 
     def figures(self) -> dict[str, Any]:
-        """Accuracy (percent) of both models by benchmark, and KL (nats a token)."""
+        """Accuracy (percent) of both models by benchmark, the loss on the same questions, and KL (nats a token)."""
+
+        keys = ("n", "metrics", "ci95", "intervals")
 
         def short(evaluations: dict[str, Done]) -> dict[str, Any]:
             return {
-                benchmark: {key: done.record.figures[key] for key in ("n", "metrics", "ci95")} | {"reused": done.reused}
+                benchmark: {key: value for key, value in done.record.figures.items() if key in keys}
+                | {"reused": done.reused}
                 for benchmark, done in evaluations.items()
             }
 
         return {
             "full_precision": short(self.full_precision),
             "packed": short(self.packed),
+            "loss": self.loss,
             "kl": self.divergence.record.figures["kl"],
         }
 
@@ -142,7 +147,7 @@ def compress_flow(
     output = str(Path(output).expanduser().absolute())
     store = Workspace.open(workspace or default_workspace())
     names = chosen_recipe.evaluation if evaluate else ()
-    benchmarks = {name: load_benchmark(name, questions) for name in names}
+    benchmarks = {name: evaluation.open_benchmark(name, questions) for name in names}
     base = checkpoint.resolve_base(model, revision, output, chosen_recipe.modules)
     chosen, _kept = select(base.linears, chosen_recipe)
     packed_tables = tables.tables_of(base, chosen_recipe, chosen)
@@ -312,7 +317,8 @@ def _evaluate(
         publish()
     finally:
         evaluation.forget_models()
-    return Results(full_precision, asked, logits, divergence)
+    loss = evaluation.paired_losses(full_precision, asked, workspace)
+    return Results(full_precision, asked, loss, logits, divergence)
 
 
 def _sweep(

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bivlm.checkpoint import Checkpoint, resolve_model
 from bivlm.errors import InputError
-from bivlm.evaluation import Benchmark, load_benchmark
+from bivlm.evaluation import Benchmark
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.paired import Loss
 from bivlm.pruning import PruningSettings, SweepSettings
@@ -51,7 +51,7 @@ def sweep_flow(
     """
     settings = parse_sweep(sweep)
     store = Workspace.open(workspace or default_workspace())
-    asked = {name: load_benchmark(name, settings.questions) for name in benchmarks}
+    asked = {name: evaluation.open_benchmark(name, settings.questions) for name in benchmarks}
     if not asked:
         raise InputError("benchmarks: found none, expected at least one")
     device, subjects = choose_device(), [subject_of(model, revision) for model in models]

@@ -33,7 +33,16 @@ def print_evaluation(record: dict[str, Any]) -> None:
         _row(table, name, f"{value:.2f}")
     low, high = record["ci95"]
     _row(table, "accuracy, 95 % interval", f"{low:.2f} to {high:.2f}")
+    for name, (low, high) in record.get("intervals", {}).items():
+        _row(table, f"{name}, 95 % interval", f"{low:.2f} to {high:.2f}")
+    if before := record.get("against"):
+        loss = record["loss"]
+        _row(table, f"accuracy of {before['model']}", f"{before['metrics']['accuracy']:.2f}")
+        _row(table, "loss on the same questions", f"{loss['loss']:.2f} ({loss['low']:.2f} to {loss['high']:.2f})")
+        _row(table, "worse, better", f"{loss['worse']}, {loss['better']} (p = {loss['p_value']:.2g})")
     print_table(table)
+    if source := record.get("source"):
+        print(f"questions: {source['data_set']}, {source['split']}, revision {source['revision'] or 'of the folder'}")
     print(f"outcomes: {record['outcomes']}")
 
 
@@ -54,11 +63,17 @@ def print_compression(result: dict[str, Any]) -> None:
     """What `flows.compress.compress_flow` returned."""
     print_bits(result["bits"])
     if found := result["evaluation"]:
-        table = Table("accuracy", "full precision", "packed", "95 % interval", title="evaluation")
+        table = Table("accuracy", "full precision", "packed", "95 % interval", "loss, paired", title="evaluation")
         for benchmark, packed in found["packed"].items():
             before = found["full_precision"][benchmark]["metrics"]["accuracy"]
             low, high = packed["ci95"]
-            _row(table, benchmark, f"{before:.1f}", f"{packed['metrics']['accuracy']:.1f}", f"{low:.1f} to {high:.1f}")
+            loss = found["loss"][benchmark]
+            lost = f"{loss['loss']:.1f} ({loss['low']:.1f} to {loss['high']:.1f})"
+            after = f"{packed['metrics']['accuracy']:.1f}"
+            _row(table, benchmark, f"{before:.1f}", after, f"{low:.1f} to {high:.1f}", lost)
+            for name, (low, high) in packed.get("intervals", {}).items():
+                both = (found[role][benchmark]["metrics"][name] for role in ("full_precision", "packed"))
+                _row(table, f"  {name}", *(f"{score:.1f}" for score in both), f"{low:.1f} to {high:.1f}", "")
         print_table(table)
         print(f"KL to full precision: {found['kl']:.4f} nats a token")
     for warning in result["warnings"]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import pandas as pd
 import torch
 from prefect import task
 from transformers import PreTrainedModel, ProcessorMixin
@@ -16,8 +18,9 @@ from bivlm.calibration import load_held_out
 from bivlm.checkpoint import Checkpoint
 from bivlm.divergence import kl_divergence, reference_logits
 from bivlm.errors import InputError
-from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
+from bivlm.evaluation import Benchmark, evaluate, load_benchmark, load_model, read_outcomes, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
+from bivlm.evaluation.paired import loss_between
 from bivlm.identity import step_identity
 from bivlm.pruning import PruningSettings
 from bivlm.pruning.dropping import pruned_if
@@ -35,6 +38,12 @@ VERSION = 2  # raised when a CPU computes in another dtype, too
 DIVERGENCE_VERSION = 3  # of both steps; raised when held-out samples took the place of those calibrated on
 OUTCOMES_FILE = "outcomes.parquet"
 LOGITS_FILE = "logits.safetensors"
+
+
+@task(name="benchmark", **OVER_NETWORK)
+def open_benchmark(benchmark: str, limit: int | None) -> Benchmark:
+    """The benchmark, whose questions may have to be fetched from the hub; raises `InputError`."""
+    return load_benchmark(benchmark, limit)
 
 
 @task(name="evaluate", task_run_name="evaluate-{benchmark}", **OVER_NETWORK)
@@ -83,6 +92,17 @@ def evaluate_checkpoint(
     done = do_step(store, identity, ask)
     advance(STAGE, len(questions) - shown)
     return done
+
+
+@task(name="paired-losses", **OVER_NETWORK)
+def paired_losses(before: dict[str, Done], after: dict[str, Done], workspace: str) -> dict[str, dict[str, Any]]:
+    """What the second model lost against the first on every benchmark, question by question: `Loss` as a dict."""
+    store = open_workspace(workspace)
+
+    def outcomes(done: Done) -> pd.DataFrame:
+        return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
+
+    return {name: asdict(loss_between(outcomes(before[name]), outcomes(after[name]))) for name in after}
 
 
 @task(name="reference-logits", **OVER_NETWORK)

@@ -4,11 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from raw_codec import pack_raw
-from tiny_llava import make_tiny_llava
+from torchvision_operators import define_missing
 
-from bivlm.checkpoint import Checkpoint, linears, select, write_packed_checkpoint
-from bivlm.recipe import parse_recipe
+define_missing()
+
+from raw_codec import pack_raw  # noqa: E402
+from tiny_llava import make_tiny_llava  # noqa: E402
+
+from bivlm.checkpoint import Checkpoint, linears, select, write_packed_checkpoint  # noqa: E402
+from bivlm.recipe import parse_recipe  # noqa: E402
 
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 

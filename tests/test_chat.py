@@ -56,6 +56,17 @@ def test_there_is_one_beginning_of_the_sequence_whoever_writes_it(loaded, writte
     assert (tokens[0], tokens.count(begin)) == (begin, 1)
 
 
+def test_several_pictures_stand_before_the_text(loaded):
+    model, processor = loaded
+    text = render_prompt(processor, "Are they?", image=2)
+    assert text == "USER: <image>\n<image>\nAre they? ASSISTANT:"
+    blue = Image.new("RGB", (32, 32), "blue")
+    inputs = encode(processor, model, [text, text], [(PICTURE, blue), (blue, PICTURE)])
+    assert inputs["pixel_values"].shape[0] == 4
+    assert torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][3])
+    assert not torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][1])
+
+
 def test_text_alone_is_rendered_without_a_picture(loaded):
     assert render_prompt(loaded[1], "Is it?", image=False) == "USER: Is it? ASSISTANT:"
     assert render_dialogue(loaded[1], "Is it?", "no", image=False) == "USER: Is it? ASSISTANT: no</s>"

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import httpx2  # the hub's
 from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from PIL import Image
 
 from bivlm.calibration.exchanges import UnusableError, caption_exchange, first_exchange, pair_exchange
 from bivlm.calibration.settings import HUB, CalibrationSettings
 from bivlm.calibration.sources import Entry, Source, attempt, images_folder, picture_in
 from bivlm.errors import InputError
+from bivlm.hub_data import commit_of
 from bivlm.image_folders import decode_picture, open_picture, short
 from bivlm.samples import Conversation
 
@@ -34,7 +32,6 @@ PAIRS_OF_COLUMNS = (("user", "assistant"), ("prompt", "response"), ("prompt", "c
 
 _BUFFER_ROWS = 512
 _BUFFER_SHARDS = 10
-_REFUSALS = {400, 401, 403, 404}  # no such name, no access, no such data set, no such revision
 
 
 def open_pictures(settings: CalibrationSettings) -> Source:
@@ -140,7 +137,7 @@ def _open(source: str, prefix: str, revision: str | None, subset: str | None, sp
     elif "/" not in path or path.startswith((".", "/", "~")):
         raise InputError(f"{key}: found {source!r}, no such folder, and not of the form {HUB}OWNER/NAME")
     else:
-        commit = _commit(path, revision, key)
+        commit = commit_of(path, revision, key=key, prefix=HUB)
     try:
         splits = datasets.load_dataset(path, subset, revision=commit, streaming=True)
     except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
@@ -162,24 +159,6 @@ def _with_columns(name: str, rows: datasets.IterableDataset, commit: str | None)
     except (DatasetsError, ValueError) as error:
         raise InputError(f"{name}: cannot be read: {error}") from error
     return _DataSet(name, rows, tuple(first), commit)
-
-
-def _commit(name: str, revision: str | None, key: str) -> str | None:
-    """The commit that a revision (None: the newest) stands for."""
-    wanted = f"{name} at revision {revision}" if revision else name
-    try:
-        return HfApi().dataset_info(name, revision=revision).sha
-    except HFValidationError:
-        raise InputError(f"{key}: found {HUB + name!r}, expected {HUB}OWNER/NAME or {HUB}FOLDER") from None
-    except OfflineModeIsEnabled:
-        raise InputError(
-            f"{key}: no folder {name}, and the hub may not be asked for {wanted}, because HF_HUB_OFFLINE is set; "
-            f"download its parquet files and give their folder as {HUB}FOLDER"
-        ) from None
-    except (httpx2.HTTPError, OSError) as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSALS:
-            raise InputError(f"{key}: no folder {name}, and the hub gives no data set {wanted}: {error}") from error
-        raise ConnectionError(f"{key}: the hub cannot be reached for the data set {wanted}: {error}") from error
 
 
 def _picture(value: Any, images: Path | None) -> Image.Image:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import pandas as pd
 
@@ -58,8 +59,16 @@ class Benchmark(ABC):
         """Figures of the set beside accuracy, from the columns that `bivlm.evaluation.outcomes.COLUMNS` names."""
         return category_accuracies(outcomes)
 
+    def intervals(self, outcomes: pd.DataFrame) -> dict[str, list[float]]:
+        """The 95 % intervals of those figures of `summarize` by which the set is known, if accuracy is not."""
+        return {}
+
     def chance(self) -> float | None:
         """Percent that an answer without looking scores; None where nobody knows."""
+        return None
+
+    def source(self) -> dict[str, Any] | None:
+        """Where the questions were published, and in which revision; None where the task says all."""
         return None
 
     @cached_property
@@ -67,8 +76,8 @@ class Benchmark(ABC):
         """SHA-256 over the kind, its version, and the content of every question and picture: for step keys."""
         asked = [
             [
-                {name: value for name, value in vars(sample).items() if name != "image"},
-                [sample.image.mode, sample.image.size, hashlib.sha256(sample.image.tobytes()).hexdigest()],
+                {name: value for name, value in vars(sample).items() if name not in ("image", "further_images")},
+                *([image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()] for image in sample.images),
             ]
             for sample in self
         ]
@@ -80,7 +89,12 @@ def benchmark_kinds() -> dict[str, type[Benchmark]]:
     package = importlib.import_module("bivlm.evaluation")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"bivlm.evaluation.{module.name}")
-    return {cls.kind: cls for cls in Benchmark.__subclasses__()}
+    return {cls.kind: cls for cls in _below(Benchmark) if not inspect.isabstract(cls)}
+
+
+def _below(cls: type[Benchmark]) -> Iterator[type[Benchmark]]:
+    for each in cls.__subclasses__():
+        yield from (each, *_below(each))
 
 
 def load_benchmark(task: str, limit: int | None = None) -> Benchmark:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -71,10 +71,14 @@ def answer_batch(
 ) -> list[str]:
     """The model's greedy answers, without special tokens and white space around.
 
-    Raises `InputError` naming the question when its text holds the image placeholder.
+    The samples have as many pictures each. Raises `InputError` naming the question when its text holds the image
+    placeholder.
     """
     inputs = encode(
-        processor, model, [_prompt(processor, sample) for sample in samples], [sample.image for sample in samples]
+        processor,
+        model,
+        [_prompt(processor, sample) for sample in samples],
+        [sample.images or None for sample in samples],
     )
     produced = model.generate(**inputs, generation_config=greedy(model, processor, max_new_tokens))
     texts = processor.tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -119,18 +123,25 @@ def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: in
 
 
 def _batches(window: list[tuple[int, VqaSample]], batch_size: int) -> list[list[tuple[int, VqaSample]]]:
-    """Samples of like picture and question length together: less padding, the same answers."""
+    """Samples of like pictures and question length together: less padding, the same answers.
 
-    def length(numbered: tuple[int, VqaSample]) -> tuple[int, int]:
+    No batch mixes numbers of pictures, of which processors make different things.
+    """
+
+    def pictures(numbered: tuple[int, VqaSample]) -> int:
+        return len(numbered[1].images)
+
+    def length(numbered: tuple[int, VqaSample]) -> tuple[int, int, int]:
         _, sample = numbered
-        return sample.image.width * sample.image.height, len(sample.question)
+        area = sum(image.width * image.height for image in sample.images)
+        return pictures(numbered), area, len(sample.question)
 
-    window = sorted(window, key=length)
-    return [window[start : start + batch_size] for start in range(0, len(window), batch_size)]
+    groups = (list(group) for _, group in groupby(sorted(window, key=length), key=pictures))
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 
 def _prompt(processor: ProcessorMixin, sample: VqaSample) -> str:
     try:
-        return render_prompt(processor, sample.question)
+        return render_prompt(processor, sample.question, image=len(sample.images))
     except InputError as error:
         raise InputError(f"question {sample.question_id}: {error}") from None

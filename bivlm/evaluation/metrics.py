@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,33 @@ def mme_metrics(outcomes: pd.DataFrame) -> dict[str, float]:
     return {"mme_score": sum(metrics.values()), "mme_max": 200.0 * categories.ngroups, **metrics}
 
 
+def mme_score(metrics: Mapping[str, float], categories: Iterable[str]) -> float:
+    """The sum of acc and acc+ over some categories of `mme_metrics`."""
+    return sum(metrics[f"{category}/{figure}"] for category in categories for figure in ("acc", "acc_plus"))
+
+
+def mme_interval(
+    outcomes: pd.DataFrame, categories: Iterable[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of `mme_score`: in each category as many images are drawn as it has.
+
+    Images that were asked about once count as in `mme_metrics`, for acc alone, unless their category has no other.
+    """
+    random = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for category in categories:
+        scores = outcomes[outcomes["category"] == category].groupby("image_id")["score"]
+        images = scores.agg(["sum", "size", "min"])
+        paired = images["size"].to_numpy() > 1
+        paired = paired if paired.any() else np.ones_like(paired)
+        right, asked = images["sum"].to_numpy(np.float64), images["size"].to_numpy(np.float64)
+        both = (images["min"].to_numpy() == 1.0) & paired
+        drawn = random.integers(len(images), size=(resamples, len(images)))
+        pairs = np.maximum(paired[drawn].sum(1), 1)  # a draw may hold no pair, where a limit left single questions
+        total += 100.0 * (right[drawn].sum(1) / asked[drawn].sum(1) + both[drawn].sum(1) / pairs)
+    return _middle(total)
+
+
 def bootstrap_interval(
     scores: Sequence[float], images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
@@ -58,6 +85,10 @@ def bootstrap_interval(
         shape = (min(step, resamples - start), len(total))
         drawn = random.integers(len(total), size=shape)
         means.append(total[drawn].sum(1) / asked[drawn].sum(1))
+    return _middle(100 * np.concatenate(means))
+
+
+def _middle(figures: np.ndarray) -> tuple[float, float]:
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(100 * np.concatenate(means), [tail, 100 - tail])
+    low, high = np.percentile(figures, [tail, 100 - tail])
     return float(low), float(high)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Evaluation:
     """The result of a benchmark.
 
     `metrics` begins with `accuracy`, the mean score in percent; `ci95` is its 95 % interval by bootstrap over images.
-    `outcomes` has `COLUMNS`, one row a question in the order of the benchmark.
+    `intervals` are those of other figures by which the set is known, such as the scores of MME; `source` says where the
+    questions were published. `outcomes` has `COLUMNS`, one row a question in the order of the benchmark.
     """
 
     task: str
@@ -45,10 +46,19 @@ class Evaluation:
     metrics: dict[str, float]
     ci95: list[float]
     outcomes: pd.DataFrame
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    source: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
         """Everything but the rows, ready for JSON."""
-        return {"task": self.task, "n": self.n, "metrics": self.metrics, "ci95": self.ci95}
+        return {
+            "task": self.task,
+            "n": self.n,
+            "metrics": self.metrics,
+            "ci95": self.ci95,
+            **({"intervals": self.intervals} if self.intervals else {}),
+            **({"source": self.source} if self.source else {}),
+        }
 
 
 def evaluate(
@@ -81,6 +91,8 @@ def evaluate(
         metrics={"accuracy": accuracy(outcomes["score"]), **benchmark.summarize(outcomes)},
         ci95=list(bootstrap_interval(outcomes["score"], outcomes["image_id"])),
         outcomes=outcomes,
+        intervals=benchmark.intervals(outcomes),
+        source=benchmark.source(),
     )
 
 

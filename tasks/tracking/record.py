@@ -110,6 +110,8 @@ def log_evaluation(tracking: Tracking, role: str, sha256: str, evaluation: Done,
     )
     low, high = figures["ci95"]
     metrics = {**figures["metrics"], "accuracy_ci95_low": low, "accuracy_ci95_high": high, "questions": figures["n"]}
+    for name, (low, high) in figures.get("intervals", {}).items():
+        metrics |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
     _log_metrics(client, run_id, metrics, model_id=model_id, data=data)
     with tempfile.TemporaryDirectory() as folder:
         for name, reference in evaluation.record.outputs.items():

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,21 @@ def one_by_one(loaded):
     """Fourteen samples and their answers."""
     samples = _samples(14)
     return samples, [answer_batch(*loaded, [sample], 4)[0] for sample in samples]
+
+
+def test_questions_about_several_pictures_and_none_are_answered_as_one_by_one(loaded, one_by_one):
+    plain = one_by_one[0]
+    mixed = [
+        replace(plain[0], further_images=(plain[1].image,)),
+        plain[2],
+        replace(plain[3], image=None),
+        replace(plain[1], further_images=(plain[0].image,)),
+        replace(plain[4], image=None),
+    ]
+    expected = [answer_batch(*loaded, [sample], 4)[0] for sample in mixed]
+    batches = list(answers(*loaded, mixed, max_new_tokens=4, batch_size=8))
+    assert sorted(len(batch) for batch in batches) == [1, 2, 2]
+    assert {position: text for batch in batches for position, _, text in batch} == dict(enumerate(expected))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 20])

@@ -50,13 +50,13 @@ def one_more_file(tmp_path, monkeypatch):
 def test_a_file_in_the_room_is_all_that_a_benchmark_needs(one_more_file, loaded):
     benchmark = load_benchmark("echo:hello")
     assert bivlm.evaluation.evaluate(*loaded, benchmark).n == 1
-    with pytest.raises(InputError, match="valid: echo:WORD, reference:"):
+    with pytest.raises(InputError, match="valid: echo:WORD, mme:"):
         load_benchmark("unheard-of:x")
 
 
 @pytest.mark.parametrize("task", ["mme", "reference", "reference:", ":open", "", "Reference:open"])
 def test_unknown_tasks_are_refused_with_the_valid_forms(task):
-    with pytest.raises(InputError, match=r"reference:perception\|cognition\|choice\|open, vqa:FOLDER"):
+    with pytest.raises(InputError, match=r"reference:perception\|cognition\|choice\|open, .*vqa:FOLDER"):
         load_benchmark(task)
 
 

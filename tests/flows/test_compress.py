@@ -74,6 +74,16 @@ def test_divergence_from_full_precision_is_there(compressed):
     assert compressed.results[0]["evaluation"]["kl"] > 0
 
 
+def test_both_models_are_paired_on_the_same_questions(compressed):
+    found = compressed.results[0]["evaluation"]
+    (task,) = compressed.recipe["evaluation"]
+    loss = found["loss"][task]
+    before, after = (found[role][task] for role in ("full_precision", "packed"))
+    assert loss["n"] == before["n"] == after["n"]
+    assert loss["loss"] == pytest.approx(before["metrics"]["accuracy"] - after["metrics"]["accuracy"])
+    assert loss["low"] <= loss["loss"] <= loss["high"]
+
+
 def test_one_parent_run_with_a_child_for_each_evaluation(compressed):
     (parent,) = compressed.runs("compression")
     children = compressed.runs("full precision") + compressed.runs("packed")

@@ -1,0 +1,98 @@
+"""MME: two questions an image, to be answered yes and no; ``mme:hub`` or a copy of it.
+
+Fu et al., "MME: A Comprehensive Evaluation Benchmark for Multimodal Large Language Models", 2023.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pandas as pd
+
+from bivlm.errors import InputError
+from bivlm.evaluation.answers import yes_or_no
+from bivlm.evaluation.metrics import mme_interval, mme_metrics, mme_score
+from bivlm.evaluation.published import Asked, PublishedSet
+from bivlm.evaluation.rows import Layout, Row, Rows
+from bivlm.samples import VqaSample
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "perception": (
+        "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+    ),
+    "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+}  # fmt: skip
+_CATEGORIES = tuple(category for categories in PARTS.values() for category in categories)
+_REPLACED = " Please answer yes or no."
+_ASK_FOR_A_WORD = "\nAnswer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Mme(PublishedSet):
+    """The sums over categories of acc and acc+: perception up to 2000, cognition up to 800."""
+
+    kind: ClassVar[str] = "mme"
+    version: ClassVar[int] = 1
+    layout: ClassVar[Layout] = Layout("lmms-lab-encoder/MME", None, ("test",))
+    columns: ClassVar[tuple[str, ...]] = ("question_id", "question", "answer", "category")
+    max_new_tokens: ClassVar[int] = 16
+
+    @classmethod
+    def ask(cls, row: Row) -> Asked:
+        category = row.text("category")
+        if category not in _CATEGORIES:
+            row.complain("category", category, f"one of {', '.join(_CATEGORIES)}")
+        answer = row.text("answer").lower().strip().replace(".", "")
+        if answer not in ("yes", "no"):
+            row.complain("answer", row.values["answer"], "Yes or No")
+        return Asked(
+            question_id=row.text("question_id"),
+            image_id=row.text("question_id"),
+            question=row.text("question").strip().replace(_REPLACED, "") + _ASK_FOR_A_WORD,
+            answers=(answer,),
+            category=category,
+        )
+
+    @classmethod
+    def arrange(cls, rows: Rows, asked: tuple[Asked, ...], limit: int | None) -> tuple[Asked, ...]:
+        """The id of an image becomes two ids of questions, by order; a limit may cut the last pair apart."""
+        seen: Counter[tuple[str, str]] = Counter()
+        numbered = []
+        for each in asked:
+            image = (each.category, each.image_id)
+            seen[image] += 1
+            numbered.append(replace(each, question_id=f"{each.question_id} {seen[image]}"))
+        for (category, image), count in seen.items():
+            if count > 2 or (count < 2 and limit is None):
+                raise InputError(
+                    f"{rows.place}: found {count} rows with the question_id {image!r} in the category {category}, "
+                    "expected two, one to be answered yes and one no"
+                )
+        return super().arrange(rows, tuple(numbered), limit)
+
+    def read(self, question: Asked | VqaSample, prediction: str) -> str | None:
+        return yes_or_no(prediction)
+
+    def score(self, sample: Asked | VqaSample, prediction: str) -> float:
+        return float(self.read(sample, prediction) == sample.answers[0])
+
+    def summarize(self, outcomes: pd.DataFrame) -> dict[str, float]:
+        """`perception` and `cognition` (as far as they were asked about), and `mme_metrics`."""
+        parts = {part: mme_score(mme_metrics(outcomes), categories) for part, categories in _asked_parts(outcomes)}
+        return {**parts, **mme_metrics(outcomes), "unparsable": self.unparsable(outcomes)}
+
+    def intervals(self, outcomes: pd.DataFrame) -> dict[str, list[float]]:
+        return {part: list(mme_interval(outcomes, categories)) for part, categories in _asked_parts(outcomes)}
+
+    def chance(self) -> float:
+        """What the better constant answer scores."""
+        counts = Counter(each.answers[0] for each in self.asked)
+        return 100.0 * max(counts.values()) / len(self.asked)
+
+
+def _asked_parts(outcomes: pd.DataFrame) -> list[tuple[str, list[str]]]:
+    asked = set(outcomes["category"])
+    parts = ((part, [category for category in categories if category in asked]) for part, categories in PARTS.items())
+    return [(part, categories) for part, categories in parts if categories]

@@ -1,0 +1,62 @@
+"""ScienceQA, the questions with a picture: multiple choice with a hint; ``scienceqa:hub`` or a copy of it.
+
+Lu et al., "Learn to Explain: Multimodal Reasoning via Thought Chains for Science Question Answering", 2022.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bivlm.evaluation.answers import LETTERS
+from bivlm.evaluation.published import Asked, PublishedSet, random_letter
+from bivlm.evaluation.rows import Layout, Row
+from bivlm.evaluation.vqa_folder import ASK_FOR_LETTER
+from bivlm.samples import VqaSample
+
+
+@dataclass(frozen=True)
+class ScienceQa(PublishedSet):
+    """The share of questions whose answer is the right letter."""
+
+    kind: ClassVar[str] = "scienceqa"
+    version: ClassVar[int] = 1
+    layout: ClassVar[Layout] = Layout("lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", ("test",))
+    columns: ClassVar[tuple[str, ...]] = ("question", "hint", "choices", "answer")
+    optional: ClassVar[tuple[str, ...]] = ("subject",)
+    max_new_tokens: ClassVar[int] = 16
+
+    @classmethod
+    def ask(cls, row: Row) -> Asked:
+        choices = row.texts("choices")
+        if len(choices) > len(LETTERS):
+            row.complain("choices", list(choices), f"at most {len(LETTERS)}")
+        answer = row.values["answer"]
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            row.complain("answer", answer, f"the number of a choice, 0 to {len(choices) - 1}")
+        hint = row.text("hint", may_be_empty=True)
+        context = f"Context: {hint}\n" if hint else ""
+        options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+        return Asked(
+            question_id=str(row.number),
+            image_id=str(row.number),
+            question=f"{context}{row.text('question')}\n{options}{ASK_FOR_LETTER}",
+            answers=(LETTERS[answer],),
+            choices=choices,
+            category=row.text("subject", may_be_empty=True) if "subject" in row.values else "",
+        )
+
+    def read(self, question: Asked | VqaSample, prediction: str) -> str | None:
+        """The letter that is the whole text, in either case, or a capital that begins it before a full stop."""
+        said = prediction.strip()
+        if len(said) >= 2 and said[0].isupper() and said[1] == ".":
+            said = said[0]
+        letters = LETTERS[: len(question.choices)].lower()
+        return said.lower().upper() if len(said) == 1 and said.lower() in letters else None
+
+    def score(self, sample: Asked | VqaSample, prediction: str) -> float:
+        return float(self.read(sample, prediction) == sample.answers[0])
+
+    def chance(self) -> float:
+        """What a random letter scores."""
+        return random_letter(self.asked)

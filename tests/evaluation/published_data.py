@@ -1,0 +1,191 @@
+"""Small parquet files in the columns and types of the published benchmarks."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+
+LETTER = "Answer with the option's letter from the given choices directly."
+WORD = "Answer the question using a single word or phrase."
+
+
+def picture(index: int, size: tuple[int, int] = (40, 30)) -> dict[str, Any]:
+    """A picture of its own colour, as the hub stores it."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, (40 * index % 256, 200, 90)).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": f"{index}.png"}
+
+
+def write(folder: Path, rows: list[dict[str, Any]], features: dict[str, Any], file: str) -> Path:
+    """Rows as a parquet file of these features; returns the folder."""
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    data_set(rows, features).to_parquet(str(folder / file))
+    return folder
+
+
+def data_set(rows: list[dict[str, Any]], features: dict[str, Any]) -> Dataset:
+    """The rows in memory; columns that a row does not have are empty."""
+    columns = {name: [row.get(name) for row in rows] for name in features}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+MME_FILE = "data/test-00000-of-00001-a25dbe3b44c4fda6.parquet"
+MME = {
+    "question_id": Value("string"),
+    "image": datasets.Image(),
+    "question": Value("string"),
+    "answer": Value("string"),
+    "category": Value("string"),
+}
+
+
+def mme_rows() -> list[dict[str, Any]]:
+    """Three images: two of perception (count), one of cognition."""
+    images = [("count", "count/1.png"), ("count", "count/2.png"), ("code_reasoning", "code_reasoning/0020.png")]
+    return [
+        {
+            "question_id": name,
+            "image": picture(index),
+            "question": f"Is it {index} {answer}? Please answer yes or no.",
+            "answer": answer,
+            "category": category,
+        }
+        for index, (category, name) in enumerate(images)
+        for answer in ("Yes", "No")
+    ]
+
+
+MMMU_FILE = "data/validation-00000-of-00001.parquet"
+MMMU = {
+    **dict.fromkeys(
+        ("id", "question", "options", "explanation", "img_type", "answer", "topic_difficulty", "question_type"),
+        Value("string"),
+    ),
+    **{f"image_{number}": datasets.Image() for number in range(1, 8)},
+    "subfield": Value("string"),
+}
+
+
+def mmmu_rows() -> list[dict[str, Any]]:
+    """A choice about one picture, one whose options are pictures, open questions for a number and for a word."""
+    return [
+        {
+            "id": "validation_Accounting_1",
+            "question": "<image 1> Baxter sells pears. Which is it?",
+            "options": "['$6', '$7', '$8']",
+            "answer": "B",
+            "question_type": "multiple-choice",
+            "image_1": picture(1),
+        },
+        {
+            "id": "validation_Art_Theory_12",
+            "question": "Which of them matches <image 1>?",
+            "options": "['<image 3>', '<image 2>', \"It's neither\"]",
+            "answer": "A",
+            "question_type": "multiple-choice",
+            **{f"image_{number}": picture(number) for number in (1, 2, 3)},
+        },
+        {
+            "id": "validation_Math_3",
+            "question": "What is the area in <image 1>?",
+            "options": "[]",
+            "answer": "24.32",
+            "question_type": "open",
+            "image_1": picture(5),
+        },
+        {
+            "id": "validation_Math_4",
+            "question": "Which shape is <image 1>, and which <image 2>?",
+            "options": "[]",
+            "answer": "Circle",
+            "question_type": "open",
+            **{f"image_{number}": picture(number + 3) for number in (1, 2)},
+        },
+    ]
+
+
+SCIENCEQA_FILE = "ScienceQA-IMG/test-00000-of-00001-f0e719df791966ff.parquet"
+SCIENCEQA = {
+    "image": datasets.Image(),
+    "question": Value("string"),
+    "choices": List(Value("string")),
+    "answer": Value("int8"),
+    "hint": Value("string"),
+    "task": Value("string"),
+    "grade": Value("string"),
+    "subject": Value("string"),
+    "topic": Value("string"),
+    "category": Value("string"),
+    "skill": Value("string"),
+    "lecture": Value("string"),
+    "solution": Value("string"),
+}
+
+
+def scienceqa_rows() -> list[dict[str, Any]]:
+    """With a hint and without one."""
+    return [
+        {
+            "image": picture(1),
+            "question": "Which is the solid?",
+            "choices": ["a rock", "a river"],
+            "answer": 0,
+            "hint": "Solids keep their shape.",
+            "subject": "natural science",
+        },
+        {
+            "image": picture(2),
+            "question": "What is the capital of Ohio?",
+            "choices": ["Cincinnati", "Cleveland", "Columbus", "Dayton"],
+            "answer": 2,
+            "hint": "",
+            "subject": "social science",
+        },
+    ]
+
+
+VIZWIZ_FILE = "data/val-00000-of-00001.parquet"
+VIZWIZ = {
+    "question_id": Value("string"),
+    "image": datasets.Image(),
+    "question": Value("string"),
+    "answers": List(Value("string")),
+    "category": Value("string"),
+}
+
+
+def vizwiz_rows() -> list[dict[str, Any]]:
+    """What can be answered and what cannot."""
+    return [
+        {
+            "question_id": "VizWiz_val_00000000.jpg",
+            "image": picture(1),
+            "question": "What COLOUR is this, please?",
+            "answers": ["Green", "green.", "the green", "teal", "teal", "blue", "unsuitable", "grey", "grey", "gray"],
+            "category": "other",
+        },
+        {
+            "question_id": "VizWiz_val_00000001.jpg",
+            "image": picture(2),
+            "question": "can you read it",
+            "answers": ["unanswerable"] * 9 + ["no"],
+            "category": "unanswerable",
+        },
+    ]
+
+
+SETS = {
+    "mme": (mme_rows, MME, MME_FILE),
+    "mmmu": (mmmu_rows, MMMU, MMMU_FILE),
+    "scienceqa": (scienceqa_rows, SCIENCEQA, SCIENCEQA_FILE),
+    "vizwiz": (vizwiz_rows, VIZWIZ, VIZWIZ_FILE),
+}
+
+
+def write_set(kind: str, folder: Path, rows: list[dict[str, Any]] | None = None) -> Path:
+    """A set as it lies on the hub; returns the folder."""
+    make, features, file = SETS[kind]
+    return write(folder, make() if rows is None else rows, features, file)

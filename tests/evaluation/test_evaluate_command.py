@@ -1,0 +1,47 @@
+"""`bivlm evaluate` on the published sets: the score, where its questions are from, the loss on the same questions."""
+
+import json
+
+import pytest
+from published_data import write_set
+
+from bivlm.evaluation import read_outcomes
+from bivlm.evaluation.paired import loss_between
+from flows import cli
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_two_checkpoints_are_compared_on_the_same_questions(tiny_llava, packed_llava, tmp_path, capsys):
+    task = f"mme:{write_set('mme', tmp_path)}"
+    arguments = ["evaluate", "--model", str(packed_llava), "--against", str(tiny_llava), "--task", task]
+    assert cli.main([*arguments, "--batch-size", "2", "--json"]) == cli.DONE
+    record = json.loads(capsys.readouterr().out)
+    assert record["source"] == {"data_set": str(tmp_path), "revision": None, "subset": "default", "split": "test"}
+    assert set(record["intervals"]) == {"perception", "cognition"}
+    before, after = read_outcomes(record["against"]["outcomes"]), read_outcomes(record["outcomes"])
+    assert record["loss"] == vars(loss_between(before, after))
+    assert record["loss"]["n"] == 6
+    assert cli.main(arguments) == cli.DONE
+    printed = capsys.readouterr().out
+    assert "perception, 95 % interval" in printed
+    assert "loss on the same questions" in printed
+    assert f"questions: {tmp_path}, test, revision of the folder" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch-size", "0"], "batch size: found 0, expected 1 or more"),
+        (["--against", "nowhere"], "checkpoint nowhere: no such folder"),
+        (["--task", "mme:nowhere"], "mme:nowhere: no such folder, and not of the form hub"),
+    ],
+)
+def test_what_can_be_mended_is_told_in_a_line(tiny_llava, tmp_path, capsys, more, message):
+    task = f"vizwiz:{write_set('vizwiz', tmp_path)}"
+    assert cli.main(["evaluate", "--model", str(tiny_llava), "--task", task, *more]) == cli.BAD_INPUT
+    assert message in capsys.readouterr().err
