@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     try:
+        if getattr(options, "trust_remote_code", None):
+            from bivlm.remote_code import trust
+
+            trust(options.trust_remote_code)
         return options.run(options)
     except InputError as error:
         print(f"bivlm {options.command}: {error}", file=sys.stderr)
@@ -131,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     redundancy.set_defaults(run=_redundancy)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a checkpoint, packed or not, on one task")
-    evaluate.add_argument("--model", required=True, metavar="DIR", type=Path)
+    evaluate.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    evaluate.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     evaluate.add_argument("--task", required=True, metavar="TASK", help="reference:SET or vqa:FOLDER")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     evaluate.add_argument("--pruned", action="store_true", help="drop tokens as the checkpoint says it may")
@@ -139,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     inspect = commands.add_parser("inspect", help="components, linear layers and weight statistics of a checkpoint")
-    inspect.add_argument("--model", required=True, metavar="DIR", type=Path)
+    inspect.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    inspect.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
 
@@ -154,6 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     lineage.add_argument("--workspace", metavar="DIR_OR_URL", help="where its steps are (default: as it was recorded)")
     lineage.add_argument("--json", action="store_true", help="print one JSON object")
     lineage.set_defaults(run=_lineage)
+
+    for command in (compress, leaderboard, sweep, redundancy, evaluate, inspect):
+        command.add_argument(
+            "--trust-remote-code",
+            action="append",
+            metavar="DIR_OR_HUB_ID",
+            help="let the code that comes with this model run; for workers: $BIVLM_TRUST_REMOTE_CODE",
+        )
     return parser
 
 
@@ -287,6 +301,7 @@ def _share(text: str) -> float:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from bivlm.checkpoint import resolve_model
     from bivlm.errors import InputError
     from bivlm.evaluation import evaluate, load_benchmark, load_model, write_outcomes
     from bivlm.identity import digest
@@ -295,7 +310,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from bivlm.stores.location import cache_folder
 
     benchmark = load_benchmark(options.task, options.limit)
-    folder = options.model.resolve()
+    folder = resolve_model(options.model, options.revision).folder.resolve()
     # The path's hash keeps apart folders of one name, such as OUT.
     stem = f"{folder.name}-{digest(str(folder))[:8]}-{benchmark.name}-{benchmark.digest[:8]}"
     place = writable_folder(cache_folder() / "outcomes", "BIVLM_CACHE")
@@ -305,11 +320,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         if pruning is None:
             raise InputError(f"{options.model}: carries no pruning setting; leave --pruned out")
         stem = f"{stem}-{digest(pruning.model_dump(mode='json'))[:8]}"
-    model, processor = load_model(options.model)
+    model, processor = load_model(folder)
     with pruned_if(model, pruning):
         result = evaluate(model, processor, benchmark)
     outcomes = write_outcomes(result.outcomes, place / f"{stem}.parquet")
-    record = {"model": str(options.model), **result.record(), "outcomes": str(outcomes)}
+    record = {"model": options.model, **result.record(), "outcomes": str(outcomes)}
     if options.json:
         _print_json(record)
     else:
@@ -320,9 +335,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from bivlm.checkpoint import resolve_model
     from bivlm.inspection import inspect
 
-    found = inspect(options.model)
+    found = inspect(resolve_model(options.model, options.revision).folder)
     if options.json:
         _print_json(found)
     else:

@@ -24,6 +24,7 @@ from bivlm.checkpoint.linears import linears, loaded_names
 from bivlm.checkpoint.tensor_file import read_tensor
 from bivlm.errors import InputError
 from bivlm.families import family
+from bivlm.remote_code import remote_code_allowed
 
 Step = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -246,7 +247,8 @@ def _frame(checkpoint: Checkpoint) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    code = remote_code_allowed(checkpoint.folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=code)
     dtype = config.dtype or torch.float32
     register = nn.Module.register_parameter
 
@@ -261,6 +263,6 @@ def _frame(checkpoint: Checkpoint) -> nn.Module:
         nn.Module.register_parameter = on_meta
         try:
             with no_init_weights():
-                return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+                return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=code).eval()
         finally:
             nn.Module.register_parameter = register
