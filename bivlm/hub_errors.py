@@ -30,6 +30,8 @@ def hub_error(error: BaseException, model: str, revision: str | None = None) -> 
             f"model {model!r}: no such folder, and {wanted} is not in the hub's cache; the hub is not asked because "
             "HF_HUB_OFFLINE is set"
         )
+    if isinstance(reason, httpx2.UnsupportedProtocol):
+        return InputError(f"HF_ENDPOINT: found {constants.ENDPOINT!r}, expected an address that begins with https://")
     if not isinstance(reason, HfHubHTTPError):
         return ConnectionError(f"model {model!r}: the hub at {constants.ENDPOINT} cannot be reached: {_line(reason)}")
     status = reason.response.status_code
@@ -60,7 +62,7 @@ _PASSING = {httpx2.codes.REQUEST_TIMEOUT, httpx2.codes.TOO_EARLY, httpx2.codes.T
 
 def _first_cause(error: BaseException) -> BaseException:
     """The hub's own answer, where the client has wrapped it in what it could not do then."""
-    while not isinstance(error, HfHubHTTPError | OfflineModeIsEnabled) and error.__cause__ is not None:
+    while not isinstance(error, httpx2.HTTPError | OfflineModeIsEnabled) and error.__cause__ is not None:
         error = error.__cause__
     return error
 

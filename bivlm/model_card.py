@@ -25,7 +25,7 @@ _CARD = """---
 # {title}
 
 {base} compressed to **{stored:.3f} stored bits a weight** in {layers} linear layers, and {model:.2f} bits a parameter
-in the whole model ({gigabytes:.3g} GB), by bivlm with the recipe `{recipe}`. Stored bits are the bytes of the files;
+in the whole model ({size}), by bivlm with the recipe `{recipe}`. Stored bits are the bytes of the files;
 accuracy is measured on the model loaded from these bytes.
 
 ## How to load it
@@ -84,7 +84,7 @@ def model_card(report: Mapping[str, Any], lineage: Lineage, name: str, licence_f
     are the names of the licences beside the weights. Scores, intervals and KL are those of the steps in `lineage`.
     """
     base, bits = lineage.base_model, report["bits"]
-    shown = f"[{base.id}]({_HUB}/{base.id})" if base.revision else Path(base.id).name
+    shown = f"[{base.id}]({_HUB}/{base.id})" if base.revision else f"The model in a folder `{Path(base.id).name}`"
     remote = any(file.endswith(".py") for file in lineage.packed.files)
     return _CARD.format(
         header=yaml.safe_dump(header(report, lineage, licence_files), sort_keys=False, allow_unicode=True, width=118),
@@ -92,7 +92,7 @@ def model_card(report: Mapping[str, Any], lineage: Lineage, name: str, licence_f
         base=shown,
         stored=bits["linears"]["stored"],
         model=bits["model"]["stored"],
-        gigabytes=bits["model"]["stored"] * bits["model"]["weights"] / 8e9,
+        size=_size(bits["model"]["stored"] * bits["model"]["weights"] / 8),
         layers=len(lineage.layers),
         recipe=report["recipe"]["name"],
         version=report["code_version"],
@@ -158,6 +158,10 @@ def _licence(report: Mapping[str, Any], lineage: Lineage, files: Sequence[str]) 
     return f"That of the base model: {f'[{named}]({link})' if link else named}.{lies}"
 
 
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
 def _bits(bits: Mapping[str, Any]) -> Iterator[str]:
     rows = [("all packed linears", bits["linears"]), *bits["by_component"].items(), ("whole model", bits["model"])]
     for name, part in rows:
@@ -201,9 +205,9 @@ def _mean(figures: Mapping[str, Mapping[str, Any]], role: str, benchmarks: Seque
 
 
 def _placeless(value: Any) -> Any:
-    """The value with folders by their names alone, as in ``vqa:NAME``: where they lay is nobody's business."""
+    """The value without what was not set, and folders by their names alone: where they lay is nobody's business."""
     if isinstance(value, dict):
-        return {key: _placeless(part) for key, part in value.items()}
+        return {key: _placeless(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):
         return [_placeless(part) for part in value]
     if isinstance(value, str):
@@ -215,13 +219,13 @@ def _placeless(value: Any) -> Any:
 
 def _lineage(lineage: Lineage) -> Iterator[tuple[str, str]]:
     base = lineage.base_model
-    yield "base model", f"{base.id if base.revision else Path(base.id).name}, sha256 `{base.sha256}` over its files"
+    yield "base model", f"{base.id if base.revision else 'a folder'}, sha256 `{base.sha256}` over its files"
     if base.revision:
         yield "revision", f"`{base.revision}`"
     yield "recipe", f"sha256 `{lineage.recipe_sha256}`"
     yield "packed files", f"sha256 `{lineage.packed.sha256}`"
-    code = {key: value for key, value in lineage.code.items() if value not in ("", None)}
-    yield "code", ", ".join(f"{key} {value}" for key, value in code.items())
+    commit = f", commit `{lineage.code['commit']}`" if lineage.code.get("commit") else ""
+    yield "code", f"bivlm {lineage.code['version']}{commit}{' with changes' if lineage.code.get('changed') else ''}"
     named = ("python", "torch", "transformers")
     yield "packages", ", ".join(f"{name} {lineage.packages[name]}" for name in named if name in lineage.packages)
     yield "hardware", lineage.hardware.get("gpu") or f"{lineage.hardware.get('processor')}, no GPU"

@@ -15,82 +15,17 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from hub_state import Account, Commit, Fault, Repository, Request, git_id, is_large, local_id, pointer, sha256_of
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-LARGE = re.compile(r".*\.(safetensors|bin|pth|parquet|png)|tokenizer\.json")  # kept outside git, whatever their size
 _PIECE = 1 << 16
-
-
-@dataclass
-class Commit:
-    oid: str
-    files: dict[str, bytes]
-    title: str
-    parent: str | None
-
-
-@dataclass
-class Repository:
-    """One model: its commits by hash, and branches and tags that lead to them."""
-
-    private: bool = False
-    gated: bool = False
-    commits: dict[str, Commit] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, files: Mapping[str, bytes], title: str, branch: str = "main") -> Commit:
-        parent = self.refs.get(branch)
-        content = "".join(f"{name}{hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items()))
-        oid = hashlib.sha1(f"{parent}{title}{content}{len(self.commits)}".encode()).hexdigest()
-        self.commits[oid] = Commit(oid, dict(files), title, parent)
-        self.refs[branch] = oid
-        return self.commits[oid]
-
-    def at(self, revision: str) -> Commit | None:
-        return self.commits.get(self.refs.get(revision, revision))
-
-    @property
-    def head(self) -> Commit:
-        return self.commits[self.refs["main"]]
-
-
-@dataclass
-class Account:
-    """Who a token is of: whether it may write, and the gated models whose licence was accepted."""
-
-    name: str
-    writes: bool = False
-    accepted: set[str] = field(default_factory=set)
-
-
-@dataclass
-class Fault:
-    """What goes wrong for requests whose path contains `path`: each entry of `answers` is used up by one of them.
-
-    A number is a status; ``("cut", n)`` ends the connection in order after n bytes of the body, ``("reset", n)`` resets
-    it there, ``("stall", n)`` sends no more until the hub is closed.
-    """
-
-    path: str
-    answers: list[int | tuple[str, int]]
-
-
-@dataclass
-class Request:
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: dict[str, str]
-    sent: int = 0  # bytes of the body
-    status: int = 0
 
 
 class Hub:
@@ -123,7 +58,7 @@ class Hub:
         given = {name: data.encode() if isinstance(data, str) else data for name, data in files.items()}
         self.repositories[model] = repository = Repository(**settings)
         repository.commit(given, "initial commit")
-        self.large.update({_sha256(data): data for name, data in given.items() if is_large(name)})
+        self.large.update({sha256_of(data): data for name, data in given.items() if is_large(name)})
         return repository
 
     def fail(self, path: str, *answers: int | tuple[str, int]) -> None:
@@ -262,10 +197,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(entries[begin : begin + self.hub.page], headers=links)
 
     def _entry(self, name: str, data: bytes) -> dict[str, Any]:
-        entry = {"type": "file", "path": name, "size": len(data), "oid": _git_id(name, data)}
+        entry = {"type": "file", "path": name, "size": len(data), "oid": git_id(name, data)}
         if is_large(name):
-            entry["lfs"] = {"oid": _sha256(data), "size": len(data), "pointerSize": len(_pointer(data))}
-            entry |= {"xetHash": _sha256(b"xet" + data)} if self.hub.xet else {}
+            entry["lfs"] = {"oid": sha256_of(data), "size": len(data), "pointerSize": len(pointer(data))}
+            entry |= {"xetHash": sha256_of(b"xet" + data)} if self.hub.xet else {}
         return entry
 
     def resolve(self, _: bytes, model: str, revision: str, name: str) -> None:
@@ -280,12 +215,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound", "Entry not found", **known)
         data = commit.files[name]
         if not is_large(name):
-            return self._ranged(data, known | {"ETag": f'"{_git_id(name, data)}"'})
-        known |= {"X-Linked-Etag": f'"{_sha256(data)}"', "X-Linked-Size": str(len(data))}
+            return self._ranged(data, known | {"ETag": f'"{git_id(name, data)}"'})
+        known |= {"X-Linked-Etag": f'"{sha256_of(data)}"', "X-Linked-Size": str(len(data))}
         if self.hub.xet:
             route = f"{self.hub.endpoint}/api/models/{model}/xet-read-token/{commit.oid}"
-            known |= {"X-Xet-Hash": _sha256(b"xet" + data), "Link": f'<{route}>; rel="xet-auth"'}
-        return self._send(302, b"", known | {"Location": f"{self.hub.elsewhere}/large/{_sha256(data)}?signed=1"})
+            known |= {"X-Xet-Hash": sha256_of(b"xet" + data), "Link": f'<{route}>; rel="xet-auth"'}
+        return self._send(302, b"", known | {"Location": f"{self.hub.elsewhere}/large/{sha256_of(data)}?signed=1"})
 
     def large(self, _: bytes, sha256: str) -> None:
         data = self.hub.large[sha256]
@@ -355,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "path": each["path"],
                 "uploadMode": "lfs" if is_large(each["path"]) else "regular",
                 "shouldIgnore": False,
-                "oid": _local_id(each["path"], there[each["path"]]) if each["path"] in there else None,
+                "oid": local_id(each["path"], there[each["path"]]) if each["path"] in there else None,
             }
             for each in json.loads(body)["files"]
         ]
@@ -380,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         return known | {"actions": {"upload": upload, "verify": {"href": f"{self.hub.endpoint}/verify/{oid}"}}}
 
     def upload(self, body: bytes, oid: str) -> None:
-        if _sha256(body) != oid:
+        if sha256_of(body) != oid:
             return self._refuse(400, None, "the bytes are not those that were announced")
         self.hub.large[oid] = body
         return self._send(200)
@@ -447,28 +382,6 @@ _ROUTES = [
         (rf"/api/models/{_MODEL}/commit/{_REVISION}", "POST", _Handler.commit),
     )
 ]
-
-
-def is_large(name: str) -> bool:
-    return LARGE.fullmatch(name) is not None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _pointer(data: bytes) -> bytes:
-    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{_sha256(data)}\nsize {len(data)}\n".encode()
-
-
-def _git_id(name: str, data: bytes) -> str:
-    content = _pointer(data) if is_large(name) else data
-    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-
-
-def _local_id(name: str, data: bytes) -> str:
-    """What the client compares with its own file: sha256 of a large one, git's hash of another."""
-    return _sha256(data) if is_large(name) else _git_id(name, data)
 
 
 def environment(hub: Hub, place: Path, token: str | None = None) -> dict[str, str]:

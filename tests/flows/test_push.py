@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import Account, Hub, environment, leading_to
+from hub_server import Hub, environment, leading_to
+from hub_state import Account
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,6 +23,7 @@ from bivlm.lineage import find_workspace, read_lineage, verify
 from bivlm.model_card import model_card
 from bivlm.pushing import package, push
 from flows import cli
+from tasks.checkpoint import resolve_base
 from tasks.policy import is_passing
 
 TOKEN = "hf_writes"
@@ -66,6 +68,19 @@ def test_what_came_from_the_hub_is_recorded_by_its_commit(packed_from_hub):
     lineage = read_lineage(packed_from_hub)
     assert (lineage.base_model.id, lineage.base_model.revision) == ("maker/llava", commit)
     assert (report["base_model"]["id"], report["base_model"]["revision"]) == ("maker/llava", commit)
+
+
+def test_a_hub_in_trouble_is_asked_again_by_the_policy(hub, tiny_llava, tmp_path):
+    commit = hub.add("maker/llava", tiny_llava).head.oid
+    hub.fail("/api/models/maker/llava", 503)
+    assert resolve_base("maker/llava", None, str(tmp_path / "out")).model.revision == commit
+    assert [each.status for each in hub.asked("GET", "/api/models/maker/llava")][:2] == [503, 200]
+
+
+def test_a_refusal_is_final(hub, tmp_path):
+    with pytest.raises(InputError, match="the hub gives no maker/llava"):
+        resolve_base("maker/llava", None, str(tmp_path / "out"))
+    assert len(hub.requests) == 1
 
 
 def test_the_base_model_in_the_hubs_cache_is_verified(packed_from_hub, monkeypatch):
@@ -309,6 +324,16 @@ def test_a_card_without_scores_licence_or_hub_says_so(packed):
     assert "It was not evaluated." in text
     assert "whose card names none" in text
     assert "/models/" not in text
+
+
+def test_the_card_of_a_model_with_code_of_its_own_says_that_it_runs(packed):
+    report = json.loads((packed / "compression_report.json").read_text())
+    lineage = read_lineage(packed)
+    assert "trust_remote_code" not in model_card(report, lineage, "me/packed")
+    files = lineage.packed.model_copy(update={"files": {**lineage.packed.files, "modeling.py": "0" * 64}})
+    text = model_card(report, lineage.model_copy(update={"packed": files}), "me/packed")
+    assert "AutoModelForImageTextToText.from_pretrained('me/packed', trust_remote_code=True)" in text
+    assert "comes with code of its own, which is here too" in text
 
 
 def test_a_dry_run_prints_the_card_and_asks_nobody(writer, packed, capsys):

@@ -7,7 +7,6 @@ import os
 import pty
 import shlex
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -16,7 +15,8 @@ import textwrap
 import time
 
 import pytest
-from hub_server import Account, environment
+from hub_server import environment
+from hub_state import Account
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny_llava import make_tiny_llava
@@ -24,6 +24,7 @@ from tiny_llava import make_tiny_llava
 from bivlm.checkpoint import Checkpoint, resolve_model
 from bivlm.checkpoint import downloading as downloading_module
 from bivlm.errors import InputError
+from flows.quiet import hide_loading_bars
 from tasks.policy import is_passing
 
 CONFIG = {"model_type": "llava"}
@@ -191,26 +192,15 @@ def test_a_disk_that_is_too_small_is_told_before_the_download(hub, monkeypatch):
     assert not hub.asked("GET", "/large/")
 
 
-RESOLVE = "import sys; from bivlm.checkpoint import resolve_model; print(resolve_model(sys.argv[1]).revision)"
+RESOLVE = "from bivlm.checkpoint import resolve_model; resolve_model('maker/big')"
 
 
-def in_a_process(hub, place, *, kill_when=None, token=None, stderr=subprocess.PIPE):
-    """`resolve_model("maker/big")` in a process of its own that knows nothing but the environment."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", RESOLVE, "maker/big"],
-        env={**os.environ, **environment(hub, place, token)},
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
-    if kill_when is not None:
-        deadline = time.monotonic() + 120
-        while not kill_when():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-    return process
+def wait_until(met, process):
+    deadline = time.monotonic() + 120
+    while not met():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_download_that_was_killed_goes_on_where_it_was(hub, tmp_path):
@@ -218,38 +208,38 @@ def test_a_download_that_was_killed_goes_on_where_it_was(hub, tmp_path):
     blobs = tmp_path / "hf" / "hub" / "models--maker--big" / "blobs"
     hub.fail("/large/", ("stall", 15_000_000))
     partial = blobs / f"{hashlib.sha256(BIG).hexdigest()}.incomplete"
-    killed = in_a_process(hub, tmp_path, kill_when=lambda: partial.exists() and partial.stat().st_size >= 10_000_000)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+    env = {**os.environ, **environment(hub, tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", RESOLVE], env=env, stderr=subprocess.PIPE)
+    wait_until(lambda: partial.exists() and partial.stat().st_size >= 10_000_000, process)
+    process.kill()
+    process.communicate()
     held = partial.stat().st_size
     assert 10_000_000 <= held < len(BIG)
-    again = in_a_process(hub, tmp_path)
-    out, err = again.communicate(timeout=120)
-    assert out.strip() == commit, err
+    assert resolve_model("maker/big").revision == commit
     last = hub.asked("GET", "/large/")[-1]
     assert (last.headers["range"], last.sent) == (f"bytes={held}-", len(BIG) - held)
     assert not partial.exists()
     assert hashlib.sha256((blobs / partial.stem).read_bytes()).hexdigest() == partial.stem
 
 
-def test_a_bar_in_the_terminal_shows_the_download(hub, tmp_path):
+def test_a_bar_in_the_terminal_shows_the_download(hub, monkeypatch):
     big_model(hub)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = in_a_process(hub, tmp_path, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # the other end was closed
-            break
-        if not piece:
-            break
-        shown += piece
+    hide_loading_bars()  # which must leave this one
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        resolve_model("maker/big")
+        monkeypatch.undo()
+        shown = os.read(ours, 65536)
     os.close(ours)
-    assert process.wait(60) == 0, shown
     assert b"maker/big" in shown and b"25.0M/25.0M" in shown
+
+
+def test_without_a_terminal_there_is_no_bar(hub, capfd):
+    big_model(hub)
+    resolve_model("maker/big")
+    assert capfd.readouterr().err == ""
 
 
 REFUSED = {
@@ -272,6 +262,12 @@ def test_a_refusal_says_what_to_do(hub, case, monkeypatch):
     with pytest.raises(InputError, match=said):
         resolve_model(model, revision)
     assert not hub.asked("GET", "/large/")
+
+
+def test_an_endpoint_that_is_no_address_is_bad_input(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "mirror.example")
+    with pytest.raises(InputError, match=r"HF_ENDPOINT: found 'mirror.example', expected an address"):
+        resolve_model("maker/llava")
 
 
 def test_a_gated_model_comes_to_those_who_accepted(hub, tiny_llava, monkeypatch):
@@ -305,7 +301,7 @@ def test_a_repository_without_a_usable_model_is_refused_before_anything_large(hu
     assert not hub.asked("GET", "/large/")
 
 
-def test_pickled_weights_are_refused_with_a_command_that_converts_them(hub, tiny_llava, tmp_path):
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(hub, tiny_llava, tmp_path, monkeypatch):
     import torch
 
     pickled = shutil.copytree(tiny_llava, tmp_path / "pickled")
@@ -317,15 +313,10 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(hub, tiny
         resolve_model("maker/old")
     assert not hub.asked("GET", "/large/")
     command = shlex.split(str(refused.value).splitlines()[-1])
-    assert command[0] == "python" and command[-1] == commit
-    done = subprocess.run(
-        [sys.executable, *command[1:]],
-        env={**os.environ, **environment(hub, tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    assert command[:2] == ["python", "-c"] and command[-3:] == ["maker/old", "CONVERTED", commit]
+    monkeypatch.setattr(sys, "argv", command[1:2] + command[3:])
+    monkeypatch.chdir(tmp_path)
+    exec(command[2], {})
     converted = Checkpoint.open(tmp_path / "CONVERTED")
     original = Checkpoint.open(tiny_llava)
     assert converted.digests().tensors == original.digests().tensors
@@ -344,9 +335,7 @@ def test_the_client_itself_would_begin_anew(hub, tmp_path):
     blobs = tmp_path / "hf" / "hub" / "models--maker--big" / "blobs"
     env = {**os.environ, **environment(hub, tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.DEVNULL)
-    while not any(path.stat().st_size >= 10_000_000 for path in blobs.glob("*.incomplete")):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: any(path.stat().st_size >= 10_000_000 for path in blobs.glob("*.incomplete")), process)
     process.kill()
     process.wait()
     subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True)

@@ -3,13 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
-from hub_server import environment
 from raw_codec import pack_raw
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
@@ -20,6 +17,7 @@ from bivlm.errors import InputError
 from bivlm.evaluation.generation import load_model, load_processor
 from bivlm.families import families
 from bivlm.remote_code import VARIABLE, remote_code_allowed, trust, trusted
+from flows import cli
 
 CONFIGURATION = """
 import os
@@ -104,7 +102,7 @@ def marks(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv(VARIABLE, "")  # put back at the end, whatever is named until then
     monkeypatch.setitem(families(), "marked_llava", families()["llava"])
     yield lambda: sorted(path.name for path in place.iterdir())
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
@@ -201,13 +199,11 @@ def test_a_name_that_can_be_none_is_refused(name, marks):
     assert trusted() == ()
 
 
-def test_names_add_up_and_reach_other_processes(marked, marks, monkeypatch):
+def test_names_add_up_where_other_processes_read_them(marked, marks, monkeypatch):
     monkeypatch.setenv(VARIABLE, "maker/one")
     trust(["maker/two", str(marked), "maker/one"])
     assert os.environ[VARIABLE].split(os.pathsep) == ["maker/one", "maker/two", str(marked)]
-    script = "import sys; from bivlm.remote_code import remote_code_allowed as r; print(r(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", script, str(marked)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    assert remote_code_allowed(marked)
 
 
 def test_a_packed_checkpoint_carries_its_code_and_has_to_be_named_again(marked, marks, tmp_path, whole_recipe):
@@ -239,25 +235,13 @@ def test_from_the_hub_neither_code_nor_weights_come_unless_named(hub, marked, ma
     assert marks() == ["configuration", "modeling"]
 
 
-def test_the_command_names_what_may_run(hub, marked, marks, tmp_path):
+def test_the_command_names_what_may_run(hub, marked, marks, capsys):
     hub.add("maker/marked", marked)
-    script = textwrap.dedent("""
-        import sys
-        from bivlm.families import families
-        from flows.cli import main
-        families()["marked_llava"] = families()["llava"]
-        sys.exit(main(sys.argv[1:]))
-    """)
-
-    def inspect(*options):
-        command = [sys.executable, "-c", script, "inspect", "--model", "maker/marked", "--json", *options]
-        env = {**os.environ, **environment(hub, tmp_path)}
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    refused = inspect()
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert "--trust-remote-code maker/marked" in refused.stderr
+    command = ["inspect", "--model", "maker/marked", "--json"]
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert "--trust-remote-code maker/marked" in err and "Traceback" not in err
     assert marks() == []
-    done = inspect("--trust-remote-code", "maker/marked")
-    assert done.returncode == 0, done.stderr
+    assert cli.main([*command, "--trust-remote-code", "maker/marked"]) == 0
+    assert json.loads(capsys.readouterr().out)["model_type"] == "marked_llava"
     assert marks() == ["configuration", "modeling"]
