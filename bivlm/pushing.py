@@ -105,9 +105,9 @@ def push(package: Package, repository: str, *, private: bool = False, branch: st
     except HfHubHTTPError as error:
         if error.response.status_code == httpx2.codes.PRECONDITION_FAILED:
             raise ConnectionError(f"push to {repository}: somebody else wrote to it meanwhile; push again") from error
-        raise hub_error(error, repository, branch) from error
+        raise hub_error(error, repository, branch, pushing=True) from error
     except (httpx2.HTTPError, OfflineModeIsEnabled, RuntimeError) as error:  # the last is what failed uploads come as
-        raise hub_error(error, repository, branch) from error
+        raise hub_error(error, repository, branch, pushing=True) from error
 
 
 def _push(package: Package, repository: str, private: bool, branch: str) -> Pushed:

@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--json", action="store_true", help="print one JSON object")
     push.set_defaults(run=_push)
 
-    for command in (compress, leaderboard, sweep, redundancy, evaluate, inspect):
+    for command in (compress, leaderboard, sweep, redundancy, evaluate, inspect, bits, lineage, push):
         command.add_argument(
             "--trust-remote-code",
             action="append",

@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 _PIECE = 1 << 16
+_SLOW_SECONDS = 0.01  # after each piece
 
 
 class Hub:
@@ -69,6 +71,8 @@ class Hub:
         return [each for each in self.requests if each.method == method and part in each.path]
 
     def close(self) -> None:
+        if self.closing.is_set():
+            return
         self.closing.set()
         self._server.shutdown()
         self._server.server_close()
@@ -130,10 +134,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         what, after = self.fault if isinstance(self.fault, tuple) else ("", len(body))
+        after = len(body) if what == "slow" else after
         for begin in range(0, min(after, len(body)), _PIECE):
             piece = body[begin : min(begin + _PIECE, after)]
             self.wfile.write(piece)
             self.request_log.sent += len(piece)
+            if what == "slow":
+                time.sleep(_SLOW_SECONDS)
         if what == "stall":
             self.wfile.flush()
             self.hub.closing.wait()

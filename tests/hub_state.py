@@ -58,7 +58,7 @@ class Fault:
     """What goes wrong for requests whose path contains `path`: each entry of `answers` is used up by one of them.
 
     A number is a status; ``("cut", n)`` ends the connection in order after n bytes of the body, ``("reset", n)`` resets
-    it there, ``("stall", n)`` sends no more until the hub is closed.
+    it there, ``("stall", n)`` sends no more until the hub is closed; ``("slow", 0)`` takes its time.
     """
 
     path: str

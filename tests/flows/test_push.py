@@ -264,6 +264,17 @@ def test_whoever_may_not_write_is_told_why(writer, packed, case, monkeypatch):
         push(package(packed, "me/packed"), "me/packed")
 
 
+def test_a_push_without_a_hub_says_so(writer, packed, monkeypatch):
+    prepared = package(packed, "me/packed")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"^push to me/packed: .*HF_HUB_OFFLINE is set"):
+        push(prepared, "me/packed")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    writer.close()
+    with pytest.raises(ConnectionError, match=r"^push to me/packed: the hub at .* cannot be reached"):
+        push(prepared, "me/packed")
+
+
 @pytest.mark.parametrize("name", ["packed", "a/b/c", "me/", "me/pa cked", "me/--x--"])
 def test_a_name_that_can_be_none_is_refused(writer, packed, name):
     with pytest.raises(InputError, match=r"push: .*: expected owner/name"):

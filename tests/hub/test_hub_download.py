@@ -13,16 +13,18 @@ import sys
 import termios
 import textwrap
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from hub_server import environment
-from hub_state import Account
+from hub_state import Account, is_large, sha256_of
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny_llava import make_tiny_llava
 
 from bivlm.checkpoint import Checkpoint, resolve_model
 from bivlm.checkpoint import downloading as downloading_module
+from bivlm.checkpoint.downloading import LargeFile, download_large
 from bivlm.errors import InputError
 from flows.quiet import hide_loading_bars
 from tasks.policy import is_passing
@@ -182,6 +184,44 @@ def test_bytes_that_are_not_those_of_the_hub_are_thrown_away(hub):
     hub.large[sha256] = BIG
     assert the_weights(resolve_model("maker/big")) == sha256
     assert repository.head.oid
+
+
+def test_two_at_once_download_once(hub):
+    big_model(hub)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(resolve_model, ["maker/big"] * 2)
+    assert first == second
+    assert the_weights(first) == hashlib.sha256(BIG).hexdigest()
+    assert [each.sent for each in hub.asked("GET", "/large/")] == [len(BIG)]
+
+
+def test_what_is_too_large_for_plain_requests_is_left_to_the_client(hub, monkeypatch):
+    monkeypatch.setattr(downloading_module, "_HTTP_LIMIT", 20_000_000)
+    big_model(hub)
+    assert the_weights(resolve_model("maker/big")) == hashlib.sha256(BIG).hexdigest()
+
+
+def test_ctrl_c_ends_all_downloads_and_keeps_what_came(hub, monkeypatch):
+    hub.add("maker/big", {"config.json": json.dumps(CONFIG), "model.safetensors": BIG, "tokenizer.json": BIG[::-1]})
+    hub.fail("/large/", ("slow", 0), ("slow", 0))
+
+    def interrupted(_job):
+        wait = time.monotonic() + 60
+        while len(hub.asked("GET", "/large/")) < 2 and time.monotonic() < wait:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            download_large("maker/big", hub.repositories["maker/big"].head.oid, large_files(hub))
+    assert all(each.sent < len(BIG) for each in hub.asked("GET", "/large/"))
+    resolve_model("maker/big")
+
+
+def large_files(hub):
+    files = hub.repositories["maker/big"].head.files
+    return [LargeFile(name, len(data), sha256_of(data)) for name, data in files.items() if is_large(name)]
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_download(hub, monkeypatch):

@@ -206,7 +206,7 @@ def test_names_add_up_where_other_processes_read_them(marked, marks, monkeypatch
     assert remote_code_allowed(marked)
 
 
-def test_a_packed_checkpoint_carries_its_code_and_has_to_be_named_again(marked, marks, tmp_path, whole_recipe):
+def test_a_packed_checkpoint_carries_its_code_and_has_to_be_named_again(marked, marks, tmp_path, whole_recipe, capsys):
     trust([str(marked)])
     checkpoint = Checkpoint.open(marked)
     chosen, _ = select(linears(checkpoint), whole_recipe)
@@ -216,7 +216,8 @@ def test_a_packed_checkpoint_carries_its_code_and_has_to_be_named_again(marked, 
     assert set(FILES) <= set(Checkpoint.open(output).digests().files), "changed code would not be noticed"
     with pytest.raises(InputError, match=f"--trust-remote-code {output}"):
         load_model(output)
-    trust([str(output)])
+    assert cli.main(["bits", str(output)]) == 2
+    assert cli.main(["bits", str(output), "--trust-remote-code", str(output)]) == 0
     model, _ = load_model(output)
     assert type(model).__name__ == "MarkedForConditionalGeneration"
 
