@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from bivlm.checkpoint import LINEAGE, Checkpoint, anatomy, digest_of_files
+from bivlm.checkpoint.resolving import cached_model
 from bivlm.checkpoint.tensor_file import tensor_chunks
 from bivlm.errors import InputError
 from bivlm.identity import digest
@@ -109,14 +108,17 @@ def verify(lineage: Lineage, folder: str | Path, workspace: Workspace | None = N
     Hashes every file that can be reached again: those of the checkpoint in `folder`, of the base model if this machine
     has it, of the steps if `workspace` is given. What cannot be reached is "not checked", which is no failure.
     """
+    return [*verify_folder(lineage, folder), _base_model(lineage), *_workspace(lineage, workspace)]
+
+
+def verify_folder(lineage: Lineage, folder: str | Path) -> list[Finding]:
+    """As `verify`, of the stored checkpoint and the record alone: nothing else has to be at hand."""
     return [
         _packed_files(lineage, Path(folder)),
         _packed_tensors(lineage, Path(folder)),
         _recipe(lineage),
         _keys(lineage),
         _links(lineage),
-        _base_model(lineage),
-        *_workspace(lineage, workspace),
     ]
 
 
@@ -257,10 +259,7 @@ def _base_model(lineage: Lineage) -> Finding:
 def _find_base(base: BaseModelFiles) -> Path | None:
     if base.revision is None:
         return Path(base.id) if Path(base.id).is_dir() else None
-    try:
-        return Path(snapshot_download(base.id, revision=base.revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    return cached_model(base.id, base.revision)
 
 
 def _workspace(lineage: Lineage, workspace: Workspace | None) -> list[Finding]:

@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     try:
+        if getattr(options, "trust_remote_code", None):
+            from bivlm.remote_code import trust
+
+            trust(options.trust_remote_code)
         return options.run(options)
     except InputError as error:
         print(f"bivlm {options.command}: {error}", file=sys.stderr)
@@ -140,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     redundancy.set_defaults(run=_redundancy)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a checkpoint, packed or not, on one task")
-    evaluate.add_argument("--model", required=True, metavar="DIR", type=Path)
+    evaluate.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    evaluate.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     evaluate.add_argument(
         "--task",
         required=True,
@@ -155,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     inspect = commands.add_parser("inspect", help="components, linear layers and weight statistics of a checkpoint")
-    inspect.add_argument("--model", required=True, metavar="DIR", type=Path)
+    inspect.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    inspect.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     said = inspect.add_mutually_exclusive_group()
     said.add_argument("--recipe", metavar="NAME_OR_FILE", help="whose 'modules' name the model's parts")
     said.add_argument(
@@ -175,6 +181,23 @@ def _parser() -> argparse.ArgumentParser:
     lineage.add_argument("--workspace", metavar="DIR_OR_URL", help="where its steps are (default: as it was recorded)")
     lineage.add_argument("--json", action="store_true", help="print one JSON object")
     lineage.set_defaults(run=_lineage)
+
+    push = commands.add_parser("push", help="a packed checkpoint to the Hugging Face hub, with a model card")
+    push.add_argument("folder", metavar="DIR", type=Path)
+    push.add_argument("repository", metavar="OWNER/NAME")
+    push.add_argument("--private", action="store_true", help="make the repository a private one")
+    push.add_argument("--revision", metavar="BRANCH", help="made if it is missing (default: main)")
+    push.add_argument("--dry-run", action="store_true", help="print the card and upload nothing")
+    push.add_argument("--json", action="store_true", help="print one JSON object")
+    push.set_defaults(run=_push)
+
+    for command in (compress, leaderboard, sweep, redundancy, evaluate, inspect, bits, lineage, push):
+        command.add_argument(
+            "--trust-remote-code",
+            action="append",
+            metavar="DIR_OR_HUB_ID",
+            help="let the code that comes with this model run; for workers: $BIVLM_TRUST_REMOTE_CODE",
+        )
     return parser
 
 
@@ -320,11 +343,13 @@ def _share(text: str) -> float:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from bivlm.checkpoint import resolve_model
     from flows.evaluate import evaluate_folders
 
     hide_loading_bars()
     given = {key: getattr(options, key) for key in ("limit", "against", "pruned", "batch_size")}
-    record = evaluate_folders(options.model, options.task, **given)
+    record = evaluate_folders(resolve_model(options.model, options.revision).folder, options.task, **given)
+    record["model"] = options.model
     if options.json:
         _print_json(record)
     else:
@@ -335,10 +360,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from bivlm.checkpoint import resolve_model
     from bivlm.inspection import inspect
     from flows.inspection import modules_from, print_inspection
 
-    found = inspect(options.model, modules=modules_from(options.recipe, options.modules))
+    folder = resolve_model(options.model, options.revision).folder
+    found = inspect(folder, modules=modules_from(options.recipe, options.modules))
     if options.json:
         _print_json(found)
     else:
@@ -389,6 +416,21 @@ def _downloaded(version: str, workspace: str | None, place: Path) -> Path:
     if not is_version(version):
         raise InputError(f"{version!r}: no such folder, and not a model version; expected DIR, {VERSION_FORMS}")
     return download_version(version, Workspace.open(workspace or default_workspace()), place)
+
+
+def _push(options: argparse.Namespace) -> int:
+    from flows.push import print_pushed, push_checkpoint
+
+    pushed = push_checkpoint(
+        options.folder,
+        options.repository,
+        private=options.private,
+        branch=options.revision,
+        dry_run=options.dry_run,
+    )
+    if pushed is not None:
+        (_print_json if options.json else print_pushed)(pushed)
+    return DONE
 
 
 def _print_json(value: Any) -> None:

@@ -32,6 +32,10 @@ def quieten() -> None:
 
 def hide_loading_bars() -> None:
     """No bar of transformers for every model that is loaded; those of downloads stay."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # which takes the hub's with it
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()

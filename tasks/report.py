@@ -13,6 +13,7 @@ from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT
 from bivlm.identity import digest
 from bivlm.leaderboard import relative_error
+from bivlm.model_card import licence_of
 from bivlm.recipe import Recipe
 from bivlm.report_page import render
 from bivlm.stores.folder import write_atomically
@@ -55,6 +56,7 @@ def write_report(
     report = {
         "format": FORMAT,
         "base_model": {"id": base.model.id, "revision": base.model.revision, "sha256": base.sha256},
+        "licence": licence_of(base.model.folder) or None,
         "recipe": canonical,
         "recipe_sha256": digest(canonical),
         "code_version": code_version(),

@@ -26,6 +26,7 @@ from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.tensor_file import read_tensor
 from bivlm.errors import InputError
 from bivlm.families import MODULES_KEY, Family
+from bivlm.remote_code import remote_code_allowed
 
 Step = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -267,7 +268,8 @@ def _frame(checkpoint: Checkpoint) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    code = remote_code_allowed(checkpoint.folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=code)
     dtype = config.dtype or torch.float32
     register = nn.Module.register_parameter
 
@@ -282,6 +284,6 @@ def _frame(checkpoint: Checkpoint) -> nn.Module:
         nn.Module.register_parameter = on_meta
         try:
             with no_init_weights():
-                return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+                return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=code).eval()
         finally:
             nn.Module.register_parameter = register

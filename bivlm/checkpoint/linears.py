@@ -20,6 +20,7 @@ from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry
 from bivlm.errors import InputError
 from bivlm.families import Family, families, family
 from bivlm.packing.container import read_header
+from bivlm.remote_code import remote_code_allowed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -204,12 +205,13 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
+    code = remote_code_allowed(checkpoint.folder)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"), no_init_weights():
-            return AutoModelForImageTextToText.from_config(config)
+            return AutoModelForImageTextToText.from_config(config, trust_remote_code=code)
     # A config that leaves out what its class needs fails somewhere in the model's own code; a tower may need a package.
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
         model_type = checkpoint.config.get("model_type", "")

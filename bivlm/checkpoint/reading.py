@@ -11,9 +11,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from bivlm.checkpoint.pickles import pickle_names, pickles_refused
 from bivlm.checkpoint.tensor_file import TensorEntry, digest_file, read_entries, read_tensor
 from bivlm.errors import InputError
 from bivlm.families import MODULES_KEY, Modules, parse_modules
@@ -30,11 +29,11 @@ TABLES_KEY = "tables"  # in the quantization config: which packed weights are th
 
 # Files that a model needs beside its weights: configs, tokenizer, processor, chat template.
 _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
+# Where a checkpoint names classes of its own, in files that lie beside these.
+CODE_CONFIGS = (CONFIG, "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _NOT_SIDE_FILES = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, "pytorch_model.bin.index.json", "trainer_state.json"}
 _LICENCES = ("license", "licence", "notice", "use_policy")
-_REFUSALS = {401, 403, 404}  # no access, no such model, no such revision
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,16 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> list[Path]:
-        """Tokenizer, processor, chat templates, generation config: what is read beside config and weights."""
-        templates = (self.folder / _TEMPLATES).glob("*.jinja")
-        files = [file for file in self.folder.iterdir() if _is_side_file(file)]
-        return sorted([*files, *templates])
+        """What is read beside config and weights: tokenizer, processor, chat templates, generation config, own code."""
+        templates = (self.folder / TEMPLATES).glob("*.jinja")
+        files = [file for file in self.folder.iterdir() if is_side_name(file.name) and file.is_file()]
+        code = self.folder.glob("*.py") if names_code(self.folder) else ()
+        return sorted([*files, *templates, *code])
 
     @cached_property
     def licence_files(self) -> list[Path]:
         """Licences and notices, which have to travel with the weights."""
-        return sorted(
-            file for file in self.folder.iterdir() if file.is_file() and file.name.lower().startswith(_LICENCES)
-        )
+        return sorted(file for file in self.folder.iterdir() if file.is_file() and is_licence_name(file.name))
 
     def read(self, disk_name: str, sha256: str | None = None) -> torch.Tensor:
         """The tensor called `disk_name` on disk; raises `InputError` if there is none, or if it is not of `sha256`."""
@@ -170,47 +168,20 @@ def check_quantization(format: Any, packed: Any, source: str | Path) -> dict[str
     return packed
 
 
-@dataclass(frozen=True)
-class ResolvedModel:
-    """Where a model lies: `folder`, the `id` it was asked for by, and the hub's commit hash (None for a folder)."""
-
-    folder: Path
-    id: str
-    revision: str | None
+def is_side_name(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's folder is read beside config and weights."""
+    return Path(name).suffix in _SIDE_SUFFIXES and name not in _NOT_SIDE_FILES and not is_licence_name(name)
 
 
-def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
-    """A local folder as it is, anything else from the Hugging Face hub (or its cache, when offline).
+def is_licence_name(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's folder is a licence or a notice."""
+    return name.lower().startswith(_LICENCES)
 
-    Raises `InputError` for a revision of a local folder and when neither folder nor hub has the model, and
-    `ConnectionError` when the hub cannot be reached and its cache has no copy.
-    """
-    if model and Path(model).is_dir():
-        if revision is not None:
-            raise InputError(f"model {model} is a folder, which has no revision {revision!r}; leave the revision out")
-        return ResolvedModel(Path(model), model, None)
-    # The hub also knows ids without an owner, but no vision-language model is called so: it is a mistyped folder.
-    if "/" not in model:
-        raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name")
-    wanted = f"{model} at revision {revision}" if revision else model
-    try:
-        folder = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=["*.safetensors", *(f"*{suffix}" for suffix in sorted(_SIDE_SUFFIXES)), "LICEN[CS]E*"],
-            ignore_patterns=["original/*", "consolidated*", "onnx/*"],
-        )
-    except HFValidationError:
-        raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        # The second stands for whatever went wrong on the way, which is its cause.
-        reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-        if isinstance(reason, OfflineModeIsEnabled):
-            raise InputError(f"model {model!r}: no such folder, and {wanted} is not in the hub's cache") from error
-        if isinstance(reason, HfHubHTTPError) and reason.response.status_code in _REFUSALS:
-            raise InputError(f"model {model!r}: no such folder, and the hub gives no {wanted}: {reason}") from error
-        raise ConnectionError(f"model {model!r}: no such folder, and the hub cannot be reached for {wanted}") from error
-    return ResolvedModel(Path(folder), model, Path(folder).name)
+
+def names_code(folder: Path) -> bool:
+    """Whether a config in `folder` names classes that transformers would take from files beside it (``auto_map``)."""
+    configs = (folder / name for name in CODE_CONFIGS)
+    return any(b'"auto_map"' in config.read_bytes() for config in configs if config.is_file())
 
 
 def _carried_modules(config: dict[str, Any], source: Path) -> Modules | None:
@@ -225,14 +196,16 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / WEIGHTS_INDEX).exists():
-        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+        pickles = pickle_names(file.name for file in folder.iterdir())
         if pickles:
-            raise InputError(
-                f"checkpoint {folder}: its weights are pickles ({pickles[0]}), which can run code when they are read; "
-                "save it with safetensors first"
-            )
+            raise pickles_refused(f"checkpoint {folder}", str(folder), pickles)
         raise InputError(f"checkpoint {folder}: neither {WEIGHTS} nor {WEIGHTS_INDEX}")
     return sorted({folder / file for _, file in _indexed_tensors(folder)})
+
+
+def weights_of_index(folder: Path) -> list[str]:
+    """The files of weights that the index in `folder` names, sorted; raises `InputError` as `Checkpoint.open`."""
+    return sorted({file for _, file in _indexed_tensors(folder)})
 
 
 def _indexed_tensors(folder: Path) -> list[tuple[str, str]]:
@@ -254,11 +227,6 @@ def _inside(file: str) -> bool:
     path = PurePosixPath(file)
     drive = PureWindowsPath(file).drive
     return bool(path.parts) and not path.is_absolute() and not drive and ".." not in path.parts and "\\" not in file
-
-
-def _is_side_file(file: Path) -> bool:
-    named = file.suffix in _SIDE_SUFFIXES and file.name not in _NOT_SIDE_FILES
-    return named and not file.name.lower().startswith(_LICENCES) and file.is_file()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

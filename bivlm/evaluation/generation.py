@@ -13,6 +13,7 @@ import bivlm  # noqa: F401  registers the quantization method, so that packed ch
 from bivlm.chat import encode, render_prompt
 from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
+from bivlm.remote_code import code_refused, remote_code_allowed
 from bivlm.samples import VqaSample
 
 Progress = Callable[[int, int], None]
@@ -39,7 +40,9 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     processor = load_processor(folder)
-    model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, trust_remote_code=remote_code_allowed(folder)
+    )
     if loading["missing_keys"]:  # transformers warns, and leaves random numbers in them
         missing = ", ".join(sorted(loading["missing_keys"]))
         raise InputError(f"model {folder}: expected a weight for every parameter, found none for {missing}")
@@ -48,9 +51,12 @@ def load_model(
 
 def load_processor(folder: str | Path) -> ProcessorMixin:
     """The processor of a checkpoint folder; raises `InputError` when there is none for pictures and text."""
+    code = remote_code_allowed(folder)
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=code)
     except (OSError, ValueError) as error:
+        if not code and "trust_remote_code" in str(error):
+            raise code_refused(folder, "its processor or tokenizer is code of its own (auto_map)") from error
         raise InputError(f"model {folder}: expected a processor beside the weights: {error}") from error
     if not isinstance(processor, ProcessorMixin):
         found = type(processor).__name__

@@ -14,6 +14,7 @@ from flows.quiet import quieten
 quieten()
 
 import mlflow  # noqa: E402
+from hub_server import hub  # noqa: E402, F401  fixture
 from mlflow import MlflowClient  # noqa: E402
 from PIL import Image  # noqa: E402
 from prefect.testing.utilities import prefect_test_harness  # noqa: E402

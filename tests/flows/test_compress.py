@@ -38,6 +38,7 @@ def test_the_report_says_what_the_contract_says(compressed):
     assert list(report) == [
         "format",
         "base_model",
+        "licence",
         "recipe",
         "recipe_sha256",
         "code_version",

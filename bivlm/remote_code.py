@@ -1,0 +1,184 @@
+"""Code that comes with a model: it never runs unless the user has named that model.
+
+Every place that builds a config, model or processor from a folder asks `remote_code_allowed` and passes the answer to
+transformers, which would otherwise ask on the terminal. The names are in an environment variable, so that the processes
+a run starts, and workers elsewhere, decide as the command did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from bivlm.checkpoint.reading import CODE_CONFIGS, CONFIG
+from bivlm.errors import InputError
+
+VARIABLE = "BIVLM_TRUST_REMOTE_CODE"
+OPTION = "--trust-remote-code"
+
+_AUTO_MODEL = "AutoModelForImageTextToText"
+_ATTENTION = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+_SNAPSHOTS, _REPOSITORY = "snapshots", "models--"
+
+
+def trust(names: Sequence[str]) -> None:
+    """Let the code of these models run, in this process and those it starts; folders are made absolute.
+
+    Raises `InputError` for a name that is neither a folder nor of the form owner/name.
+    """
+    known = list(trusted())
+    for name in names:
+        if Path(name).is_dir():
+            name = str(Path(name).resolve())
+        elif name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
+            raise InputError(f"{OPTION} {name!r}: no such folder, and not a hub id of the form owner/name")
+        known.append(name)
+    if known:
+        os.environ[VARIABLE] = os.pathsep.join(dict.fromkeys(known))
+
+
+def trusted() -> tuple[str, ...]:
+    """The models whose code may run: hub ids and folders."""
+    return tuple(name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name)
+
+
+def remote_code_allowed(folder: str | Path) -> bool:
+    """What transformers is to be told as ``trust_remote_code`` for the checkpoint in `folder`.
+
+    Raises `InputError` that explains what to do if the checkpoint cannot be used without code of its own and was not
+    named, or if it takes code from another repository, which no revision pins.
+    """
+    folder = Path(folder)
+    foreign = sorted({reference.split("--")[0] for _, reference in _references(folder) if "--" in reference})
+    named = _is_named(folder)
+    if foreign and (named or code_needed(folder)):
+        raise InputError(
+            f"model {shown(folder)}: takes code from {', '.join(foreign)}, which its own revision does not pin; "
+            "expected the files beside its config, named there without 'owner/name--'"
+        )
+    if named:
+        return True
+    reason = code_needed(folder)
+    if reason is None:
+        return False
+    raise code_refused(folder, reason)
+
+
+def code_refused(folder: str | Path, reason: str) -> InputError:
+    """The refusal of a checkpoint that needs code of its own for `reason` and was not named, with what to do."""
+    files = sorted({f"{reference.rpartition('.')[0]}.py" for _, reference in _references(Path(folder))})
+    given = ", ".join(trusted()) or "none"
+    return InputError(
+        f"model {shown(folder)}: {reason}. Code that comes with a model can do whatever you can, and is off unless "
+        f"the model is named (named now: {given}). Read it{_in_brackets(files)}; to let it run, say "
+        f"{OPTION} {shown(folder)}, or set {VARIABLE}={shown(folder)} where the workers are"
+    )
+
+
+def code_needed(folder: str | Path) -> str | None:
+    """Why the checkpoint in `folder` cannot be used without running code that comes with it; None if it can.
+
+    Code for an architecture that transformers has too is not needed: transformers' own class is taken.
+    """
+    from transformers import __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    config = _json(Path(folder) / CONFIG)
+    kernels = sorted(_kernels(config))
+    if kernels:
+        return f"its config asks for an attention kernel from the hub ({kernels[0]})"
+    if any(_maps(part) for part in config.values()):
+        return "a part of its config asks for code (auto_map)"
+    model_type = config.get("model_type")
+    if _maps(config) and model_type not in KNOWN:
+        return (
+            f"transformers {__version__} has no image-text model of model_type {model_type!r}, and its config asks "
+            "for code of its own (auto_map)"
+        )
+    return None
+
+
+def unknown_architecture(folder: str | Path) -> str | None:
+    """Why no code at all, transformers' or the checkpoint's own, makes an image-text model of it; None if some does."""
+    from transformers import __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    config = _json(Path(folder) / CONFIG)
+    model_type = config.get("model_type")
+    if model_type in KNOWN or any(name == _AUTO_MODEL for name, _ in _references(Path(folder))):
+        return None
+    brings = " and the code it brings makes none" if _maps(config) else ""
+    return f"transformers {__version__} has no image-text model of model_type {model_type!r}{brings}"
+
+
+def shown(folder: str | Path) -> str:
+    """The hub id if `folder` is a snapshot in the hub's cache, else the folder."""
+    return _hub_id(Path(folder)) or str(folder)
+
+
+def _is_named(folder: Path) -> bool:
+    hub_id, place = _hub_id(folder), folder.resolve()
+    return any(
+        Path(name).resolve() == place if Path(name).is_dir() else hub_id is not None and name == hub_id
+        for name in trusted()
+    )
+
+
+def _hub_id(folder: Path) -> str | None:
+    """owner/name of a snapshot in the hub's cache; any other folder of that form is only a folder."""
+    place = folder.absolute()
+    repository = place.parent.parent
+    in_cache = repository.parent.resolve() == Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    if place.parent.name != _SNAPSHOTS or not repository.name.startswith(_REPOSITORY) or not in_cache:
+        return None
+    return repository.name.removeprefix(_REPOSITORY).replace("--", "/")
+
+
+def _references(folder: Path) -> Iterator[tuple[str, str]]:
+    """(auto class, ``file.Class``) of every class of its own that a config in `folder` names."""
+    for name in CODE_CONFIGS:
+        if (folder / name).is_file():
+            yield from _mapped(_json(folder / name))
+
+
+def _mapped(value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        auto_map = value.get("auto_map")
+        if isinstance(auto_map, dict):
+            for auto_class, reference in auto_map.items():
+                # Of tokenizers a list: the slow class and the fast one, either None.
+                several = reference if isinstance(reference, list) else [reference]
+                yield from ((auto_class, each) for each in several if isinstance(each, str))
+        for part in value.values():
+            yield from _mapped(part)
+
+
+def _maps(value: Any) -> bool:
+    return isinstance(value, dict) and ("auto_map" in value or any(_maps(part) for part in value.values()))
+
+
+def _kernels(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _kernels(part, name if name in _ATTENTION else key)
+    elif key in _ATTENTION and isinstance(value, str) and "/" in value:
+        yield value
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _in_brackets(files: Sequence[str]) -> str:
+    return f" ({', '.join(files)})" if files else ""
