@@ -117,6 +117,14 @@ def test_a_second_push_finds_nothing_new_and_makes_no_commit(writer, packed, cap
     assert len(writer.asked("PUT", "/upload/")) == len({each.path for each in writer.asked("PUT", "/upload/")})
 
 
+def test_what_came_of_it_can_be_read_by_a_program(writer, packed, capsys):
+    assert cli.main(["push", str(packed), "me/packed", "--revision", "two-bits", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    repository = writer.repositories["me/packed"]
+    assert (told["branch"], told["commit"]) == ("two-bits", repository.refs["two-bits"])
+    assert {"model.safetensors", "README.md"} <= set(told["written"])
+
+
 def test_only_what_changed_is_sent_and_what_went_is_deleted(writer, packed):
     push(package(packed, "me/packed"), "me/packed")
     repository = writer.repositories["me/packed"]
