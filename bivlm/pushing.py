@@ -172,8 +172,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     if not (folder / WEIGHTS).exists():
         yield folder / WEIGHTS_INDEX
     for name in _EXTRAS:
-        extra = folder / name
-        yield from (path for path in ([extra], extra.rglob("*"))[extra.is_dir()] if path.is_file())
+        yield from (path for path in (folder / name, *(folder / name).rglob("*")) if path.is_file())
 
 
 def _of_a_checkpoint(name: str) -> bool:

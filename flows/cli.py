@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.push import add_push
 from flows.quiet import hide_loading_bars, quieten
 
 DONE, FAILED, BAD_INPUT, GATE_NOT_PASSED = 0, 1, 2, 3
@@ -182,15 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     lineage.add_argument("--json", action="store_true", help="print one JSON object")
     lineage.set_defaults(run=_lineage)
 
-    push = commands.add_parser("push", help="a packed checkpoint to the Hugging Face hub, with a model card")
-    push.add_argument("folder", metavar="DIR", type=Path)
-    push.add_argument("repository", metavar="OWNER/NAME")
-    push.add_argument("--private", action="store_true", help="make the repository a private one")
-    push.add_argument("--revision", metavar="BRANCH", help="made if it is missing (default: main)")
-    push.add_argument("--dry-run", action="store_true", help="print the card and upload nothing")
-    push.add_argument("--json", action="store_true", help="print one JSON object")
-    push.set_defaults(run=_push)
-
+    push = add_push(commands)
     for command in (compress, leaderboard, sweep, redundancy, evaluate, inspect, bits, lineage, push):
         command.add_argument(
             "--trust-remote-code",
@@ -416,21 +409,6 @@ def _downloaded(version: str, workspace: str | None, place: Path) -> Path:
     if not is_version(version):
         raise InputError(f"{version!r}: no such folder, and not a model version; expected DIR, {VERSION_FORMS}")
     return download_version(version, Workspace.open(workspace or default_workspace()), place)
-
-
-def _push(options: argparse.Namespace) -> int:
-    from flows.push import print_pushed, push_checkpoint
-
-    pushed = push_checkpoint(
-        options.folder,
-        options.repository,
-        private=options.private,
-        branch=options.revision,
-        dry_run=options.dry_run,
-    )
-    if pushed is not None:
-        (_print_json if options.json else print_pushed)(pushed)
-    return DONE
 
 
 def _print_json(value: Any) -> None:

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 
-def push_checkpoint(
-    folder: Path, repository: str, *, private: bool, branch: str | None, dry_run: bool
-) -> dict[str, object] | None:
-    """Push `folder` and say what came of it; with `dry_run` print the card, ask nobody and return None.
+def add_push(commands: Any) -> argparse.ArgumentParser:
+    """The command's parser among the `commands` of another; its `run` is `run_push`."""
+    push = commands.add_parser("push", help="a packed checkpoint to the Hugging Face hub, with a model card")
+    push.add_argument("folder", metavar="DIR", type=Path)
+    push.add_argument("repository", metavar="OWNER/NAME")
+    push.add_argument("--private", action="store_true", help="make the repository a private one")
+    push.add_argument("--revision", metavar="BRANCH", help="made if it is missing (default: main)")
+    push.add_argument("--dry-run", action="store_true", help="print the card and upload nothing")
+    push.add_argument("--json", action="store_true", help="print one JSON object")
+    push.set_defaults(run=run_push)
+    return push
 
-    What it returns is `bivlm.pushing.Pushed` as JSON. Raises as `bivlm.pushing.package` and `push` do.
-    """
+
+def run_push(options: argparse.Namespace) -> int:
+    """Push, or with ``--dry-run`` print the card and ask nobody; raises as `bivlm.pushing.package` and `push` do."""
     from bivlm.pushing import package, push
 
-    prepared = package(folder, repository)
-    if dry_run:
+    prepared = package(options.folder, options.repository)
+    if options.dry_run:
         print(prepared.card, end="")
-        return None
-    print(f"{folder} is what its records say; looking what {repository} has", file=sys.stderr)
-    return asdict(push(prepared, repository, private=private, branch=branch))
-
-
-def print_pushed(pushed: dict[str, object]) -> None:
-    """What `push_checkpoint` returns, for people."""
-    if not pushed["written"] and not pushed["deleted"]:
-        print(f"nothing new: {pushed['url']} has it all at commit {pushed['commit']}")
-        return
-    for what in ("written", "deleted"):
-        for name in pushed[what]:
+        return 0
+    print(f"{options.folder} is what its records say; looking what {options.repository} has", file=sys.stderr)
+    pushed = push(prepared, options.repository, private=options.private, branch=options.revision)
+    if options.json:
+        print(json.dumps(asdict(pushed), indent=2))
+        return 0
+    if not pushed.written and not pushed.deleted:
+        print(f"nothing new: {pushed.url} has it all at commit {pushed.commit}")
+        return 0
+    for what, names in (("written", pushed.written), ("deleted", pushed.deleted)):
+        for name in names:
             print(f"{what}: {name}")
-    print(f"{pushed['url']}, branch {pushed['branch']}, commit {pushed['commit']}")
+    print(f"{pushed.url}, branch {pushed.branch}, commit {pushed.commit}")
+    return 0

@@ -89,10 +89,8 @@ def cached_model(model: str, commit: str) -> Path | None:
     folder = repository_folder(model) / "snapshots" / commit
     try:
         names = [file.path for file in get_cached_repo_tree(model, revision=commit)]
-    except CachedRepoTreeNotFoundError:
-        # A cache that an earlier client filled: what is there is all that can be known.
-        weights = (folder / name for name in (WEIGHTS, WEIGHTS_INDEX))
-        return folder if (folder / CONFIG).exists() and any(file.exists() for file in weights) else None
+    except CachedRepoTreeNotFoundError:  # a cache that an earlier client filled: what is there is all that is known
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
     if not (folder / CONFIG).exists():
         return None
     try:

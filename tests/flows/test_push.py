@@ -117,6 +117,14 @@ def test_a_second_push_finds_nothing_new_and_makes_no_commit(writer, packed, cap
     assert len(writer.asked("PUT", "/upload/")) == len({each.path for each in writer.asked("PUT", "/upload/")})
 
 
+def test_what_came_of_it_can_be_read_by_a_program(writer, packed, capsys):
+    assert cli.main(["push", str(packed), "me/packed", "--revision", "two-bits", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    repository = writer.repositories["me/packed"]
+    assert (told["branch"], told["commit"]) == ("two-bits", repository.refs["two-bits"])
+    assert {"model.safetensors", "README.md"} <= set(told["written"])
+
+
 def test_only_what_changed_is_sent_and_what_went_is_deleted(writer, packed):
     push(package(packed, "me/packed"), "me/packed")
     repository = writer.repositories["me/packed"]
@@ -335,6 +343,35 @@ def test_a_card_without_scores_licence_or_hub_says_so(packed):
     assert "It was not evaluated." in text
     assert "whose card names none" in text
     assert "/models/" not in text
+
+
+LICENCES = {
+    "a file alone": (None, ["LICENSE"], ("other", "as-the-base-model", "LICENSE")),
+    "a name that the hub knows": ({"license": "apache-2.0"}, ["LICENSE"], ("apache-2.0", None, None)),
+    "a file of the base's repository": (
+        {"license": "other", "license_name": "terms", "license_link": "TERMS.md"},
+        [],
+        ("other", "terms", "https://huggingface.co/maker/llava/blob/{commit}/TERMS.md"),
+    ),
+    "a link": (
+        {"license": "other", "license_name": "terms", "license_link": "https://maker.example/terms"},
+        [],
+        ("other", "terms", "https://maker.example/terms"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LICENCES)
+def test_the_licence_of_the_base_is_carried_over(packed, case):
+    licence, files, expected = LICENCES[case]
+    report = json.loads((packed / "compression_report.json").read_text()) | {"licence": licence}
+    lineage = read_lineage(packed)
+    text = model_card(report, lineage, "me/packed", files)
+    found = ModelCard(text).data.to_dict()
+    commit = lineage.base_model.revision
+    named = [value and value.format(commit=commit) for value in expected]
+    assert [found.get(key) for key in ("license", "license_name", "license_link")] == named
+    assert all(file in text.split("## Licence")[1] for file in files)
 
 
 def test_the_card_of_a_model_with_code_of_its_own_says_that_it_runs(packed):

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from hub_server import environment
 from hub_state import Account, is_large, sha256_of
-from huggingface_hub import constants
+from huggingface_hub import _tree_cache, constants
 from safetensors.torch import load_file
 from tiny_llava import make_tiny_llava
 
@@ -106,6 +106,18 @@ def test_without_a_hub_what_is_in_the_cache_is_used(hub, tiny_llava, monkeypatch
     assert resolve_model("maker/llava") == online
     with pytest.raises(InputError, match=r"maker/other is not in the hub's cache.*HF_HUB_OFFLINE"):
         resolve_model("maker/other")
+
+
+def test_a_snapshot_with_a_shard_missing_is_completed(hub, sharded_llava, monkeypatch):
+    hub.add("maker/llava", sharded_llava)
+    folder = resolve_model("maker/llava").folder
+    for listing in (folder.parent.parent / "trees").iterdir():
+        listing.unlink()  # as a client wrote it that kept none
+    monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
+    shard = next(folder.glob("model-*.safetensors"))
+    shard.resolve().unlink()
+    shard.unlink()
+    assert Checkpoint.open(resolve_model("maker/llava").folder).digest() == Checkpoint.open(sharded_llava).digest()
 
 
 def test_a_listing_of_many_pages_is_read_to_its_end(hub, sharded_llava):
