@@ -124,14 +124,14 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     sources = _sources(loaded, checkpoint)
     converted = {name for goal in loaded.values() if goal.converted for name in goal.names}
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    experts = expert_names(model, loaded)
+    experts: dict[str, list[tuple[str, str, str]]] = {}
+    for disk_name, expert in expert_names(model, loaded).items():
+        parameter = loaded[disk_name].names[0]
+        experts.setdefault(parameter.rpartition(".")[0], []).append((expert, disk_name, parameter))
     found = []
     for name, module in model.named_modules():
-        found += [
-            _expert(expert, disk_name, loaded[disk_name].names[0], model, members, checkpoint)
-            for disk_name, expert in experts.items()
-            if loaded[disk_name].names[0].rpartition(".")[0] == name and members.component(name) is not None
-        ]
+        if name in experts and members.component(name) is not None:
+            found += [_expert(*expert, model, members, checkpoint) for expert in experts[name]]
         weight, component = f"{name}.weight", members.component(name)
         if type(module) is not nn.Linear or component is None or weight in converted:
             continue
@@ -163,7 +163,9 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
     patterns = [_matcher(pattern, linears) for pattern in recipe.keep]
     for component in recipe.components:
         if not any(linear.component == component for linear in linears):
-            raise InputError(f"recipe {recipe.name}: components.{component}: the model has no linear layer in it")
+            raise InputError(
+                f"recipe {recipe.name}: components.{component}: the model has no linear layer in it; leave it out"
+            )
     chosen = [
         linear
         for linear in linears
