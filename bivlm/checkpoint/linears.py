@@ -158,7 +158,7 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
     """(chosen, kept): the linears of the recipe's components less those that its `keep` names, and all others.
 
     Raises `InputError` for a pattern that matches no linear, a component without linears, a tied head that nothing
-    keeps, and a recipe that chooses nothing.
+    keeps, an expert's matrix where the recipe has to run it as a layer, and a recipe that chooses nothing.
     """
     patterns = [_matcher(pattern, linears) for pattern in recipe.keep]
     for component in recipe.components:

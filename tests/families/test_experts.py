@@ -11,6 +11,7 @@ from bivlm.checkpoint import Checkpoint, anatomy, linears, select, write_packed_
 from bivlm.errors import InputError
 from bivlm.inspection import inspect
 from bivlm.recipe import parse_recipe
+from bivlm.transformers_plugin import BiVLMConfig
 
 EXPERTS = "model.language_model.layers.1.mlp.experts"
 
@@ -76,6 +77,13 @@ def test_weights_are_rebuilt_in_the_dtype_that_is_asked_for(base, tmp_path):
     wide = AutoModelForImageTextToText.from_pretrained(packed, dtype=torch.float32).get_parameter(name)
     assert wide.dtype == torch.float32
     assert torch.equal(wide, plain.float())
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_packed_experts_are_not_rebuilt_at_every_call(base, tmp_path):
+    packed = pack(base, tmp_path / "packed")
+    with pytest.raises(InputError, match=r"expected 'load', since experts \(.*\.experts\..* and 23 more\)"):
+        AutoModelForImageTextToText.from_pretrained(packed, quantization_config=BiVLMConfig(dequantize="forward"))
 
 
 @pytest.mark.parametrize(
