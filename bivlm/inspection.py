@@ -78,7 +78,8 @@ def _parts(parts: Anatomy, checkpoint: Checkpoint, parameters: int) -> list[dict
     """Tensors by component, kind and state; within a component linears first, then the larger before the smaller."""
     sizes: dict[tuple[str, str, str], list[int]] = {}
     for linear in parts.linears:
-        kind, state = "linear layers", "packed" if linear.name in checkpoint.packed else "packable"
+        kind = "experts, one by one" if linear.stacked_in else "linear layers"
+        state = "packed" if linear.name in checkpoint.packed else "packable"
         if linear.tied_to:
             kind, state = f"{linear.name}, tied", "packed" if linear.holder in checkpoint.packed else "left alone"
         counted = sizes.setdefault((linear.component, kind, state), [])

@@ -21,14 +21,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bivlm.checkpoint.conversion import expert_names, stacks_experts
 from bivlm.checkpoint.linears import loaded_names
 from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD, check_quantization
 from bivlm.checkpoint.tensor_file import TensorEntry, read_entries
 from bivlm.errors import InputError
 from bivlm.linear import PackedEmbedding, PackedLinear
+from bivlm.packing import unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,8 +114,16 @@ class BiVLMQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        experts = self._experts(model)
+        if experts and not self.quantization_config.dequantize:
+            raise InputError(
+                f"quantization_config: dequantize 'forward': expected 'load', since experts ({experts[0]} and "
+                f"{len(experts) - 1} more) are rebuilt before transformers stacks them"
+            )
         packed = {}
         for name, nbytes in self.quantization_config.packed.items():
+            if name in experts:
+                continue
             path, module = _find_layer(model, name)
             packed[f"{path}.weight"] = nbytes
             _swap(model, path, module, nbytes)
@@ -121,8 +132,34 @@ class BiVLMQuantizer(HfQuantizer):
                 path = weight.removesuffix(".weight")
                 _swap(model, path, model.get_submodule(path), packed[source])
         if checkpoint_files:
-            _check_files(model, checkpoint_files)
+            _check_files(model, checkpoint_files, {name: self.quantization_config.packed[name] for name in experts})
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """The model's rules, of which those that stack experts rebuild packed ones first."""
+        if not self._experts(model):
+            return weight_conversions
+        return [
+            rule.copy(
+                rule._original_source_patterns,
+                rule._original_target_patterns,
+                operations=[RebuildExperts(), *rule.operations],
+            )
+            if stacks_experts(rule)
+            else rule
+            for rule in weight_conversions
+        ]
+
+    def _experts(self, model: PreTrainedModel) -> list[str]:
+        """Packed weights that are experts' matrices: they lie within a module that holds 3-D parameters."""
+        prefix = f"{model.base_model_prefix}."
+        owners = {
+            name
+            for name, module in model.named_modules()
+            if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        }
+        owners |= {f"{prefix}{name}" for name in owners}
+        return [name for name in self.quantization_config.packed if name.rsplit(".", 2)[0] in owners]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in _packed_layers(model):
@@ -143,6 +180,44 @@ class BiVLMQuantizer(HfQuantizer):
             else:
                 model.set_submodule(name, module.with_weight(model.get_parameter(source)))
         return model
+
+
+class RebuildExperts(ConversionOps):
+    """Packed experts of a parameter, expert by expert, as the matrices that they were."""
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **_: Any,
+    ) -> dict[str, list[torch.Tensor]]:
+        dtype = model.get_parameter(full_layer_name).dtype
+        rebuilt: dict[str, list[torch.Tensor]] = {}
+        for pattern in list(input_dict):
+            tensors = input_dict.pop(pattern)
+            rebuilt[pattern] = [
+                unpack(tensor, f"an expert of {full_layer_name}").to(dtype) if tensor.dtype == torch.uint8 else tensor
+                for tensor in tensors
+            ]
+        return rebuilt
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Saving writes what was rebuilt."""
+        return _AsItIs()
+
+
+class _AsItIs(ConversionOps):
+    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _AsItIs()
 
 
 _PACKED = (PackedLinear, PackedEmbedding)
@@ -178,11 +253,15 @@ def _find_layer(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear | nn.
     raise InputError(f"quantization_config: packed: {type(model).__name__} has no linear layer or embedding {name}")
 
 
-def _check_files(model: PreTrainedModel, files: list[str]) -> None:
-    """Raise `InputError` naming a tensor of `model` that is in none of the `files`, or there in another shape."""
+def _check_files(model: PreTrainedModel, files: list[str], experts: dict[str, int]) -> None:
+    """Raise `InputError` naming a tensor of `model` that is in none of the `files`, or there in another shape.
+
+    `experts` are the lengths of packed experts by name.
+    """
     entries: dict[str, TensorEntry] = {entry.name: entry for file in files for entry in read_entries(Path(file))}
     goals = loaded_names(model, entries)
     sources = {name: entries[disk_name] for disk_name, goal in goals.items() for name in goal.names}
+    _check_experts({name: entries[disk_name] for disk_name, name in expert_names(model, goals).items()}, experts, model)
     tied = _tied(model)
     for name, tensor in model.state_dict().items():
         entry = sources.get(name) or sources.get(tied.get(name, ""))
@@ -196,4 +275,20 @@ def _check_files(model: PreTrainedModel, files: list[str]) -> None:
             raise InputError(
                 f"tensor {name} ({entry.name} in {entry.file}): {entry.dtype} of shape {entry.shape}, "
                 f"expected {expected} {tuple(tensor.shape)} by the config"
+            )
+
+
+def _check_experts(found: dict[str, TensorEntry], experts: dict[str, int], model: PreTrainedModel) -> None:
+    """Raise `InputError` naming a packed expert that is missing or of another length, or one that was not announced."""
+    prefix = f"{model.base_model_prefix}."
+    announced = {name if name in found else name.removeprefix(prefix): nbytes for name, nbytes in experts.items()}
+    for name in announced.keys() - found.keys():
+        raise InputError(f"tensor {name}.weight is missing in the checkpoint's files")
+    for name, entry in found.items():
+        nbytes = announced.get(name)
+        if (nbytes is not None or entry.dtype == "U8") and (entry.dtype, entry.shape) != ("U8", (nbytes,)):
+            expected = "a weight that is not packed" if nbytes is None else f"a packed weight, U8 of shape ({nbytes},)"
+            raise InputError(
+                f"tensor {name}.weight ({entry.name} in {entry.file}): {entry.dtype} of shape {entry.shape}, "
+                f"expected {expected}"
             )

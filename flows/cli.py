@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--scores", nargs="+", metavar="SCORE", help="attention, last_token, divprune, ...")
     sweep.add_argument("--questions", type=int, metavar="N", help="only the first N of every task")
+    sweep.add_argument("--modules", metavar="FILE", type=Path, help="as for inspect")
     sweep.add_argument("--workspace", metavar="DIR_OR_URL", help="as for compress")
     sweep.set_defaults(run=_sweep)
 
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     redundancy.add_argument("--layers", nargs="+", type=int, metavar="J", help="each on its own")
     redundancy.add_argument("--score", metavar="SCORE", help="as for sweep")
     redundancy.add_argument("--questions", type=int, metavar="N", help="only the first N of every task")
+    redundancy.add_argument("--modules", metavar="FILE", type=Path, help="as for inspect")
     redundancy.add_argument("--workspace", metavar="DIR_OR_URL", help="as for compress")
     redundancy.add_argument("--json", action="store_true", help="print one JSON object")
     redundancy.set_defaults(run=_redundancy)
@@ -260,6 +262,9 @@ def _leaderboard(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     given = {key: getattr(options, key) for key in ("places", "layers", "shares", "scores", "masses", "questions")}
+    from flows.inspection import modules_from
+
+    modules = modules_from(None, options.modules)
     print("starting: Prefect and the models", file=sys.stderr)
     from flows.local import temporary_server
     from flows.pruning import parse_sweep, sweep_flow
@@ -278,6 +283,7 @@ def _sweep(options: argparse.Namespace) -> int:
             output=options.output,
             revision=options.revision,
             workspace=options.workspace,
+            modules=modules,
         )
     print_sweep(result)
     print(f"sweep: {result['output']} (sweep.csv, tables/, losses.svg, accuracy.svg)")
@@ -288,6 +294,9 @@ def _redundancy(options: argparse.Namespace) -> int:
     layers = options.layers or ([None] if options.place == "input" else [1])
     score = {} if options.score is None else {"score": options.score}
     cells = [{"place": options.place, "layer": layer, **score} for layer in layers]
+    from flows.inspection import modules_from
+
+    modules = modules_from(None, options.modules)
     print("starting: Prefect and the model", file=sys.stderr)
     from flows.local import temporary_server
     from flows.pruning import redundancy_flow
@@ -303,6 +312,7 @@ def _redundancy(options: argparse.Namespace) -> int:
             questions=options.questions,
             revision=options.revision,
             workspace=options.workspace,
+            modules=modules,
         )
     if options.json:
         _print_json({"model": options.model, "tolerance": 100 * options.tolerance, "found": results})

@@ -18,6 +18,7 @@ from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.paired import Loss
+from bivlm.families import Modules
 from bivlm.pruning import PruningSettings, SweepSettings
 from bivlm.pruning.redundancy import find_redundancy
 from bivlm.stores.location import default_workspace
@@ -41,11 +42,13 @@ def sweep_flow(
     revision: str | None = None,
     workspace: str | None = None,
     quiet: bool = False,
+    modules: Modules | None = None,
 ) -> dict[str, Any]:
     """Prune every one of `models` (folders or hub ids) in every cell of `sweep` and ask it the `benchmarks`.
 
     `sweep` is as `bivlm.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's tables
     in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A sweep that was killed goes on at the cell where it was.
+    `modules` name the parts of models that bivlm does not know, see `bivlm.families.parse_modules`.
     Returns ``{"output", "rows", "adaptive", "baselines", "run_id"}``. Raises `InputError` for anything the caller can
     mend, layers out of range among it, before the first question is asked.
     """
@@ -54,7 +57,7 @@ def sweep_flow(
     asked = {name: evaluation.open_benchmark(name, settings.questions) for name in benchmarks}
     if not asked:
         raise InputError("benchmarks: found none, expected at least one")
-    device, subjects = choose_device(), [subject_of(model, revision) for model in models]
+    device, subjects = choose_device(), [subject_of(model, revision, modules) for model in models]
     if len({subject.label for subject in subjects}) < len(subjects):
         raise InputError(f"models: two are called alike ({', '.join(s.label for s in subjects)}); rename their folders")
     place = str(Path(output).expanduser().absolute())
@@ -76,6 +79,7 @@ def redundancy_flow(
     questions: int | None = None,
     revision: str | None = None,
     workspace: str | None = None,
+    modules: Modules | None = None,
 ) -> list[dict[str, Any]]:
     """For each of `cells` (`bivlm.pruning.PruningSettings` without a share) the largest share that can be dropped.
 
@@ -84,7 +88,7 @@ def redundancy_flow(
     JSON, with the set's name as ``"task"`` and a sentence in ``"in_words"``.
     """
     store = Workspace.open(workspace or default_workspace())
-    device, subject = choose_device(), subject_of(model, revision)
+    device, subject = choose_device(), subject_of(model, revision, modules)
     sets = {name: [name] for name in benchmarks} | ({ALL: benchmarks} if len(benchmarks) > 1 else {})
     try:
         for given in cells:
@@ -191,7 +195,7 @@ def parse_sweep(sweep: dict[str, Any]) -> SweepSettings:
         raise InputError("\n".join(["sweep is not valid:", *lines])) from None
 
 
-def subject_of(model: str, revision: str | None = None) -> Subject:
-    """A checkpoint by folder or hub id."""
+def subject_of(model: str, revision: str | None = None, modules: Modules | None = None) -> Subject:
+    """A checkpoint by folder or hub id; `modules` name its parts where bivlm does not know them."""
     resolved = resolve_model(model, revision)
-    return Subject(model_name(resolved), str(resolved.folder), Checkpoint.open(resolved.folder).digest())
+    return Subject(model_name(resolved), str(resolved.folder), Checkpoint.open(resolved.folder).digest(), modules)

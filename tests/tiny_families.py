@@ -12,6 +12,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4vMoeConfig,
     Idefics3Config,
     InternVLConfig,
     InternVLVisionConfig,
@@ -173,6 +174,25 @@ QWEN3_TOWER = {
 }
 
 
+def glm4v_moe():
+    """A dense layer, then two of experts, which lie on disk one by one."""
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8}
+    text = {**TEXT, "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1}
+    text |= {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+    config = Glm4vMoeConfig(
+        vision_config={**vision, "image_size": 32, "out_hidden_size": 32, "initializer_range": 0.1},
+        text_config={**text, "rope_parameters": rope},
+        image_token_id=IMAGE,
+        video_token_id=6,
+        image_start_token_id=7,
+        image_end_token_id=8,
+        video_start_token_id=9,
+        video_end_token_id=9,
+    )
+    return config, qwen_inputs(), 4
+
+
 def idefics3(kind=Idefics3Config):
     # 4 x 4 patches, shuffled 2 x 2 to four tokens; the second of two images is cut off by its mask.
     config = kind(
@@ -232,6 +252,7 @@ FAMILIES = (
     qwen2_5_vl_tied,
     qwen3_vl,
     qwen3_vl_moe,
+    glm4v_moe,
     mllama,
     idefics3,
     smolvlm,
@@ -275,8 +296,10 @@ def make_published(build, folder: Path, dtype=torch.bfloat16):
             name, done = re.subn(pattern, to, name)
             if done:
                 break
-        # Qwen3-VL's experts lie on disk the other way round.
-        tensors[name] = tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor.contiguous()
+        if build is glm4v_moe and ".mlp.experts." in name:
+            tensors |= one_by_one(name, tensor)
+        else:  # Qwen3-VL's experts lie on disk the other way round
+            tensors[name] = tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor.contiguous()
     names = sorted(tensors)
     weight_map = {}
     for number in range(3):
@@ -288,6 +311,17 @@ def make_published(build, folder: Path, dtype=torch.bfloat16):
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return inputs
+
+
+def one_by_one(name, tensor):
+    """The matrices of the experts in a 3-D parameter, by name on disk."""
+    place, _, projection = name.rpartition(".")
+    tensors = {}
+    for number, matrix in enumerate(tensor):
+        parts = matrix.chunk(2) if projection == "gate_up_proj" else (matrix,)
+        kinds = ("gate_proj", "up_proj") if len(parts) == 2 else ("down_proj",)
+        tensors |= {f"{place}.{number}.{kind}.weight": each.clone() for kind, each in zip(kinds, parts, strict=True)}
+    return tensors
 
 
 def tiny_model(build, dtype=torch.bfloat16):

@@ -1,18 +1,51 @@
-"""A parameter of the loaded model that transformers merges, splits or turns round while loading, made by itself."""
+"""Parameters of the loaded model that transformers merges, splits or turns round while loading.
+
+Of these, experts that lie on disk one by one, each a matrix, and are stacked in one 3-D parameter, can be packed: every
+matrix is a linear weight with a name of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bivlm.checkpoint.linears import LoadedName
 from bivlm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
+
+    from bivlm.checkpoint.linears import LoadedName
+
+
+def stacks_experts(rule: Any) -> bool:
+    """Whether a conversion rule stacks matrices and does no more than to put those of several projections together."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    if not isinstance(rule, WeightConverter):
+        return False
+    first, *others = rule.operations
+    return isinstance(first, MergeModulelist) and all(isinstance(operation, Concatenate) for operation in others)
+
+
+def expert_names(model: PreTrainedModel, loaded: Mapping[str, LoadedName]) -> dict[str, str]:
+    """By name on disk, the name of every expert's matrix: the module that stacks them, and the rest of its own name.
+
+    For example "model.language_model.layers.1.mlp.experts.3.gate_proj". `loaded` is as in `convert`.
+    """
+    patterns = {pattern for rule in _converters(model) if stacks_experts(rule) for pattern in rule.source_patterns}
+    names = {}
+    for disk_name, goal in loaded.items():
+        if goal.rule not in patterns:
+            continue
+        owner = goal.names[0].rpartition(".")[0]
+        _, found, rest = disk_name.rpartition(f".{owner.rpartition('.')[2]}.")
+        if found and rest.endswith(".weight"):
+            names[disk_name] = f"{owner}.{rest.removesuffix('.weight')}"
+    return names
 
 
 def convert(
@@ -24,11 +57,7 @@ def convert(
     collects tensors (expert by expert); ``read(disk_name)`` gives a tensor. Raises `InputError` if the tensors do not
     make the parameter in the shape that the model has.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in rules for pattern in rule.source_patterns}
+    by_pattern = {pattern: rule for rule in _converters(model) for pattern in rule.source_patterns}
     sources = {disk_name: goal for disk_name, goal in loaded.items() if goal.converted and name in goal.names}
     if not sources:
         raise InputError(f"{name}: no tensor on disk is loaded as it")
@@ -42,3 +71,10 @@ def convert(
     if tensor.shape != expected:
         raise InputError(f"{name}: {tuple(tensor.shape)} made of {', '.join(sources)}, {tuple(expected)} by the config")
     return tensor
+
+
+def _converters(model: PreTrainedModel) -> list[WeightConverter]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]

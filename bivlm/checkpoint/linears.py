@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from bivlm.checkpoint.conversion import expert_names
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import QUANT_METHOD, Checkpoint
 from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry
 from bivlm.errors import InputError
 from bivlm.families import Family, families, family
+from bivlm.methods import method
 from bivlm.packing.container import read_header
 from bivlm.remote_code import remote_code_allowed
 
@@ -41,6 +43,8 @@ class Linear:
         shape: (M, N) of the weight.
         dtype: of the weight; of the rebuilt weight where the tensor is packed.
         tied_to: the loaded parameter that it shares its tensor with (a head tied to the embedding), else None.
+        stacked_in: the loaded 3-D parameter that it is a part of, if it is an expert's matrix, else None. Its name is
+            then that of no module, see `bivlm.checkpoint.conversion.expert_names`.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Linear:
     shape: tuple[int, int]
     dtype: torch.dtype
     tied_to: str | None = None
+    stacked_in: str | None = None
 
     @property
     def holder(self) -> str:
@@ -125,22 +130,29 @@ def linears(checkpoint: Checkpoint) -> list[Linear]:
 def anatomy(checkpoint: Checkpoint) -> Anatomy:
     """Linear layers and what is left alone, from config and headers (and the headers of packed weights).
 
-    Left alone are tensors that no plain `torch.nn.Linear` uses as they are: embeddings, norms, biases, convolutions,
-    subclasses of Linear whose code reads the weight itself, and weights that transformers merges, splits or permutes
-    while loading. Raises `InputError` for an unknown architecture, for a checkpoint quantized by another method, and
-    for a Linear whose weight is missing on disk, there twice, or of another shape than the config says.
+    Experts that lie on disk one by one are linears too. Left alone are tensors that no plain `torch.nn.Linear` uses as
+    they are: embeddings, norms, biases, convolutions, subclasses of Linear whose code reads the weight itself, and
+    weights that transformers splits, permutes or merges in another way while loading. Raises `InputError` for an
+    unknown architecture, for a checkpoint quantized by another method, and for a Linear whose weight is missing on
+    disk, there twice, or of another shape than the config says.
     """
-    method = (checkpoint.quantization or {}).get("quant_method", QUANT_METHOD)
-    if method != QUANT_METHOD:
-        raise InputError(f"checkpoint {checkpoint.folder}: quantized by {method}; expected full precision")
+    quantized_by = (checkpoint.quantization or {}).get("quant_method", QUANT_METHOD)
+    if quantized_by != QUANT_METHOD:
+        raise InputError(f"checkpoint {checkpoint.folder}: quantized by {quantized_by}; expected full precision")
     model = skeleton(checkpoint)
     members = members_of(model, checkpoint.modules)
     loaded = loaded_names(model, checkpoint.entries)
     sources = _sources(loaded, checkpoint)
     converted = {name for goal in loaded.values() if goal.converted for name in goal.names}
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    experts: dict[str, list[tuple[str, str, str]]] = {}
+    for disk_name, expert in expert_names(model, loaded).items():
+        parameter = loaded[disk_name].names[0]
+        experts.setdefault(parameter.rpartition(".")[0], []).append((expert, disk_name, parameter))
     found = []
     for name, module in model.named_modules():
+        if name in experts and members.component(name) is not None:
+            found += [_expert(*expert, model, members, checkpoint) for expert in experts[name]]
         weight, component = f"{name}.weight", members.component(name)
         if type(module) is not nn.Linear or component is None or weight in converted:
             continue
@@ -173,12 +185,14 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
     """(chosen, kept): the linears of the recipe's components less those that its `keep` names, and all others.
 
     Raises `InputError` for a pattern that matches no linear, a component without linears, a tied head that nothing
-    keeps, and a recipe that chooses nothing.
+    keeps, an expert's matrix where the recipe has to run it as a layer, and a recipe that chooses nothing.
     """
     patterns = [_matcher(pattern, linears) for pattern in recipe.keep]
     for component in recipe.components:
         if not any(linear.component == component for linear in linears):
-            raise InputError(f"recipe {recipe.name}: components.{component}: the model has no linear layer in it")
+            raise InputError(
+                f"recipe {recipe.name}: components.{component}: the model has no linear layer in it; leave it out"
+            )
     chosen = [
         linear
         for linear in linears
@@ -190,9 +204,23 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
                 f"recipe {recipe.name}: {linear.name} shares its tensor with {linear.tied_to}, so that packing it "
                 f"would change that too; add {linear.name} to 'keep'"
             )
+        if linear.stacked_in is not None and (reason := _not_for_experts(recipe, linear.component)):
+            raise InputError(
+                f"recipe {recipe.name}: {linear.name} is an expert's matrix, no layer of its own, and {reason}; add "
+                f"'re:.*\\.{linear.stacked_in.split('.')[-2]}\\..*' to 'keep'"
+            )
     if not chosen:
         raise InputError(f"recipe {recipe.name}: 'keep' leaves no linear layer to compress")
     return chosen, [linear for linear in linears if linear not in chosen]
+
+
+def _not_for_experts(recipe: Recipe, component: str) -> str | None:
+    """Why this recipe cannot pack an expert's matrix, if it cannot."""
+    settings = recipe.components[component]
+    if "inputs" in method(settings.method).needs(settings):
+        return f"{settings.method} looks at a layer's inputs"
+    stage = next((stage for stage in ("search", "finish") if getattr(recipe, stage) is not None), None)
+    return f"'{stage}' runs layers" if stage else None
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -283,6 +311,19 @@ def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkp
     if dtype is None:
         raise InputError(f"{disk_name}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
     return dtype
+
+
+def _expert(
+    name: str, disk_name: str, parameter: str, model: PreTrainedModel, members: Family, checkpoint: Checkpoint
+) -> Linear:
+    """An expert's matrix, its columns checked; transformers checks the rows of all together."""
+    header = read_header(checkpoint.read(disk_name), disk_name) if name in checkpoint.packed else None
+    shape = checkpoint.entries[disk_name].shape if header is None else header.shape
+    columns = model.get_parameter(parameter).shape[-1]
+    if len(shape) != 2 or shape[1] != columns:
+        raise InputError(f"{disk_name}: shape {shape} on disk, expected {columns} columns by the config")
+    dtype = _dtype(name, shape, disk_name, checkpoint)
+    return Linear(name, disk_name, members.component(parameter), shape, dtype, stacked_in=parameter)
 
 
 def _left_alone(entry: TensorEntry, kind: str, component: str | None) -> LeftAlone:

@@ -293,9 +293,9 @@ class LanguagePruning:
     @staticmethod
     def _take_positions(left: Shortened, named: dict[str, Any]) -> None:
         if named.get("position_ids") is not None:
-            named["position_ids"] = left.take(named["position_ids"])
+            named["position_ids"] = _sections(left, named["position_ids"], 1)
         if named.get("position_embeddings") is not None:
-            named["position_embeddings"] = tuple(left.take(each) for each in named["position_embeddings"])
+            named["position_embeddings"] = tuple(_sections(left, each, 2) for each in named["position_embeddings"])
 
     def _remember(self, cache: Any, number: int) -> None:
         """What a layer's cache holds, for the tokens to come."""
@@ -312,6 +312,18 @@ class LanguagePruning:
         if left is not None and not self._is_cross(number):
             dropped = left.alive_BT.shape[1] - left.length
             layer.get_seq_length = lambda: layer.keys.shape[-2] + dropped
+
+
+def _sections(left: Shortened, tensor: torch.Tensor, dims: int) -> torch.Tensor:
+    """What is left of positions (B or 1, T, ...) of so many dimensions after the batch, or of several one by one.
+
+    GLM-4V hands its layers one set of angles each for time, height and width: (3, B, T, d).
+    """
+    if tensor.dim() == dims + 1:
+        return left.take(tensor)
+    if tensor.dim() == dims + 2 and tensor.shape[2] == left.alive_BT.shape[1]:
+        return torch.stack([left.take(section) for section in tensor])
+    raise InputError(f"pruning: positions of shape {tuple(tensor.shape)}; expected (batch, tokens, ...)")
 
 
 def _columns(mask: torch.Tensor, states: Shortened) -> torch.Tensor:

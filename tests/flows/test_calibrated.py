@@ -44,6 +44,24 @@ def test_every_link_from_samples_to_packed_bytes_holds(new_compression, tmp_path
         assert layer["calibration"]["tokens"] > 0
 
 
+def test_named_modules_give_the_bytes_of_the_known_architecture_and_travel(new_compression, tmp_path):
+    known = calibrated(new_compression(tmp_path / "known"), inputs="quantized")
+    known.run(evaluate=False)
+    named = calibrated(new_compression(tmp_path / "named"), inputs="quantized")
+    named.recipe["modules"] = {
+        "vision": ["model.vision_tower"],
+        "adaptor": ["model.multi_modal_projector"],
+        "language": ["model.language_model", "lm_head"],
+    }
+    named.run(evaluate=False)
+    files, expected = named.weights(), known.weights()
+    assert files.pop("config.json") != expected.pop("config.json")
+    assert files == expected
+    config = json.loads((named.output / "config.json").read_text())["quantization_config"]
+    assert config["modules"] == named.recipe["modules"]
+    assert {state for state, _ in findings(named).values()} == {"holds"}
+
+
 def _step_files(compression):
     return [path.read_text() for path in (compression.workspace / "steps").glob("*.json")]
 

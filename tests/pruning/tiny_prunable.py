@@ -7,6 +7,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4vMoeConfig,
     Idefics3Config,
     InternVLConfig,
     InternVLVisionConfig,
@@ -120,6 +121,23 @@ def qwen3_vl_moe(batch):
     return qwen3_vl(batch, Qwen3VLMoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
 
+def glm4v_moe(batch):
+    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8}
+    text = {**TEXT, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 8}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0, "mrope_section": [1, 1, 2]}
+    config = Glm4vMoeConfig(
+        vision_config={**vision, "image_size": 64, "out_hidden_size": 32, "initializer_range": 0.2},
+        text_config={**text, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "rope_parameters": rope},
+        image_token_id=IMAGE,
+        video_token_id=6,
+        image_start_token_id=7,
+        image_end_token_id=8,
+        video_start_token_id=9,
+        video_end_token_id=9,
+    )
+    return (config, *qwen_images(batch))
+
+
 def idefics3(batch):
     # 8 x 8 patches, shuffled 2 x 2.
     config = Idefics3Config(
@@ -188,6 +206,7 @@ FAMILIES = (
     qwen2_5_vl,
     qwen3_vl,
     qwen3_vl_moe,
+    glm4v_moe,
     mllama,
     idefics3,
     internvl,
