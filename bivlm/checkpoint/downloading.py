@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2  # the hub's
-from filelock import FileLock
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import build_hf_headers, tqdm
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm
 
 from bivlm.errors import InputError
 from bivlm.identity import file_digest
@@ -91,7 +90,7 @@ class _EndedError(Exception):
 def _download(model: str, commit: str, file: LargeFile, blob: Path, progress: type) -> None:
     lock = repository_folder(model).parent / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock, mode=0o664):  # the client's own, so that it and we wait for each other
+    with WeakFileLock(lock):  # the client's own, so that it and we wait for each other
         if blob.exists():
             return
         partial = _partial(blob)
