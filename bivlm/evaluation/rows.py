@@ -1,7 +1,7 @@
 """Rows of a published data set, from the hub or from a copy on this machine; pictures stay as their stored bytes.
 
 From the hub only the parquet files of the wanted split are downloaded, into the hub's own cache and one after the other
-until there are as many rows as are asked for. Everything is then read from local files, a row group at a time and only
+until there are as many rows as are asked for. Everything is then read from local files, some rows at a time and only
 the wanted columns, as often as it is needed.
 """
 
@@ -25,6 +25,7 @@ from bivlm.image_folders import check_text, decode_picture, short
 HUB = "hub"
 ARGUMENT = "hub|OWNER/NAME|FOLDER"
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes for a split, and for several
+_ROWS = 32  # held at once; pictures may have megabytes
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -105,22 +106,32 @@ class Rows:
 
     def read(self, columns: Sequence[str], limit: int | None = None) -> Iterator[Row]:
         """The first `limit` rows with these columns; raises `InputError` on files that cannot be read."""
+        rows = islice(self._of_parquet(columns) if self.folder is None else self._of_arrow(columns), limit)
+        number = 0
+        while True:
+            try:
+                values = next(rows)
+            except StopIteration:
+                return
+            except (ValueError, OSError) as error:
+                raise InputError(f"{self.place}: cannot be read: {error}") from error
+            yield Row(self.place, number, values)
+            number += 1
+
+    def _of_parquet(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        # Not by `datasets`: with the scanner that it reads parquet by, a stream that is left before its end can abort
+        # the process when that ends (github.com/apache/arrow/issues/45214); and it holds a whole row group.
+        for path in self.files:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_ROWS, columns=list(columns)):
+                    yield from batch.to_pylist()
+
+    def _of_arrow(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         import datasets
 
-        try:
-            if self.folder is not None:
-                stream = datasets.load_from_disk(str(self.folder)).select_columns(list(columns)).to_iterable_dataset()
-            else:
-                files = {"rows": [str(file) for file in self.files]}
-                stream = datasets.load_dataset(
-                    "parquet", data_files=files, split="rows", streaming=True, columns=list(columns)
-                )
-            for number, values in enumerate(islice(stream.decode(False), limit)):
-                yield Row(self.place, number, values)
-        except InputError:
-            raise
-        except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-            raise InputError(f"{self.place}: cannot be read: {error}") from error
+        data = datasets.load_from_disk(str(self.folder)).select_columns(list(columns))
+        for table in data.with_format("arrow").iter(_ROWS):
+            yield from table.to_pylist()
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises `InputError` when one is missing."""
