@@ -8,6 +8,7 @@ the wanted columns, as often as it is needed.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from bivlm.image_folders import check_text, decode_picture, short
 HUB = "hub"
 ARGUMENT = "hub|OWNER/NAME|FOLDER"
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes for a split, and for several
+_PART = re.compile(r"(?P<name>.*)-\d{5}-of-(?P<of>\d{5}).*")
 _ROWS = 32  # held at once; pictures may have megabytes
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -249,7 +251,17 @@ def _parquet_files(task: str, path: str, commit: str | None, layout: Layout) -> 
     files = [str(file) for file in found[split]]
     if other := next((file for file in files if not file.endswith(".parquet")), None):
         raise InputError(f"{task}: found {Path(other).name}, expected parquet files")
+    _check_complete(task, files)
     return chosen, split, files
+
+
+def _check_complete(task: str, files: Sequence[str]) -> None:
+    """Raises `InputError` where parts are missing, as a download that was broken off leaves a folder."""
+    parts = (_PART.fullmatch(file) for file in files)
+    found = Counter((part["name"], int(part["of"])) for part in parts if part)
+    for (name, of), count in found.items():
+        if count < of:
+            raise InputError(f"{task}: found {count} of the {of} files of {Path(name).name}, expected all of them")
 
 
 def _downloaded(task: str, name: str, commit: str, address: str) -> Path:
