@@ -151,15 +151,16 @@ class Rows:
 def open_rows(kind: str, argument: str, layout: Layout, limit: int | None) -> Rows:
     """The rows that `argument` names: ``hub``, ``OWNER/NAME``, either with ``@REVISION``, or a folder.
 
-    A folder holds parquet files as on the hub, or what `datasets.save_to_disk` wrote. From the hub, files are
-    downloaded until there are `limit` rows. Raises `InputError` for a data set, revision, subset or split that is not
-    there, and ConnectionError when the hub cannot be reached.
+    A folder is looked for first, but for one called ``hub``, which is ``./hub``. It holds parquet files as on the hub,
+    or what `datasets.save_to_disk` wrote. From the hub, files are downloaded until there are `limit` rows. Raises
+    `InputError` for a data set, revision, subset or split that is not there, and ConnectionError when the hub cannot be
+    reached.
     """
     task = f"{kind}:{argument}"
     folder = Path(argument).expanduser()
-    if folder.is_dir():
-        return _of_folder(task, folder, layout)
     name, at, revision = argument.partition("@")
+    if name != HUB and folder.is_dir():
+        return _of_folder(task, folder, layout)
     name = layout.name if name == HUB else name
     if not _NAME.fullmatch(name) or (at and not revision):
         raise InputError(f"{task}: no such folder, and not of the form hub, OWNER/NAME or OWNER/NAME@REVISION")
