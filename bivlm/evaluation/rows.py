@@ -1,13 +1,14 @@
 """Rows of a published data set, from the hub or from a copy on this machine; pictures stay as their stored bytes.
 
 From the hub only the parquet files of the wanted split are downloaded, into the hub's own cache and one after the other
-until there are as many rows as are asked for. Everything is then read from local files, a row group at a time and only
+until there are as many rows as are asked for. Everything is then read from local files, some rows at a time and only
 the wanted columns, as often as it is needed.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from bivlm.image_folders import check_text, decode_picture, short
 HUB = "hub"
 ARGUMENT = "hub|OWNER/NAME|FOLDER"
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes for a split, and for several
+_PART = re.compile(r"(?P<name>.*)-\d{5}-of-(?P<of>\d{5}).*")
+_ROWS = 32  # held at once; pictures may have megabytes
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -105,22 +108,32 @@ class Rows:
 
     def read(self, columns: Sequence[str], limit: int | None = None) -> Iterator[Row]:
         """The first `limit` rows with these columns; raises `InputError` on files that cannot be read."""
+        rows = islice(self._of_parquet(columns) if self.folder is None else self._of_arrow(columns), limit)
+        number = 0
+        while True:
+            try:
+                values = next(rows)
+            except StopIteration:
+                return
+            except (ValueError, OSError) as error:
+                raise InputError(f"{self.place}: cannot be read: {error}") from error
+            yield Row(self.place, number, values)
+            number += 1
+
+    def _of_parquet(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        # Not by `datasets`: with the scanner that it reads parquet by, a stream that is left before its end can abort
+        # the process when that ends (github.com/apache/arrow/issues/45214); and it holds a whole row group.
+        for path in self.files:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_ROWS, columns=list(columns)):
+                    yield from batch.to_pylist()
+
+    def _of_arrow(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         import datasets
 
-        try:
-            if self.folder is not None:
-                stream = datasets.load_from_disk(str(self.folder)).select_columns(list(columns)).to_iterable_dataset()
-            else:
-                files = {"rows": [str(file) for file in self.files]}
-                stream = datasets.load_dataset(
-                    "parquet", data_files=files, split="rows", streaming=True, columns=list(columns)
-                )
-            for number, values in enumerate(islice(stream.decode(False), limit)):
-                yield Row(self.place, number, values)
-        except InputError:
-            raise
-        except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-            raise InputError(f"{self.place}: cannot be read: {error}") from error
+        data = datasets.load_from_disk(str(self.folder)).select_columns(list(columns))
+        for table in data.with_format("arrow").iter(_ROWS):
+            yield from table.to_pylist()
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises `InputError` when one is missing."""
@@ -138,15 +151,16 @@ class Rows:
 def open_rows(kind: str, argument: str, layout: Layout, limit: int | None) -> Rows:
     """The rows that `argument` names: ``hub``, ``OWNER/NAME``, either with ``@REVISION``, or a folder.
 
-    A folder holds parquet files as on the hub, or what `datasets.save_to_disk` wrote. From the hub, files are
-    downloaded until there are `limit` rows. Raises `InputError` for a data set, revision, subset or split that is not
-    there, and ConnectionError when the hub cannot be reached.
+    A folder is looked for first, but for one called ``hub``, which is ``./hub``. It holds parquet files as on the hub,
+    or what `datasets.save_to_disk` wrote. From the hub, files are downloaded until there are `limit` rows. Raises
+    `InputError` for a data set, revision, subset or split that is not there, and ConnectionError when the hub cannot be
+    reached.
     """
     task = f"{kind}:{argument}"
     folder = Path(argument).expanduser()
-    if folder.is_dir():
-        return _of_folder(task, folder, layout)
     name, at, revision = argument.partition("@")
+    if name != HUB and folder.is_dir():
+        return _of_folder(task, folder, layout)
     name = layout.name if name == HUB else name
     if not _NAME.fullmatch(name) or (at and not revision):
         raise InputError(f"{task}: no such folder, and not of the form hub, OWNER/NAME or OWNER/NAME@REVISION")
@@ -238,7 +252,17 @@ def _parquet_files(task: str, path: str, commit: str | None, layout: Layout) -> 
     files = [str(file) for file in found[split]]
     if other := next((file for file in files if not file.endswith(".parquet")), None):
         raise InputError(f"{task}: found {Path(other).name}, expected parquet files")
+    _check_complete(task, files)
     return chosen, split, files
+
+
+def _check_complete(task: str, files: Sequence[str]) -> None:
+    """Raises `InputError` where parts are missing, as a download that was broken off leaves a folder."""
+    parts = (_PART.fullmatch(file) for file in files)
+    found = Counter((part["name"], int(part["of"])) for part in parts if part)
+    for (name, of), count in found.items():
+        if count < of:
+            raise InputError(f"{task}: found {count} of the {of} files of {Path(name).name}, expected all of them")
 
 
 def _downloaded(task: str, name: str, commit: str, address: str) -> Path:

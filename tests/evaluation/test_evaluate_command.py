@@ -33,6 +33,17 @@ def test_two_checkpoints_are_compared_on_the_same_questions(tiny_llava, packed_l
     assert f"questions: {tmp_path}, test, revision of the folder" in printed
 
 
+def test_a_terminal_sees_how_many_questions_are_answered(tiny_llava, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    task = f"scienceqa:{write_set('scienceqa', tmp_path)}"
+    assert cli.main(["evaluate", "--model", str(tiny_llava), "--task", task, "--json"]) == cli.DONE
+    shown = capsys.readouterr()
+    assert f"{tiny_llava.name} on {task}" in shown.err
+    assert "2/2" in shown.err
+    assert json.loads(shown.out)["n"] == 2
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -63,6 +63,12 @@ def test_the_split_is_downloaded_once_and_its_commit_is_recorded(hub, tmp_path):
     assert _files(hub) == SHARDS
 
 
+def test_a_folder_called_hub_is_not_taken_for_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the server's own folder is called so
+    assert load_benchmark("vizwiz:hub", 1).source()["revision"] == COMMIT
+    assert load_benchmark("vizwiz:./hub", 1).source()["data_set"] == str(hub.folder)
+
+
 def test_a_limit_downloads_no_more_files_than_it_takes(hub):
     assert [sample.question_id for sample in load_benchmark("vizwiz:hub", 3)] == ["0-0", "0-1", "1-0"]
     assert _files(hub) == SHARDS[:2]

@@ -225,6 +225,15 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path, content):
         load_benchmark(f"mme:{tmp_path}")
 
 
+def test_a_copy_with_files_missing_is_refused_instead_of_asking_fewer_questions(tmp_path):
+    for part in range(2):
+        write(tmp_path, mme_rows()[2 * part :][:2], MME, f"data/test-0000{part}-of-00003-5a25dbe3.parquet")
+    with pytest.raises(InputError, match=r"mme:.*: found 2 of the 3 files of test, expected all of them"):
+        load_benchmark(f"mme:{tmp_path}")
+    write(tmp_path, mme_rows()[4:], MME, "data/test-00002-of-00003-b2c4.parquet")
+    assert len(load_benchmark(f"mme:{tmp_path}")) == 6
+
+
 def test_files_of_another_form_and_empty_ones_are_refused(tmp_path):
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "test.csv").write_text("question_id\n1\n")
