@@ -211,7 +211,8 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
             )
     if not chosen:
         raise InputError(f"recipe {recipe.name}: 'keep' leaves no linear layer to compress")
-    return chosen, [linear for linear in linears if linear not in chosen]
+    names = {linear.name for linear in chosen}  # of experts there are tens of thousands
+    return chosen, [linear for linear in linears if linear.name not in names]
 
 
 def _not_for_experts(recipe: Recipe, component: str) -> str | None:
