@@ -15,6 +15,7 @@ from typing import Any
 
 from flows.push import add_push
 from flows.quiet import hide_loading_bars, quieten
+from flows.reproduce import add_reproduce
 
 DONE, FAILED, BAD_INPUT, GATE_NOT_PASSED = 0, 1, 2, 3
 
@@ -185,8 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     lineage.add_argument("--json", action="store_true", help="print one JSON object")
     lineage.set_defaults(run=_lineage)
 
-    push = add_push(commands)
-    for command in (compress, leaderboard, sweep, redundancy, evaluate, inspect, bits, lineage, push):
+    push, reproduce = add_push(commands), add_reproduce(commands)
+    for command in (compress, leaderboard, sweep, redundancy, evaluate, inspect, bits, lineage, push, reproduce):
         command.add_argument(
             "--trust-remote-code",
             action="append",

@@ -66,7 +66,7 @@ def leaderboard_flow(
                 quiet=True,
             )
         except Exception as error:
-            if not _is_the_recipes(error):
+            if not is_the_recipes(error):
                 raise
             entries.append(failed_entry(recipe, error))
             said = f"failed: {error};"
@@ -120,7 +120,7 @@ def _check(recipes: Sequence[Recipe]) -> None:
             )
 
 
-def _is_the_recipes(error: Exception) -> bool:
+def is_the_recipes(error: Exception) -> bool:
     """Whether the recipe cannot be carried out; trouble of another kind would befall the next one, too."""
     return isinstance(error, InputError | ArithmeticError) or is_out_of_memory(error)
 

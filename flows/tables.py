@@ -112,6 +112,20 @@ def print_board(board: dict[str, Any]) -> None:
         console.print(escape(f"not on the board: {failure['recipe']}: {failure['reason']}"), highlight=False)
 
 
+def print_reproduction(found: dict[str, Any]) -> None:
+    """The result of `flows.reproduction.reproduce_flow`: every score as measured and, below it, as published."""
+    from bivlm.reproduction import SCORES, as_table, published
+
+    for name in found["tables"]:
+        table = Table("", "stored bits", *SCORES.values(), title=f"{found['id']}: {name}, measured / published")
+        for row in as_table(published(found["model"]), name, found["columns"]).to_dict("records"):
+            pairs = ((row[score], row[f"{score}, published"]) for score in SCORES.values())
+            shown = (" / ".join(_figure(None if value != value else value, ".2f") for value in pair) for pair in pairs)
+            _row(table, row["column"], _bits(row["stored_bits"]), *shown)
+        print_table(table)
+    print(f"tables: {found['output']} (reproduction.md, .json, a .csv each)")
+
+
 def print_sweep(result: dict[str, Any]) -> None:
     """What `flows.pruning.sweep_flow` returned: a grid a model, place and score, over all questions together."""
     from bivlm.pruning.tables import as_table, grid

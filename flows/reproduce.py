@@ -1,0 +1,53 @@
+"""The command `bivlm reproduce`: the paper's tables for one of its models."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from flows.quiet import hide_loading_bars
+
+
+def add_reproduce(commands: Any) -> argparse.ArgumentParser:
+    """The command's parser among the `commands` of another; its `run` is `run_reproduce`."""
+    reproduce = commands.add_parser("reproduce", help="the tables of arXiv 2509.18763 for one of its models")
+    reproduce.add_argument(
+        "--model", required=True, metavar="NAME", help="qwen2.5-vl-7b, llava-onevision-7b or llama-3.2-vision-11b"
+    )
+    reproduce.add_argument(
+        "--checkpoint", metavar="DIR_OR_HUB_ID", help="where it is (default: the hub, as the paper names it)"
+    )
+    reproduce.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    reproduce.add_argument("--output", required=True, metavar="DIR", help="folder for checkpoints and tables")
+    reproduce.add_argument("--tables", nargs="+", metavar="T", help="comparison, components (default: both)")
+    reproduce.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="the benchmarks or copies of them (default: all four from the hub)"
+    )
+    reproduce.add_argument("--calibration", metavar="SOURCE", help="of the 64 samples, as in a recipe")
+    reproduce.add_argument("--questions", type=int, metavar="N", help="only the first N of every benchmark")
+    reproduce.add_argument("--workspace", metavar="DIR_OR_URL", help="as for compress")
+    reproduce.add_argument("--runner", metavar="R", help="as for compress")
+    reproduce.add_argument("--workers", type=int, metavar="N", help="as for compress")
+    reproduce.set_defaults(run=run_reproduce)
+    return reproduce
+
+
+def run_reproduce(options: argparse.Namespace) -> int:
+    """Run the flow on a temporary server and print the tables."""
+    from bivlm.reproduction import published
+
+    published(options.model)  # a mistake in it is told before anything is started
+    print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
+    from flows.local import temporary_server
+    from flows.reproduction import reproduce_flow
+    from flows.tables import print_reproduction
+
+    names = ("model", "checkpoint", "revision", "output", "tables", "tasks", "calibration", "questions")
+    names += ("workspace", "runner", "workers")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    hide_loading_bars()
+    with temporary_server():
+        found = reproduce_flow(**given)
+    print_reproduction(found)
+    return 0
