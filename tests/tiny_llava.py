@@ -17,7 +17,6 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 IMAGE_SIZE, PATCH_SIZE = 32, 8
-SPECIAL_TOKENS = ("<pad>", "</s>", "<image>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
     "{% for part in message['content'] %}"
@@ -102,9 +101,17 @@ def _text_config(tokenizer: PreTrainedTokenizerFast, overrides: dict[str, Any]) 
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: every string can be encoded."""
+    tokenizer = byte_tokenizer("<image>")
+    tokenizer.model_max_length = 512
+    return tokenizer
+
+
+def byte_tokenizer(*special: str, bos_token: str | None = None) -> PreTrainedTokenizerFast:
+    """One token a byte: every string can be encoded. The special tokens come first, padding and the end before them."""
+    names = ["image_token", *(f"token_{number}" for number in range(1, len(special)))]
+    first = ("<pad>", "</s>", *([bos_token] if bos_token else []), *special)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+    vocabulary = {token: number for number, token in enumerate((*first, *alphabet))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -112,8 +119,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        bos_token=bos_token,
+        extra_special_tokens=dict(zip(names, special, strict=True)),
         padding_side="left",
-        model_max_length=512,
         clean_up_tokenization_spaces=False,
     )

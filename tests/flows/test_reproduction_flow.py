@@ -5,11 +5,12 @@ import json
 import pandas as pd
 import pytest
 from published_data import SETS, write_set
+from tiny_papers import make_paper_model
 
 from bivlm.bits import bits_of
 from bivlm.errors import InputError
 from bivlm.evaluation import evaluate, load_benchmark, load_model
-from bivlm.reproduction import SCORES, published
+from bivlm.reproduction import SCORES, published, published_models
 from flows import cli
 
 
@@ -36,9 +37,9 @@ def reproduced(tiny_llava, tasks, conversations, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe_sets, "load_recipe", with_few_samples)
     monkeypatch.setattr(recipe_sets, "SAMPLES", 3)
 
-    def run(checkpoint=tiny_llava, tables=("comparison",)):
+    def run(checkpoint=tiny_llava, tables=("comparison",), model="qwen2.5-vl-7b"):
         return reproduce_flow(
-            model="qwen2.5-vl-7b",
+            model=model,
             output=str(tmp_path / "out"),
             checkpoint=str(checkpoint),
             tables=list(tables),
@@ -51,9 +52,13 @@ def reproduced(tiny_llava, tasks, conversations, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_column_is_measured_on_its_stored_checkpoint(reproduced, tasks, tmp_path):
-    found = reproduced(tables=("comparison", "components"))
-    columns = published("qwen2.5-vl-7b").columns
+@pytest.mark.parametrize("model", published_models())
+def test_every_column_is_measured_on_its_stored_checkpoint(model, reproduced, tasks, tmp_path):
+    if model != "llama-3.2-vision-11b":
+        pytest.importorskip("torchvision", reason="its processor holds a video processor, which needs torchvision")
+    checkpoint = make_paper_model(model, tmp_path / "base")
+    found = reproduced(checkpoint, ("comparison", "components"), model)
+    columns = published(model).columns
     assert set(found["columns"]) == {
         *columns["comparison"],
         *columns["components"],
