@@ -221,3 +221,11 @@ def test_a_prefect_server_that_is_not_there_is_named(compressed, tmp_path):
     assert run.end() == cli.FAILED
     assert "PREFECT_API_URL is http://127.0.0.1:9/api, where no Prefect server answers" in run.errors()
     assert "Traceback" not in run.errors()
+
+
+@pytest.mark.parametrize("asked", [["inspect", "--model"], ["bits"]], ids=["a long table", "a short one"])
+def test_a_reader_that_has_seen_enough_is_no_failure(tiny_llava, asked):
+    command = [sys.executable, "-m", "flows.cli", *asked, str(tiny_llava)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (cli.DONE, "")

@@ -8,7 +8,8 @@ import pytest
 from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
 from bivlm.lineage import Lineage, find_workspace, read_lineage, verify
-from flows.cli import BAD_INPUT, DONE, GATE_NOT_PASSED, main
+from flows.cli import main
+from flows.commands import BAD_INPUT, DONE, GATE_NOT_PASSED
 
 LINKS = ["packed files", "packed weights", "recipe", "step keys", "links", "base model", "workspace"]
 

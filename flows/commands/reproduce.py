@@ -6,11 +6,12 @@ import argparse
 import sys
 from typing import Any
 
+from flows.commands import DONE
 from flows.quiet import hide_loading_bars
 
 
-def add_reproduce(commands: Any) -> argparse.ArgumentParser:
-    """The command's parser among the `commands` of another; its `run` is `run_reproduce`."""
+def add(commands: Any) -> list[argparse.ArgumentParser]:
+    """The parsers, among the `commands` of another."""
     reproduce = commands.add_parser("reproduce", help="the tables of arXiv 2509.18763 for one of its models")
     reproduce.add_argument(
         "--model", required=True, metavar="NAME", help="qwen2.5-vl-7b, llava-onevision-7b or llama-3.2-vision-11b"
@@ -29,11 +30,11 @@ def add_reproduce(commands: Any) -> argparse.ArgumentParser:
     reproduce.add_argument("--workspace", metavar="DIR_OR_URL", help="as for compress")
     reproduce.add_argument("--runner", metavar="R", help="as for compress")
     reproduce.add_argument("--workers", type=int, metavar="N", help="as for compress")
-    reproduce.set_defaults(run=run_reproduce)
-    return reproduce
+    reproduce.set_defaults(run=_reproduce)
+    return [reproduce]
 
 
-def run_reproduce(options: argparse.Namespace) -> int:
+def _reproduce(options: argparse.Namespace) -> int:
     """Run the flow on a temporary server and print the tables."""
     from bivlm.reproduction import published
 
@@ -50,4 +51,4 @@ def run_reproduce(options: argparse.Namespace) -> int:
     with temporary_server():
         found = reproduce_flow(**given)
     print_reproduction(found)
-    return 0
+    return DONE
