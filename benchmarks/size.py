@@ -5,6 +5,9 @@ Qwen2.5-VL-7B and so many language layers (10: 8 GB, 28: the whole 16.6 GB), run
 process of its own, and prints its peak of resident memory, its seconds and weights a second. The bound is 2.5 GB
 whatever the number of layers. The folder needs 1.6 times the largest checkpoint of free space.
 
+With ``--calibrated`` it is a LLaVA with one block of a 7B model's shapes (the rest is the reference model's) and GPTQ
+on four samples; the bound is three times the block's bytes and those of its second moments, 6.1 GB.
+
 The peak is the sum over the command and the processes it starts, each at its own highest point. Nothing is evaluated.
 """
 
@@ -13,25 +16,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, Qwen2_5_VLConfig
 
 from bivlm.checkpoint.tensor_file import OutgoingTensor, file_order, write_tensors
 from bivlm.neighbours import neighbours_up_to
+from bivlm.recipe import load_recipe
+from bivlm.reference import CHECKPOINT
 
 BOUND = 2.5e9
 SHARD_BYTES = 4_000_000_000
 POOL = 1 << 22  # random numbers, of which every tensor takes some
 COMPONENTS = {part: {"method": "bivlm", "groups": 2, "p_max": 0.01} for part in ("vision", "adaptor", "language")}
+TEXT = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+TEXT |= {"tie_word_embeddings": False}
 RECIPE = {"name": "size", "format": 1, "components": COMPONENTS, "tables": 4}
 
 
@@ -40,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.size", description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[10, 28], help="of the language model")
     parser.add_argument("--folder", type=Path, help="for checkpoints and workspace (default: a temporary one)")
+    parser.add_argument("--calibrated", action="store_true", help="one block, by a method that looks at inputs")
     options = parser.parse_args(arguments)
+    if options.calibrated:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            return _calibrated(Path(folder))
     worst = 0
     for layers in options.layers:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -49,11 +62,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(worst >= BOUND)
 
 
+def _calibrated(place: Path) -> int:
+    config = AutoConfig.from_pretrained(CHECKPOINT)
+    text = config.text_config
+    for key, value in TEXT.items():
+        setattr(text, key, value)
+    text.num_hidden_layers, text.layer_types = 1, ["full_attention"]
+    weights = _write(place / "base", config)
+    for file in CHECKPOINT.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, place / "base")
+    recipe = load_recipe("gptq-w3g128").canonical()
+    recipe["calibration"] |= {"samples": 4, "held_out": 1}
+    peak = _compressed(place, recipe, weights, "one block of a 7B model by GPTQ")
+    wide, hidden = TEXT["intermediate_size"], TEXT["hidden_size"]
+    kept = TEXT["num_key_value_heads"] * hidden // TEXT["num_attention_heads"]
+    block = 2 * (2 * hidden**2 + 2 * kept * hidden + 3 * hidden * wide)
+    moments = 4 * (3 * hidden**2 + wide**2)
+    ratio = peak / (block + moments)
+    print(f"{ratio:.2f} times the block's {block / 1e9:.2f} GB and its second moments' {moments / 1e9:.2f} GB; bound 3")
+    return int(ratio >= 3)
+
+
 def _row(place: Path, layers: int) -> int:
+    return _compressed(place, RECIPE, write_checkpoint(place / "base", layers), f"{layers} language layers")
+
+
+def _compressed(place: Path, recipe: dict[str, Any], weights: int, name: str) -> int:
     base, output = place / "base", place / "packed"
-    weights = write_checkpoint(base, layers)
     nbytes = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    (place / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     names = {"model": base, "recipe": place / "recipe.yaml", "output": output, "workspace": place / "workspace"}
     told = [str(text) for name, value in names.items() for text in (f"--{name}", value)]
     started = time.perf_counter()
@@ -67,7 +105,7 @@ def _row(place: Path, layers: int) -> int:
     report = json.loads((output / "compression_report.json").read_text())
     packed = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     print(
-        f"{layers} language layers, {nbytes / 1e9:.1f} GB: peak {peak / 1e9:.2f} GB, {seconds:.0f} s in all, "
+        f"{name}, {nbytes / 1e9:.1f} GB: peak {peak / 1e9:.2f} GB, {seconds:.0f} s in all, "
         f"{report['seconds']:.0f} s of it compressing {weights / 1e9:.2f} G weights = "
         f"{weights / report['seconds'] / 1e6:.1f} M weights/s; {packed / 1e9:.2f} GB packed",
         flush=True,
@@ -98,21 +136,22 @@ def _high_water(pid: int) -> int:
 
 def write_checkpoint(folder: Path, layers: int) -> int:
     """A random Qwen2.5-VL of the 7B model's shapes and names on disk; returns the number of its parameters."""
-    folder.mkdir(parents=True)
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
-    text = {
-        **{"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
-        **{"vocab_size": 152064, "num_hidden_layers": layers, "rope_parameters": rope, "tie_word_embeddings": False},
-    }
+    text = {**TEXT, "vocab_size": 152064, "num_hidden_layers": layers, "rope_parameters": rope}
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
     config.architectures, config.dtype = ["Qwen2_5_VLForConditionalGeneration"], torch.bfloat16
+    return _write(folder, config, _disk_name)
+
+
+def _write(folder: Path, config: PretrainedConfig, disk_name: Callable[[str], str] = str) -> int:
+    folder.mkdir(parents=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     pool = (0.02 * torch.randn(POOL, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     tensors = [
-        OutgoingTensor(_disk_name(name), "BF16", tuple(each.shape), 2 * each.numel(), _drawn(pool, name, each.numel()))
+        OutgoingTensor(disk_name(name), "BF16", tuple(each.shape), 2 * each.numel(), _drawn(pool, name, each.numel()))
         for name, each in model.state_dict().items()
     ]
     shards = neighbours_up_to(SHARD_BYTES, tensors, lambda tensor: tensor.nbytes)
