@@ -164,7 +164,7 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         dtype = _dtype(holder, shape, disk_name, checkpoint)
         found.append(Linear(name, disk_name, component, shape, dtype, tied.get(weight)))
     names = {module: name for name, module in model.named_modules()}
-    tokens = _tokens(names, model.get_input_embeddings(), sources, checkpoint)
+    tokens = _tokens(names, model, sources, checkpoint)
     packable = {linear.disk_name for linear in found if linear.tied_to is None}
     if tokens is not None and tokens.name in checkpoint.packed:
         packable.add(tokens.disk_name)
@@ -288,9 +288,13 @@ def _sources(loaded: dict[str, LoadedName], checkpoint: Checkpoint) -> dict[str,
 
 
 def _tokens(
-    names: dict[nn.Module, str], embedding: nn.Module, sources: dict[str, str], checkpoint: Checkpoint
+    names: dict[nn.Module, str], model: PreTrainedModel, sources: dict[str, str], checkpoint: Checkpoint
 ) -> Linear | None:
-    """The embedding of tokens, unless it is no table or merged while loading."""
+    """The embedding of tokens, unless the model's class names none, or it is no table or merged while loading."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
     name = names.get(embedding, "")
     disk_name = sources.get(f"{name}.weight")
     if not isinstance(embedding, nn.Embedding) or disk_name is None:
