@@ -85,6 +85,7 @@ class Servers:
             "PREFECT_API_URL": f"{self.address('prefect')}/api",
             "PREFECT_API_AUTH_STRING": f"{ACCOUNT}:{known['prefect_api']}",
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; infra.automations counts on it
             "MLFLOW_TRACKING_URI": self.address("mlflow"),
             "MLFLOW_TRACKING_USERNAME": ACCOUNT,
             "MLFLOW_TRACKING_PASSWORD": known["mlflow_worker"],
@@ -235,6 +236,8 @@ class Servers:
             "PREFECT_SERVER_API_AUTH_STRING": account,
             "PREFECT_API_AUTH_STRING": account,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            # In PREFECT_HOME: held in memory, as is the default, a killed server would never free their places.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         }
         address = ["--host", HOST, "--port", str(self._settings.ports["prefect"])]
         return [sys.executable, "-m", "prefect", "server", "start", *address], environment, {}
