@@ -39,7 +39,10 @@ def job_of(pool: str, **values: Any) -> dict[str, Any]:
     defaults = {key: each["default"] for key, each in template["variables"]["properties"].items() if "default" in each}
     given = {"name": "run", "command": ["prefect", "flow-run", "execute"], "labels": {"a": "b"}} | values
     given.setdefault("env", [{"name": "PREFECT__FLOW_RUN_ID", "value": "1"}])
-    return apply_values(template["job_configuration"]["job_manifest"], defaults | given)
+    job = apply_values(template["job_configuration"]["job_manifest"], defaults | given)
+    # Prefect insists on these two in the pod, where Kubernetes does not know them and leaves them out.
+    assert [job["spec"]["template"]["spec"].pop(name) for name in ("completions", "parallelism")] == [1, 1]
+    return job
 
 
 def test_the_compose_file_follows_the_specification(compose):
