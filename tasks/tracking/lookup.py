@@ -8,11 +8,16 @@ from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from prefect import task
 
 from bivlm.errors import InputError
+from bivlm.identity import digest
+from bivlm.recipe import Recipe
 from bivlm.workspace import Workspace
+from tasks.policy import OVER_NETWORK
+from tasks.steps import open_workspace
 from tasks.tracking.models import fluent
-from tasks.tracking.run import public_uri, tracking_place
+from tasks.tracking.run import BASE_TAG, public_uri, tracking_place
 
 VERSION_FORMS = "NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION"
 _VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
@@ -49,3 +54,31 @@ def download_version(text: str, workspace: Workspace, folder: Path) -> Path:
     if len(checkpoints) != 1:
         raise InputError(f"model version {text}: holds no packed checkpoint; expected one that `bivlm compress` logged")
     return checkpoints[0]
+
+
+@task(name="find-version", **OVER_NETWORK)
+def find_version(model: str, revision: str, recipe: Recipe, workspace: str) -> str | None:
+    """NAME/VERSION of the newest finished version of `model` at the pinned `revision` by `recipe`; else None.
+
+    A folder's revision is the sha256 of its checkpoint, which may have been compressed under another path.
+    """
+    uri, _ = tracking_place(open_workspace(workspace))
+    client = MlflowClient(tracking_uri=uri)
+    tag = BASE_TAG if model.startswith("/") else "bivlm.base.revision"
+    condition = f"tags.`bivlm.recipe.sha256` = '{digest(recipe.canonical())}' and tags.`{tag}` = '{revision}'"
+    found = [
+        version
+        for version in client.search_model_versions(condition, max_results=1000)
+        if (model.startswith("/") or version.tags.get("bivlm.base.id") == model)
+        and client.get_run(version.run_id).info.status == "FINISHED"
+    ]
+    newest = max(found, key=lambda version: int(version.version), default=None)
+    return None if newest is None else f"{newest.name}/{newest.version}"
+
+
+def version_page(version: str, workspace: Workspace) -> str:
+    """Where the UI shows NAME/VERSION."""
+    uri, _ = tracking_place(workspace)
+    address = public_uri(uri).rstrip("/") if uri.startswith(("http://", "https://")) else "http://127.0.0.1:5000"
+    name, _, number = version.partition("/")
+    return f"{address}/#/models/{name}/versions/{number}"
