@@ -87,7 +87,7 @@ def look_at_base_models(entries: Sequence[Watched], settled_seconds: float, work
                 _note_trouble(seen, model, error)
                 continue
             if revision is not None:
-                seen.revisions += [Revision(model, revision, recipe) for recipe in entry.recipes]
+                seen.revisions.extend(Revision(model, revision, recipe) for recipe in entry.recipes)
     # A model may be covered by two entries.
     return Seen(list(dict.fromkeys(seen.revisions)), seen.waiting, seen.troubled)
 
