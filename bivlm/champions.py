@@ -108,8 +108,8 @@ def stays(version: int, champion: int | None, moves: Iterable[Move]) -> str | No
     return None
 
 
-def said_by_hand(what: str, text: str) -> str:
-    """`text` for the history; raises `InputError` unless it is one line of something that can be read."""
+def one_line(what: str, text: str) -> str:
+    """`text` for a history; raises `InputError` unless it is one line of something that can be read."""
     text = text.strip()
     if not text or len(text) > LONGEST or not text.isprintable():
         raise InputError(f"{what} {text[:80]!r}: expected one line of at most {LONGEST} characters")
