@@ -17,14 +17,14 @@ from bivlm.base_models import (
     listed_if_any,
     named_recipe,
 )
-from bivlm.errors import InputError
+from bivlm.errors import GateNotPassed, InputError
 from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
 from flows.compress import compress_flow
 from flows.progress import publish_page
 from tasks.base_model import pin_revision
 from tasks.events import FLOW
-from tasks.tracking.lookup import find_version, version_page
+from tasks.tracking.finished import finished_version
 from tasks.watching import ended_now, remember_answer, taken_now
 
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -45,7 +45,8 @@ def on_base_model_flow(
     """Compress `model_id` at `revision` by `recipe` into `bivlm.base_models.Revision.output`, unless that was done.
 
     The revision is pinned before anything else: a branch to its commit, a folder by its content, an S3 prefix by its
-    listing. Where the registry has a finished version of that revision by that recipe, nothing is done. What becomes of
+    listing. Where the registry has a finished version of that revision by that recipe, nothing is done (and a gate that
+    did not pass it is told again). What becomes of
     it is written down for the watcher. Returns ``{"outcome", "version", "page", "output", "gate"}``. Raises
     `InputError` for names that are not in order or not permitted (`bivlm.base_models.check_permitted`), and for a
     folder or prefix that is no longer at `revision`; what `compress_flow` raises.
@@ -78,13 +79,20 @@ def on_base_model_flow(
         pinned = Revision(model_id, pin_revision(model_id, revision), recipe)
         answer = taken_now(pinned, runtime.id)
         log.info("%s at %s by %s: event %s", model_id, pinned.revision, recipe, pinned.event_id)
-        version = find_version(model_id, pinned.revision, chosen, store.url)
-        if version is not None:
-            page = version_page(version, store)
-            publish_page(page)
-            remember_answer(ended_now(answer, "compressed", "registered before", version), store.url)
-            log.info("%s is already registered as %s: nothing to do", model_id, version)
-            return {"outcome": "registered before", "version": version, "page": page, "output": None, "gate": None}
+        finished = finished_version(model_id, pinned.revision, chosen, store.url)
+        if finished is not None:
+            publish_page(finished.page)
+            if finished.refused is not None:
+                raise GateNotPassed(f"{finished} was made before, and not passed by its gate: {finished.refused}")
+            remember_answer(ended_now(answer, "compressed", "registered before", str(finished)), store.url)
+            log.info("%s is already registered as %s: nothing to do", model_id, finished)
+            return {
+                "outcome": "registered before",
+                "version": str(finished),
+                "page": finished.page,
+                "output": None,
+                "gate": None,
+            }
         remember_answer(answer, store.url)
         result = compress_flow(
             model=model_id,
@@ -96,7 +104,11 @@ def on_base_model_flow(
             questions=questions,
             quiet=True,
             runner=runner,
+            trigger=trigger or (f"event {event_id}" if event_id else None),
         )
+    except GateNotPassed as error:
+        remember_answer(ended_now(answer, "gate not passed", str(error)), store.url)
+        raise
     except InputError as error:
         if answer is not None:
             remember_answer(ended_now(answer, "bad input", str(error)), store.url)
@@ -114,5 +126,5 @@ def on_base_model_flow(
         "version": version,
         "page": tracked["page"],
         "output": result["output"],
-        "gate": result.get("gate"),
+        "gate": result["gate"],
     }
