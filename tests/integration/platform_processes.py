@@ -122,9 +122,10 @@ class Api:
 
         return until(f"the end of flow run {run}", ended, seconds)
 
-    def runs(self, deployment: str) -> list[dict[str, Any]]:
-        """All runs of a deployment, oldest first."""
-        wanted = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    def runs_of(self, deployment: str) -> list[dict[str, Any]]:
+        """All runs of FLOW/DEPLOYMENT, oldest first."""
+        found = self.ask("GET", f"/deployments/name/{deployment}")
+        wanted = {"deployments": {"id": {"any_": [found["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
         return self.ask("POST", "/flow_runs/filter", json=wanted)
 
     def messages(self, run: str) -> str:
