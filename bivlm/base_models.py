@@ -258,24 +258,30 @@ def check_permitted(model: str, listed: Iterable[Watched]) -> None:
     )
 
 
-def named_recipe(name: str) -> Recipe:
-    """The recipe of that name: ``NAME.yaml`` in the folder ``BIVLM_RECIPES``, else a shipped one.
+def recipe_source(name: str) -> str:
+    """The recipe of that name as `bivlm.recipe.load_recipe` takes it: a file in ``BIVLM_RECIPES``, else a shipped one.
 
-    Raises `InputError` for a name that is a path, unknown, or not the one that the file itself gives.
+    Raises `InputError` for a name that is a path, or unknown.
     """
     if not _RECIPE.fullmatch(name) or ".." in name:
         raise InputError(f"recipe {name!r}: expected a name of letters, digits, '.', '_' and '-', not a path")
     folder = os.environ.get(RECIPES_VARIABLE)
     file = Path(folder).expanduser() / f"{name}.yaml" if folder else None
     if file is not None and file.is_file():
-        recipe = load_recipe(file)
-        if recipe.name != name:
-            raise InputError(f"recipe {file}: its name is {recipe.name!r}; expected {name!r}, as the file is called")
-        return recipe
+        return str(file)
     if name not in shipped_recipes():
         place = f"no {file}" if file else f"{RECIPES_VARIABLE} is not set"
         raise InputError(f"recipe {name!r}: {place}, and not one of {', '.join(shipped_recipes())}")
-    return load_recipe(name)
+    return name
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of `recipe_source`; raises `InputError` as that does, and if the file gives itself another name."""
+    source = recipe_source(name)
+    recipe = load_recipe(source)
+    if recipe.name != name:
+        raise InputError(f"recipe {source}: its name is {recipe.name!r}; expected {name!r}, as the file is called")
+    return recipe
 
 
 def model_slug(model: str) -> str:
