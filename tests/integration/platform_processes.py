@@ -135,8 +135,8 @@ class Api:
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
         answer = self._prefect.request(method, path, **options)
-        answer.raise_for_status()
-        return answer.json()
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
 
     def rows(self, database: str, query: str) -> list[tuple[Any, ...]]:
         """What PostgreSQL itself answers, to the owner of the database."""

@@ -48,11 +48,20 @@ class Platform:
         made = make_tiny_llava(self.place / "made" / name, seed=seed)
         return Path(shutil.move(made, self.models / name))
 
-    def look(self) -> dict[str, Any]:
-        """One look of the watcher, by its deployment."""
-        state = self.api.wait(self.api.run("watch/watch", {"settled_seconds": 1}))
-        assert state["type"] == "COMPLETED", state
-        return state
+    def look(self) -> None:
+        """One look of the watcher, by its deployment; not while the one of its schedule is at work."""
+
+        def looked() -> bool:
+            state = self.api.wait(self.api.run("watch/watch", {"settled_seconds": 1}))
+            assert state["type"] in ("COMPLETED", "CANCELLED"), state
+            return state["type"] == "COMPLETED"
+
+        until("a look of the watcher", looked)
+
+    def pause_watcher(self) -> None:
+        """No looks by its schedule from now on."""
+        found = self.api.ask("GET", "/deployments/name/watch/watch")
+        self.api.ask("PATCH", f"/deployments/{found['id']}", json={"paused": True})
 
     def run_of(self, deployment: str, model: Path) -> dict[str, Any]:
         """The run of a deployment that compresses `model`, once it has ended."""
@@ -167,11 +176,14 @@ def test_what_its_gate_does_not_pass_ends_red_with_the_reason(platform):
 
 def test_a_schedule_compresses_what_nobody_has_asked_for(platform):
     platform.appear("third", seed=3)
+    platform.look()  # at the next one it would be settled, and an event: the schedule is to come first
+    platform.pause_watcher()
     soon = datetime.now(UTC) + timedelta(seconds=5)
     once = {"interval": 24 * 3600, "anchor_date": soon.isoformat()}
+    schedule = {"schedule": once, "active": True, "parameters": {"settled_seconds": 0}}
     found = platform.api.ask("GET", f"/deployments/name/{NIGHTLY}")
     before = {run["id"] for run in platform.api.runs_of(NIGHTLY) if run["state"]["type"] != "SCHEDULED"}
-    platform.api.ask("POST", f"/deployments/{found['id']}/schedules", json=[{"schedule": once, "active": True}])
+    platform.api.ask("POST", f"/deployments/{found['id']}/schedules", json=[schedule])
 
     def begun() -> list[dict[str, Any]]:
         return [
