@@ -113,7 +113,7 @@ class Api:
         """The state of a flow run: type, name, message."""
         return self.ask("GET", f"/flow_runs/{run}")["state"]
 
-    def wait(self, run: str, seconds: float = 300) -> dict[str, Any]:
+    def wait(self, run: str, seconds: float = 900) -> dict[str, Any]:
         """The state in which a flow run has ended."""
 
         def ended() -> dict[str, Any] | None:
