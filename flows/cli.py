@@ -24,6 +24,7 @@ from flows.commands import (
     pruning,
     push,
     reproduce,
+    trigger,
 )
 from flows.quiet import quieten
 
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="bivlm", description="Vision-language models at an honest two bits and below.", epilog=_EXIT_CODES
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compress, leaderboard, pruning, looking, lineage, promotion, audit, push, reproduce):
+    for module in (compress, leaderboard, pruning, looking, lineage, promotion, audit, push, reproduce, trigger):
         for command in module.add(commands):
             command.add_argument(
                 "--trust-remote-code",
