@@ -78,6 +78,10 @@ def print_compression(result: dict[str, Any]) -> None:
         print(f"KL to full precision: {found['kl']:.4f} nats a token")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
+    if gate := result["gate"]:
+        for reason in gate["reasons"]:
+            print(f"gate: {reason}")
+        print(f"gate {'passed' if gate['passed'] else 'NOT PASSED'}: {gate['said']}")
     tracked = result["mlflow"]
     print(f"checkpoint: {result['output']}")
     print(f"report: {result['page']}")
@@ -189,6 +193,7 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     _row(chain, "packed", f"sha256 {lineage.packed.sha256}")
     _row(chain, "evaluated", "\n".join(lineage.evaluations) or "no")
     _row(chain, "recorded", f"{lineage.created} by bivlm {code['version']}{commit}")
+    _row(chain, "asked for", lineage.trigger or "not recorded")
     _row(chain, "on", "\n".join(f"{key} {value}" for key, value in lineage.hardware.items()))
     _row(chain, "with", ", ".join(f"{key} {value}" for key, value in lineage.packages.items()))
     _row(chain, "in MLflow", "\n".join(f"{key} {value}" for key, value in lineage.tracking.items()))
@@ -197,6 +202,27 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     for finding in findings:
         found.add_row(finding.subject, _MARKS[finding.state], escape(finding.detail))
     print_table(found)
+
+
+def print_version(found: dict[str, Any]) -> None:
+    """The result of `tasks.tracking.audit.audit_version`."""
+    table = Table("", "", title=f"{found['version']}: {found['standing']}", show_header=False)
+    for key, value in found["tags"].items():
+        _row(table, key, value)
+    _row(table, "run in MLflow", found["run"])
+    for move in found["moves"]:
+        _row(table, f"{move['from'] or '-'} to {move['to']}", f"{move['when']} by {move['who']}: {move['why']}")
+    print_whole(table)
+
+
+def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
+    """The result of `tasks.tracking.audit.audit_base`."""
+    table = Table("version", "", "revision", "recipe", "asked for", "bits", "accuracy", "gate", title=f"made of {base}")
+    for row in rows:
+        shown = row | {"revision": (row["revision"] or f"sha256 {row['sha256']}")[:19]}
+        keys = ("version", "standing", "revision", "recipe", "trigger", "bits", "accuracy", "gate")
+        _row(table, *("-" if shown[key] is None else shown[key] for key in keys))
+    print_whole(table)
 
 
 def _bits(value: float | None) -> str:
