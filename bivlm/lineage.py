@@ -275,6 +275,10 @@ def _base_model(lineage: Lineage) -> Finding:
 def _find_base(base: BaseModelFiles) -> Path | None:
     if base.revision is None:
         return Path(base.id) if Path(base.id).is_dir() else None
+    if base.id.startswith("s3://"):
+        from bivlm.checkpoint.s3_models import cached_copy
+
+        return cached_copy(base.id, base.revision)
     return cached_model(base.id, base.revision)
 
 

@@ -24,7 +24,7 @@ from flows.estimates import refuse_what_cannot_fit
 from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided
 from flows.layers import PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
 from flows.origin import trigger_of_run
-from flows.progress import FlowProgress
+from flows.progress import FlowProgress, publish_page
 from flows.pruning import questions_of_sweep, sweep_all
 from flows.runners import Runner, parse_runner, started
 from tasks import (
@@ -196,6 +196,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     calibrated = needs_calibration(layers, recipe.budget, recipe.search)
     varied = curves.varied_layers(layers)
     tracked = tracking.find_or_create_run(store.url, base, recipe, request.trigger)
+    publish_page(tracking.run_page(tracked))
     answers = 2 * sum(map(len, request.benchmarks.values()))
     swept = recipe.pruning.sweep if recipe.pruning and answers else None
     in_sweep = questions_of_sweep(swept, request.benchmarks.values(), models=2) if swept else {}

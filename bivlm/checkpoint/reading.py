@@ -221,13 +221,26 @@ def _indexed_tensors(folder: Path) -> list[tuple[str, str]]:
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).exists() or not index.exists():
         return []
-    weight_map = _read_json(index).get("weight_map")
+    return list(_weight_map(_read_json(index), index).items())
+
+
+def indexed_files(data: bytes, source: str) -> list[str]:
+    """The files of weights that an index of shards names, sorted; raises `InputError` naming `source`."""
+    try:
+        index = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{source}: not valid JSON ({error})") from None
+    return sorted(set(_weight_map(index if isinstance(index, dict) else {}, source).values()))
+
+
+def _weight_map(index: dict[str, Any], source: Path | str) -> dict[str, str]:
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: expected a mapping 'weight_map' from tensors to files")
+        raise InputError(f"{source}: expected a mapping 'weight_map' from tensors to files")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _inside(file):
-            raise InputError(f"{index}: tensor {name} is said to be in {file!r}, which is not a file of this folder")
-    return list(weight_map.items())
+            raise InputError(f"{source}: tensor {name} is said to be in {file!r}, which is not a file of this folder")
+    return weight_map
 
 
 def _inside(file: str) -> bool:

@@ -121,8 +121,12 @@ def ui_command(uri: str) -> str:
 
 def run_page(tracking: Tracking) -> str:
     """Where the UI shows the parent run."""
-    address = public_uri(tracking.uri).rstrip("/") if _is_server(tracking.uri) else "http://127.0.0.1:5000"
-    return f"{address}/#/experiments/{tracking.experiment_id}/runs/{tracking.run_id}"
+    return f"{page_address(tracking.uri)}/#/experiments/{tracking.experiment_id}/runs/{tracking.run_id}"
+
+
+def page_address(uri: str) -> str:
+    """Where the UI of the store at `uri` is: a server's own, else the one that `ui_command` starts."""
+    return public_uri(uri).rstrip("/") if _is_server(uri) else "http://127.0.0.1:5000"
 
 
 def _is_server(uri: str) -> bool:
