@@ -11,7 +11,19 @@ import threading
 import traceback
 from collections.abc import Sequence
 
-from flows.commands import BAD_INPUT, DONE, FAILED, compress, leaderboard, lineage, looking, pruning, push, reproduce
+from flows.commands import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    compress,
+    housekeeping,
+    leaderboard,
+    lineage,
+    looking,
+    pruning,
+    push,
+    reproduce,
+)
 from flows.quiet import quieten
 
 _EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input or usage, 3 a gate was not passed"
@@ -75,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="bivlm", description="Vision-language models at an honest two bits and below.", epilog=_EXIT_CODES
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compress, leaderboard, pruning, looking, lineage, push, reproduce):
+    for module in (compress, leaderboard, pruning, looking, lineage, push, reproduce, housekeeping):
         for command in module.add(commands):
             command.add_argument(
                 "--trust-remote-code",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -16,7 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from bivlm.errors import InputError
-from bivlm.stores import Store
+from bivlm.stores import Entry, Store
 from bivlm.stores.folder import temporary_beside
 from bivlm.stores.location import cache_folder
 
@@ -78,13 +79,24 @@ class S3Store(Store):
                 return None
             raise
 
-    def size(self, name: str) -> int | None:
+    def entry(self, name: str) -> Entry | None:
         try:
-            return self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"]
+            found = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
         except ClientError as error:
             if _code(error) in _ABSENT:
                 return None
             raise
+        return Entry(name, found["ContentLength"], found["LastModified"].timestamp())
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        pages = self._client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}{folder}/"):
+            for found in page.get("Contents", ()):
+                yield Entry(found["Key"].removeprefix(self._prefix), found["Size"], found["LastModified"].timestamp())
+
+    def delete(self, name: str) -> None:
+        self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+        self.refresh(name)
 
     def path(self, name: str) -> Path | None:
         size = self.size(name)
