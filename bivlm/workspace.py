@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest, file_digest
+from bivlm.names import is_sha256
 from bivlm.stores import Entry, Store, open_store
 
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -198,7 +199,7 @@ class Workspace:
 
         One that is found is in use from now on, see `bivlm.collection`.
         """
-        data = self._store.read_bytes(step_name(key))
+        data = self._store.read_bytes(step_name(key)) if is_sha256(key) else None
         record = parse_record(data, key) if data is not None else None
         # Said first and looked at afterwards: what is collected meanwhile is then either seen to be missing, or kept.
         if record is None or not self._say_that_it_is_used(key, data):
@@ -207,7 +208,7 @@ class Workspace:
 
     def record(self, key: str) -> StepRecord | None:
         """What is written down of step `key`, whether or not its outputs are still there; None as in `step`."""
-        data = self._store.read_bytes(step_name(key))
+        data = self._store.read_bytes(step_name(key)) if is_sha256(key) else None  # the key may be from outside
         return parse_record(data, key) if data is not None else None
 
     def finish_step(self, record: StepRecord) -> None:

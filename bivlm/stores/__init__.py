@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bivlm.errors import InputError
+from bivlm.names import without_credentials
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def open_store(location: str | Path) -> Store:
 
         return S3Store(str(location))
     if "://" in str(location):
-        raise InputError(f"workspace {location}: expected a folder or s3://bucket/prefix")
+        raise InputError(f"workspace {without_credentials(str(location))}: expected a folder or s3://bucket/prefix")
     from bivlm.stores.folder import FolderStore
 
     return FolderStore(Path(location))

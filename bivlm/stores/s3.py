@@ -17,6 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from bivlm.errors import InputError
+from bivlm.names import without_credentials
 from bivlm.stores import Entry, Store
 from bivlm.stores.folder import temporary_beside
 from bivlm.stores.location import cache_folder
@@ -30,9 +31,14 @@ class S3Store(Store):
 
     def __init__(self, url: str) -> None:
         match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?))?/*", url)
-        if match is None:
-            raise InputError(f"workspace {url!r}: not an S3 location; expected s3://bucket or s3://bucket/prefix")
-        self._bucket, prefix = match[1], match[2]
+        prefix = match[2] if match else None
+        # Servers that keep objects as files would follow such a part, and boto3 an empty one.
+        if match is None or (prefix and (not prefix.isprintable() or {"", ".", ".."} & set(prefix.split("/")))):
+            raise InputError(
+                f"workspace {without_credentials(url)!r}: not an S3 location; expected s3://bucket or "
+                "s3://bucket/prefix, credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        self._bucket = match[1]
         self._prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         # Servers other than AWS do not all know the newer trailing checksums; our own SHA-256 covers every read.
