@@ -12,6 +12,7 @@ from prefect import flow
 from rich.console import Console
 
 from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
+from bivlm.collection import in_use
 from bivlm.errors import GateNotPassed, InputError
 from bivlm.evaluation import Benchmark
 from bivlm.identity import digest
@@ -59,6 +60,7 @@ from tasks.report import (
     write_page,
     write_report,
 )
+from tasks.retention import note_registry
 from tasks.steps import Done
 
 SWEEP_FOLDER = "pruning"  # in the packed checkpoint's
@@ -185,7 +187,7 @@ def compress_flow(
     # that write one folder would report on each other's files.
     same_request = store.local / "locks" / f"{tracking.request_digest(base, chosen_recipe)}.lock"
     same_output = cache_folder() / "locks" / f"output-{digest(output)[:32]}.lock"
-    with one_at_a_time(same_request, wait), one_at_a_time(same_output, wait):
+    with in_use(store), one_at_a_time(same_request, wait), one_at_a_time(same_output, wait):
         return _compress(request, console)
 
 
@@ -197,6 +199,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     varied = curves.varied_layers(layers)
     tracked = tracking.find_or_create_run(store.url, base, recipe, request.trigger)
     publish_page(tracking.run_page(tracked))
+    note_registry(store.url, tracked.uri)
     answers = 2 * sum(map(len, request.benchmarks.values()))
     swept = recipe.pruning.sweep if recipe.pruning and answers else None
     in_sweep = questions_of_sweep(swept, request.benchmarks.values(), models=2) if swept else {}
