@@ -25,11 +25,24 @@ from flows.commands import (
     pruning,
     push,
     reproduce,
+    trigger,
 )
 from flows.quiet import quieten
 
 # In the order in which ``bivlm --help`` lists their commands.
-_MODULES = (compress, leaderboard, pruning, looking, lineage, promotion, audit, push, reproduce, housekeeping)
+_MODULES = (
+    compress,
+    trigger,
+    leaderboard,
+    pruning,
+    looking,
+    lineage,
+    promotion,
+    audit,
+    housekeeping,
+    push,
+    reproduce,
+)
 _EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input or usage, 3 a gate was not passed"
 
 
