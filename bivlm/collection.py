@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from bivlm.retention import Collectable, HeldObject, HeldStep, Inventory, Needed, collectable
 from bivlm.stores import Entry, Store
+from bivlm.turns import TURNS
 from bivlm.workspace import (
     DOOMED,
     OBJECTS,
@@ -45,7 +46,7 @@ _LEFT_AFTER_SECONDS = 24 * 3600
 _AT_ONCE = 16  # requests to the store
 _STEP = re.compile(rf"(?:{STEPS}|{USED})/([0-9a-f]{{64}})\.json")
 _OBJECT = re.compile(rf"{OBJECTS}/([0-9a-f]{{2}})/(\1[0-9a-f]{{62}})")
-_LEFT = re.compile(rf"(?:.*/)?\.partial-[0-9a-f]+|{DOOMED}/[0-9a-f]{{64}}|{RUNNING}/[0-9a-f]+\.clock")
+_LEFT = re.compile(rf"(?:.*/)?\.partial-[0-9a-f]+|{DOOMED}/[0-9a-f]{{64}}|{RUNNING}/[0-9a-f]+\.clock|{TURNS}/.*")
 _RUN = re.compile(rf"{RUNNING}/([0-9a-f]+)\.(began|alive)")
 
 
@@ -93,7 +94,11 @@ def look(workspace: Workspace, known: Inventory | None = None, at_once: int = _A
     """What the workspace holds. Records that are as old as in `known` are not read again."""
     store = workspace.store
     now = _now(store)
-    found = {entry.name: entry for folder in (OBJECTS, STEPS, USED, DOOMED, RUNNING) for entry in store.entries(folder)}
+    found = {
+        entry.name: entry
+        for folder in (OBJECTS, STEPS, USED, DOOMED, RUNNING, TURNS)
+        for entry in store.entries(folder)
+    }
     keys = {match[1] for name in found if (match := _STEP.fullmatch(name))}
     with ThreadPoolExecutor(at_once) as threads:
         held = threads.map(lambda key: _held_step(store, key, found, known), sorted(keys))

@@ -40,7 +40,7 @@ class MemoryStore(Store):
 
     def entries(self, folder: str) -> Iterator[Entry]:
         self._request()
-        listed = [name for name in self.held if name.startswith(f"{folder}/")]
+        listed = [name for name in list(self.held) if name.startswith(f"{folder}/")]
         yield from [Entry(name, len(self.held[name][0]), self.held[name][1]) for name in listed]
 
     def delete(self, name: str) -> None:
