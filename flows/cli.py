@@ -72,8 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"bivlm {options.command}: interrupted; run it again to go on from where it was", file=sys.stderr)
         return FAILED
-    except SystemExit:  # rich's, where nobody reads its tables any more, as with ``| head``
-        return DONE
+    except SystemExit as error:
+        if isinstance(
+            error.__context__, BrokenPipeError
+        ):  # rich's: nobody reads its tables any more, as with ``| head``
+            return DONE
+        raise
     except ConnectionError as error:  # nothing of ours to mend, so no trace
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return DONE
