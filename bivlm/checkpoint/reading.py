@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -26,6 +28,8 @@ LINEAGE = "lineage.json"
 QUANT_METHOD = "bivlm"
 FORMAT = 1  # of the packed checkpoint
 TABLES_KEY = "tables"  # in the quantization config: which packed weights are the embedding of tokens and the head
+
+SHARDS_AT_ONCE = min(4, os.cpu_count() or 1)
 
 # Files that a model needs beside its weights: configs, tokenizer, processor, chat template.
 _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
@@ -59,7 +63,7 @@ class Checkpoint:
 
         As in transformers, one ``model.safetensors`` goes before an index of shards. Raises `InputError` naming folder
         and file if the config is missing or unreadable, weights are missing, cut short, only there as pickles, or an
-        index names a file outside the folder.
+        index names a file outside the folder or one is a link that leads out of it.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -75,7 +79,10 @@ class Checkpoint:
         for name, file in _indexed_tensors(folder):
             if name not in entries:
                 raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {file}; it is not there")
-        return cls(folder, config, dict(sorted(entries.items())), modules or _carried_modules(config, folder / CONFIG))
+        carried = _carried_modules(config, folder / CONFIG)
+        checkpoint = cls(folder, config, dict(sorted(entries.items())), modules or carried)
+        _refuse_links_out_of([folder / CONFIG, *files, *checkpoint.side_files, *checkpoint.licence_files], folder)
+        return checkpoint
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -120,14 +127,18 @@ class Checkpoint:
         return read_tensor(entry, sha256)
 
     def digests(self) -> Digests:
-        """sha256 of the checkpoint's files and tensors; every file is streamed once."""
+        """sha256 of the checkpoint's files and tensors; every file is streamed once, shards side by side."""
         files = {CONFIG: file_digest(self.folder / CONFIG)}
         files |= {self._name(file): file_digest(file) for file in self.side_files}
         tensors: dict[str, str] = {}
-        for file in self.weight_files:
-            inside = [entry for entry in self.entries.values() if entry.file == file]
-            files[self._name(file)], of_file = digest_file(file, inside)
-            tensors |= of_file
+        inside: dict[Path, list[TensorEntry]] = {file: [] for file in self.weight_files}
+        for entry in self.entries.values():
+            inside[entry.file].append(entry)
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:  # hashing leaves other threads their turn
+            digests = threads.map(digest_file, inside, inside.values())
+            for file, (of_file, of_tensors) in zip(inside, digests, strict=True):
+                files[self._name(file)] = of_file
+                tensors |= of_tensors
         return Digests(dict(sorted(files.items())), tensors)
 
     def digest(self) -> str:
@@ -239,7 +250,29 @@ def _inside(file: str) -> bool:
     # Judged by the text: in the hub's cache the files themselves are links to a folder beside this one.
     path = PurePosixPath(file)
     drive = PureWindowsPath(file).drive
-    return bool(path.parts) and not path.is_absolute() and not drive and ".." not in path.parts and "\\" not in file
+    return (
+        bool(path.parts)
+        and file.isprintable()
+        and not path.is_absolute()
+        and not drive
+        and ".." not in path.parts
+        and "\\" not in file
+    )
+
+
+def _refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
+    """What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may.
+
+    In the hub's cache a snapshot's files are links to the blobs of their repository.
+    """
+    place = folder.resolve()
+    allowed = [place]
+    if place.parent.name == "snapshots":
+        allowed.append((place.parent.parent / "blobs").resolve())
+    for file in files:
+        target = file.resolve()
+        if not any(target.is_relative_to(each) for each in allowed):
+            raise InputError(f"{file}: a link to {target}, outside the folder; copy the file into it")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
