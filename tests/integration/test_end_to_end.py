@@ -178,7 +178,7 @@ def test_a_schedule_compresses_what_nobody_has_asked_for(platform):
     platform.appear("third", seed=3)
     platform.look()  # at the next one it would be settled, and an event: the schedule is to come first
     platform.pause_watcher()
-    soon = datetime.now(UTC) + timedelta(seconds=5)
+    soon = datetime.now(UTC) + timedelta(seconds=45)  # the scheduler looks every few seconds, and not into the past
     once = {"interval": 24 * 3600, "anchor_date": soon.isoformat()}
     schedule = {"schedule": once, "active": True, "parameters": {"settled_seconds": 0}}
     found = platform.api.ask("GET", f"/deployments/name/{NIGHTLY}")
