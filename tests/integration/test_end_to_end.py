@@ -197,4 +197,3 @@ def test_a_schedule_compresses_what_nobody_has_asked_for(platform):
     assert run["auto_scheduled"]
     assert platform.versions("third-small") == [(1, "READY", True)]
     assert platform.tag("third-small", "bivlm.trigger").startswith("schedule")
-    assert platform.versions("first-small") == [(1, "READY", True)]
