@@ -52,7 +52,8 @@ class Lineage(BaseModel):
     """Everything that a packed checkpoint was made of.
 
     `layers` names the steps of each layer by stage, `steps` holds every step's record by its key. `evaluations` names
-    steps by what they measured. `tracking` says where MLflow holds it all.
+    steps by what they measured. `tracking` says where MLflow holds it all, `trigger` what asked for it (None in records
+    of before that was written down).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +73,7 @@ class Lineage(BaseModel):
     packed: Files
     evaluations: dict[str, str] = Field(default_factory=dict)
     tracking: dict[str, str]
+    trigger: str | None = None
     steps: dict[str, StepRecord]
 
 
@@ -100,6 +102,20 @@ def read_lineage(folder: str | Path) -> Lineage:
     if lineage.format != FORMAT:
         raise InputError(f"{file}: format {lineage.format}, this code reads {FORMAT}; update bivlm")
     return lineage
+
+
+def stage_hashes(lineage: Lineage) -> dict[str, str]:
+    """What every stage has made, in a hash: its step's key, or the digest of the keys by layer of a stage with many."""
+    by_stage: dict[str, dict[str, str]] = {}
+    for layer, steps in lineage.layers.items():
+        for stage, key in steps.items():
+            by_stage.setdefault(stage, {})[layer] = key
+    return {
+        "calibration": lineage.calibration,
+        **{stage: digest(keys) for stage, keys in by_stage.items()},
+        "checkpoint": lineage.checkpoint,
+        **lineage.evaluations,
+    }
 
 
 def verify(lineage: Lineage, folder: str | Path, workspace: Workspace | None = None) -> list[Finding]:
@@ -259,6 +275,10 @@ def _base_model(lineage: Lineage) -> Finding:
 def _find_base(base: BaseModelFiles) -> Path | None:
     if base.revision is None:
         return Path(base.id) if Path(base.id).is_dir() else None
+    if base.id.startswith("s3://"):
+        from bivlm.checkpoint.s3_models import cached_copy
+
+        return cached_copy(base.id, base.revision)
     return cached_model(base.id, base.revision)
 
 

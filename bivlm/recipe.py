@@ -24,6 +24,7 @@ from bivlm.calibration.settings import CalibrationSettings, TokenWeights
 from bivlm.errors import InputError
 from bivlm.families import Modules, parse_modules
 from bivlm.finish_settings import FinishSettings
+from bivlm.gate_settings import GateSettings
 from bivlm.methods import MethodSettings, method
 from bivlm.pruning import RecipePruning
 from bivlm.search_settings import SearchSettings
@@ -81,6 +82,7 @@ class Recipe(BaseModel):
     finish: FinishSettings | None = None
     evaluation: tuple[str, ...] = ()
     pruning: RecipePruning | None = None
+    gate: GateSettings | None = None
 
     @field_validator("finish", mode="before")
     @classmethod
@@ -125,6 +127,22 @@ class Recipe(BaseModel):
         except InputError as error:
             raise ValueError(str(error)) from None
 
+    @field_validator("gate")
+    @classmethod
+    def _asks_what_is_asked(cls, value: GateSettings | None, info: ValidationInfo) -> GateSettings | None:
+        # An evaluation that is not in order was refused already.
+        if value is None or value.accuracy is None or "evaluation" not in info.data:
+            return value
+        asked = info.data["evaluation"]
+        if not asked:
+            raise ValueError("accuracy: expected benchmarks in the recipe's evaluation")
+        if missing := [name for name in value.accuracy.benchmarks or () if name not in asked]:
+            raise ValueError(
+                f"accuracy.benchmarks: {', '.join(missing)}: not in the recipe's evaluation; expected some of "
+                f"{', '.join(asked)}"
+            )
+        return value
+
     @field_validator("keep", "evaluation", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
@@ -133,8 +151,14 @@ class Recipe(BaseModel):
         return tuple(value)
 
     def canonical(self) -> dict[str, Any]:
-        """The recipe as JSON-ready data with every default written out: what is hashed and stored."""
-        return self.model_dump(mode="json")
+        """The recipe as JSON-ready data with every default written out: what is hashed and stored.
+
+        Without a gate the key is left out, as it was before there were gates: what was recorded then is found again.
+        """
+        data = self.model_dump(mode="json")
+        if self.gate is None:
+            del data["gate"]
+        return data
 
 
 def shipped_recipes() -> list[str]:

@@ -258,6 +258,25 @@ def parse_record(data: bytes, key: str) -> StepRecord | None:
 def _is_fresh(entry: Entry | None, seconds: float = FRESH_SECONDS) -> bool:
     return entry is not None and time.time() - entry.modified < seconds
 
+    def state(self, name: str) -> dict[str, Any] | None:
+        """What was last put as the state `name`; None if nothing was, or it cannot be read.
+
+        Unlike steps, states change: the watcher's memory is kept so. `name` is made by this code, never by others.
+        """
+        data = self._store.read_bytes(_state_name(name))
+        if data is None:
+            return None
+        try:
+            content = json.loads(data)
+            checksum = content.pop("checksum")
+            return content if digest(content) == checksum else None
+        except (ValueError, KeyError, TypeError, AttributeError, InputError):
+            return None
+
+    def put_state(self, name: str, content: dict[str, Any]) -> None:
+        """Put `content` (JSON) as the state `name`, whole or not at all; what was there before is replaced."""
+        self._store.put_bytes(_state_name(name), canonical_json({**content, "checksum": digest(content)}) + b"\n")
+
 
 def _is(path: Path, reference: Reference) -> bool:
     return path.stat().st_size == reference.nbytes and file_digest(path) == reference.sha256
@@ -265,6 +284,10 @@ def _is(path: Path, reference: Reference) -> bool:
 
 def _object_name(reference: Reference) -> str:
     return object_name(reference.sha256)
+
+
+def _state_name(name: str) -> str:
+    return f"state/{name}.json"
 
 
 def object_name(sha256: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
 from bivlm.collection import in_use
-from bivlm.errors import InputError
+from bivlm.errors import GateNotPassed, InputError
 from bivlm.evaluation import Benchmark
 from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
@@ -23,8 +23,10 @@ from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.turns import one_machine_at_a_time
 from bivlm.workspace import Workspace
 from flows.estimates import refuse_what_cannot_fit
+from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided
 from flows.layers import PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
-from flows.progress import FlowProgress
+from flows.origin import trigger_of_run
+from flows.progress import FlowProgress, publish_page
 from flows.pruning import questions_of_sweep, sweep_all
 from flows.runners import Runner, parse_runner, started
 from tasks import (
@@ -79,6 +81,7 @@ class Request:
     questions: int | None
     device: Device
     runner: Runner
+    trigger: str
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def compress_flow(
     runner: str = "threads",
     workers: int | None = None,
     check: bool = True,
+    trigger: str | None = None,
 ) -> dict[str, Any]:
     """Compress `model` by `recipe` into the folder `output`; returns what the command line and the demo print.
 
@@ -140,8 +144,11 @@ def compress_flow(
     `bivlm.stores.location.default_workspace`). `questions` limits every benchmark to its first questions; `quiet` shows
     no progress in the terminal. `runner` and `workers` say who works on the layers, see `flows.runners.parse_runner`;
     the bytes are the same whoever does. `check` refuses what cannot fit into this machine's memory and onto its disks.
-    What the workspace, the output folder and MLflow already hold of an identical request is not done again. Raises
-    `InputError` for anything the caller can mend.
+    What the workspace, the output folder and MLflow already hold of an identical request is not done again. `trigger`
+    says what asked for it, for its lineage (default: what Prefect knows, see `flows.origin.trigger_of_run`).
+
+    A recipe's gate decides at the end, see `flows.gate.decide_at_the_end`. Raises `GateNotPassed`, with all that would
+    have been returned, if a bound of it is not kept, and `InputError` for anything the caller can mend.
     """
     chosen_runner = parse_runner(runner, workers)
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
@@ -149,6 +156,7 @@ def compress_flow(
         raise InputError(f"output {output!r}: expected a folder on this machine")
     output = str(Path(output).expanduser().absolute())
     store = Workspace.open(workspace or default_workspace())
+    refuse_what_cannot_be_decided(chosen_recipe, evaluate)
     names = chosen_recipe.evaluation if evaluate else ()
     benchmarks = {name: evaluation.open_benchmark(name, questions) for name in names}
     base = checkpoint.resolve_base(model, revision, output, chosen_recipe.modules)
@@ -165,6 +173,7 @@ def compress_flow(
         questions,
         choose_device(),
         chosen_runner,
+        trigger_of_run(trigger),
     )
     if check:
         places = [store.local, Path(output)]
@@ -195,7 +204,8 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     layers = layers_of(request.chosen, recipe, str(base.model.folder.absolute()), base.digests.tensors)
     calibrated = needs_calibration(layers, recipe.budget, recipe.search)
     varied = curves.varied_layers(layers)
-    tracked = tracking.find_or_create_run(store.url, base, recipe)
+    tracked = tracking.find_or_create_run(store.url, base, recipe, request.trigger)
+    publish_page(tracking.run_page(tracked))
     note_registry(store.url, tracked.uri)
     answers = 2 * sum(map(len, request.benchmarks.values()))
     swept = recipe.pruning.sweep if recipe.pruning and answers else None
@@ -269,8 +279,9 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         if swept is not None:
             _sweep(request, tracked, packed, progress.publish)
         registered = _record(request, tracked, done, samples, packed, report, results, measured)
+        gate, refused = decide_at_the_end(recipe, tracked, registered, report, results, store.url)
         progress.advance(tracking.STAGE)
-    return {
+    result = {
         "output": request.output,
         "report": str(Path(request.output) / REPORT),
         "page": str(Path(request.output) / PAGE),
@@ -286,6 +297,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         "seconds": report["seconds"],
         "peak_memory_bytes": report["peak_memory_bytes"],
         "evaluation": results.figures() if results else None,
+        "gate": gate,
         "mlflow": {
             "tracking_uri": tracking.public_uri(tracked.uri),
             "run_id": tracked.run_id,
@@ -294,6 +306,10 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
             **registered,
         },
     }
+    # After the run in MLflow was ended as finished: all of it is there.
+    if refused is not None:
+        raise GateNotPassed(refused, result)
+    return result
 
 
 def _evaluate(
@@ -365,7 +381,7 @@ def _record(
     base, recipe, workspace = request.base, request.recipe, request.store.url
     place = {"uri": tracking.public_uri(tracked.uri), "experiment": tracked.experiment_id, "run": tracked.run_id}
     evaluations = results.by_name() if results else {}
-    write_lineage(
+    lineage = write_lineage(
         base,
         recipe,
         done.layers,
@@ -377,6 +393,7 @@ def _record(
         packed,
         evaluations,
         place,
+        tracked.trigger,
         workspace,
     )
     figures = results.figures() if results else None
@@ -393,13 +410,14 @@ def _record(
     if results is not None:
         tracking.log_comparison(tracked, results.full_precision, results.packed, results.divergence, samples, model_id)
     tracking.log_compression(tracked, report, packed.sha256, samples, model_id)
+    base_id = tracking.log_base_model(tracked, base)
     if results is not None:
-        base_id = tracking.log_base_model(tracked, base)
         for done in results.full_precision.values():
             tracking.log_evaluation(tracked, "full precision", base.sha256, done, base_id, workspace)
         for done in results.packed.values():
             tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
-    description = tracking.note(base, recipe, in_a_sentence(report, figures))
+    description = tracking.note(base, recipe, tracked.trigger, in_a_sentence(report, figures))
     tracking.log_documents(tracked, request.output, description, drawn, points, chance)
-    name, version = tracking.register(tracked, base, recipe, model_id)
+    facts = tracking.facts_of(tracked, lineage, samples, report, figures, base_id)
+    name, version = tracking.register(tracked, base, recipe, model_id, facts)
     return {"model_id": model_id, "registered_model": name, "version": version}

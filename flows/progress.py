@@ -6,11 +6,12 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_link_artifact, create_progress_artifact, update_progress_artifact
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 ARTIFACT_KEY = "bivlm-compress"
+PAGE_KEY = "bivlm-mlflow"  # the link from a flow run to what MLflow holds of it
 
 
 class FlowProgress:
@@ -62,3 +63,8 @@ class FlowProgress:
         self._bar.stop()
         if kind is None:
             self.publish()
+
+
+def publish_page(address: str) -> None:
+    """Lead from the flow run's page to the one in MLflow; `flows.triggering` reads it there."""
+    create_link_artifact(address, link_text="MLflow", key=PAGE_KEY, description=f"[{address}]({address})")

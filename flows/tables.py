@@ -50,9 +50,9 @@ def print_estimate(found: dict[str, Any]) -> None:
     """The result of `flows.estimates.told`."""
     table = Table("stage", "memory", "GPU memory", "on disk", "time", title="about, on this machine")
     for each in found["stages"]:
-        sizes = (_gigabytes(each[key]) for key in ("memory", "gpu", "disk"))
-        _row(table, each["stage"], *sizes, "" if each["seconds"] is None else f"{each['seconds'] / 60:.1f} min")
-    _row(table, "all", _gigabytes(found["memory"]), "", _gigabytes(found["disk"]), "")
+        sizes = (_size(each[key]) for key in ("memory", "gpu", "disk"))
+        _row(table, each["stage"], *sizes, "" if each["seconds"] is None else _duration(each["seconds"]))
+    _row(table, "all", _size(found["memory"]), "", _size(found["disk"]), "")
     print_table(table)
     print("All: the largest stage with the libraries, and what is left on disk. Stages without a time were not timed.")
     if found["refused"]:
@@ -78,6 +78,10 @@ def print_compression(result: dict[str, Any]) -> None:
         print(f"KL to full precision: {found['kl']:.4f} nats a token")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
+    if gate := result["gate"]:
+        for reason in gate["reasons"]:
+            print(f"gate: {reason}")
+        print(f"gate {'passed' if gate['passed'] else 'NOT PASSED'}: {gate['said']}")
     tracked = result["mlflow"]
     print(f"checkpoint: {result['output']}")
     print(f"report: {result['page']}")
@@ -189,6 +193,7 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     _row(chain, "packed", f"sha256 {lineage.packed.sha256}")
     _row(chain, "evaluated", "\n".join(lineage.evaluations) or "no")
     _row(chain, "recorded", f"{lineage.created} by bivlm {code['version']}{commit}")
+    _row(chain, "asked for", lineage.trigger or "not recorded")
     _row(chain, "on", "\n".join(f"{key} {value}" for key, value in lineage.hardware.items()))
     _row(chain, "with", ", ".join(f"{key} {value}" for key, value in lineage.packages.items()))
     _row(chain, "in MLflow", "\n".join(f"{key} {value}" for key, value in lineage.tracking.items()))
@@ -199,12 +204,39 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     print_table(found)
 
 
+def print_version(found: dict[str, Any]) -> None:
+    """The result of `tasks.tracking.audit.audit_version`."""
+    table = Table("", "", title=f"{found['version']}: {found['standing']}", show_header=False)
+    for key, value in found["tags"].items():
+        _row(table, key, value)
+    _row(table, "run in MLflow", found["run"])
+    for move in found["moves"]:
+        _row(table, f"{move['from'] or '-'} to {move['to']}", f"{move['when']} by {move['who']}: {move['why']}")
+    print_whole(table)
+
+
+def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
+    """The result of `tasks.tracking.audit.audit_base`."""
+    table = Table("version", "", "revision", "recipe", "asked for", "bits", "accuracy", "gate", title=f"made of {base}")
+    for row in rows:
+        shown = row | {"revision": (row["revision"] or f"sha256 {row['sha256']}")[:19]}
+        keys = ("version", "standing", "revision", "recipe", "trigger", "bits", "accuracy", "gate")
+        _row(table, *("-" if shown[key] is None else shown[key] for key in keys))
+    print_whole(table)
+
+
 def _bits(value: float | None) -> str:
     return _figure(value, ".3f")
 
 
-def _gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes else ""
+def _size(nbytes: float) -> str:
+    if not nbytes:
+        return ""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _figure(value: float | None, form: str) -> str:

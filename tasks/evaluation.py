@@ -20,7 +20,7 @@ from bivlm.divergence import kl_divergence, reference_logits
 from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark, evaluate, load_benchmark, load_model, read_outcomes, write_outcomes
 from bivlm.evaluation.generation import default_batch_size
-from bivlm.evaluation.paired import loss_between
+from bivlm.evaluation.paired import LargestLoss, largest_loss, loss_between
 from bivlm.identity import step_identity
 from bivlm.pruning import PruningSettings
 from bivlm.pruning.dropping import pruned_if
@@ -98,11 +98,18 @@ def evaluate_checkpoint(
 def paired_losses(before: dict[str, Done], after: dict[str, Done], workspace: str) -> dict[str, dict[str, Any]]:
     """What the second model lost against the first on every benchmark, question by question: `Loss` as a dict."""
     store = open_workspace(workspace)
+    return {name: asdict(loss_between(_outcomes(before[name], store), _outcomes(after[name], store))) for name in after}
 
-    def outcomes(done: Done) -> pd.DataFrame:
-        return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
 
-    return {name: asdict(loss_between(outcomes(before[name]), outcomes(after[name]))) for name in after}
+@task(name="largest-losses", **OVER_NETWORK)
+def largest_losses(
+    before: dict[str, Done], after: dict[str, Done], confidence: float, workspace: str
+) -> dict[str, LargestLoss]:
+    """What the second model may have lost against the first on every benchmark, at most, with this confidence."""
+    store = open_workspace(workspace)
+    return {
+        name: largest_loss(_outcomes(before[name], store), _outcomes(after[name], store), confidence) for name in after
+    }
 
 
 @task(name="reference-logits", **OVER_NETWORK)
@@ -169,6 +176,10 @@ def forget_models() -> None:
     """Let go of the model that is held between the tasks of a run, and of the GPU with it."""
     with _guard:
         _held.clear()
+
+
+def _outcomes(done: Done, store: Workspace) -> pd.DataFrame:
+    return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
 
 
 def _if_pruned(pruning: PruningSettings | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ _CIRCUMSTANCES = {
     "hardware": True,
     "workspace": True,
     "tracking": {"uri"},
+    "trigger": True,
 }
 
 
@@ -41,6 +42,7 @@ def write_lineage(
     packed: PackedCheckpoint,
     evaluations: dict[str, Done],
     tracking: dict[str, str],
+    trigger: str,
     workspace: str,
 ) -> Lineage:
     """Write `lineage.json` beside the packed checkpoint, unless the one that lies there says the same.
@@ -84,6 +86,7 @@ def write_lineage(
         packed=Files(sha256=packed.sha256, files=dict(packed.files)),
         evaluations={name: step.key for name, step in evaluations.items()},
         tracking=tracking,
+        trigger=trigger,
         steps={step.key: step.record for step in steps},
     )
     earlier = _earlier(packed.folder)

@@ -16,7 +16,7 @@ def slug(text: str, keep: str = "") -> str:
 
 def model_name(model: ResolvedModel) -> str:
     """Owner and name of a hub model, the folder's name otherwise; no dots, which MLflow's model names do not allow."""
-    if model.revision is None:
+    if model.revision is None or model.id.startswith("s3://"):
         folder = model.folder.resolve()
         name = f"{folder.parent.name}-{folder.name}" if folder.name in _SAYS_NOTHING else folder.name
     else:

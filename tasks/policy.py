@@ -4,6 +4,7 @@
   counts as out of memory, which is what the kernel kills for.
 - Network, S3, tracking server: again with growing, jittered pauses, and an end (`OVER_NETWORK`).
 - Bad input: never; the message says what to mend.
+- A gate that was not passed: never; what was measured stays what it is.
 - Anything else: never; a defect is not healed by repetition.
 """
 
@@ -21,7 +22,7 @@ from boto3.exceptions import S3TransferFailedError, S3UploadFailedError
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
-from bivlm.errors import InputError
+from bivlm.errors import GateNotPassed, InputError
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_passing(error: BaseException | None) -> bool:
     """Whether the trouble lies between machines and may be over in a moment. Looks at what caused `error`, too."""
     while error is not None:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError | GateNotPassed):
             return False
         if isinstance(error, _CONNECTION) or _busy_answer(error):
             return True

@@ -1,4 +1,4 @@
-"""A model by folder or by its id on the Hugging Face hub, of which only what is needed is downloaded.
+"""A model by folder, by ``s3://bucket/prefix``, or by its id on the Hugging Face hub; only what is needed is fetched.
 
 First the list of files and config.json: what cannot be used is refused before gigabytes are on their way.
 """
@@ -42,7 +42,7 @@ from bivlm.remote_code import remote_code_allowed, unknown_architecture
 
 CARD = "README.md"  # not of the checkpoint; it says what licence the model has
 
-_HUB_TROUBLE = (
+HUB_TROUBLE = (
     httpx2.HTTPError,  # HfHubHTTPError among them
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -52,7 +52,10 @@ _HUB_TROUBLE = (
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a model lies: `folder`, the `id` it was asked for by, and the hub's commit hash (None for a folder)."""
+    """Where a model lies: `folder`, the `id` it was asked for by, and its revision (None for a folder).
+
+    On the hub that is the commit's hash; below an S3 prefix see `bivlm.checkpoint.s3_models`.
+    """
 
     folder: Path
     id: str
@@ -60,18 +63,23 @@ class ResolvedModel:
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
-    """A local folder as it is, anything else from the Hugging Face hub (or its cache, when offline).
+    """A local folder as it is, ``s3://`` copied, anything else from the Hugging Face hub (or its cache, when offline).
 
-    `revision` is a branch, tag or commit; the result names the commit, which a branch is of when this is called. A
-    snapshot that is whole in the cache is used as it is. Raises `InputError` for a revision of a local folder, when
-    neither folder nor hub has the model, and for one that cannot be used: gated, weights as pickles, needing code of
-    its own that was not asked for (see `bivlm.remote_code`). `ConnectionError` when the hub cannot be reached and its
-    cache has no copy.
+    `revision` is a branch, tag or commit; the result names the commit, which a branch is of when this is called. (Below
+    an S3 prefix it is the state that is expected, see `bivlm.checkpoint.s3_models`.) A snapshot that is whole in the
+    cache is used as it is. Raises `InputError` for a revision of a local folder, when neither folder nor hub has the
+    model, and for one that cannot be used: gated, weights as pickles, needing code of its own that was not asked for
+    (see `bivlm.remote_code`). `ConnectionError` when the hub cannot be reached and its cache has no copy.
     """
     if model and Path(model).is_dir():
         if revision is not None:
             raise InputError(f"model {model} is a folder, which has no revision {revision!r}; leave the revision out")
         return ResolvedModel(Path(model), model, None)
+    if model.startswith("s3://"):
+        from bivlm.checkpoint.s3_models import fetch_model  # boto3, only where it is needed
+
+        folder, found = fetch_model(model, revision)
+        return ResolvedModel(folder, model, found)
     # The hub also knows ids without an owner, but no vision-language model is called so: it is a mistyped folder.
     if "/" not in model:
         raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name")
@@ -81,7 +89,7 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
         folder = cached_model(model, commit) or _download(model, commit)
     except HFValidationError:
         raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name") from None
-    except _HUB_TROUBLE as error:
+    except HUB_TROUBLE as error:
         raise hub_error(error, model, revision) from error
     return ResolvedModel(folder, model, commit)
 

@@ -70,7 +70,14 @@ def mme_interval(
 def bootstrap_interval(
     scores: Sequence[float], images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean score, in percent.
+    """The 95 % percentile interval of the mean score, in percent; see `bootstrap_means`."""
+    return _middle(bootstrap_means(scores, images, resamples=resamples, seed=seed))
+
+
+def bootstrap_means(
+    scores: Sequence[float], images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Mean scores in percent of `resamples` draws, in no order.
 
     Questions about one image stand and fall together, so whole images are drawn with replacement (the cluster
     bootstrap: Davison and Hinkley, 1997, section 3.8), and the mean is over the questions that they bring.
@@ -85,7 +92,7 @@ def bootstrap_interval(
         shape = (min(step, resamples - start), len(total))
         drawn = random.integers(len(total), size=shape)
         means.append(total[drawn].sum(1) / asked[drawn].sum(1))
-    return _middle(100 * np.concatenate(means))
+    return 100 * np.concatenate(means)
 
 
 def _middle(figures: np.ndarray) -> tuple[float, float]:

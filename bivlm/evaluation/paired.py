@@ -8,9 +8,12 @@ from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+from scipy.special import betaincinv
 
 from bivlm.errors import InputError
-from bivlm.evaluation.metrics import CONFIDENCE, bootstrap_interval
+from bivlm.evaluation.metrics import CONFIDENCE, bootstrap_interval, bootstrap_means
+
+MOST_QUESTIONS = 10**8  # that `questions_needed` speaks of
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,7 @@ def loss_between(before: pd.DataFrame, after: pd.DataFrame) -> Loss:
     not mean that there is none among all; the bootstrap over images knows that questions about one image stand and fall
     together. Scores between 0 and 1 count in part. Raises `InputError` unless both have the same questions.
     """
-    if list(before["question_id"]) != list(after["question_id"]):
-        raise InputError("paired comparison: expected the same questions in the same order in both evaluations")
-    lost = before["score"].to_numpy(np.float64) - after["score"].to_numpy(np.float64)
+    lost = _lost(before, after)
     n = len(lost)
     falls, rises = float(lost[lost > 0].sum()), float(-lost[lost < 0].sum())
     down, up = (falls + 1) / (n + 2), (rises + 1) / (n + 2)
@@ -61,6 +62,91 @@ def loss_between(before: pd.DataFrame, after: pd.DataFrame) -> Loss:
         better=better,
         p_value=mcnemar(worse, better),
     )
+
+
+@dataclass(frozen=True)
+class LargestLoss:
+    """What the second of two evaluations may have lost against the first, at most.
+
+    Attributes:
+        n: questions.
+        loss: mean score of the first less that of the second, in percentage points.
+        largest: the upper end of the one-sided interval of the loss, in percentage points.
+        confidence: of that end.
+        fell, rose: sum of all that scores fell, and rose, in questions.
+    """
+
+    n: int
+    loss: float
+    largest: float
+    confidence: float
+    fell: float
+    rose: float
+
+
+def largest_loss(before: pd.DataFrame, after: pd.DataFrame, confidence: float) -> LargestLoss:
+    """Compare outcomes (`bivlm.evaluation.COLUMNS`) question by question, for a decision.
+
+    The end is the larger of two: that of `largest_difference`, and that of the bootstrap over images, because questions
+    about one image stand and fall together. Raises `InputError` unless both have the same questions.
+    """
+    lost = _lost(before, after)
+    fell, rose, n = float(lost[lost > 0].sum()), float(-lost[lost < 0].sum()), len(lost)
+    of_images = float(np.percentile(bootstrap_means(lost, before["image_id"]), 100 * confidence))
+    return LargestLoss(
+        n=n,
+        loss=100 * float(lost.mean()),
+        largest=max(of_images, 100 * largest_difference(fell, rose, n, confidence)),
+        confidence=confidence,
+        fell=fell,
+        rose=rose,
+    )
+
+
+def largest_difference(fell: float, rose: float, n: int, confidence: float) -> float:
+    """Upper end of the one-sided interval of the difference of two paired proportions, as a share.
+
+    The limits of Clopper and Pearson (Biometrika 26, 1934) of the share that fell and of that which rose, joined by
+    their variances (Donner and Zou, Statistical Methods in Medical Research 21, 2012): where none rose it is Clopper
+    and Pearson's exact limit, so that no change among n questions still leaves about 3 / n of loss.
+    """
+    down, up = fell / n, rose / n
+    highest_down = float(betaincinv(fell + 1, n - fell, confidence)) if fell < n else 1.0
+    lowest_up = float(betaincinv(rose, n - rose + 1, 1 - confidence)) if rose > 0 else 0.0
+    above, below = highest_down - down, up - lowest_up
+    # Of one question's shares, those that fell and that rose exclude each other: a negative correlation.
+    correlation = -math.sqrt(down * up / ((1 - down) * (1 - up))) if max(down, up) < 1 else 0.0
+    return down - up + math.sqrt(above**2 + below**2 - 2 * correlation * above * below)
+
+
+def questions_needed(found: LargestLoss, bound: float) -> int | None:
+    """About how many questions bring the end down to `bound` points, if as large a share of them falls and rises.
+
+    To two digits, upwards; None if no number of questions up to `MOST_QUESTIONS` does.
+    """
+
+    def end(n: int) -> float:
+        falls, rises = found.fell * n / found.n, found.rose * n / found.n
+        return found.loss + wider * (100 * largest_difference(falls, rises, n, found.confidence) - found.loss)
+
+    # By so much the images make the interval wider than that many questions alone would.
+    alone = 100 * largest_difference(found.fell, found.rose, found.n, found.confidence)
+    wider = (found.largest - found.loss) / (alone - found.loss)
+    if found.loss >= bound or end(MOST_QUESTIONS) > bound:
+        return None
+    low, high = 1, MOST_QUESTIONS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if end(middle) <= bound else (middle + 1, high)
+    step = 10 ** max(0, len(str(low)) - 2)
+    return -(-low // step) * step
+
+
+def _lost(before: pd.DataFrame, after: pd.DataFrame) -> np.ndarray:
+    """What every question lost, from -1 to 1."""
+    if list(before["question_id"]) != list(after["question_id"]):
+        raise InputError("paired comparison: expected the same questions in the same order in both evaluations")
+    return before["score"].to_numpy(np.float64) - after["score"].to_numpy(np.float64)
 
 
 def mcnemar(worse: int, better: int) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 CACHE_VARIABLE = "BIVLM_CACHE"
 WORKSPACE_VARIABLE = "BIVLM_WORKSPACE"
+_S3_MODEL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[^/\\]+)*")
 
 
 def cache_folder() -> Path:
@@ -20,3 +22,8 @@ def default_workspace() -> str:
     All compressions share it, so that a second recipe for the same model finds the statistics of the first.
     """
     return os.environ.get(WORKSPACE_VARIABLE) or str(cache_folder() / "workspace")
+
+
+def is_s3_model(url: str) -> bool:
+    """Whether `url` is ``s3://bucket/prefix`` of a form that leads nowhere else when it is made a path."""
+    return bool(_S3_MODEL.fullmatch(url)) and url.isprintable() and not {".", ".."} & set(url.split("/"))

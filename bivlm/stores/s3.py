@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
@@ -23,7 +24,7 @@ from bivlm.stores.folder import temporary_beside
 from bivlm.stores.location import cache_folder
 
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
-_REFUSED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket"}
+REFUSED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket"}
 
 
 class S3Store(Store):
@@ -41,18 +42,11 @@ class S3Store(Store):
         self._bucket = match[1]
         self._prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
-        # Servers other than AWS do not all know the newer trailing checksums; our own SHA-256 covers every read.
-        config = Config(
-            retries={"mode": "standard", "max_attempts": 5},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
         try:
-            # A session of its own reads the environment as it is now; the shared one keeps the first it has seen.
-            self._client = boto3.Session().client("s3", config=config)
+            self._client = s3_client()
             self._client.head_bucket(Bucket=self._bucket)
         except ClientError as error:
-            if _code(error) in _ABSENT | _REFUSED:
+            if error_code(error) in _ABSENT | REFUSED:
                 raise InputError(f"workspace {url}: bucket {self._bucket!r} cannot be opened: {error}") from error
             raise
         except BotoCoreError as error:
@@ -81,7 +75,7 @@ class S3Store(Store):
         try:
             return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
         except ClientError as error:
-            if _code(error) in _ABSENT:
+            if error_code(error) in _ABSENT:
                 return None
             raise
 
@@ -89,7 +83,7 @@ class S3Store(Store):
         try:
             found = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
         except ClientError as error:
-            if _code(error) in _ABSENT:
+            if error_code(error) in _ABSENT:
                 return None
             raise
         return Entry(name, found["ContentLength"], found["LastModified"].timestamp())
@@ -124,5 +118,17 @@ class S3Store(Store):
         return present
 
 
-def _code(error: ClientError) -> str:
+def s3_client() -> Any:
+    """A client of the S3 server that the environment names; raises `BotoCoreError` where it names none."""
+    # Servers other than AWS do not all know the newer trailing checksums; our own SHA-256 covers every read.
+    config = Config(
+        retries={"mode": "standard", "max_attempts": 5},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    # A session of its own reads the environment as it is now; the shared one keeps the first it has seen.
+    return boto3.Session().client("s3", config=config)
+
+
+def error_code(error: ClientError) -> str:
     return error.response["Error"]["Code"]

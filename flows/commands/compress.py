@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from flows.commands import BAD_INPUT, DONE
+from flows.commands import BAD_INPUT, DONE, GATE_NOT_PASSED
 from flows.quiet import hide_loading_bars
 
 
@@ -62,12 +62,20 @@ def _compress(options: argparse.Namespace) -> int:
         print_estimate(found)
         return BAD_INPUT if found["refused"] else DONE
     print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
+    from bivlm.errors import GateNotPassed
     from flows.compress import compress_flow
     from flows.local import temporary_server
     from flows.tables import print_compression
 
     hide_loading_bars()
+    refused = None
     with temporary_server():
-        result = compress_flow(**asked, check=not options.no_check)
+        try:
+            result = compress_flow(**asked, check=not options.no_check)
+        except GateNotPassed as error:
+            result, refused = error.result, error
     print_compression(result)
+    if refused is not None:
+        print(f"bivlm compress: {refused}", file=sys.stderr)
+        return GATE_NOT_PASSED
     return DONE

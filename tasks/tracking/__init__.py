@@ -4,8 +4,10 @@ Every function finds what an earlier attempt has already written and adds only w
 tried again, and a request that was fulfilled before leaves no second trace.
 """
 
+from tasks.tracking.decision import apply_decision, refresh_pages
 from tasks.tracking.documents import log_documents, other_points
-from tasks.tracking.models import ALIAS, log_base_model, log_model, register
+from tasks.tracking.facts import facts_of
+from tasks.tracking.models import log_base_model, log_model, register
 from tasks.tracking.record import log_comparison, log_compression, log_evaluation
 from tasks.tracking.run import (
     Tracking,
@@ -22,10 +24,11 @@ from tasks.tracking.sweeps import log_sweep
 STAGE = "registration"
 
 __all__ = [
-    "ALIAS",
     "STAGE",
     "Tracking",
+    "apply_decision",
     "ends_run",
+    "facts_of",
     "find_or_create_run",
     "log_base_model",
     "log_comparison",
@@ -37,6 +40,7 @@ __all__ = [
     "note",
     "other_points",
     "public_uri",
+    "refresh_pages",
     "register",
     "request_digest",
     "run_page",

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from bivlm.errors import InputError
 from bivlm.workspace import Workspace
 from tasks.tracking.models import fluent
+from tasks.tracking.registry import is_absent
 from tasks.tracking.run import public_uri, tracking_place
 
 VERSION_FORMS = "NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION"
@@ -23,27 +25,36 @@ def is_version(text: str) -> bool:
     return _VERSION.fullmatch(text) is not None
 
 
-def download_version(text: str, workspace: Workspace, folder: Path) -> Path:
-    """The packed checkpoint of a registered version, downloaded into `folder`; returns where it lies.
+def registry_client(workspace: Workspace) -> MlflowClient:
+    """The registry as a compression finds it: ``MLFLOW_TRACKING_URI``, else the database in the workspace."""
+    uri, _ = tracking_place(workspace)
+    return MlflowClient(tracking_uri=uri)
 
-    MLflow is found as a compression finds it: ``MLFLOW_TRACKING_URI``, else the database in the workspace. Raises
-    `InputError` if there is no such version.
-    """
+
+def find_version(text: str, client: MlflowClient) -> ModelVersion:
+    """The registered version that `text` names; raises `InputError` if there is none."""
     match = _VERSION.fullmatch(text)
     if match is None:
         raise InputError(f"{text!r}: not a model version; expected {VERSION_FORMS}")
-    uri, _ = tracking_place(workspace)
-    client = MlflowClient(tracking_uri=uri)
     try:
         if match["alias"]:
-            version = client.get_model_version_by_alias(match["name"], match["alias"])
-        else:
-            version = client.get_model_version(match["name"], match["version"])
+            return client.get_model_version_by_alias(match["name"], match["alias"])
+        return client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if not is_absent(error):
             raise
-        raise InputError(f"model version {text}: not in the registry at {public_uri(uri)}") from None
-    with fluent(uri):
+        place = public_uri(client.tracking_uri)
+        raise InputError(f"model version {text}: not in the registry at {place}") from None
+
+
+def download_version(text: str, workspace: Workspace, folder: Path) -> Path:
+    """The packed checkpoint of a registered version, downloaded into `folder`; returns where it lies.
+
+    Raises `InputError` if there is no such version.
+    """
+    client = registry_client(workspace)
+    version = find_version(text, client)
+    with fluent(client.tracking_uri):
         found = Path(mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder)))
     checkpoints = sorted(path.parent for path in (found / "artifacts").glob("*/config.json"))
     if len(checkpoints) != 1:

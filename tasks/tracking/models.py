@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -15,16 +14,18 @@ from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from prefect import task
 
+from bivlm.champions import now
 from bivlm.identity import digest
 from bivlm.recipe import Recipe
 from tasks.checkpoint import Base
 from tasks.naming import model_name, registered_name
 from tasks.policy import OVER_NETWORK
 from tasks.report import code_version
+from tasks.tracking.facts import GATE_TAG, UNDECIDED
 from tasks.tracking.record import PACKED_TAG
-from tasks.tracking.run import BASE_TAG, REQUEST_TAG, ROLE_TAG, Tracking, lineage_tags
+from tasks.tracking.registry import CANDIDATE, MODEL_TAG, RECORDED_TAG, tag_version, version_at, versions_of
+from tasks.tracking.run import BASE_ID_TAG, BASE_TAG, REQUEST_TAG, ROLE_TAG, Tracking, lineage_tags
 
-ALIAS = "candidate"
 VERSIONS_TAG = "mlflow.modelVersions"
 SERVED_MODEL = Path(__file__).parents[1] / "served_model.py"
 
@@ -46,7 +47,7 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
             signature=_signature(),
             pip_requirements=[f"bivlm=={code_version()}"],
             params={"recipe": recipe.name, "recipe_sha256": digest(recipe.canonical())},
-            tags={**lineage_tags(base, recipe, tracking.request), PACKED_TAG: sha256},
+            tags={**lineage_tags(base, recipe, tracking.request, tracking.trigger), PACKED_TAG: sha256},
         )
     tracking.client.update_run(tracking.run_id, status="RUNNING")
     return logged.model_id
@@ -64,7 +65,7 @@ def log_base_model(tracking: Tracking, base: Base) -> str:
         tracking.experiment_id,
         name=f"{model_name(base.model)}-full-precision",
         source_run_id=tracking.run_id,
-        tags=tags | {"bivlm.base.id": base.model.id},
+        tags=tags | {BASE_ID_TAG: base.model.id},
         model_type="full precision",
     )
     tracking.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
@@ -72,23 +73,29 @@ def log_base_model(tracking: Tracking, base: Base) -> str:
 
 
 @task(name="register", **OVER_NETWORK)
-def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str) -> tuple[str, int]:
-    """(name, version) in the model registry; the alias `candidate` then points to that version."""
+def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str, facts: dict[str, str]) -> tuple[str, int]:
+    """(name, version) in the model registry, with `facts` as tags; the newest version has the alias `candidate`."""
     client, name = tracking.client, registered_name(base.model, recipe.name)
-    versions = [version for version in _versions(client, name) if version.tags.get("bivlm.model_id") == model_id]
-    if versions:
-        version = max(int(version.version) for version in versions)
+    known = [version for version in versions_of(client, name) if version.tags.get(MODEL_TAG) == model_id]
+    if known:
+        made = known[0]
     else:
-        tags = {**lineage_tags(base, recipe, tracking.request), "bivlm.model_id": model_id}
+        tags = {**lineage_tags(base, recipe, tracking.request, tracking.trigger), MODEL_TAG: model_id}
+        tags |= {GATE_TAG: UNDECIDED} if recipe.gate else {}
         _make_registered_model(client, name)
         source = f"models:/{model_id}"
         with fluent(tracking.uri):  # a registry in a database looks the source up without a client
             made = client.create_model_version(name, source, tracking.run_id, tags=tags, model_id=model_id)
-        version = int(made.version)
+    version = int(made.version)
+    tag_version(client, made, facts)
     # A tracking server writes this link from the logged model's page itself, a database does not.
     if VERSIONS_TAG not in client.get_logged_model(model_id).tags:
         client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps([{"name": name, "version": version}])})
-    client.set_registered_model_alias(name, ALIAS, str(version))
+    # An earlier request that is made again finds its version, and leaves the candidate where it is.
+    if (version_at(client.get_registered_model(name), CANDIDATE) or 0) < version:
+        client.set_registered_model_alias(name, CANDIDATE, str(version))
+    if RECORDED_TAG not in made.tags:  # last, because it says that all of the above is there
+        tag_version(client, made, {RECORDED_TAG: now()})
     return name, version
 
 
@@ -107,10 +114,6 @@ def fluent(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(None)
         if configured is not None:
             os.environ["MLFLOW_TRACKING_URI"] = configured
-
-
-def _versions(client: MlflowClient, name: str) -> list[Any]:
-    return list(client.search_model_versions(f"name = '{name}'", max_results=1000))
 
 
 def _make_registered_model(client: MlflowClient, name: str) -> None:

@@ -132,16 +132,27 @@ def log_comparison(
     """What the parent run says at a glance: accuracies of both models, and the divergence (linked to the model)."""
     client = tracking.client
     client.set_tag(tracking.run_id, BENCHMARKS_TAG, benchmarks_digest(packed))
-    known = client.get_run(tracking.run_id).data.metrics
     metrics = {
         f"{role}/{slug(benchmark)}/accuracy": done.record.figures["metrics"]["accuracy"]
         for role, evaluations in (("full_precision", full_precision), ("packed", packed))
         for benchmark, done in evaluations.items()
     }
-    _log_metrics(client, tracking.run_id, {key: value for key, value in metrics.items() if known.get(key) != value})
-    kl = divergence.record.figures["kl"]
-    if known.get("kl") != kl:
-        _log_metrics(client, tracking.run_id, {"kl": kl}, model_id=model_id, data=calibration_data(calibration))
+    log_new_metrics(client, tracking.run_id, metrics)
+    kl = {"kl": divergence.record.figures["kl"]}
+    log_new_metrics(client, tracking.run_id, kl, model_id=model_id, data=calibration_data(calibration))
+
+
+def log_new_metrics(
+    client: MlflowClient,
+    run_id: str,
+    metrics: dict[str, float],
+    model_id: str | None = None,
+    data: LoggedData | None = None,
+) -> None:
+    """Those that the run does not have yet, or has otherwise."""
+    known = client.get_run(run_id).data.metrics
+    new = {key: value for key, value in metrics.items() if known.get(slug(key, "/")) != value}
+    _log_metrics(client, run_id, new, model_id=model_id, data=data)
 
 
 def _log_metrics(

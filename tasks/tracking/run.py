@@ -34,18 +34,22 @@ _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databric
 REQUEST_TAG = "bivlm.request"
 ROLE_TAG = "bivlm.role"  # compression | full precision | packed
 BASE_TAG = "bivlm.base.sha256"
+BASE_ID_TAG = "bivlm.base.id"
+TRIGGER_TAG = "bivlm.trigger"
 NOTE_TAG = "mlflow.note.content"
+NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """A compression's place in MLflow."""
+    """A compression's place in MLflow; `trigger` is what first asked for it."""
 
     uri: str
     experiment_id: str
     run_id: str
     request: str
     label: str  # model and recipe, for people
+    trigger: str
 
     @property
     def client(self) -> MlflowClient:
@@ -116,8 +120,12 @@ def ui_command(uri: str) -> str:
 
 def run_page(tracking: Tracking) -> str:
     """Where the UI shows the parent run."""
-    address = public_uri(tracking.uri).rstrip("/") if _is_server(tracking.uri) else "http://127.0.0.1:5000"
-    return f"{address}/#/experiments/{tracking.experiment_id}/runs/{tracking.run_id}"
+    return f"{page_address(tracking.uri)}/#/experiments/{tracking.experiment_id}/runs/{tracking.run_id}"
+
+
+def page_address(uri: str) -> str:
+    """Where the UI of the store at `uri` is: a server's own, else the one that `ui_command` starts."""
+    return public_uri(uri).rstrip("/") if _is_server(uri) else "http://127.0.0.1:5000"
 
 
 def _is_server(uri: str) -> bool:
@@ -130,8 +138,8 @@ def request_digest(base: Base, recipe: Recipe) -> str:
 
 
 @task(name="find-or-create-run", **OVER_NETWORK)
-def find_or_create_run(workspace: str, base: Base, recipe: Recipe) -> Tracking:
-    """The parent run of this compression, found by its request tag or created.
+def find_or_create_run(workspace: str, base: Base, recipe: Recipe, trigger: str) -> Tracking:
+    """The parent run of this compression, found by its request tag or created for `trigger`.
 
     Search and creation are not one atomic step: to be called under the lock of the request.
     """
@@ -141,15 +149,17 @@ def find_or_create_run(workspace: str, base: Base, recipe: Recipe) -> Tracking:
     run = find_run(client, experiment_id, {REQUEST_TAG: request, ROLE_TAG: "compression"})
     if run is None:
         tags = {
-            **lineage_tags(base, recipe, request),
+            **lineage_tags(base, recipe, request, trigger),
             ROLE_TAG: "compression",
-            NOTE_TAG: note(base, recipe),
+            NOTE_TAG: note(base, recipe, trigger),
         }
         run = client.create_run(experiment_id, run_name=run_name(base.model, recipe.name, request), tags=tags)
     params = {key: value for key, value in _params(base, recipe).items() if key not in run.data.params}
     client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
     label = f"{model_name(base.model)} · {recipe.name}"
-    return Tracking(uri, experiment_id, run.info.run_id, request, label)
+    # Whoever asks again finds what the first has made, or takes it up.
+    first = run.data.tags.get(TRIGGER_TAG, NOT_RECORDED)
+    return Tracking(uri, experiment_id, run.info.run_id, request, label, first)
 
 
 def open_experiment(workspace: Workspace) -> tuple[MlflowClient, str]:
@@ -185,17 +195,18 @@ def find_run(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> 
     return runs[0] if runs else None
 
 
-def lineage_tags(base: Base, recipe: Recipe, request: str) -> dict[str, str]:
+def lineage_tags(base: Base, recipe: Recipe, request: str, trigger: str) -> dict[str, str]:
     """Where a run, a model or a version comes from; the same tags on all of them."""
     revision = {"bivlm.base.revision": base.model.revision} if base.model.revision else {}
     return {
         REQUEST_TAG: request,
-        "bivlm.base.id": base.model.id,
+        BASE_ID_TAG: base.model.id,
         **revision,
         BASE_TAG: base.sha256,
         "bivlm.recipe": recipe.name,
         "bivlm.recipe.sha256": digest(recipe.canonical()),
         "bivlm.code_version": code_version(),
+        TRIGGER_TAG: trigger,
         "mlflow.source.name": "bivlm compress",
     }
 
@@ -223,13 +234,14 @@ def _params(base: Base, recipe: Recipe) -> dict[str, str]:
     return {key: str(value)[:6000] for key, value in flat.items()}
 
 
-def note(base: Base, recipe: Recipe, result: str = "") -> str:
-    """The description of the run, for people: what it is, what came of it (`result`, a sentence), where from."""
+def note(base: Base, recipe: Recipe, trigger: str, result: str = "") -> str:
+    """The description of the run, for people: what it is, what came of it (`result`, a sentence), where from, why."""
     return (
         f"**{base.model.id}** compressed with the recipe **{recipe.name}**. {result}\n\n"
         f"- base model: `{base.model.id}`, revision `{base.model.revision or 'none (a folder)'}`\n"
         f"- sha256 of the base model: `{base.sha256}`\n"
-        f"- sha256 of the recipe: `{digest(recipe.canonical())}`\n\n"
+        f"- sha256 of the recipe: `{digest(recipe.canonical())}`\n"
+        f"- asked for: {trigger}\n\n"
         "Child runs hold the evaluations. Among the artifacts: `report.html` (all of it on one page), `lineage.json` "
         "(every step with its key and hashes; `bivlm lineage` verifies it), `layers.json`, the figures."
     )

@@ -1,0 +1,129 @@
+"""What runs by the clock over the list of base models: their compression every night, leaderboards every week."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger
+from pydantic import Field
+
+from bivlm.base_models import Revision, Watched, load_base_models, model_slug, outputs_folder, recipe_source
+from bivlm.errors import GateNotPassed
+from bivlm.stores.location import default_workspace
+from bivlm.workspace import Workspace
+from flows.base_model import on_base_model_flow
+from flows.leaderboard import leaderboard_flow
+from tasks.watching import Seen, look_at_base_models
+
+LEADERBOARDS = "leaderboards"  # in the folder of outputs
+
+
+class SomeFailed(RuntimeError):
+    """Some models went wrong; the others were seen to."""
+
+
+@flow(name="nightly", flow_run_name="nightly", persist_result=False)
+def nightly_flow(
+    evaluate: bool = True,
+    questions: Annotated[int, Field(ge=1)] | None = None,
+    workspace: str | None = None,
+    runner: str = "threads",
+    settled_seconds: Annotated[float, Field(ge=0)] = 60,
+) -> dict[str, Any]:
+    """Compress every listed model, at the revision it is at, by each of its recipes, as far as that was not done.
+
+    It sees to what no event did: a recipe that was changed, an event that was lost, a run that failed. One model's
+    failure keeps no other from its turn. Returns ``{"versions", "waiting"}``. Raises `SomeFailed` at the end, with
+    every reason.
+
+    Args:
+        evaluate: whether accuracy and divergence are measured.
+        questions: only the first of every benchmark.
+        workspace: a folder or s3://bucket/prefix; without it that of the worker.
+        runner: threads, processes, dask or ray.
+        settled_seconds: a folder or S3 prefix counts once it has stayed as it is for so long.
+    """
+    store = Workspace.open(workspace or default_workspace())
+    seen = _look(load_base_models(), settled_seconds, store.url)
+    versions, failed = {}, dict(seen.troubled)
+    for revision in seen.revisions:
+        try:
+            result = on_base_model_flow(
+                model_id=revision.model,
+                revision=revision.revision,
+                recipe=revision.recipe,
+                evaluate=evaluate,
+                questions=questions,
+                workspace=store.url,
+                runner=runner,
+            )
+        except GateNotPassed as error:
+            if error.result is None:  # it was told on the night when it was made
+                get_run_logger().warning("%s", error)
+            else:
+                failed[_words(revision)] = str(error)
+        except Exception as error:  # told below, all together; the run of its own has the trace
+            failed[_words(revision)] = str(error) or type(error).__name__
+        else:
+            versions[_words(revision)] = result["version"]
+    _raise_if(failed)
+    return {"versions": versions, "waiting": seen.waiting}
+
+
+@flow(name="weekly-leaderboards", flow_run_name="weekly-leaderboards", persist_result=False)
+def weekly_flow(
+    questions: Annotated[int, Field(ge=1)] | None = None,
+    workspace: str | None = None,
+    finish: bool = False,
+    settled_seconds: Annotated[float, Field(ge=0)] = 60,
+) -> dict[str, Any]:
+    """A leaderboard of every listed model that has one, by model and revision in ``leaderboards`` of the outputs.
+
+    Returns ``{"boards", "waiting"}``, folders by model. Raises `SomeFailed` at the end, with every reason.
+
+    Args:
+        questions: only the first of every benchmark.
+        workspace: a folder or s3://bucket/prefix; without it that of the worker.
+        finish: whether all scales are tuned together at the end of every recipe.
+        settled_seconds: a folder or S3 prefix counts once it has stayed as it is for so long.
+    """
+    store = Workspace.open(workspace or default_workspace())
+    listed = [entry for entry in load_base_models() if entry.leaderboard]
+    seen = _look(listed, settled_seconds, store.url)
+    boards, failed = {}, dict(seen.troubled)
+    for model, revision in dict.fromkeys((each.model, each.revision) for each in seen.revisions):
+        recipes = next(entry.leaderboard for entry in listed if entry.covers(model))
+        output = outputs_folder() / LEADERBOARDS / model_slug(model) / revision[:16]
+        try:
+            result = leaderboard_flow(
+                model=model,
+                recipes=[recipe_source(name) for name in recipes],
+                output=str(output),
+                revision=None if model.startswith("/") else revision,
+                workspace=store.url,
+                questions=questions,
+                finish=finish,
+            )
+        except Exception as error:  # as above
+            failed[model] = str(error) or type(error).__name__
+        else:
+            boards[model] = result["output"]
+    _raise_if(failed)
+    return {"boards": boards, "waiting": seen.waiting}
+
+
+def _look(entries: Sequence[Watched], settled_seconds: float, workspace: str) -> Seen:
+    seen = look_at_base_models(entries, settled_seconds, workspace)
+    for model, why in seen.waiting.items():
+        get_run_logger().info("%s: not yet: %s", model, why)
+    return seen
+
+
+def _words(revision: Revision) -> str:
+    return f"{revision.model} at {revision.revision[:12]} by {revision.recipe}"
+
+
+def _raise_if(failed: dict[str, str]) -> None:
+    if failed:
+        raise SomeFailed("\n".join([f"{len(failed)} failed:", *(f"  {what}: {why}" for what, why in failed.items())]))

@@ -1,0 +1,67 @@
+"""What a registered version's tags say of it: enough to trace it, and to write every page that names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bivlm.gate import Decision
+from bivlm.lineage import Lineage, stage_hashes
+from tasks.naming import slug
+from tasks.steps import Done
+from tasks.tracking.record import PACKED_TAG
+from tasks.tracking.run import Tracking
+
+GATE_TAG = "bivlm.gate"  # passed | refused | not decided; a recipe without a gate has none
+REASONS_TAG = "bivlm.gate.reasons"
+QUESTIONS_TAG = "bivlm.gate.questions"
+PASSED, REFUSED, UNDECIDED = "passed", "refused", "not decided"
+EXPERIMENT_TAG = "bivlm.experiment"
+BASE_MODEL_TAG = "bivlm.base.model_id"
+CALIBRATION_TAG = "bivlm.calibration"
+MADE_TAG = "bivlm.made"
+STAGE_PREFIX = "bivlm.stage."
+ACCURACY_PREFIX = "bivlm.accuracy."
+LINEARS_TAG, MODEL_BITS_TAG, KL_TAG = "bivlm.bits.linears", "bivlm.bits.model", "bivlm.kl"
+LONGEST = 4000  # of the 5,000 characters that the registry's columns have
+
+
+def facts_of(
+    tracking: Tracking,
+    lineage: Lineage,
+    calibration: Done,
+    report: dict[str, Any],
+    evaluation: dict[str, Any] | None,
+    base_model_id: str,
+) -> dict[str, str]:
+    """The tags of a version: its origins, a hash a stage, bits and scores as people read them."""
+    samples, bits = calibration.record.figures, report["bits"]
+    facts = {
+        EXPERIMENT_TAG: tracking.experiment_id,
+        BASE_MODEL_TAG: base_model_id,
+        CALIBRATION_TAG: f"{samples['source']}, {samples['samples']} samples",
+        f"{CALIBRATION_TAG}.sha256": samples["sha256"],
+        PACKED_TAG: lineage.packed.sha256,
+        MADE_TAG: lineage.created,
+        LINEARS_TAG: f"{bits['linears']['stored']:.3f}",
+        MODEL_BITS_TAG: f"{bits['model']['stored']:.2f}",
+        **{f"{STAGE_PREFIX}{slug(stage)}": sha256 for stage, sha256 in stage_hashes(lineage).items()},
+    }
+    if evaluation is not None:
+        facts[KL_TAG] = f"{evaluation['kl']:.4g}"
+        for benchmark, packed in evaluation["packed"].items():
+            before = evaluation["full_precision"][benchmark]["metrics"]["accuracy"]
+            loss = evaluation["loss"][benchmark]
+            facts[f"{ACCURACY_PREFIX}{slug(benchmark)}"] = (
+                f"{packed['metrics']['accuracy']:.1f} of {before:.1f} % on {packed['n']:,} questions; lost "
+                f"{loss['loss']:.1f} ({loss['low']:.1f} to {loss['high']:.1f})"
+            )
+    return facts
+
+
+def of_decision(decision: Decision, questions: int) -> dict[str, str]:
+    """The tags of a gate's decision after so many questions."""
+    return {
+        GATE_TAG: PASSED if decision.passed else REFUSED,
+        REASONS_TAG: "; ".join(decision.reasons)[:LONGEST],
+        QUESTIONS_TAG: str(questions),
+    }

@@ -1,0 +1,247 @@
+"""From a new model to its compression: what the watcher tells Prefect, how often, and what is made of it."""
+
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+
+from bivlm.base_models import Revision
+from bivlm.checkpoint import Checkpoint
+from bivlm.errors import InputError
+from bivlm.stores.location import default_workspace
+from bivlm.workspace import Workspace
+from flows.base_model import on_base_model_flow
+from flows.watching import LookFailed, watch_flow
+from tasks.watching import Answer, Found, is_due, read_answer, remember_found
+
+AT = datetime(2026, 11, 24, 2, 0, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+def place(tmp_path, tiny_llava, small_recipe, mlflow_database, monkeypatch) -> Path:
+    """Everything that a worker has in its environment, and one listed folder of models with one model in it."""
+    for name in ("models", "recipes", "workspace"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(tiny_llava, tmp_path / "models" / "llava")
+    shutil.copyfile(mlflow_database, tmp_path / "workspace" / "mlflow.db")
+    (tmp_path / "recipes" / "small.yaml").write_text(yaml.safe_dump(small_recipe))
+    listed = [{"model": f"{tmp_path}/models/*", "recipes": ["small"]}]
+    write_list(tmp_path, listed)
+    monkeypatch.setenv("BIVLM_BASE_MODELS", str(tmp_path / "base-models.yaml"))
+    monkeypatch.setenv("BIVLM_RECIPES", str(tmp_path / "recipes"))
+    monkeypatch.setenv("BIVLM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("BIVLM_WORKSPACE", str(tmp_path / "workspace"))
+    monkeypatch.delenv("BIVLM_MODELS", raising=False)
+    return tmp_path
+
+
+def write_list(place, models):
+    (place / "base-models.yaml").write_text(yaml.safe_dump({"format": 1, "models": models}))
+
+
+def events_of(revision):
+    """What the server holds of the revision's event; it writes events down after a moment."""
+    body = {"filter": {"id": {"id": [str(revision.event_id)]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}}
+    with get_client(sync_client=True) as client:
+        return client.request("POST", "/events/filter", json=body).raise_for_status().json()["events"]
+
+
+def wait_for_event(revision):
+    deadline = datetime.now(UTC) + timedelta(seconds=30)
+    while not (found := events_of(revision)):
+        assert datetime.now(UTC) < deadline, "the server has no such event"
+    return found
+
+
+def found_revision(place, model="llava"):
+    folder = place / "models" / model
+    return Revision(str(folder), Checkpoint.open(folder).digest(), "small")
+
+
+def look(**options):
+    return watch_flow(**({"settled_seconds": 0} | options))
+
+
+def test_a_new_model_is_told_of_once_with_an_event_that_the_server_holds(place):
+    assert look()["waiting"] and not look(settled_seconds=3600)["seen"]
+    result = look()
+    revision = found_revision(place)
+    assert result["emitted"] == [str(revision.event_id)]
+    (event,) = wait_for_event(revision)
+    assert event["event"] == "bivlm.base_model.found"
+    assert event["payload"] == {"revision": revision.revision, "recipe": "small"}
+    assert event["resource"]["bivlm.model_id"] == revision.model
+    # The next look, and one by a watcher that remembers nothing but what is in the workspace.
+    assert look()["emitted"] == []
+    found, answer = remember_found.fn(revision, default_workspace())
+    assert len(found.emitted) == 1 and answer is None
+
+
+def test_what_came_while_no_watcher_ran_is_found_by_the_next(place, tiny_llava):
+    look(), look()
+    shutil.copytree(tiny_llava, place / "models" / "late")
+    assert look()["emitted"] == []
+    assert look()["emitted"] == [str(found_revision(place, "late").event_id)]
+
+
+def test_an_event_that_the_server_did_not_take_is_emitted_by_the_next_look(place, monkeypatch):
+    import flows.watching
+
+    def refused(revision):
+        raise ConnectionError("server away")
+
+    look()
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.watching, "emit_found", refused)
+        with pytest.raises(ConnectionError):
+            look()
+    assert look()["emitted"] == [str(found_revision(place).event_id)]
+
+
+def test_trouble_with_one_model_is_told_and_keeps_no_other_from_being_found(place):
+    entries = [
+        {"model": f"{place}/none/*", "recipes": ["small"]},
+        {"model": str(place / "models" / "llava"), "recipes": ["small"]},
+    ]
+    write_list(place, entries)
+    with pytest.raises(LookFailed, match=r"1 of the listed models could not be .*:\n  .*none/\*: no such folder"):
+        look()
+    with pytest.raises(LookFailed):
+        look()
+    assert wait_for_event(found_revision(place))
+
+
+def test_an_event_becomes_a_version_once_and_the_watcher_knows_of_it(place, counted):
+    look(), look()
+    revision = found_revision(place)
+    asked = {
+        "model_id": revision.model,
+        "revision": revision.revision,
+        "recipe": "small",
+        "event_id": str(revision.event_id),
+    }
+    first = on_base_model_flow(**asked)
+    assert first["outcome"] == "compressed" and first["version"] == "llava-small/1"
+    assert Path(first["output"]) == revision.output()
+    assert revision.output().is_relative_to(place / "outputs")
+    worked = {stage: len(calls) for stage, calls in counted.items()}
+    assert worked["pack"] > 0
+
+    again = on_base_model_flow(**asked)
+    assert again["outcome"] == "registered before" and again["version"] == first["version"]
+    assert again["page"].endswith("#/models/llava-small/versions/1")
+    assert {stage: len(calls) for stage, calls in counted.items()} == worked
+    answer = read_answer(revision, default_workspace())
+    assert (answer.outcome, answer.version) == ("compressed", "llava-small/1")
+    later = look(again_after_minutes=6)
+    assert (later["emitted"], later["answered"]) == ([], [str(revision.event_id)])
+
+
+def test_a_folder_that_is_no_longer_what_was_found_is_not_compressed(place):
+    revision = found_revision(place)
+    config = place / "models" / "llava" / "config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    with pytest.raises(InputError, match="which was asked for, is gone"):
+        on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe="small")
+    assert read_answer(revision, default_workspace()).outcome == "bad input"
+    assert not (place / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_id": "/etc"}, "neither in the list"),
+        ({"model_id": "../models/llava"}, "expected owner/name"),
+        ({"model_id": "s3://bucket/x"}, "neither in the list"),
+        ({"recipe": "no-such-recipe"}, "not one of"),
+        ({"revision": "main"}, "expected the sha256"),
+        ({"event_id": "00000000-0000-0000-0000-000000000000", "revision": "c" * 64}, "not that of"),
+    ],
+)
+def test_what_an_event_says_is_judged_before_anything_is_done(place, changes, told):
+    asked = {"model_id": str(place / "models" / "llava"), "recipe": "small", **changes}
+    with pytest.raises(InputError, match=told):
+        on_base_model_flow(**asked)
+    assert not (place / "outputs").exists()
+
+
+def test_an_event_with_a_path_for_a_recipe_does_not_even_begin(place):
+    from prefect.exceptions import ParameterTypeError
+
+    with pytest.raises(ParameterTypeError, match="recipe"):
+        on_base_model_flow(model_id=str(place / "models" / "llava"), recipe="../../etc/passwd")
+
+
+def test_a_failure_is_written_down_and_the_event_is_emitted_again_after_a_pause(place, monkeypatch):
+    import flows.base_model
+
+    look(), look()
+    revision = found_revision(place)
+
+    def failing(**_):
+        raise RuntimeError("the GPU is on fire")
+
+    monkeypatch.setattr(flows.base_model, "compress_flow", failing)
+    with pytest.raises(RuntimeError):
+        on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe="small")
+    answer = read_answer(revision, default_workspace())
+    assert (answer.outcome, answer.detail) == (None, "RuntimeError: the GPU is on fire")
+    assert look()["emitted"] == []
+    # As if that had been an hour ago.
+    store = Workspace.open(default_workspace())
+    for name in ("found", "answer"):
+        state = store.state(f"base-models/{revision.event_id}/{name}")
+        for key in ("taken", "ended"):
+            state |= {key: str(datetime.fromisoformat(state[key]) - HOUR)} if state.get(key) else {}
+        if name == "found":
+            state["emitted"] = [str(datetime.fromisoformat(each) - HOUR) for each in state["emitted"]]
+        store.put_state(f"base-models/{revision.event_id}/{name}", state)
+    assert look()["emitted"] == [str(revision.event_id)]
+    assert look()["emitted"] == []
+
+
+def test_a_run_that_waits_for_a_worker_is_not_asked_for_again(place):
+    revision = found_revision(place)
+    with get_client(sync_client=True) as client:
+        parameters = {"model_id": revision.model, "revision": revision.revision, "recipe": "small"}
+        run = client.create_flow_run(on_base_model_flow, parameters=parameters)
+        look()
+        assert look()["at_work"] == [str(revision.event_id)]
+        client.delete_flow_run(run.id)
+    assert look()["emitted"] == [str(revision.event_id)]
+
+
+# When an event is due
+
+
+FOUND = {"model": "a/b", "revision": "c" * 40, "recipe": "small", "event": "e", "first_seen": AT}
+ANSWER = {"model": "a/b", "revision": "c" * 40, "recipe": "small", "event": "e", "flow_run": None, "taken": AT}
+
+
+@pytest.mark.parametrize(
+    ("emitted", "answer", "hours", "due"),
+    [
+        ([], None, 0, True),
+        ([AT], None, 0.9, False),
+        ([AT], None, 1, True),
+        ([AT, AT], None, 1.9, False),
+        ([AT, AT], None, 2, True),
+        ([AT] * 10, None, 23, False),
+        ([AT] * 10, None, 24, True),
+        ([AT], {"outcome": "compressed"}, 1000, False),
+        ([AT], {"outcome": "gate not passed"}, 1000, False),
+        ([AT], {"outcome": "bad input"}, 1000, False),
+        ([AT], {"ended": AT + HOUR}, 1.9, False),
+        ([AT], {"ended": AT + HOUR}, 2, True),
+        ([], {"outcome": "compressed"}, 1000, False),  # by a schedule, before the watcher saw it
+        ([], {}, 0.5, False),
+        ([], {}, 1, True),
+    ],
+)
+def test_an_event_is_due_until_it_is_answered_with_growing_pauses(emitted, answer, hours, due):
+    known = Answer(**ANSWER, **answer) if answer is not None else None
+    assert is_due(Found(**FOUND, emitted=tuple(emitted)), known, HOUR, AT + hours * HOUR) is due
