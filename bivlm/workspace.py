@@ -82,6 +82,10 @@ class StepRecord(BaseModel):
         """The digest of the identity."""
         return digest(self.identity)
 
+    def says_the_same_as(self, other: StepRecord) -> bool:
+        """Whether both are of one step that made one thing; how long that took, and where, may differ."""
+        return (self.identity, self.outputs, self.figures) == (other.identity, other.outputs, other.figures)
+
     @property
     def stage(self) -> str:
         """The name of the step's stage."""
