@@ -1,16 +1,20 @@
 """From a new model to its compression: what the watcher tells Prefect, how often, and what is made of it."""
 
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import boto3
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
 
 from bivlm.base_models import Revision
 from bivlm.checkpoint import Checkpoint
-from bivlm.errors import InputError
+from bivlm.checkpoint.s3_models import list_prefix
+from bivlm.errors import GateNotPassed, InputError
+from bivlm.lineage import read_lineage, verify
 from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
 from flows.base_model import on_base_model_flow
@@ -60,6 +64,10 @@ def wait_for_event(revision):
 def found_revision(place, model="llava"):
     folder = place / "models" / model
     return Revision(str(folder), Checkpoint.open(folder).digest(), "small")
+
+
+def compress(revision, **options):
+    return on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe=revision.recipe, **options)
 
 
 def look(**options):
@@ -213,6 +221,69 @@ def test_a_run_that_waits_for_a_worker_is_not_asked_for_again(place):
         assert look()["at_work"] == [str(revision.event_id)]
         client.delete_flow_run(run.id)
     assert look()["emitted"] == [str(revision.event_id)]
+
+
+def test_a_model_below_an_s3_prefix_and_one_on_the_hub_become_versions_of_their_revision(
+    place,
+    tiny_llava,
+    hub,
+    s3_location,
+):
+    bucket, _, prefix = s3_location.removeprefix("s3://").partition("/")
+    for file in tiny_llava.iterdir():
+        boto3.client("s3").upload_file(str(file), bucket, f"{prefix}/models/llava/{file.name}")
+    commit = hub.add("owner/llava", tiny_llava).head.oid
+    write_list(
+        place,
+        [
+            {"model": f"{s3_location}/models/*", "recipes": ["small"]},
+            {"model": "owner/llava", "revision": "main", "recipes": ["small"]},
+        ],
+    )
+    first, second = look(), look()
+    of_hub = Revision("owner/llava", commit, "small")
+    of_s3 = Revision(f"{s3_location}/models/llava", list_prefix(f"{s3_location}/models/llava").revision, "small")
+    assert (first["emitted"], second["emitted"]) == ([str(of_hub.event_id)], [str(of_s3.event_id)])
+    for revision, name in ((of_hub, "owner-llava-small"), (of_s3, "llava-small")):
+        found = compress(revision, event_id=str(revision.event_id))
+        assert found["version"] == f"{name}/1"
+        lineage = read_lineage(found["output"])
+        assert (lineage.base_model.id, lineage.base_model.revision) == (revision.model, revision.revision)
+        assert lineage.trigger == f"event {revision.event_id}"
+        findings = verify(lineage, found["output"], Workspace.open(default_workspace()))
+        assert {finding.state for finding in findings} == {"holds"}
+    # Another commit that changes no weight is another revision, and is packed from what is there.
+    files = hub.repositories["owner/llava"].head.files
+    newer = hub.repositories["owner/llava"].commit({**files, "README.md": b"---\nlicense: mit\n---\n"}, "a card")
+    assert look()["emitted"] == [str(Revision("owner/llava", newer.oid, "small").event_id)]
+
+
+def test_a_branch_is_pinned_to_its_commit_before_anything_is_done(place, tiny_llava, hub):
+    commit = hub.add("owner/llava", tiny_llava).head.oid
+    found = on_base_model_flow(model_id="owner/llava", recipe="small", evaluate=False, trigger="ci owner/repo run 1")
+    assert Path(found["output"]).name == commit[:16]
+    assert read_answer(Revision("owner/llava", commit, "small"), default_workspace()).outcome == "compressed"
+    assert read_lineage(found["output"]).trigger == "ci owner/repo run 1"
+    (place / "owner" / "llava").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        with pytest.raises(InputError, match="a folder of that name"):
+            on_base_model_flow(model_id="owner/llava", recipe="small")
+
+
+def test_a_gate_that_says_no_ends_red_and_is_told_again_not_tried_again(place, small_recipe, counted):
+    impossible = {**small_recipe, "name": "impossible", "gate": {"bits": {"linears": 0.001}}}
+    (place / "recipes" / "impossible.yaml").write_text(yaml.safe_dump(impossible))
+    revision = replace(found_revision(place), recipe="impossible")
+    with pytest.raises(GateNotPassed) as first:
+        compress(revision, evaluate=False)
+    assert first.value.result is not None
+    worked = {stage: len(calls) for stage, calls in counted.items()}
+    with pytest.raises(GateNotPassed, match="llava-impossible/1 was made before") as again:
+        compress(revision, evaluate=False)
+    assert again.value.result is None
+    assert {stage: len(calls) for stage, calls in counted.items()} == worked
+    assert read_answer(revision, default_workspace()).outcome == "gate not passed"
 
 
 # When an event is due

@@ -1,0 +1,270 @@
+"""A fresh Prefect server, workers in processes of their own, and everything that starts a compression on them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from bivlm.base_models import Revision
+from bivlm.checkpoint import Checkpoint
+from flows.cli import BAD_INPUT, DONE, FAILED
+from flows.commands import GATE_NOT_PASSED
+from tests.servers import Server, free_port
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+DEPLOYMENTS = {entry["name"]: entry for entry in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+COMPRESSION_SECONDS = 300
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Platform:
+    """Server, workers and the folder with all that they use."""
+
+    place: Path
+    api: str
+    environment: dict[str, str]
+
+    def run(self, *command: str, **changes: str) -> subprocess.CompletedProcess:
+        environment = {key: value for key, value in (self.environment | changes).items() if value}
+        program, *arguments = command
+        return subprocess.run(
+            [str(BIN / program), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+        )
+
+    def bivlm(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
+        return self.run("python", "-m", "flows.cli", *arguments, **changes)
+
+    def post(self, path: str, **body: object) -> list[dict]:
+        return httpx.post(f"{self.api}/{path}", json=body, timeout=30).raise_for_status().json()
+
+    @property
+    def registry(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.place / 'workspace' / 'mlflow.db'}")
+
+    def versions(self, name: str) -> list:
+        return self.registry.search_model_versions(f"name = '{name}'")
+
+    def add_model(self, source: Path, name: str) -> Revision:
+        folder = self.place / "models" / name
+        shutil.copytree(source, folder)
+        return Revision(str(folder), Checkpoint.open(folder).digest(), "small")
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory, small_recipe, mlflow_database, tiny_llava):
+    """Everything as docs/deployments.md says, with one process worker a pool."""
+    place = tmp_path_factory.mktemp("platform")
+    for name in ("models", "recipes", "workspace"):
+        (place / name).mkdir()
+    shutil.copyfile(mlflow_database, place / "workspace" / "mlflow.db")
+    impossible = {**small_recipe, "name": "impossible", "gate": {"bits": {"linears": 0.001}}}
+    for recipe in (small_recipe, impossible):
+        (place / "recipes" / f"{recipe['name']}.yaml").write_text(yaml.safe_dump(recipe))
+    listed = {"format": 1, "models": [{"model": f"{place}/models/*", "recipes": ["small"]}]}
+    (place / "base-models.yaml").write_text(yaml.safe_dump(listed))
+    port = free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))} | {
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_HOME": str(place / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_RUNNER_HEARTBEAT_FREQUENCY": "30",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "BIVLM_WORKSPACE": str(place / "workspace"),
+        "BIVLM_OUTPUTS": str(place / "outputs"),
+        "BIVLM_RECIPES": str(place / "recipes"),
+        "BIVLM_BASE_MODELS": str(place / "base-models.yaml"),
+        "BIVLM_CACHE": str(place / "cache"),
+    }
+    # The server's own settings, or the sessions' test server would be asked by it.
+    server = Server(
+        [str(BIN / "prefect"), "server", "start", "--port", str(port)], port, place / "server.log", environment
+    )
+    platform, workers = Platform(place, environment["PREFECT_API_URL"], environment), []
+    with pytest.MonkeyPatch.context() as patch:
+        for key in [key for key in os.environ if key.startswith("PREFECT_")]:
+            patch.delenv(key)
+        server.start()
+    try:
+        _wait_until(lambda: httpx.get(f"{platform.api}/health").is_success)
+        for pool in ("gpu", "cpu"):
+            made = platform.run("prefect", "work-pool", "create", pool, "--type", "process")
+            assert made.returncode == 0, made.stderr
+        deployed = platform.run("prefect", "--no-prompt", "deploy", "--all")
+        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        _stop_schedules(platform)
+        for pool in ("gpu", "cpu"):
+            with (place / f"{pool}.log").open("wb") as log:
+                command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--name", pool]
+                workers.append(
+                    subprocess.Popen(
+                        command, env=environment, cwd=place, stdout=log, stderr=log, start_new_session=True
+                    )
+                )
+        yield platform
+    finally:
+        for worker in workers:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+        server.kill()
+
+
+def _wait_until(happened, seconds=120):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if found := happened():
+                return found
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.5)
+
+
+def _stop_schedules(platform):
+    """Tests say themselves when something runs."""
+    for deployment in platform.post("deployments/filter"):
+        for schedule in deployment["schedules"]:
+            address = f"{platform.api}/deployments/{deployment['id']}/schedules/{schedule['id']}"
+            # A server on SQLite that is busy scheduling says 503.
+            _wait_until(lambda address=address: httpx.patch(address, json={"active": False}, timeout=60).is_success)
+
+
+def test_all_deployments_are_there_with_their_pools_limits_and_schedules_and_no_path_of_this_machine(platform):
+    found = {each["name"]: each for each in platform.post("deployments/filter")}
+    assert found.keys() == DEPLOYMENTS.keys()
+    for name, each in found.items():
+        assert each["entrypoint"] == DEPLOYMENTS[name]["entrypoint"] and each["pull_steps"] == []
+        assert each["work_pool_name"] in ("gpu", "cpu") and each["enforce_parameter_schema"]
+        assert each["global_concurrency_limit"]["limit"] == 1
+        assert len(each["schedules"]) == len(DEPLOYMENTS[name].get("schedules", []))
+        assert str(ROOT) not in json.dumps(each) and str(Path.home()) not in json.dumps(each)
+
+
+def test_deploying_again_doubles_nothing(platform):
+    before = [len(platform.post(f"{kind}/filter")) for kind in ("deployments", "automations")]
+    assert platform.run("prefect", "--no-prompt", "deploy", "--all").returncode == 0
+    _stop_schedules(platform)
+    assert [len(platform.post(f"{kind}/filter")) for kind in ("deployments", "automations")] == before
+    assert before[1] == 1
+
+
+def test_parameters_are_judged_by_the_server_from_the_flows_signature(platform):
+    (found,) = [each for each in platform.post("deployments/filter") if each["name"] == "on-request"]
+    schema = found["parameter_openapi_schema"]
+    assert schema["required"] == ["model_id"]
+    assert "owner/name on the hub" in schema["properties"]["model_id"]["description"]
+    for wrong in ({"recipe": "../../etc/passwd"}, {"questions": 0}, {"evaluate": "perhaps"}):
+        answer = httpx.post(
+            f"{platform.api}/deployments/{found['id']}/create_flow_run",
+            json={"parameters": {"model_id": "owner/name", **wrong}},
+        )
+        assert answer.status_code == 409, answer.text
+
+
+def test_a_model_by_bivlm_trigger_is_followed_to_its_page_in_mlflow_and_made_once(platform, tiny_llava):
+    revision = platform.add_model(tiny_llava, "asked")
+    github = {"GITHUB_ACTIONS": "true", "GITHUB_REPOSITORY": "owner/repo", "GITHUB_RUN_ID": "17"}
+    asked = ("trigger", "--model", revision.model, "--recipe", "small", "--wait", "--once")
+    done = platform.bivlm(*asked, **github)
+    assert done.returncode == DONE, done.stdout + done.stderr
+    (version,) = platform.versions("asked-small")
+    assert f"/runs/{version.run_id}" in done.stdout and "Completed" in done.stdout
+    assert version.tags["bivlm.trigger"] == "ci owner/repo run 17"
+    assert "Running" in done.stderr and "event" in done.stderr  # states, and lines of the log
+    (output,) = (platform.place / "outputs").glob(f"*/small/{revision.revision[:16]}")
+    assert Checkpoint.open(output).packed
+
+    # The same run, then another one that finds it done.
+    assert platform.bivlm(*asked).returncode == DONE
+    again = platform.bivlm(*asked[:-1])
+    assert again.returncode == DONE and "/models/asked-small/versions/1" in again.stdout
+    assert len(platform.versions("asked-small")) == 1
+
+
+def test_the_end_of_the_run_is_the_exit_code(platform, tiny_llava):
+    revision = platform.add_model(tiny_llava, "refused")
+    gate = platform.bivlm("trigger", "--model", revision.model, "--recipe", "impossible", "--wait")
+    assert gate.returncode == GATE_NOT_PASSED, gate.stdout + gate.stderr
+    assert "gate not passed by refused-impossible version 1" in gate.stdout and "MLflow: http" in gate.stdout
+    failed = platform.bivlm("trigger", "--model", "/etc", "--recipe", "small", "--wait")
+    assert failed.returncode == FAILED
+    assert "neither in the list of base models" in failed.stdout
+    for wrong, told in [
+        (["--deployment", "no/such"], "not on the server"),
+        (["--deployment", "such"], "expected FLOW/DEPLOYMENT"),
+        (["--model", "a/b", "--recipe", "../x"], "parameters are refused"),
+        (["--model", "a/b", "--set", "no_such=1"], "takes no 'no_such'"),
+        (["--model", "a/b", "--set", "questions"], "expected KEY=JSON"),
+    ]:
+        refused = platform.bivlm("trigger", *wrong)
+        assert refused.returncode == BAD_INPUT and told in refused.stderr, refused.stderr
+    away = platform.bivlm("trigger", "--model", "a/b", PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api")
+    assert away.returncode == FAILED and "no Prefect server answers" in away.stderr
+    assert "PREFECT_API_URL is not set" in platform.bivlm("trigger", "--model", "a/b", PREFECT_API_URL="").stderr
+
+
+def test_a_folder_that_appears_becomes_a_version_by_its_event_once(platform, tiny_llava):
+    revision = platform.add_model(tiny_llava, "new")
+    look = ("trigger", "--deployment", "watch/watch", "--set", "settled_seconds=0", "--wait")
+    for _ in range(2):
+        done = platform.bivlm(*look)
+        assert done.returncode == DONE, done.stdout + done.stderr
+    (version,) = _wait_until(lambda: platform.versions("new-small"), COMPRESSION_SECONDS)
+    _wait_until(lambda: "bivlm.recorded" in platform.versions("new-small")[0].tags)
+    assert version.tags["bivlm.trigger"] == f"event {revision.event_id}"
+    assert version.tags["bivlm.base.sha256"] == revision.revision
+    runs = lambda: [  # noqa: E731
+        each["state_type"]
+        for each in platform.post("flow_runs/filter")
+        if each["parameters"].get("event_id") == str(revision.event_id)
+    ]
+    _wait_until(lambda: runs() == ["COMPLETED"])
+    assert platform.bivlm(*look).returncode == DONE
+    assert runs() == ["COMPLETED"]
+
+
+def test_a_registered_version_is_evaluated_and_the_results_added_to_it(platform, tiny_llava, questions):
+    revision = platform.add_model(tiny_llava, "judged")
+    made = platform.bivlm("trigger", "--model", revision.model, "--recipe", "small", "--no-evaluate", "--wait")
+    assert made.returncode == DONE, made.stdout + made.stderr
+    (version,) = platform.versions("judged-small")
+    before = platform.registry.get_logged_model(version.tags["bivlm.model_id"]).metrics or []
+    asked = (
+        "trigger",
+        "--deployment",
+        "evaluate-version/evaluate-version",
+        "--set",
+        'version="judged-small@candidate"',
+    )
+    done = platform.bivlm(*asked, "--wait")
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert f"/runs/{version.run_id}" in done.stdout
+    metrics = platform.registry.get_logged_model(version.tags["bivlm.model_id"]).metrics
+    assert {metric.key for metric in metrics} - {metric.key for metric in before} >= {"accuracy", "questions"}
+    missing = platform.bivlm(*asked[:-1], 'version="no-such-model/1"', "--wait")
+    assert missing.returncode == FAILED and "not in the registry" in missing.stdout
+
+
+def test_the_nightly_run_compresses_what_is_listed_and_not_yet_made(platform, tiny_llava):
+    platform.add_model(tiny_llava, "nightly")
+    night = ("trigger", "--deployment", "nightly/nightly", "--set", "settled_seconds=0", "--wait")
+    for _ in range(2):
+        done = platform.bivlm(*night)
+        assert done.returncode == DONE, done.stdout + done.stderr
+    (version,) = platform.versions("nightly-small")
+    assert "nightly" in version.tags["bivlm.trigger"]
