@@ -26,13 +26,14 @@ def trigger_of_run(said: str | None) -> str:
     with get_client(sync_client=True) as client:
         own = context.flow_run
         outermost = own if own.parent_task_run_id is None else client.read_flow_run(runtime.root_flow_run_id)
-        words = _in_words(outermost, client)
+        words = in_words(outermost, client)
     within = "" if outermost.id == own.id else f", in {outermost.name}"
     # Names are anybody's.
     return "".join(letter for letter in words + within if letter.isprintable())[:LONGEST]
 
 
-def _in_words(run: FlowRun, client: SyncPrefectClient) -> str:
+def in_words(run: FlowRun, client: SyncPrefectClient) -> str:
+    """What started a run: the schedule or the automation of a deployment, a deployment, or somebody."""
     if run.deployment_id is None:
         return BY_HAND
     deployment = f"deployment {client.read_deployment(run.deployment_id).name}"

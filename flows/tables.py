@@ -212,7 +212,7 @@ def print_version(found: dict[str, Any]) -> None:
     _row(table, "run in MLflow", found["run"])
     for move in found["moves"]:
         _row(table, f"{move['from'] or '-'} to {move['to']}", f"{move['when']} by {move['who']}: {move['why']}")
-    print_whole(table)
+    print_table(table)
 
 
 def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:

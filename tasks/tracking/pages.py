@@ -35,6 +35,8 @@ from tasks.tracking.registry import CANDIDATE, CHAMPION, MODEL_TAG, is_absent, v
 from tasks.tracking.run import BASE_ID_TAG, BASE_TAG, NOT_RECORDED, NOTE_TAG, TRIGGER_TAG
 
 LONGEST = 4900  # of the 5,000 characters of the registry's column
+_SHOWN = 160  # characters of a reason in a table
+_HEAD = "Registered as "
 _ACCURACY = re.compile(r"(?P<packed>[\d.]+) of (?P<before>[\d.]+) %")
 
 
@@ -44,10 +46,32 @@ def write_pages(client: MlflowClient, name: str) -> None:
     if (text := model_page(model, versions)) != (model.description or ""):
         client.update_registered_model(name, text)
     for version in versions:
-        if (text := version_page(model, version)) != (version.description or ""):
+        text = version_page(model, version)
+        if text != (version.description or ""):
             client.update_model_version(name, str(version.version), text)
+        _write_on_run_and_model(client, version, text, standing(model, version))
     for base in {version.tags.get(BASE_MODEL_TAG): version for version in versions}.values():
         _write_base_page(client, base)
+
+
+def _write_on_run_and_model(client: MlflowClient, version: ModelVersion, text: str, stands: str) -> None:
+    """The version's page on the logged model, too, and its standing at the head of the run's description."""
+    if MODEL_TAG not in version.tags:
+        return
+    gate = version.tags.get(GATE_TAG)
+    head = f"{_HEAD}{_version_link(version, f'{version.name}/{version.version}')}: {_text(stands)}"
+    head += "." if gate is None else f"; gate {_text(gate)}."
+    try:
+        if client.get_logged_model(version.tags[MODEL_TAG]).tags.get(NOTE_TAG) != text:
+            client.set_logged_model_tags(version.tags[MODEL_TAG], {NOTE_TAG: text})
+        note = client.get_run(version.run_id).data.tags.get(NOTE_TAG, "")
+    except MlflowException as error:
+        if not is_absent(error):
+            raise
+        return  # somebody has deleted them
+    rest = note.partition("\n\n")[2] if note.startswith(_HEAD) else note
+    if note != (text := f"{head}\n\n{rest}"):
+        client.set_tag(version.run_id, NOTE_TAG, text)
 
 
 def _write_base_page(client: MlflowClient, made: ModelVersion) -> None:
@@ -109,7 +133,7 @@ def version_page(model: RegisteredModel, version: ModelVersion) -> str:
         for what, path in (("report", PAGE), ("lineage", "lineage.json"), ("layers", "layers.json"))
     )
     parts = [
-        f"**{standing(model, version)}**",
+        _text(standing(model, version)),
         _table(("", ""), rows),
         f"{documents}, [figures]({run}/artifacts/figures), [evaluations and their answers]({run}), "
         f"[all versions](#/models/{quote(version.name)})",
@@ -169,8 +193,8 @@ def _row_of(model: RegisteredModel, version: ModelVersion) -> tuple[str, ...]:
     revision = tags.get("bivlm.base.revision") or f"sha256 {tags.get(BASE_TAG, '')}"
     return (
         _version_link(version, str(version.version)),
-        standing(model, version).partition(" since")[0],
-        f"[{revision[:15]}]({_logged_model(tags, tags.get(BASE_MODEL_TAG))})",
+        _text(_shortly(standing(model, version))),
+        f"[{_text(revision[:15])}]({_logged_model(tags, tags.get(BASE_MODEL_TAG))})",
         *_figures(tags),
     )
 
@@ -178,7 +202,7 @@ def _row_of(model: RegisteredModel, version: ModelVersion) -> tuple[str, ...]:
 def _row_below_base(model: RegisteredModel, version: ModelVersion) -> tuple[str, ...]:
     return (
         _version_link(version, f"{version.name}/{version.version}"),
-        standing(model, version).partition(" since")[0],
+        _text(_shortly(standing(model, version))),
         _text(version.tags.get("bivlm.recipe")),
         *_figures(version.tags),
     )
@@ -210,16 +234,26 @@ def _accuracies(tags: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def standing(model: RegisteredModel, version: ModelVersion) -> str:
-    """Whether a version is champion, was, or is the candidate."""
+    """Whether a version is champion, was, or is the candidate; in words that are no Markdown."""
     number = int(version.version)
     moves = [move for move in moves_of(model.tags).values() if move.done]
     became = [move for move in moves if move.after == number]
     if version_at(model, CHAMPION) == number:
-        return f"champion since {became[-1].when}, by {became[-1].who}" if became else "champion"
+        return f"champion since {_minute(became[-1].when)}, by {became[-1].who}" if became else "champion"
     if became:
         left = [move for move in moves if move.before == number]
-        return f"was champion until {left[-1].when}" if left else "was champion"
-    return "candidate" if version_at(model, CANDIDATE) == number else "no champion"
+        return f"was champion until {_minute(left[-1].when)}" if left else "was champion"
+    kind = "candidate" if version_at(model, CANDIDATE) == number else "an earlier candidate"
+    return f"{kind}, not champion" if passed(version.tags) else f"{kind}, gate {version.tags[GATE_TAG]}"
+
+
+def _shortly(stands: str) -> str:
+    """The standing without its dates, for tables that have no room."""
+    return re.split(" since | until |, gate", stands)[0]
+
+
+def _minute(when: str) -> str:
+    return f"{when[:16].replace('T', ' ')} UTC"
 
 
 def _gate(tags: Mapping[str, str]) -> str:
@@ -246,7 +280,8 @@ def _history(moves: Mapping[str, Move], version: int) -> list[str]:
 def _move_row(move: Move) -> tuple[str, ...]:
     before = "-" if move.before is None else str(move.before)
     by = _text(move.who) if move.kind != "rollback" else f"{_text(move.who)} (rollback)"
-    return move.when[:16].replace("T", " "), before, str(move.after), by, _text(move.why[:160])
+    why = move.why if len(move.why) <= _SHOWN else f"{move.why[:_SHOWN].rsplit(' ', 1)[0]} ..."
+    return move.when[:16].replace("T", " "), before, str(move.after), by, _text(why)
 
 
 def _base_link(tags: Mapping[str, str]) -> str:
@@ -262,8 +297,9 @@ def _version_link(version: ModelVersion, text: str) -> str:
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(headings)} |", f"|{' --- |' * len(headings)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    """MLflow's tables have no space between columns, hence the two that do not break at the end of a cell."""
+    lines = [f"| {' | '.join(headings)} |", f"|{' :--- |' * len(headings)}"]
+    return "\n".join([*lines, *("|" + "".join(f" {cell}\u00a0\u00a0 |" for cell in row) for row in rows)])
 
 
 _MEANS_SOMETHING = re.compile(r"([\\`*_{}\[\]()#+!|<>~])")
@@ -275,7 +311,9 @@ def _text(value: str | None) -> str:
 
 
 def _code(value: str | None) -> str:
-    return NOT_RECORDED if value is None else f"`{value.replace('`', '').replace('|', '/')}`"
+    if value is None:
+        return NOT_RECORDED
+    return f"`{' '.join(value.split()).replace('`', '').replace('|', '/')}`"
 
 
 def _cut(parts: list[str]) -> str:

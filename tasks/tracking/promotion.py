@@ -190,9 +190,9 @@ def _write_down(client: MlflowClient, name: str, key: str, move: Move) -> Move:
 
 def _done(move: Move) -> Outcome:
     before = "no version" if move.before is None else f"version {move.before}"
-    return Outcome(
-        move.after, move.before, True, f"version {move.after} is champion, {before} was; by {move.who}: {move.why}"
-    )
+    # A gate's reasons were told already.
+    why = "" if move.kind == "gate" else f"; by {move.who}: {move.why}"
+    return Outcome(move.after, move.before, True, f"version {move.after} is champion, {before} was{why}")
 
 
 def _nothing(version: int) -> Outcome:
