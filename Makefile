@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SERVERS ?= .servers
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow test-integration servers servers-stop lint install clean
 
 install: $(STAMP)
 
@@ -29,6 +30,17 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Starts its own servers and workers; PostgreSQL's programs must be installed.
+test-integration: $(STAMP)
+	$(BIN)/python -m pytest -m integration tests/integration
+
+# PostgreSQL, S3, MLflow and Prefect until Ctrl-C; then `. .servers/env` in other shells.
+servers: $(STAMP)
+	$(BIN)/python -m infra.servers run --folder $(SERVERS)
+
+servers-stop: $(STAMP)
+	$(BIN)/python -m infra.servers stop --folder $(SERVERS)
 
 clean:
 	rm -rf $(VENV) demo .pytest_cache .ruff_cache .hypothesis

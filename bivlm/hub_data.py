@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from bivlm.errors import InputError
+from bivlm.names import check_commit, check_revision
 
 _OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}  # no room for a file, or no right to it
 _REFUSALS = {400, 401, 403, 404}  # no such name, no access, no such data set or file, no such revision
@@ -23,10 +24,11 @@ def commit_of(name: str, revision: str | None, *, key: str, prefix: str) -> str:
     Messages begin with `key`, and `prefix` stands before a name or folder where the user writes them. Raises
     `InputError` for what the hub does not have or does not give, and ConnectionError when it cannot be reached.
     """
+    check_revision(revision, f"{key}: {name}")
     wanted = f"{name} at revision {revision}" if revision else name
     try:
         with hub_asked(f"{key}: no folder {name}", wanted, f"{key}: the hub cannot be reached for"):
-            return HfApi().dataset_info(name, revision=revision).sha
+            return check_commit(HfApi().dataset_info(name, revision=revision).sha, f"{key}: {name}")
     except HFValidationError:
         raise InputError(f"{key}: found {prefix + name!r}, expected {prefix}OWNER/NAME or {prefix}FOLDER") from None
     except OfflineModeIsEnabled:

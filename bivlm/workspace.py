@@ -3,6 +3,10 @@
 ``objects/<aa>/<sha256>`` holds bytes under their own hash, ``steps/<key>.json`` says that a step is done and what it
 made. A step counts as done only while every file it made is there with the right bytes; reads are checked against the
 hash. Writes appear whole or not at all, so any number of workers may share a workspace and any of them may be killed.
+
+``used/<key>.json`` is a copy of a step's record, written when the step is found again: its time says when that was.
+``doomed/<sha256>`` is there while an object is being collected. They make `bivlm.collection` safe beside running
+compressions.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,17 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest, file_digest
-from bivlm.stores import Store, open_store
+from bivlm.names import is_sha256
+from bivlm.stores import Entry, Store, open_store
 
 _SHA256 = r"^[0-9a-f]{64}$"
 _SCRATCH_SECONDS = 24 * 3600
+OBJECTS, STEPS, USED, DOOMED = "objects", "steps", "used", "doomed"
+# A step or object that was put, or said to be in use, this recently need not be said to be in use again.
+FRESH_SECONDS = 3600
+# Whoever collects an object says so a few requests before it goes; a saying older than this is of one that was killed.
+_DOOMED_SECONDS = 300
+_PAUSE_SECONDS = 0.2
 
 
 class WorkspaceError(RuntimeError):
@@ -98,6 +109,11 @@ class Workspace:
         """A folder on this machine that belongs to the workspace: itself, or the cache of the S3 prefix."""
         return self._store.local
 
+    @property
+    def store(self) -> Store:
+        """Where the bytes are, for what looks after the workspace as a whole."""
+        return self._store
+
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """An empty folder on the workspace's disk for a step at work, removed at the end.
@@ -115,18 +131,16 @@ class Workspace:
             yield Path(folder)
 
     def put_file(self, path: str | Path) -> Reference:
-        """Store a copy of the file at `path`; storing the same bytes again changes nothing."""
+        """Store a copy of the file at `path`; storing the same bytes again changes nothing but the object's time."""
         path = Path(path)
         reference = Reference(sha256=file_digest(path), nbytes=path.stat().st_size)
-        if not self.holds(reference):
-            self._store.put_file(_object_name(reference), path)
+        self._put(reference, lambda: self._store.put_file(_object_name(reference), path))
         return reference
 
     def put_bytes(self, data: bytes) -> Reference:
-        """Store `data`; storing the same bytes again changes nothing."""
+        """Store `data`; storing the same bytes again changes nothing but the object's time."""
         reference = Reference(sha256=hashlib.sha256(data).hexdigest(), nbytes=len(data))
-        if not self.holds(reference):
-            self._store.put_bytes(_object_name(reference), data)
+        self._put(reference, lambda: self._store.put_bytes(_object_name(reference), data))
         return reference
 
     def fetch(self, reference: Reference) -> Path:
@@ -181,24 +195,21 @@ class Workspace:
 
     def step(self, key: str) -> StepRecord | None:
         """The finished step `key`; None if there is none, if its record cannot be read or is that of another step, or
-        if any of its outputs is missing or differs: all of which mean that the step must run again."""
-        record = self.record(key)
-        return record if record and all(self.holds(reference) for reference in record.outputs.values()) else None
+        if any of its outputs is missing or differs: all of which mean that the step must run again.
+
+        One that is found is in use from now on, see `bivlm.collection`.
+        """
+        data = self._store.read_bytes(step_name(key)) if is_sha256(key) else None
+        record = parse_record(data, key) if data is not None else None
+        # Said first and looked at afterwards: what is collected meanwhile is then either seen to be missing, or kept.
+        if record is None or not self._say_that_it_is_used(key, data):
+            return None
+        return record if all(self.holds(reference) for reference in record.outputs.values()) else None
 
     def record(self, key: str) -> StepRecord | None:
         """What is written down of step `key`, whether or not its outputs are still there; None as in `step`."""
-        data = self._store.read_bytes(_step_name(key))
-        if data is None:
-            return None
-        try:
-            content = json.loads(data)
-            checksum = content.pop("checksum")
-            if digest(content) != checksum:
-                return None
-            record = StepRecord.model_validate(content)
-        except (ValueError, KeyError, TypeError, AttributeError, InputError):
-            return None
-        return record if record.key == key else None
+        data = self._store.read_bytes(step_name(key)) if is_sha256(key) else None  # the key may be from outside
+        return parse_record(data, key) if data is not None else None
 
     def finish_step(self, record: StepRecord) -> None:
         """Write down that a step is done; its outputs must be stored already (`WorkspaceError` if one is not)."""
@@ -207,7 +218,7 @@ class Workspace:
                 raise WorkspaceError(f"{self.url}: output {name!r} of {record.stage} is not stored; put it first")
         content: dict[str, Any] = record.model_dump(mode="json")
         content["checksum"] = digest(content)  # a damaged figure would otherwise pass for a true one
-        self._store.put_bytes(_step_name(record.key), canonical_json(content) + b"\n")
+        self._store.put_bytes(step_name(record.key), canonical_json(content) + b"\n")
 
     def state(self, name: str) -> dict[str, Any] | None:
         """What was last put as the state `name`; None if nothing was, or it cannot be read.
@@ -228,17 +239,71 @@ class Workspace:
         """Put `content` (JSON) as the state `name`, whole or not at all; what was there before is replaced."""
         self._store.put_bytes(_state_name(name), canonical_json({**content, "checksum": digest(content)}) + b"\n")
 
+    def _say_that_it_is_used(self, key: str, data: bytes) -> bool:
+        """Put the step's record under ``used/`` unless it, or the record itself, is fresh; whether the step is there
+        afterwards."""
+        if _is_fresh(self._store.entry(step_name(key))):
+            return True
+        if not _is_fresh(self._store.entry(used_name(key))):
+            self._store.put_bytes(used_name(key), data)
+        return self._store.entry(step_name(key)) is not None
+
+    def _put(self, reference: Reference, put: Callable[[], None]) -> None:
+        """Have the object there, and fresh: an old one is put again, because it may be about to be collected."""
+        name = _object_name(reference)
+        if not self.holds(reference):
+            put()
+            return
+        while not _is_fresh(self._store.entry(name)):
+            put()
+            # Put first and looked at afterwards: whoever collects says it first, and looks at the time afterwards.
+            while _is_fresh(self._store.entry(doomed_name(reference.sha256)), _DOOMED_SECONDS):
+                time.sleep(_PAUSE_SECONDS)
+
+
+def parse_record(data: bytes, key: str) -> StepRecord | None:
+    """The record that `data` holds of step `key`; None if it is damaged or that of another step."""
+    try:
+        content = json.loads(data)
+        checksum = content.pop("checksum")
+        if digest(content) != checksum:
+            return None
+        record = StepRecord.model_validate(content)
+    except (ValueError, KeyError, TypeError, AttributeError, InputError):
+        return None
+    return record if record.key == key else None
+
+
+def _is_fresh(entry: Entry | None, seconds: float = FRESH_SECONDS) -> bool:
+    return entry is not None and time.time() - entry.modified < seconds
+
 
 def _is(path: Path, reference: Reference) -> bool:
     return path.stat().st_size == reference.nbytes and file_digest(path) == reference.sha256
 
 
 def _object_name(reference: Reference) -> str:
-    return f"objects/{reference.sha256[:2]}/{reference.sha256}"
+    return object_name(reference.sha256)
 
 
-def _step_name(key: str) -> str:
-    return f"steps/{key}.json"
+def object_name(sha256: str) -> str:
+    """Where an object is in the store."""
+    return f"{OBJECTS}/{sha256[:2]}/{sha256}"
+
+
+def step_name(key: str) -> str:
+    """Where a step's record is in the store."""
+    return f"{STEPS}/{key}.json"
+
+
+def doomed_name(sha256: str) -> str:
+    """Where it is said that an object is being collected."""
+    return f"{DOOMED}/{sha256}"
+
+
+def used_name(key: str) -> str:
+    """Where it is said that a step was found again."""
+    return f"{USED}/{key}.json"
 
 
 def _state_name(name: str) -> str:

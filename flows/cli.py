@@ -17,6 +17,7 @@ from flows.commands import (
     FAILED,
     audit,
     compress,
+    housekeeping,
     leaderboard,
     lineage,
     looking,
@@ -57,8 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"bivlm {options.command}: interrupted; run it again to go on from where it was", file=sys.stderr)
         return FAILED
-    except SystemExit:  # rich's, where nobody reads its tables any more, as with ``| head``
-        return DONE
+    except SystemExit as error:
+        if isinstance(
+            error.__context__, BrokenPipeError
+        ):  # rich's: nobody reads its tables any more, as with ``| head``
+            return DONE
+        raise
     except ConnectionError as error:  # nothing of ours to mend, so no trace
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return DONE
@@ -89,7 +94,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="bivlm", description="Vision-language models at an honest two bits and below.", epilog=_EXIT_CODES
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (compress, leaderboard, pruning, looking, lineage, promotion, audit, push, reproduce, trigger):
+    modules = (
+        compress,
+        leaderboard,
+        pruning,
+        looking,
+        lineage,
+        promotion,
+        audit,
+        push,
+        reproduce,
+        trigger,
+        housekeeping,
+    )
+    for module in modules:
         for command in module.add(commands):
             command.add_argument(
                 "--trust-remote-code",

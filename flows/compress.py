@@ -12,6 +12,7 @@ from prefect import flow
 from rich.console import Console
 
 from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
+from bivlm.collection import in_use
 from bivlm.errors import GateNotPassed, InputError
 from bivlm.evaluation import Benchmark
 from bivlm.identity import digest
@@ -19,6 +20,7 @@ from bivlm.memory import peak_bytes, reset_peak
 from bivlm.pruning import PRUNING_KEY, PruningSettings
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
 from bivlm.stores.location import cache_folder, default_workspace
+from bivlm.turns import one_machine_at_a_time
 from bivlm.workspace import Workspace
 from flows.estimates import refuse_what_cannot_fit
 from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided
@@ -59,6 +61,7 @@ from tasks.report import (
     write_page,
     write_report,
 )
+from tasks.retention import note_registry
 from tasks.steps import Done
 
 SWEEP_FOLDER = "pruning"  # in the packed checkpoint's
@@ -183,9 +186,15 @@ def compress_flow(
 
     # Two identical requests at once would both find nothing done and do all of it twice, MLflow's runs included; two
     # that write one folder would report on each other's files.
-    same_request = store.local / "locks" / f"{tracking.request_digest(base, chosen_recipe)}.lock"
+    request_digest = tracking.request_digest(base, chosen_recipe)
+    same_request = store.local / "locks" / f"{request_digest}.lock"
     same_output = cache_folder() / "locks" / f"output-{digest(output)[:32]}.lock"
-    with one_at_a_time(same_request, wait), one_at_a_time(same_output, wait):
+    with (
+        in_use(store),
+        one_at_a_time(same_request, wait),
+        one_machine_at_a_time(store, request_digest, wait),
+        one_at_a_time(same_output, wait),
+    ):
         return _compress(request, console)
 
 
@@ -196,6 +205,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     calibrated = needs_calibration(layers, recipe.budget, recipe.search)
     varied = curves.varied_layers(layers)
     tracked = tracking.find_or_create_run(store.url, base, recipe, request.trigger)
+    note_registry(store.url, tracked.uri)
     publish_page(tracking.run_page(tracked))
     answers = 2 * sum(map(len, request.benchmarks.values()))
     swept = recipe.pruning.sweep if recipe.pruning and answers else None

@@ -10,6 +10,8 @@ import httpx
 import psutil
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
+from bivlm.names import without_credentials
+
 OWNER_VARIABLE = "BIVLM_OWNER"  # in the environment of a temporary server: the process that it belongs to
 _TEMPORARY_SERVER = "PREFECT__SERVER_EPHEMERAL"  # Prefect's own mark
 
@@ -41,7 +43,7 @@ def _check_that_it_answers(server: str) -> None:
         httpx.get(f"{server}/health", timeout=10)
     except httpx.TransportError as error:
         raise ConnectionError(
-            f"PREFECT_API_URL is {server}, where no Prefect server answers ({error}); "
+            f"PREFECT_API_URL is {without_credentials(server)}, where no Prefect server answers ({error}); "
             "start it, or unset the variable to use a temporary one"
         ) from error
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from bivlm.checkpoint import Checkpoint, resolve_model
+from bivlm.collection import in_use
 from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark
 from bivlm.evaluation.metrics import accuracy
@@ -62,7 +64,8 @@ def sweep_flow(
         raise InputError(f"models: two are called alike ({', '.join(s.label for s in subjects)}); rename their folders")
     place = str(Path(output).expanduser().absolute())
     stages = questions_of_sweep(settings, asked.values(), len(subjects))
-    with FlowProgress(stages, Console(stderr=True, quiet=quiet), "pruning sweep") as progress, shown_by(progress):
+    progress = FlowProgress(stages, Console(stderr=True, quiet=quiet), "pruning sweep")
+    with in_use(store), progress, shown_by(progress):
         limit = settings.questions
         swept = sweep_all(subjects, settings, benchmarks, limit, device, store.url, progress.publish)
     pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, place)
@@ -90,7 +93,7 @@ def redundancy_flow(
     store = Workspace.open(workspace or default_workspace())
     device, subject = choose_device(), subject_of(model, revision, modules)
     sets = {name: [name] for name in benchmarks} | ({ALL: benchmarks} if len(benchmarks) > 1 else {})
-    try:
+    with in_use(store), models_let_go():
         for given in cells:
             pruning.check_cells(subject, [PruningSettings(**given, share=0.5)])
         plain = {
@@ -109,6 +112,13 @@ def redundancy_flow(
                 found = find_redundancy(partial(measure, given, names), tolerance)
                 results.append({**given, "task": task, **asdict(found), "in_words": found.in_words()})
         return results
+
+
+@contextmanager
+def models_let_go() -> Iterator[None]:
+    """After this block no model is held for the next task."""
+    try:
+        yield
     finally:
         evaluation.forget_models()
 

@@ -26,6 +26,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm
 
 from bivlm.errors import InputError
 from bivlm.identity import file_digest
+from bivlm.names import is_sha256
 
 AT_ONCE = 4
 FRUITLESS_ATTEMPTS = 3  # in a row, none of which brought a byte
@@ -55,6 +56,9 @@ def download_large(model: str, commit: str, files: Sequence[LargeFile]) -> None:
     `HfHubHTTPError` for a refusal, a transport error after some fruitless attempts. What was fetched until then stays.
     """
     blobs = repository_folder(model) / "blobs"
+    odd = next((file for file in files if not is_sha256(file.sha256)), None)
+    if odd is not None:
+        raise InputError(f"model {model!r}: the hub gives {odd.name} the sha256 {odd.sha256!r}; expected 64 hex digits")
     wanted = {file.sha256: file for file in files if 0 < file.size <= _HTTP_LIMIT}
     wanted = {sha256: file for sha256, file in wanted.items() if not (blobs / sha256).exists()}
     if not wanted:

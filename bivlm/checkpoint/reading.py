@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -59,7 +59,7 @@ class Checkpoint:
 
         As in transformers, one ``model.safetensors`` goes before an index of shards. Raises `InputError` naming folder
         and file if the config is missing or unreadable, weights are missing, cut short, only there as pickles, or an
-        index names a file outside the folder.
+        index names a file outside the folder or one is a link that leads out of it.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -75,7 +75,10 @@ class Checkpoint:
         for name, file in _indexed_tensors(folder):
             if name not in entries:
                 raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {file}; it is not there")
-        return cls(folder, config, dict(sorted(entries.items())), modules or _carried_modules(config, folder / CONFIG))
+        carried = _carried_modules(config, folder / CONFIG)
+        checkpoint = cls(folder, config, dict(sorted(entries.items())), modules or carried)
+        _refuse_links_out_of([folder / CONFIG, *files, *checkpoint.side_files, *checkpoint.licence_files], folder)
+        return checkpoint
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -239,7 +242,29 @@ def _inside(file: str) -> bool:
     # Judged by the text: in the hub's cache the files themselves are links to a folder beside this one.
     path = PurePosixPath(file)
     drive = PureWindowsPath(file).drive
-    return bool(path.parts) and not path.is_absolute() and not drive and ".." not in path.parts and "\\" not in file
+    return (
+        bool(path.parts)
+        and file.isprintable()
+        and not path.is_absolute()
+        and not drive
+        and ".." not in path.parts
+        and "\\" not in file
+    )
+
+
+def _refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
+    """What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may.
+
+    In the hub's cache a snapshot's files are links to the blobs of their repository.
+    """
+    place = folder.resolve()
+    allowed = [place]
+    if place.parent.name == "snapshots":
+        allowed.append((place.parent.parent / "blobs").resolve())
+    for file in files:
+        target = file.resolve()
+        if not any(target.is_relative_to(each) for each in allowed):
+            raise InputError(f"{file}: a link to {target}, outside the folder; copy the file into it")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

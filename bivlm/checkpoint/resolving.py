@@ -37,6 +37,7 @@ from bivlm.checkpoint.reading import (
 )
 from bivlm.errors import InputError
 from bivlm.hub_errors import hub_error
+from bivlm.names import check_commit, check_revision, is_commit
 from bivlm.remote_code import remote_code_allowed, unknown_architecture
 
 CARD = "README.md"  # not of the checkpoint; it says what licence the model has
@@ -82,8 +83,9 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
     # The hub also knows ids without an owner, but no vision-language model is called so: it is a mistyped folder.
     if "/" not in model:
         raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name")
+    check_revision(revision, f"model {model!r}")
     try:
-        commit = HfApi().resolve_revision(model, revision=revision).resolved
+        commit = check_commit(HfApi().resolve_revision(model, revision=revision).resolved, f"model {model!r}")
         folder = cached_model(model, commit) or _download(model, commit)
     except HFValidationError:
         raise InputError(f"model {model!r}: no such folder, and not a hub id of the form owner/name") from None
@@ -94,6 +96,8 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
 
 def cached_model(model: str, commit: str) -> Path | None:
     """The snapshot of `model` at `commit` in the hub's cache if all that is needed of it is there, else None."""
+    if not is_commit(commit):
+        return None
     folder = repository_folder(model) / "snapshots" / commit
     try:
         names = [file.path for file in get_cached_repo_tree(model, revision=commit)]

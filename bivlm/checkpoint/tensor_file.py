@@ -88,7 +88,7 @@ def read_entries(file: Path) -> list[TensorEntry]:
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise InputError(f"{file}: not a safetensors file or cut short ({size} bytes, header of {length})")
             text = stream.read(length)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise InputError(f"{file}: the file is missing") from None
     try:
         header = json.loads(text)

@@ -191,7 +191,7 @@ def _write_config(
 
 
 def _write_new(folder: Path, name: str, content: bytes) -> None:
-    if Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise InputError(f"extra file {name!r}: expected a plain file name")
     try:
         with (folder / name).open("xb") as stream:

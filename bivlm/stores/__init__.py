@@ -6,9 +6,21 @@ A store knows names and bytes, not what they mean. Whatever is put under a name 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from bivlm.errors import InputError
+from bivlm.names import without_credentials
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a store says of a name: bytes, and when it was last put, in seconds since 1970 on the store's clock."""
+
+    name: str
+    nbytes: int
+    modified: float
 
 
 class Store(ABC):
@@ -34,8 +46,24 @@ class Store(ABC):
         """The bytes under `name`, or None if there are none."""
 
     @abstractmethod
+    def entry(self, name: str) -> Entry | None:
+        """What is under `name`, or None if there is nothing; no byte is read."""
+
+    @abstractmethod
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """Everything under the names that begin with `folder` and a slash, in no order.
+
+        Whatever lies there is listed or an error is raised: what was overlooked could be taken for unused.
+        """
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Take `name` and its bytes away; nothing happens if there is nothing."""
+
     def size(self, name: str) -> int | None:
         """The number of bytes under `name`, or None if there is nothing."""
+        found = self.entry(name)
+        return None if found is None else found.nbytes
 
     @abstractmethod
     def path(self, name: str) -> Path | None:
@@ -57,7 +85,7 @@ def open_store(location: str | Path) -> Store:
 
         return S3Store(str(location))
     if "://" in str(location):
-        raise InputError(f"workspace {location}: expected a folder or s3://bucket/prefix")
+        raise InputError(f"workspace {without_credentials(str(location))}: expected a folder or s3://bucket/prefix")
     from bivlm.stores.folder import FolderStore
 
     return FolderStore(Path(location))

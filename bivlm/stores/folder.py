@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bivlm.errors import InputError
-from bivlm.stores import Store
+from bivlm.stores import Entry, Store
 
 
 class FolderStore(Store):
@@ -38,11 +38,22 @@ class FolderStore(Store):
         except FileNotFoundError:
             return None
 
-    def size(self, name: str) -> int | None:
+    def entry(self, name: str) -> Entry | None:
         try:
-            return (self._folder / name).stat().st_size
+            found = (self._folder / name).stat()
         except FileNotFoundError:
             return None
+        return Entry(name, found.st_size, found.st_mtime)
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        for place, _folders, files in os.walk(self._folder / folder, onerror=_raise_unless_absent):
+            for file in files:
+                # Others may take it away, or finish what they were writing, while we look.
+                if (entry := self.entry((Path(place) / file).relative_to(self._folder).as_posix())) is not None:
+                    yield entry
+
+    def delete(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
 
     def path(self, name: str) -> Path | None:
         path = self._folder / name
@@ -50,6 +61,11 @@ class FolderStore(Store):
 
     def refresh(self, name: str) -> bool:
         return False
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def writable_folder(folder: Path, what: str) -> Path:

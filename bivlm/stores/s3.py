@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from bivlm.errors import InputError
-from bivlm.stores import Store
+from bivlm.names import without_credentials
+from bivlm.stores import Entry, Store
 from bivlm.stores.folder import temporary_beside
 from bivlm.stores.location import cache_folder
 
@@ -30,9 +32,14 @@ class S3Store(Store):
 
     def __init__(self, url: str) -> None:
         match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*?))?/*", url)
-        if match is None:
-            raise InputError(f"workspace {url!r}: not an S3 location; expected s3://bucket or s3://bucket/prefix")
-        self._bucket, prefix = match[1], match[2]
+        prefix = match[2] if match else None
+        # Servers that keep objects as files would follow such a part, and boto3 an empty one.
+        if match is None or (prefix and (not prefix.isprintable() or {"", ".", ".."} & set(prefix.split("/")))):
+            raise InputError(
+                f"workspace {without_credentials(url)!r}: not an S3 location; expected s3://bucket or "
+                "s3://bucket/prefix, credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        self._bucket = match[1]
         self._prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         try:
@@ -72,13 +79,24 @@ class S3Store(Store):
                 return None
             raise
 
-    def size(self, name: str) -> int | None:
+    def entry(self, name: str) -> Entry | None:
         try:
-            return self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"]
+            found = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
         except ClientError as error:
             if error_code(error) in _ABSENT:
                 return None
             raise
+        return Entry(name, found["ContentLength"], found["LastModified"].timestamp())
+
+    def entries(self, folder: str) -> Iterator[Entry]:
+        pages = self._client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}{folder}/"):
+            for found in page.get("Contents", ()):
+                yield Entry(found["Key"].removeprefix(self._prefix), found["Size"], found["LastModified"].timestamp())
+
+    def delete(self, name: str) -> None:
+        self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+        self.refresh(name)
 
     def path(self, name: str) -> Path | None:
         size = self.size(name)

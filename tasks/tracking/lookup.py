@@ -17,7 +17,7 @@ from tasks.tracking.registry import is_absent
 from tasks.tracking.run import public_uri, tracking_place
 
 VERSION_FORMS = "NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION"
-_VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+_VERSION = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
 
 
 def is_version(text: str) -> bool:

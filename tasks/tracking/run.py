@@ -19,6 +19,7 @@ from prefect import task
 
 from bivlm.errors import InputError
 from bivlm.identity import digest
+from bivlm.names import without_credentials
 from bivlm.recipe import Recipe
 from bivlm.workspace import Workspace
 from tasks.checkpoint import Base
@@ -104,9 +105,7 @@ def _take_password_out_of_address() -> None:
 
 def public_uri(uri: str) -> str:
     """`uri` without the user name and password that it may hold: for people, files and logs."""
-    scheme, separator, rest = uri.partition("://")
-    place, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{place.rpartition('@')[2]}{slash}{path}"
+    return without_credentials(uri)
 
 
 def ui_command(uri: str) -> str:

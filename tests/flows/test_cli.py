@@ -229,3 +229,10 @@ def test_a_reader_that_has_seen_enough_is_no_failure(tiny_llava, asked):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert (process.wait(), process.stderr.read()) == (cli.DONE, "")
+
+
+def test_a_library_that_ends_the_process_has_not_done_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr("bivlm.bits.bits_of", lambda folder: sys.exit(1))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bits", str(tmp_path)])
+    assert ended.value.code == 1

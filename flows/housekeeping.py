@@ -1,0 +1,89 @@
+"""Housekeeping: what no registered version needs and nobody used for a while leaves the workspace."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from pydantic import Field
+
+from bivlm.stores.location import default_workspace
+from bivlm.workspace import Workspace
+from tasks import retention
+from tasks.locks import one_at_a_time
+
+
+@flow(name="housekeeping", persist_result=False)
+def gc_flow(
+    workspace: str | None = None,
+    keep_days: Annotated[float, Field(ge=0)] = 30.0,
+    keep_versions: Annotated[int, Field(ge=0)] = 3,
+    dry_run: bool = False,
+    wait_seconds: Annotated[float, Field(ge=0)] = 60.0,
+    although_empty: bool = False,
+) -> dict[str, Any]:
+    """Remove the steps and objects of `workspace` that no version needs and nobody used for `keep_days`.
+
+    Needed is what the lineage records of registered versions name: of every version with an alias, of every one that
+    ever was champion, and of the latest `keep_versions` of each model. What was marked is looked at again after
+    `wait_seconds`, MLflow is asked again, and only what may still go does. With `dry_run` nothing goes. Returns what
+    was held, kept and removed, ready for JSON. Raises `InputError`, and removes nothing, if it is not certain what is
+    needed: see `tasks.retention.versions_to_keep`.
+    """
+    store = Workspace.open(workspace or default_workspace())
+    with one_at_a_time(store.local / "locks" / "gc.lock"):
+        kept = retention.versions_to_keep(store.url, keep_versions, although_empty)
+        found = retention.look(store.url, kept.needed, keep_days)
+        held, marked = found.inventory, found.marked
+        said: dict[str, Any] = {
+            "workspace": store.url,
+            "dry_run": dry_run,
+            "keep_days": keep_days,
+            "versions": [asdict(version) for version in kept.versions],
+            "runs_in_progress": len(held.began),
+            "stages": found.by_stage(),
+            "held": {
+                "steps": len(held.steps),
+                "objects": len(held.objects),
+                "nbytes": sum(each.nbytes for each in (*held.steps.values(), *held.objects.values())),
+            },
+            "marked": {
+                "steps": len(marked.steps),
+                "objects": len(marked.objects),
+                "leftovers": len(marked.leftovers),
+                "nbytes": marked.nbytes(held),
+            },
+            "removed": None,
+        }
+        if not dry_run:
+            time.sleep(wait_seconds)
+            again = retention.versions_to_keep(store.url, keep_versions, although_empty)
+            said["removed"] = asdict(retention.collect(store.url, found, kept.needed | again.needed, keep_days))
+    create_markdown_artifact(in_words(said), key="housekeeping", description=f"What stays and goes of {store.url}")
+    return said
+
+
+def in_words(said: dict[str, Any]) -> str:
+    """The result of `gc_flow` as Markdown."""
+    marked, removed = said["marked"], said["removed"]
+    lines = [f"Workspace {said['workspace']}", "", "| stage | steps | not needed |", "|---|---:|---:|"]
+    lines += [f"| {stage} | {each['steps']} | {each['going']} |" for stage, each in said["stages"].items()]
+    lines += ["", f"{len(said['versions'])} registered versions keep what they are made of:", ""]
+    lines += [f"- {each['name']}/{each['version']} ({each['reason']})" for each in said["versions"]]
+    lines += ["", f"{said['runs_in_progress']} runs in progress keep what they use.", ""]
+    lines.append(
+        f"Not needed, and not used for {said['keep_days']:g} days: {_counted(marked)} of {_counted(said['held'])}."
+    )
+    if removed is None:
+        lines.append("Nothing was removed: a dry run.")
+    else:
+        again = f"; {removed['put_back']} steps were found again meanwhile and stay" if removed["put_back"] else ""
+        lines.append(f"Removed: {_counted(removed)}{again}.")
+    return "\n".join(lines) + "\n"
+
+
+def _counted(some: dict[str, Any]) -> str:
+    return f"{some['steps']:,} steps, {some['objects']:,} objects, {some['nbytes'] / 1e6:,.1f} MB"

@@ -1,0 +1,102 @@
+"""The commands of `python -m infra.servers`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from infra.settings import NAMES
+
+if TYPE_CHECKING:
+    from infra.servers import Servers
+
+
+def parser() -> argparse.ArgumentParser:
+    """Sets `command`, a function of the servers and the names that are meant."""
+    made = argparse.ArgumentParser(
+        prog="python -m infra.servers", description="PostgreSQL, an S3 server, MLflow and Prefect as processes."
+    )
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, what in (
+        ("run", _run, "start all and end them with Ctrl-C"),
+        ("start", _start, "start them in the background"),
+        ("stop", _stop, "end them in order"),
+        ("kill", _kill, "end them at once, as a power cut does"),
+        ("status", _status, "which are up"),
+        ("rotate", _rotate, "new secrets; running servers take them"),
+    ):
+        sub = commands.add_parser(name, help=what, description=what)
+        sub.set_defaults(command=command, names=())
+        sub.add_argument("--folder", default=".servers", help="data, logs, secrets (default: .servers)")
+        sub.add_argument(
+            "--port", action="append", default=[], type=_port, metavar="NAME=PORT", help="kept from then on"
+        )
+        if name not in ("run", "rotate"):
+            sub.add_argument("names", nargs="*", type=_name, metavar="NAME", help=f"{', '.join(NAMES)} (default: all)")
+    return made
+
+
+def _run(servers: Servers, names: Sequence[str]) -> int:
+    try:
+        servers.start()
+        _tell(servers)
+        print("Ctrl-C ends them.", flush=True)
+        while any(map(servers.running, NAMES)):  # somebody else may stop them, or kill one and start it again
+            time.sleep(0.5)
+        print("all servers have been ended")
+    except KeyboardInterrupt:
+        print("ending the servers", flush=True)
+    finally:
+        servers.stop()
+    return 0
+
+
+def _start(servers: Servers, names: Sequence[str]) -> int:
+    servers.start(names)
+    _tell(servers)
+    return 0
+
+
+def _stop(servers: Servers, names: Sequence[str]) -> int:
+    servers.stop(names)
+    return 0
+
+
+def _kill(servers: Servers, names: Sequence[str]) -> int:
+    for name in names:
+        servers.kill(name)
+    return 0
+
+
+def _status(servers: Servers, names: Sequence[str]) -> int:
+    up = {name: servers.running(name) for name in names}
+    for name in names:
+        print(f"{name:9} {'up' if up[name] else 'down':5} {servers.address(name):30} {servers.log(name)}")
+    return 0 if all(up.values()) else 1
+
+
+def _rotate(servers: Servers, names: Sequence[str]) -> int:
+    servers.rotate()
+    print(f"new secrets in {servers.folder}/env and admin.env: source them again, and start the workers again")
+    return 0
+
+
+def _tell(servers: Servers) -> None:
+    for name in NAMES:
+        print(f"{name:9} {servers.address(name)}{'' if servers.running(name) else '   down'}")
+    print(f". {servers.folder}/env    # addresses and credentials, for your shells and workers", flush=True)
+
+
+def _name(text: str) -> str:
+    if text not in NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(NAMES)}")
+    return text
+
+
+def _port(text: str) -> tuple[str, int]:
+    name, _, port = text.partition("=")
+    if name not in NAMES or not port.isdigit() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=PORT with a NAME of {', '.join(NAMES)}")
+    return name, int(port)

@@ -1,0 +1,298 @@
+"""Names from outside neither leave the folder they belong to nor reach a shell."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bivlm.checkpoint import Checkpoint, resolve_model
+from bivlm.checkpoint.downloading import LargeFile, download_large
+from bivlm.checkpoint.reading import WEIGHTS, WEIGHTS_INDEX
+from bivlm.checkpoint.resolving import cached_model
+from bivlm.checkpoint.writing import write_packed_checkpoint
+from bivlm.errors import InputError
+from bivlm.hub_data import commit_of
+from bivlm.names import check_revision, is_sha256, without_credentials
+from bivlm.recipe import parse_recipe
+from bivlm.stores import open_store
+from bivlm.workspace import Workspace
+from tasks.tracking.lookup import is_version
+
+ROOT = Path(__file__).parents[1]
+# What makes a path leave its folder, an address another one, an argument an option, or a line two.
+PIECES = [
+    "..",
+    ".",
+    "/",
+    "//",
+    "\\",
+    "C:",
+    "~",
+    "-",
+    "%2e%2e",
+    "\0",
+    "\n",
+    " ",
+    "$(id)",
+    "`id`",
+    ";",
+    "a",
+    "main",
+    "x.safetensors",
+]
+NASTY = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join) | st.text(max_size=20)
+FUNCTION_FIXTURES = [HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The hub switched off, and its empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=FUNCTION_FIXTURES)
+@given(file=NASTY)
+def test_an_index_names_files_of_its_own_folder_or_is_refused(tmp_path_factory, file):
+    place = tmp_path_factory.getbasetemp() / "indexed"
+    folder = place / "inside" / "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    for outside in (place, place / "inside"):
+        for name in ("a", "main", "x.safetensors"):
+            (outside / name).write_bytes(b"secret")
+    (folder / "config.json").write_text("{}")
+    (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"tensor": file}}))
+    with pytest.raises(InputError) as refused:
+        Checkpoint.open(folder)
+    # A file that is looked for lies inside; whatever lies outside was not even opened.
+    said = str(refused.value)
+    opened = "the file is missing" in said or "not a safetensors file" in said
+    assert not (opened and not Path(said.partition(": ")[0]).resolve().is_relative_to(folder.resolve()))
+
+
+@settings(max_examples=300, deadline=None)
+@given(revision=NASTY)
+def test_a_revision_is_a_name_below_its_folder_or_is_refused(revision):
+    try:
+        check_revision(revision, "model 'a/b'")
+    except InputError as refused:
+        assert repr(revision) in str(refused)
+        return
+    place = Path("/cache/refs")
+    assert (place / revision).resolve().is_relative_to(place) and (place / revision).resolve() != place
+    assert revision.isprintable() and not set(revision) & set(" ~^:?*[\\%#$`;&|<>\"'")
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/12", "refs/convert/parquet", "feature/x_y-z", "0" * 40])
+def test_revisions_as_people_have_them_are_taken(revision):
+    assert check_revision(revision, "x") == revision
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "../../etc/passwd",
+        "a/../b",
+        "a/..",
+        "../b",
+        "a/b/c",
+        "-x/y",
+        "a\n/b",
+        "a/b;id",
+        "$(id)/x",
+        "a--b/..",
+        "~/x",
+        "//",
+        "/",
+    ],
+)
+def test_a_model_id_that_is_a_path_is_refused_before_the_hub_is_asked(hub_cache, model):
+    if Path(model).is_dir():  # "/": a folder, and no checkpoint
+        with pytest.raises(InputError, match=r"config\.json"):
+            Checkpoint.open(resolve_model(model).folder)
+        return
+    with pytest.raises(InputError, match="no such folder"):
+        resolve_model(model)
+    assert not hub_cache.exists()
+
+
+@pytest.mark.parametrize("revision", ["../../../secret", "/etc/passwd", "a//b", "..", "--upload-pack=id", "a b", ""])
+def test_a_revision_that_is_a_path_is_refused_before_a_file_is_read(hub_cache, revision, tmp_path):
+    (tmp_path / "secret").write_text("0" * 40)
+    (hub_cache / "models--a--b" / "refs").mkdir(parents=True)
+    with pytest.raises(InputError, match="revision"):
+        resolve_model("a/b", revision)
+    with pytest.raises(InputError, match="revision"):
+        commit_of("a/b", revision, key="calibration.source", prefix="hf:")
+
+
+def test_a_commit_in_the_cache_that_is_a_path_is_refused(hub_cache, tiny_llava, tmp_path):
+    repository = hub_cache / "models--a--b"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("../../../llava")
+    shutil.copytree(tiny_llava, tmp_path / "llava")
+    with pytest.raises(InputError, match=r"at commit '../../../llava'; expected 40 hex digits"):
+        resolve_model("a/b", "main")
+    assert cached_model("a/b", "../../../llava") is None
+
+
+@pytest.mark.parametrize("sha256", ["../../outside", "/tmp/outside", "A" * 64, ""])
+def test_a_file_of_the_hub_whose_hash_is_a_path_is_refused(hub_cache, sha256):
+    with pytest.raises(InputError, match="expected 64 hex digits"):
+        download_large("a/b", "0" * 40, [LargeFile("model.safetensors", 10, sha256)])
+    assert not hub_cache.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", WEIGHTS, "tokenizer.json", "LICENSE", "additional_chat_templates/a.jinja"]
+)
+def test_a_link_out_of_the_folder_is_refused_whatever_it_is(tiny_llava, tmp_path, name):
+    """Its bytes would be copied into the packed checkpoint, and from there into registries and hubs."""
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    secret = tmp_path / "credentials"
+    file = folder / name
+    if file.exists():
+        shutil.move(file, secret)
+    else:
+        secret.write_text("aws_secret_access_key")
+    file.parent.mkdir(exist_ok=True)
+    file.symlink_to(secret)
+    with pytest.raises(InputError, match=rf"{file.name}: a link to .*credentials, outside the folder"):
+        Checkpoint.open(folder)
+
+
+def test_links_within_the_folder_and_to_the_folder_are_taken(tiny_llava, tmp_path):
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    (folder / "data").mkdir()
+    shutil.move(folder / WEIGHTS, folder / "data" / "weights")
+    (folder / WEIGHTS).symlink_to("data/weights")
+    (tmp_path / "link").symlink_to(folder)
+    assert Checkpoint.open(tmp_path / "link").digest() == Checkpoint.open(tiny_llava).digest()
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=NASTY)
+def test_a_name_of_a_recipe_is_one_part_of_a_path_or_is_refused(name):
+    data = {"name": name, "format": 1, "components": {"language": {"method": "rtn", "bits": 2, "group_size": 64}}}
+    try:
+        found = parse_recipe(data).name
+    except InputError:
+        return
+    assert (Path("/outputs") / found).resolve().parent == Path("/outputs")
+    assert found == name and name.isprintable() and not name.startswith(("-", "."))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=FUNCTION_FIXTURES)
+@given(key=NASTY)
+def test_a_key_of_a_step_that_is_no_hash_is_no_step(tmp_path_factory, key):
+    place = Workspace.open(tmp_path_factory.getbasetemp() / "keys")
+    assert not is_sha256(key)
+    assert place.step(key) is None and place.record(key) is None
+
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/out", "a/../../out", "..", "a\\..\\..\\out"])
+def test_an_output_of_a_step_stays_in_its_folder(tmp_path, name):
+    place = Workspace.open(tmp_path / "work")
+    reference = place.put_bytes(b"x")
+    if "\\" in name:  # one part of a path here
+        place.fetch_folder({name: reference}, tmp_path / "folder")
+    else:
+        with pytest.raises((InputError, OSError)):
+            place.fetch_folder({name: reference}, tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["folder", "work"], ["work"])
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".."])
+def test_an_extra_file_of_a_packed_checkpoint_stays_in_it(tiny_llava, tmp_path, name):
+    with pytest.raises(InputError, match="plain file name"):
+        write_packed_checkpoint(Checkpoint.open(tiny_llava), {}, [], tmp_path / "out" / "packed", {}, {name: b"x"})
+    assert not (tmp_path / "out" / "packed").exists() and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/../other",
+        "s3://bucket/a/./b",
+        "s3://bucket/a//b",
+        "s3://bucket/a\nb",
+        "s3://../etc",
+        "s3:///etc",
+        "s3://B",
+    ],
+)
+def test_a_prefix_in_s3_that_is_a_path_elsewhere_is_refused(url):
+    with pytest.raises(InputError, match="not an S3 location"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("url", ["s3://key:s3cr3t@bucket/work", "s3://key:s3cr3t@bucket", "ftp://me:s3cr3t@host/x"])
+def test_credentials_in_the_address_of_a_workspace_are_not_repeated(url):
+    with pytest.raises(InputError) as refused:
+        open_store(url)
+    assert "s3cr3t" not in str(refused.value)
+
+
+def test_an_address_is_shown_without_credentials():
+    assert without_credentials("https://me:s3cr3t@host:4200/api?x=1") == "https://host:4200/api?x=1"
+    assert without_credentials("http://host/api@x") == "http://host/api@x"
+
+
+@pytest.mark.parametrize(
+    "text", ["a/../b/1", "a/1/..", "a@b@c", "a/1;id", "models:/a/b/1", "a/99999999999999999999", "a/١"]
+)
+def test_what_is_no_version_in_the_registry_is_not_asked_for(text):
+    assert not is_version(text)
+
+
+# The calls that start a program by way of a shell, or run what they are given as code.
+SHELLS = {"system", "popen", "getoutput", "getstatusoutput", "create_subprocess_shell"}
+CODE = {"eval", "exec", "compile", "__import__"}
+READERS = {("pickle", "load"), ("pickle", "loads"), ("marshal", "loads"), ("joblib", "load"), ("yaml", "unsafe_load")}
+
+
+def dangerous(source: str) -> set[str]:
+    """The calls in a module that could reach a shell or run what came from outside."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+        if (
+            (name in SHELLS and owner != "platform")
+            or options.get("shell", "False") != "False"
+            or (owner, name) in READERS
+        ):
+            found.add(ast.unparse(node))
+        if isinstance(node.func, ast.Name) and name in CODE:
+            found.add(ast.unparse(node))
+        if (owner, name) == ("torch", "load") and options.get("weights_only") != "True":
+            found.add(ast.unparse(node))
+        if options.get("trust_remote_code") == "True":
+            found.add(ast.unparse(node))
+    return found
+
+
+def test_nothing_reaches_a_shell_or_runs_what_it_reads():
+    files = [path for floor in ("bivlm", "tasks", "flows") for path in (ROOT / floor).rglob("*.py")]
+    assert len(files) > 100
+    assert {f"{path.name}: {call}" for path in files for call in dangerous(path.read_text(encoding="utf-8"))} == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["os.system(x)", "subprocess.run(x, shell=True)", "subprocess.run(x, shell=y)", "eval(x)", "torch.load(x)",
+     "pickle.load(f)", "AutoModel.from_pretrained(x, trust_remote_code=True)", "os.popen(x)"],
+)  # fmt: skip
+def test_every_such_call_is_seen(source):
+    assert dangerous(source)
