@@ -42,7 +42,6 @@ def main() -> int:
         "model": (f"{experiment}/models/{version.tags['bivlm.model_id']}", 1050),
         "base": (f"{experiment}/models/{version.tags['bivlm.base.model_id']}", 800),
         "run": (f"{experiment}/runs/{version.run_id}", 900),
-        "report": (f"{experiment}/runs/{version.run_id}/artifacts/report.html", 900),
     }
     for page, (path, height) in pages.items():
         take(browser, options.mlflow.rstrip("/") + path, options.output / f"mlflow-{page}.png", height, PANEL)
