@@ -290,7 +290,7 @@ def _workspace(lineage: Lineage, workspace: Workspace | None) -> list[Finding]:
     problems, absent, held = [], 0, 0
     for key, record in lineage.steps.items():
         stored = workspace.record(key)
-        if stored is not None and stored != record:
+        if stored is not None and not stored.says_the_same_as(record):
             problems.append(f"{record.stage} step {key} has another record there")
         for name, reference in record.outputs.items():
             try:

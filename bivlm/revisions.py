@@ -22,6 +22,7 @@ from bivlm.checkpoint.resolving import HUB_TROUBLE
 from bivlm.errors import InputError
 from bivlm.hub_errors import hub_error
 from bivlm.identity import digest
+from bivlm.names import check_commit, check_revision
 
 
 class Look(BaseModel):
@@ -56,6 +57,7 @@ def hub_revision(model: str, branch: str | None = None) -> str:
 
     Raises `InputError` and `ConnectionError` as `bivlm.checkpoint.resolve_model` does.
     """
+    check_revision(branch, f"model {model!r}")
     try:
         commit = HfApi().model_info(model, revision=branch).sha
     except HFValidationError:
@@ -64,7 +66,7 @@ def hub_revision(model: str, branch: str | None = None) -> str:
         raise hub_error(error, model, branch) from error
     if commit is None:
         raise InputError(f"model {model!r}: the hub names no commit of {branch or 'its main branch'}")
-    return commit
+    return check_commit(commit, f"model {model!r}")  # it becomes the name of a folder
 
 
 def folder_listing(folder: str | Path) -> Listing:

@@ -82,6 +82,10 @@ class StepRecord(BaseModel):
         """The digest of the identity."""
         return digest(self.identity)
 
+    def says_the_same_as(self, other: StepRecord) -> bool:
+        """Whether both are of one step that made one thing; how long that took, and where, may differ."""
+        return (self.identity, self.outputs, self.figures) == (other.identity, other.outputs, other.figures)
+
     @property
     def stage(self) -> str:
         """The name of the step's stage."""
@@ -220,6 +224,25 @@ class Workspace:
         content["checksum"] = digest(content)  # a damaged figure would otherwise pass for a true one
         self._store.put_bytes(step_name(record.key), canonical_json(content) + b"\n")
 
+    def state(self, name: str) -> dict[str, Any] | None:
+        """What was last put as the state `name`; None if nothing was, or it cannot be read.
+
+        Unlike steps, states change: the watcher's memory is kept so. `name` is made by this code, never by others.
+        """
+        data = self._store.read_bytes(_state_name(name))
+        if data is None:
+            return None
+        try:
+            content = json.loads(data)
+            checksum = content.pop("checksum")
+            return content if digest(content) == checksum else None
+        except (ValueError, KeyError, TypeError, AttributeError, InputError):
+            return None
+
+    def put_state(self, name: str, content: dict[str, Any]) -> None:
+        """Put `content` (JSON) as the state `name`, whole or not at all; what was there before is replaced."""
+        self._store.put_bytes(_state_name(name), canonical_json({**content, "checksum": digest(content)}) + b"\n")
+
     def _say_that_it_is_used(self, key: str, data: bytes) -> bool:
         """Put the step's record under ``used/`` unless it, or the record itself, is fresh; whether the step is there
         afterwards."""
@@ -257,25 +280,6 @@ def parse_record(data: bytes, key: str) -> StepRecord | None:
 
 def _is_fresh(entry: Entry | None, seconds: float = FRESH_SECONDS) -> bool:
     return entry is not None and time.time() - entry.modified < seconds
-
-    def state(self, name: str) -> dict[str, Any] | None:
-        """What was last put as the state `name`; None if nothing was, or it cannot be read.
-
-        Unlike steps, states change: the watcher's memory is kept so. `name` is made by this code, never by others.
-        """
-        data = self._store.read_bytes(_state_name(name))
-        if data is None:
-            return None
-        try:
-            content = json.loads(data)
-            checksum = content.pop("checksum")
-            return content if digest(content) == checksum else None
-        except (ValueError, KeyError, TypeError, AttributeError, InputError):
-            return None
-
-    def put_state(self, name: str, content: dict[str, Any]) -> None:
-        """Put `content` (JSON) as the state `name`, whole or not at all; what was there before is replaced."""
-        self._store.put_bytes(_state_name(name), canonical_json({**content, "checksum": digest(content)}) + b"\n")
 
 
 def _is(path: Path, reference: Reference) -> bool:

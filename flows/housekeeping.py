@@ -32,6 +32,15 @@ def gc_flow(
     `wait_seconds`, MLflow is asked again, and only what may still go does. With `dry_run` nothing goes. Returns what
     was held, kept and removed, ready for JSON. Raises `InputError`, and removes nothing, if it is not certain what is
     needed: see `tasks.retention.versions_to_keep`.
+
+    Args:
+        workspace: a folder or s3://bucket/prefix; without it that of the worker.
+        keep_days: keep what was used since; the last two hours stay in any case.
+        keep_versions: keep what the latest so many versions of each model need, beside those with an alias and former
+            champions.
+        dry_run: say what would go, and remove nothing.
+        wait_seconds: before the second look.
+        although_empty: go on if MLflow has no version that bivlm registered.
     """
     store = Workspace.open(workspace or default_workspace())
     with one_at_a_time(store.local / "locks" / "gc.lock"):

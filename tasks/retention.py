@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from prefect import task
 
 from bivlm import collection
+from bivlm.champions import moves_of
 from bivlm.checkpoint import LINEAGE
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest
@@ -30,7 +31,6 @@ from tasks.tracking.run import REQUEST_TAG, public_uri, tracking_place
 
 DAY_SECONDS = 24 * 3600.0
 REGISTRIES = "registries"  # in the workspace: which stores of MLflow have versions whose steps are here
-_MOVES = "bivlm.move."  # tags of a registered model, each a move of the champion's alias from one version to another
 _PAGE = 1000
 
 
@@ -179,18 +179,12 @@ def _chosen(client: MlflowClient, keep_versions: int) -> Iterator[tuple[ModelVer
 
 
 def _champions(name: str, tags: dict[str, str]) -> set[int]:
-    """The versions that ever were champion, or were about to be, by the moves in a registered model's tags."""
-    found = set()
-    for key, value in tags.items():
-        if key.startswith(_MOVES):
-            try:
-                move = json.loads(value)
-                found |= {int(move[end]) for end in ("from", "to") if move[end] is not None}
-            except (ValueError, TypeError, KeyError):
-                raise InputError(
-                    f"registered model {name}: tag {key}: cannot be read as a move of its champion"
-                ) from None
-    return found
+    """The versions that ever were champion, or were about to be."""
+    try:
+        moves = moves_of(tags).values()
+    except InputError as error:
+        raise InputError(f"registered model {name}: {error}") from None
+    return {version for move in moves for version in (move.before, move.after) if version is not None}
 
 
 def _pages(search: Any) -> Iterator[Any]:

@@ -77,7 +77,13 @@ def finish(
     figures: dict[str, Any],
     seconds: float,
 ) -> Done:
-    """Write down that a step is done, whose outputs are stored."""
+    """Write down that a step is done, whose outputs are stored.
+
+    Another worker may have finished it meanwhile: its record stands, so that all who use the step name the same one.
+    """
     record = StepRecord(identity=identity, outputs=outputs, figures=figures, seconds=seconds, environment=software())
+    earlier = workspace.step(record.key)
+    if earlier is not None and earlier.says_the_same_as(record):
+        return Done(earlier, reused=False)
     workspace.finish_step(record)
     return Done(record, reused=False)

@@ -281,7 +281,7 @@ def _move_row(move: Move) -> tuple[str, ...]:
     before = "-" if move.before is None else str(move.before)
     by = _text(move.who) if move.kind != "rollback" else f"{_text(move.who)} (rollback)"
     why = move.why if len(move.why) <= _SHOWN else f"{move.why[:_SHOWN].rsplit(' ', 1)[0]} ..."
-    return move.when[:16].replace("T", "\u00a0"), before, str(move.after), by, _text(why)
+    return move.when[:16].replace("T", " "), before, str(move.after), by, _text(why)
 
 
 def _base_link(tags: Mapping[str, str]) -> str:

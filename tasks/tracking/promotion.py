@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from bivlm.champions import Kind, Move, champion_before, line_of, moves_of, next_key, now, stays
+from bivlm.champions import Kind, Move, champion_before, moves_of, next_key, now, stays
 from bivlm.errors import InputError
 from bivlm.identity import digest
 from bivlm.stores.location import cache_folder
@@ -95,7 +95,6 @@ def roll_back(client: MlflowClient, name: str, who: str, why: str, to: int | Non
             return _done(finished[-1])  # the rollback that is asked for again, because it was cut off
         if to is not None and to == champion:
             return _nothing(to)
-        line = line_of(moves.values())
         if to is None:
             to = champion_before(champion, moves.values())
             if to is None:
@@ -104,9 +103,9 @@ def roll_back(client: MlflowClient, name: str, who: str, why: str, to: int | Non
                     f"{name}: {present} is champion, and none was before that one is; nothing to go back to"
                 )
             version_of(client, name, to)
-        elif to not in {move.after for move in moves.values() if move.done}:
-            were = f"expected one of {', '.join(map(str, sorted(set(line))))}" if line else "no version was"
-            raise InputError(f"{name}/{to}: was never champion; {were}. To make it champion: bivlm promote")
+        elif to not in (were := {move.after for move in moves.values() if move.done}):
+            known = f"expected one of {', '.join(map(str, sorted(were)))}" if were else "no version was"
+            raise InputError(f"{name}/{to}: was never champion; {known}. To make it champion: bivlm promote")
         _, move = _move(client, name, champion, to, "rollback", who, why, moves)
         return _done(move)
 

@@ -9,6 +9,7 @@ import boto3
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from tiny_llava import make_tiny_llava
 
 from bivlm.base_models import Revision
 from bivlm.checkpoint import Checkpoint
@@ -223,6 +224,7 @@ def test_a_run_that_waits_for_a_worker_is_not_asked_for_again(place):
     assert look()["emitted"] == [str(revision.event_id)]
 
 
+@pytest.mark.slow
 def test_a_model_below_an_s3_prefix_and_one_on_the_hub_become_versions_of_their_revision(
     place,
     tiny_llava,
@@ -232,7 +234,7 @@ def test_a_model_below_an_s3_prefix_and_one_on_the_hub_become_versions_of_their_
     bucket, _, prefix = s3_location.removeprefix("s3://").partition("/")
     for file in tiny_llava.iterdir():
         boto3.client("s3").upload_file(str(file), bucket, f"{prefix}/models/llava/{file.name}")
-    commit = hub.add("owner/llava", tiny_llava).head.oid
+    commit = hub.add("owner/llava", make_tiny_llava(place / "another", seed=1)).head.oid
     write_list(
         place,
         [
