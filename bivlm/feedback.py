@@ -153,19 +153,28 @@ def _feed_back(
     and large: most of the work then runs at the speed of a matrix product, whatever the size of a block.
     """
     carried_NM = torch.empty_like(running_NM)
-
-    def go(begin: int, end: int) -> None:
-        blocks = -(-(end - begin) // block)
-        if blocks == 1:
-            quantize_rows(begin, running_NM[begin:end], carried_NM[begin:end])
-            return
-        middle = begin + (blocks + 1) // 2 * block
-        go(begin, middle)
-        running_NM[middle:end].addmm_(upper_NN[begin:middle, middle:end].T, carried_NM[begin:middle], alpha=-1)
-        go(middle, end)
-
-    go(0, len(running_NM))
+    _halves(running_NM, carried_NM, upper_NN, quantize_rows, block, 0, len(running_NM))
     return running_NM
+
+
+# Not a closure: one that calls itself would keep three matrices until the garbage collector comes by.
+def _halves(
+    running_NM: torch.Tensor,
+    carried_NM: torch.Tensor,
+    upper_NN: torch.Tensor,
+    quantize_rows: Callable[[int, torch.Tensor, torch.Tensor], None],
+    block: int,
+    begin: int,
+    end: int,
+) -> None:
+    blocks = -(-(end - begin) // block)
+    if blocks == 1:
+        quantize_rows(begin, running_NM[begin:end], carried_NM[begin:end])
+        return
+    middle = begin + (blocks + 1) // 2 * block
+    _halves(running_NM, carried_NM, upper_NN, quantize_rows, block, begin, middle)
+    running_NM[middle:end].addmm_(upper_NN[begin:middle, middle:end].T, carried_NM[begin:middle], alpha=-1)
+    _halves(running_NM, carried_NM, upper_NN, quantize_rows, block, middle, end)
 
 
 def _reverse(numbers: torch.Tensor) -> None:

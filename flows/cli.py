@@ -29,6 +29,20 @@ from flows.commands import (
 )
 from flows.quiet import quieten
 
+# In the order in which ``bivlm --help`` lists their commands.
+_MODULES = (
+    compress,
+    trigger,
+    leaderboard,
+    pruning,
+    looking,
+    lineage,
+    promotion,
+    audit,
+    housekeeping,
+    push,
+    reproduce,
+)
 _EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input or usage, 3 a gate was not passed"
 
 
@@ -94,20 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="bivlm", description="Vision-language models at an honest two bits and below.", epilog=_EXIT_CODES
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = (
-        compress,
-        leaderboard,
-        pruning,
-        looking,
-        lineage,
-        promotion,
-        audit,
-        push,
-        reproduce,
-        trigger,
-        housekeeping,
-    )
-    for module in modules:
+    for module in _MODULES:
         for command in module.add(commands):
             command.add_argument(
                 "--trust-remote-code",

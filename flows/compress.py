@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,19 @@ from bivlm.errors import GateNotPassed, InputError
 from bivlm.evaluation import Benchmark
 from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
-from bivlm.pruning import PRUNING_KEY, PruningSettings
+from bivlm.pruning import PRUNING_KEY
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
 from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.turns import one_machine_at_a_time
 from bivlm.workspace import Workspace
 from flows.estimates import refuse_what_cannot_fit
 from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided
-from flows.layers import PackedLayers, finish_all, needs_calibration, pack_all, side_by_side
+from flows.layers import finish_all, needs_calibration, pack_all, side_by_side
 from flows.origin import trigger_of_run
 from flows.progress import FlowProgress, publish_page
-from flows.pruning import questions_of_sweep, sweep_all
+from flows.pruning import questions_of_sweep
+from flows.recording import record
+from flows.results import evaluate_both, sweep_both
 from flows.runners import Runner, parse_runner, started
 from tasks import (
     binarization,
@@ -46,25 +47,11 @@ from tasks import (
 )
 from tasks.device import Device, choose_device
 from tasks.layers import layers_of
-from tasks.lineage import write_lineage
 from tasks.locks import one_at_a_time
 from tasks.naming import model_name
 from tasks.progress import shown_by
-from tasks.report import (
-    PAGE,
-    code_version,
-    earlier_report,
-    full_precision_bits,
-    in_a_sentence,
-    layers_for_figures,
-    points_for_figures,
-    write_page,
-    write_report,
-)
+from tasks.report import PAGE, code_version, earlier_report, full_precision_bits, write_report
 from tasks.retention import note_registry
-from tasks.steps import Done
-
-SWEEP_FOLDER = "pruning"  # in the packed checkpoint's
 
 
 @dataclass(frozen=True)
@@ -82,45 +69,6 @@ class Request:
     device: Device
     runner: Runner
     trigger: str
-
-
-@dataclass(frozen=True)
-class Results:
-    """What both models can do: evaluations by benchmark, the loss between them, and the divergence."""
-
-    full_precision: dict[str, Done]
-    packed: dict[str, Done]
-    loss: dict[str, dict[str, Any]]
-    logits: Done
-    divergence: Done
-
-    def by_name(self) -> dict[str, Done]:
-        """Every step by what it measured, for the lineage record."""
-        return {
-            **{f"full precision, {benchmark}": done for benchmark, done in self.full_precision.items()},
-            **{f"packed, {benchmark}": done for benchmark, done in self.packed.items()},
-            "full precision, held-out samples": self.logits,
-            "packed, held-out samples": self.divergence,
-        }
-
-    def figures(self) -> dict[str, Any]:
-        """Accuracy (percent) of both models by benchmark, the loss on the same questions, and KL (nats a token)."""
-
-        keys = ("n", "metrics", "ci95", "intervals")
-
-        def short(evaluations: dict[str, Done]) -> dict[str, Any]:
-            return {
-                benchmark: {key: value for key, value in done.record.figures.items() if key in keys}
-                | {"reused": done.reused}
-                for benchmark, done in evaluations.items()
-            }
-
-        return {
-            "full_precision": short(self.full_precision),
-            "packed": short(self.packed),
-            "loss": self.loss,
-            "kl": self.divergence.record.figures["kl"],
-        }
 
 
 @flow(name="compress", flow_run_name="compress-{output}", persist_result=False)
@@ -205,8 +153,8 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     calibrated = needs_calibration(layers, recipe.budget, recipe.search)
     varied = curves.varied_layers(layers)
     tracked = tracking.find_or_create_run(store.url, base, recipe, request.trigger)
-    note_registry(store.url, tracked.uri)
     publish_page(tracking.run_page(tracked))
+    note_registry(store.url, tracked.uri)
     answers = 2 * sum(map(len, request.benchmarks.values()))
     swept = recipe.pruning.sweep if recipe.pruning and answers else None
     in_sweep = questions_of_sweep(swept, request.benchmarks.values(), models=2) if swept else {}
@@ -270,15 +218,15 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
                 runner=request.runner.described,
             )
         progress.publish()
-        results = _evaluate(request, packed, samples, progress.publish) if request.benchmarks else None
+        results = evaluate_both(request, packed, samples, progress.publish) if request.benchmarks else None
         measured = {}
         if varied:
             # Anew, so that no worker was kept waiting, in memory, while models were asked.
             with started(request.runner) as workers:
                 measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish, workers)
         if swept is not None:
-            _sweep(request, tracked, packed, progress.publish)
-        registered = _record(request, tracked, done, samples, packed, report, results, measured)
+            sweep_both(request, tracked, packed, progress.publish)
+        registered = record(request, tracked, done, samples, packed, report, results, measured)
         gate, refused = decide_at_the_end(recipe, tracked, registered, report, results, store.url)
         progress.advance(tracking.STAGE)
     result = {
@@ -310,114 +258,3 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     if refused is not None:
         raise GateNotPassed(refused, result)
     return result
-
-
-def _evaluate(
-    request: Request, packed: checkpoint.PackedCheckpoint, samples: Done, publish: Callable[[], None]
-) -> Results:
-    """Full precision first (once per base model, whatever the recipe), then the packed checkpoint as it is stored.
-
-    One after the other: each already uses all cores, or the one GPU, and a model is loaded once for its benchmarks.
-    """
-    base, device, workspace = request.base, request.device, request.store.url
-
-    pruning = request.recipe.pruning.setting if request.recipe.pruning else None
-
-    def ask(folder: str, sha256: str, pruning: PruningSettings | None = None) -> dict[str, Done]:
-        done = {}
-        for name in request.benchmarks:
-            done[name] = evaluation.evaluate_checkpoint(
-                folder, sha256, name, request.questions, device, workspace, pruning
-            )
-            publish()
-        return done
-
-    folder = str(base.model.folder)
-    try:
-        full_precision = ask(folder, base.sha256)
-        logits = evaluation.compute_reference_logits(folder, base.sha256, samples, device, workspace)
-        asked = ask(packed.folder, packed.sha256, pruning)
-        divergence = evaluation.measure_divergence(
-            packed.folder, packed.sha256, samples, logits, device, workspace, pruning
-        )
-        publish()
-    finally:
-        evaluation.forget_models()
-    loss = evaluation.paired_losses(full_precision, asked, workspace)
-    return Results(full_precision, asked, loss, logits, divergence)
-
-
-def _sweep(
-    request: Request, tracked: tracking.Tracking, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]
-) -> None:
-    """Both models in every cell of the recipe's sweep; its tables and figures go beside the packed checkpoint."""
-    base, sweep = request.base, request.recipe.pruning.sweep
-    subjects = [
-        pruning.Subject("full precision", str(base.model.folder), base.sha256, base.modules),
-        pruning.Subject(request.recipe.name, packed.folder, packed.sha256),
-    ]
-    limit = sweep.questions if sweep.questions is not None else request.questions
-    names, workspace = list(request.benchmarks), request.store.url
-    swept = sweep_all(subjects, sweep, names, limit, request.device, workspace, publish)
-    files = str(Path(request.output) / SWEEP_FOLDER)
-    pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, files)
-    tracking.log_sweep(swept.rows, files, workspace, tracked)
-
-
-def _record(
-    request: Request,
-    tracked: tracking.Tracking,
-    done: PackedLayers,
-    samples: Done,
-    packed: checkpoint.PackedCheckpoint,
-    report: dict[str, Any],
-    results: Results | None,
-    measured: dict[str, Done],
-) -> dict[str, Any]:
-    """The lineage record and the page beside the checkpoint, and everything into MLflow; returns what names it there.
-
-    The files come first: MLflow's copy of the checkpoint holds them.
-    """
-    base, recipe, workspace = request.base, request.recipe, request.store.url
-    place = {"uri": tracking.public_uri(tracked.uri), "experiment": tracked.experiment_id, "run": tracked.run_id}
-    evaluations = results.by_name() if results else {}
-    lineage = write_lineage(
-        base,
-        recipe,
-        done.layers,
-        done.shards,
-        request.tables,
-        done.tables,
-        samples,
-        done.between,
-        packed,
-        evaluations,
-        place,
-        tracked.trigger,
-        workspace,
-    )
-    figures = results.figures() if results else None
-    others = tracking.other_points(tracked, base.sha256, results.packed) if results else []
-    drawn = layers_for_figures(report, done.layers, measured)
-    points = points_for_figures(base, recipe, report, figures, others)
-    chance = {
-        name: level for name, benchmark in request.benchmarks.items() if (level := benchmark.chance()) is not None
-    }
-    write_page(request.output, report, figures, drawn, points, chance)
-
-    model_id = tracking.log_model(tracked, base, recipe, packed.folder, packed.sha256)
-    # In the order in which MLflow's page shows the metrics: what it can do, then what it costs.
-    if results is not None:
-        tracking.log_comparison(tracked, results.full_precision, results.packed, results.divergence, samples, model_id)
-    tracking.log_compression(tracked, report, packed.sha256, samples, model_id)
-    base_id = tracking.log_base_model(tracked, base)
-    if results is not None:
-        for done in results.full_precision.values():
-            tracking.log_evaluation(tracked, "full precision", base.sha256, done, base_id, workspace)
-        for done in results.packed.values():
-            tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
-    description = tracking.note(base, recipe, tracked.trigger, in_a_sentence(report, figures))
-    tracking.log_documents(tracked, request.output, description, drawn, points, chance)
-    facts = tracking.facts_of(tracked, lineage, samples, report, figures, base_id)
-    name, version = tracking.register(tracked, base, recipe, model_id, facts)
-    return {"model_id": model_id, "registered_model": name, "version": version}

@@ -10,7 +10,7 @@ from bivlm.recipe import Recipe
 from tasks import evaluation, tracking
 
 if TYPE_CHECKING:
-    from flows.compress import Results
+    from flows.results import Results
 
 
 def refuse_what_cannot_be_decided(recipe: Recipe, evaluate: bool) -> None:

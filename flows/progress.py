@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 from typing import Self
+from uuid import UUID
 
 from prefect.artifacts import create_link_artifact, create_progress_artifact, update_progress_artifact
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from tasks.policy import is_passing
 
 ARTIFACT_KEY = "bivlm-compress"
 PAGE_KEY = "bivlm-mlflow"  # the link from a flow run to what MLflow holds of it
@@ -32,7 +35,9 @@ class FlowProgress:
         )
         self._rows = {stage: self._bar.add_task(stage, total=units, start=False) for stage, units in stages.items()}
         self._lock = threading.Lock()
-        self._artifact = create_progress_artifact(progress=0.0, key=ARTIFACT_KEY, description=description)
+        self._description = description
+        self._artifact: UUID | None = None
+        self.publish()
 
     def advance(self, stage: str, units: float = 1.0) -> None:
         with self._lock:
@@ -48,10 +53,21 @@ class FlowProgress:
                 self._bar.update(row, total=units)
 
     def publish(self) -> None:
-        """Tell Prefect the percentage of stages that are done, each stage counting alike."""
+        """Tell Prefect the percentage of stages that are done, each stage counting alike.
+
+        A server that is away, or whose database is, misses it; that is no reason to give up the work.
+        """
         rows = self._bar.tasks
         done = sum(min(row.completed / row.total, 1.0) if row.total else 1.0 for row in rows)
-        update_progress_artifact(self._artifact, progress=100.0 * done / len(rows))
+        percent = 100.0 * done / len(rows)
+        try:
+            if self._artifact is None:
+                self._artifact = create_progress_artifact(percent, key=ARTIFACT_KEY, description=self._description)
+            else:
+                update_progress_artifact(self._artifact, progress=percent)
+        except Exception as error:
+            if not is_passing(error):
+                raise
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -50,9 +50,9 @@ def print_estimate(found: dict[str, Any]) -> None:
     """The result of `flows.estimates.told`."""
     table = Table("stage", "memory", "GPU memory", "on disk", "time", title="about, on this machine")
     for each in found["stages"]:
-        sizes = (_gigabytes(each[key]) for key in ("memory", "gpu", "disk"))
-        _row(table, each["stage"], *sizes, "" if each["seconds"] is None else f"{each['seconds'] / 60:.1f} min")
-    _row(table, "all", _gigabytes(found["memory"]), "", _gigabytes(found["disk"]), "")
+        sizes = (_size(each[key]) for key in ("memory", "gpu", "disk"))
+        _row(table, each["stage"], *sizes, "" if each["seconds"] is None else _duration(each["seconds"]))
+    _row(table, "all", _size(found["memory"]), "", _size(found["disk"]), "")
     print_table(table)
     print("All: the largest stage with the libraries, and what is left on disk. Stages without a time were not timed.")
     if found["refused"]:
@@ -229,8 +229,14 @@ def _bits(value: float | None) -> str:
     return _figure(value, ".3f")
 
 
-def _gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes else ""
+def _size(nbytes: float) -> str:
+    if not nbytes:
+        return ""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _figure(value: float | None, form: str) -> str:

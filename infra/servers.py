@@ -86,6 +86,9 @@ class Servers:
             "PREFECT_API_AUTH_STRING": f"{ACCOUNT}:{known['prefect_api']}",
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; infra.automations counts on it
+            # Two minutes of patience, also with a server whose database is away, which answers 500.
+            "PREFECT_CLIENT_MAX_RETRIES": "6",
+            "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
             "MLFLOW_TRACKING_URI": self.address("mlflow"),
             "MLFLOW_TRACKING_USERNAME": ACCOUNT,
             "MLFLOW_TRACKING_PASSWORD": known["mlflow_worker"],

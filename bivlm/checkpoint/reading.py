@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -26,6 +28,8 @@ LINEAGE = "lineage.json"
 QUANT_METHOD = "bivlm"
 FORMAT = 1  # of the packed checkpoint
 TABLES_KEY = "tables"  # in the quantization config: which packed weights are the embedding of tokens and the head
+
+SHARDS_AT_ONCE = min(4, os.cpu_count() or 1)
 
 # Files that a model needs beside its weights: configs, tokenizer, processor, chat template.
 _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
@@ -123,14 +127,18 @@ class Checkpoint:
         return read_tensor(entry, sha256)
 
     def digests(self) -> Digests:
-        """sha256 of the checkpoint's files and tensors; every file is streamed once."""
+        """sha256 of the checkpoint's files and tensors; every file is streamed once, shards side by side."""
         files = {CONFIG: file_digest(self.folder / CONFIG)}
         files |= {self._name(file): file_digest(file) for file in self.side_files}
         tensors: dict[str, str] = {}
-        for file in self.weight_files:
-            inside = [entry for entry in self.entries.values() if entry.file == file]
-            files[self._name(file)], of_file = digest_file(file, inside)
-            tensors |= of_file
+        inside: dict[Path, list[TensorEntry]] = {file: [] for file in self.weight_files}
+        for entry in self.entries.values():
+            inside[entry.file].append(entry)
+        with ThreadPoolExecutor(SHARDS_AT_ONCE) as threads:  # hashing leaves other threads their turn
+            digests = threads.map(digest_file, inside, inside.values())
+            for file, (of_file, of_tensors) in zip(inside, digests, strict=True):
+                files[self._name(file)] = of_file
+                tensors |= of_tensors
         return Digests(dict(sorted(files.items())), tensors)
 
     def digest(self) -> str:

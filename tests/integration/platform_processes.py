@@ -113,7 +113,7 @@ class Api:
         """The state of a flow run: type, name, message."""
         return self.ask("GET", f"/flow_runs/{run}")["state"]
 
-    def wait(self, run: str, seconds: float = 300) -> dict[str, Any]:
+    def wait(self, run: str, seconds: float = 900) -> dict[str, Any]:
         """The state in which a flow run has ended."""
 
         def ended() -> dict[str, Any] | None:
@@ -122,9 +122,10 @@ class Api:
 
         return until(f"the end of flow run {run}", ended, seconds)
 
-    def runs(self, deployment: str) -> list[dict[str, Any]]:
-        """All runs of a deployment, oldest first."""
-        wanted = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    def runs_of(self, deployment: str) -> list[dict[str, Any]]:
+        """All runs of FLOW/DEPLOYMENT, oldest first."""
+        found = self.ask("GET", f"/deployments/name/{deployment}")
+        wanted = {"deployments": {"id": {"any_": [found["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
         return self.ask("POST", "/flow_runs/filter", json=wanted)
 
     def messages(self, run: str) -> str:
@@ -134,8 +135,8 @@ class Api:
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
         answer = self._prefect.request(method, path, **options)
-        answer.raise_for_status()
-        return answer.json()
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
 
     def rows(self, database: str, query: str) -> list[tuple[Any, ...]]:
         """What PostgreSQL itself answers, to the owner of the database."""

@@ -1,0 +1,109 @@
+"""What the full-precision and the packed model can do: both are asked the same, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bivlm.pruning import PruningSettings
+from flows.pruning import sweep_all
+from tasks import checkpoint, evaluation, pruning, tracking
+from tasks.steps import Done
+
+if TYPE_CHECKING:
+    from flows.compress import Request
+
+SWEEP_FOLDER = "pruning"  # in the packed checkpoint's
+
+
+@dataclass(frozen=True)
+class Results:
+    """What both models can do: evaluations by benchmark, the loss between them, and the divergence."""
+
+    full_precision: dict[str, Done]
+    packed: dict[str, Done]
+    loss: dict[str, dict[str, Any]]
+    logits: Done
+    divergence: Done
+
+    def by_name(self) -> dict[str, Done]:
+        """Every step by what it measured, for the lineage record."""
+        return {
+            **{f"full precision, {benchmark}": done for benchmark, done in self.full_precision.items()},
+            **{f"packed, {benchmark}": done for benchmark, done in self.packed.items()},
+            "full precision, held-out samples": self.logits,
+            "packed, held-out samples": self.divergence,
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """Accuracy (percent) of both models by benchmark, the loss on the same questions, and KL (nats a token)."""
+
+        keys = ("n", "metrics", "ci95", "intervals")
+
+        def short(evaluations: dict[str, Done]) -> dict[str, Any]:
+            return {
+                benchmark: {key: value for key, value in done.record.figures.items() if key in keys}
+                | {"reused": done.reused}
+                for benchmark, done in evaluations.items()
+            }
+
+        return {
+            "full_precision": short(self.full_precision),
+            "packed": short(self.packed),
+            "loss": self.loss,
+            "kl": self.divergence.record.figures["kl"],
+        }
+
+
+def evaluate_both(
+    request: Request, packed: checkpoint.PackedCheckpoint, samples: Done, publish: Callable[[], None]
+) -> Results:
+    """Full precision first (once per base model, whatever the recipe), then the packed checkpoint as it is stored.
+
+    One after the other: each already uses all cores, or the one GPU, and a model is loaded once for its benchmarks.
+    """
+    base, device, workspace = request.base, request.device, request.store.url
+
+    pruning = request.recipe.pruning.setting if request.recipe.pruning else None
+
+    def ask(folder: str, sha256: str, pruning: PruningSettings | None = None) -> dict[str, Done]:
+        done = {}
+        for name in request.benchmarks:
+            done[name] = evaluation.evaluate_checkpoint(
+                folder, sha256, name, request.questions, device, workspace, pruning
+            )
+            publish()
+        return done
+
+    folder = str(base.model.folder)
+    try:
+        full_precision = ask(folder, base.sha256)
+        logits = evaluation.compute_reference_logits(folder, base.sha256, samples, device, workspace)
+        asked = ask(packed.folder, packed.sha256, pruning)
+        divergence = evaluation.measure_divergence(
+            packed.folder, packed.sha256, samples, logits, device, workspace, pruning
+        )
+        publish()
+    finally:
+        evaluation.forget_models()
+    loss = evaluation.paired_losses(full_precision, asked, workspace)
+    return Results(full_precision, asked, loss, logits, divergence)
+
+
+def sweep_both(
+    request: Request, tracked: tracking.Tracking, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]
+) -> None:
+    """Both models in every cell of the recipe's sweep; its tables and figures go beside the packed checkpoint."""
+    base, sweep = request.base, request.recipe.pruning.sweep
+    subjects = [
+        pruning.Subject("full precision", str(base.model.folder), base.sha256, base.modules),
+        pruning.Subject(request.recipe.name, packed.folder, packed.sha256),
+    ]
+    limit = sweep.questions if sweep.questions is not None else request.questions
+    names, workspace = list(request.benchmarks), request.store.url
+    swept = sweep_all(subjects, sweep, names, limit, request.device, workspace, publish)
+    files = str(Path(request.output) / SWEEP_FOLDER)
+    pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, files)
+    tracking.log_sweep(swept.rows, files, workspace, tracked)
