@@ -153,8 +153,8 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     calibrated = needs_calibration(layers, recipe.budget, recipe.search)
     varied = curves.varied_layers(layers)
     tracked = tracking.find_or_create_run(store.url, base, recipe, request.trigger)
-    note_registry(store.url, tracked.uri)
     publish_page(tracking.run_page(tracked))
+    note_registry(store.url, tracked.uri)
     answers = 2 * sum(map(len, request.benchmarks.values()))
     swept = recipe.pruning.sweep if recipe.pruning and answers else None
     in_sweep = questions_of_sweep(swept, request.benchmarks.values(), models=2) if swept else {}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import yaml
 from mlflow import MlflowClient
+from tiny_llava import make_tiny_llava
 
 from bivlm.base_models import Revision
 from bivlm.checkpoint import Checkpoint
@@ -57,14 +59,14 @@ class Platform:
     def versions(self, name: str) -> list:
         return self.registry.search_model_versions(f"name = '{name}'")
 
-    def add_model(self, source: Path, name: str) -> Revision:
-        folder = self.place / "models" / name
-        shutil.copytree(source, folder)
+    def add_model(self, name: str) -> Revision:
+        """Each is another one: the same bytes by the same recipe are made once, whatever their folder is called."""
+        folder = make_tiny_llava(self.place / "models" / name, seed=zlib.crc32(name.encode()))
         return Revision(str(folder), Checkpoint.open(folder).digest(), "small")
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory, small_recipe, mlflow_database, tiny_llava):
+def platform(tmp_path_factory, small_recipe, mlflow_database):
     """Everything as docs/deployments.md says, with one process worker a pool."""
     place = tmp_path_factory.mktemp("platform")
     for name in ("models", "recipes", "workspace"):
@@ -176,8 +178,8 @@ def test_parameters_are_judged_by_the_server_from_the_flows_signature(platform):
         assert answer.status_code == 409, answer.text
 
 
-def test_a_model_by_bivlm_trigger_is_followed_to_its_page_in_mlflow_and_made_once(platform, tiny_llava):
-    revision = platform.add_model(tiny_llava, "asked")
+def test_a_model_by_bivlm_trigger_is_followed_to_its_page_in_mlflow_and_made_once(platform):
+    revision = platform.add_model("asked")
     github = {"GITHUB_ACTIONS": "true", "GITHUB_REPOSITORY": "owner/repo", "GITHUB_RUN_ID": "17"}
     asked = ("trigger", "--model", revision.model, "--recipe", "small", "--wait", "--once")
     done = platform.bivlm(*asked, **github)
@@ -196,8 +198,8 @@ def test_a_model_by_bivlm_trigger_is_followed_to_its_page_in_mlflow_and_made_onc
     assert len(platform.versions("asked-small")) == 1
 
 
-def test_the_end_of_the_run_is_the_exit_code(platform, tiny_llava):
-    revision = platform.add_model(tiny_llava, "refused")
+def test_the_end_of_the_run_is_the_exit_code(platform):
+    revision = platform.add_model("refused")
     gate = platform.bivlm("trigger", "--model", revision.model, "--recipe", "impossible", "--wait")
     assert gate.returncode == GATE_NOT_PASSED, gate.stdout + gate.stderr
     assert "gate not passed by refused-impossible version 1" in gate.stdout and "MLflow: http" in gate.stdout
@@ -218,8 +220,8 @@ def test_the_end_of_the_run_is_the_exit_code(platform, tiny_llava):
     assert "PREFECT_API_URL is not set" in platform.bivlm("trigger", "--model", "a/b", PREFECT_API_URL="").stderr
 
 
-def test_a_folder_that_appears_becomes_a_version_by_its_event_once(platform, tiny_llava):
-    revision = platform.add_model(tiny_llava, "new")
+def test_a_folder_that_appears_becomes_a_version_by_its_event_once(platform):
+    revision = platform.add_model("new")
     look = ("trigger", "--deployment", "watch/watch", "--set", "settled_seconds=0", "--wait")
     for _ in range(2):
         done = platform.bivlm(*look)
@@ -238,8 +240,8 @@ def test_a_folder_that_appears_becomes_a_version_by_its_event_once(platform, tin
     assert runs() == ["COMPLETED"]
 
 
-def test_a_registered_version_is_evaluated_and_the_results_added_to_it(platform, tiny_llava, questions):
-    revision = platform.add_model(tiny_llava, "judged")
+def test_a_registered_version_is_evaluated_and_the_results_added_to_it(platform):
+    revision = platform.add_model("judged")
     made = platform.bivlm("trigger", "--model", revision.model, "--recipe", "small", "--no-evaluate", "--wait")
     assert made.returncode == DONE, made.stdout + made.stderr
     (version,) = platform.versions("judged-small")
@@ -260,8 +262,8 @@ def test_a_registered_version_is_evaluated_and_the_results_added_to_it(platform,
     assert missing.returncode == FAILED and "not in the registry" in missing.stdout
 
 
-def test_the_nightly_run_compresses_what_is_listed_and_not_yet_made(platform, tiny_llava):
-    platform.add_model(tiny_llava, "nightly")
+def test_the_nightly_run_compresses_what_is_listed_and_not_yet_made(platform):
+    platform.add_model("nightly")
     night = ("trigger", "--deployment", "nightly/nightly", "--set", "settled_seconds=0", "--wait")
     for _ in range(2):
         done = platform.bivlm(*night)
