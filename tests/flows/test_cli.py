@@ -138,9 +138,9 @@ def test_deployments_name_flows_that_exist_and_parameters_that_they_take():
 
     root = Path(__file__).parents[2]
     for deployment in yaml.safe_load((root / "prefect.yaml").read_text())["deployments"]:
-        file, _, name = deployment["entrypoint"].partition(":")
-        flow = getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name)
-        assert set(deployment["parameters"]) <= set(inspect.signature(flow.fn).parameters)
+        module, _, name = deployment["entrypoint"].rpartition(".")
+        flow = getattr(importlib.import_module(module), name)
+        assert set(deployment.get("parameters", {})) <= set(inspect.signature(flow.fn).parameters)
 
 
 @pytest.mark.parametrize(
