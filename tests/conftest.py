@@ -17,6 +17,13 @@ from bivlm.recipe import parse_recipe  # noqa: E402
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 
 
+def pytest_collection_modifyitems(items):
+    """With several processes at work, what shares expensive fixtures stays in one: a file, and all flows."""
+    for item in items:
+        group = "flows" if "flows" in item.path.parts else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory) -> Path:
     """A random full-precision checkpoint; do not write to it."""
