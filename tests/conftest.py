@@ -17,6 +17,7 @@ from bivlm.recipe import parse_recipe  # noqa: E402
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items):
     """With several processes at work, what shares expensive fixtures stays in one: a file, and all flows."""
     for item in items:
