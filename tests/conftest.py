@@ -17,12 +17,17 @@ from bivlm.recipe import parse_recipe  # noqa: E402
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """With several processes at work, what shares expensive fixtures stays in one: a file, and all flows."""
-    for item in items:
-        group = "flows" if "flows" in item.path.parts else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "flows" if "tests/flows/" in file else file
+
+    return ByRoom(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.fixture(scope="session")
