@@ -14,6 +14,7 @@ from bivlm.calibration.hub import open_pictures, open_texts
 from bivlm.errors import InputError
 
 ROWS = 20
+COMMIT = "c0ffee" * 6 + "c0ff"
 TURNS = List({"from": Value("string"), "value": Value("string")})
 
 
@@ -245,7 +246,7 @@ def test_what_is_streamed_from_the_hub_is_a_commit_and_it_is_recorded(captions, 
 
     def dataset_info(self, name, revision=None):
         asked["info"] = (name, revision)
-        return huggingface_hub.hf_api.DatasetInfo(id=name, sha="c0ffee")
+        return huggingface_hub.hf_api.DatasetInfo(id=name, sha=COMMIT)
 
     def load_dataset(name, subset, **options):
         asked["load"] = (name, subset, options)
@@ -255,5 +256,5 @@ def test_what_is_streamed_from_the_hub_is_a_commit_and_it_is_recorded(captions, 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     frozen = freeze(tmp_path, settings("maker/pictures", revision="main", subset="small"))
     assert asked["info"] == ("maker/pictures", "main")
-    assert asked["load"] == ("maker/pictures", "small", {"revision": "c0ffee", "streaming": True})
-    assert open_calibration(frozen.folder).revision == "c0ffee"
+    assert asked["load"] == ("maker/pictures", "small", {"revision": COMMIT, "streaming": True})
+    assert open_calibration(frozen.folder).revision == COMMIT

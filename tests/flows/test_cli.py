@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_named_when_it_is_evaluated(compressed, question
     assert f"{damaged}/model.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_run_says_so_and_goes_on(new_compression, compressed, tmp_path, sent):
     compression = new_compression(tmp_path)
     run = Running(compression, str(compression.workspace), tmp_path / "log", "--no-evaluate")

@@ -42,6 +42,7 @@ def whole(settings):
     return {"components": dict.fromkeys(("vision", "adaptor", "language"), settings)}
 
 
+@pytest.mark.slow
 def test_every_recipe_is_on_the_board_and_the_board_is_the_same_twice(board_of, tmp_path):
     recipes = {name: whole(settings) for name, settings in METHODS.items()}
     first = board_of(recipes)

@@ -35,6 +35,7 @@ def swept(tmp_path, questions, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_sweep_has_every_cell_and_is_the_same_twice(swept, tmp_path, monkeypatch):
     result = swept()
     table = pd.read_csv(tmp_path / "out" / "sweep.csv")

@@ -34,6 +34,7 @@ def command_lines() -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_credentials_of_s3_are_written_nowhere(new_compression, s3_server, s3_files, tmp_path):  # noqa: F811
     """The server itself is given its key on its command line, which is not ours, so processes are looked at by name."""
     compression = new_compression(tmp_path / "place")
@@ -71,6 +72,7 @@ def test_a_password_of_the_tracking_server_is_written_nowhere(new_compression, t
     assert PASSWORD not in run.printed
 
 
+@pytest.mark.slow
 def test_a_tracking_server_that_cannot_be_reached_does_not_give_its_password_away(new_compression, tmp_path):
     compression = new_compression(tmp_path)
     address = f"http://somebody:{PASSWORD}@127.0.0.1:9"

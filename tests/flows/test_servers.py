@@ -110,6 +110,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_which_goes_on_once_there_is_room(new_compression, compressed, small_disk, tmp_path):
     compression = new_compression(tmp_path)
     database = f"sqlite:///{compression.workspace / 'mlflow.db'}"
