@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import re
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from bivlm.heartbeat import heartbeat
 from bivlm.retention import Collectable, HeldObject, HeldStep, Inventory, Needed, collectable
 from bivlm.stores import Entry, Store
 from bivlm.turns import TURNS
@@ -69,25 +69,9 @@ def in_use(workspace: Workspace) -> Iterator[None]:
     ``running/<id>.began`` says since when, ``running/<id>.alive`` is written again every few minutes. A run that was
     killed counts for another hour.
     """
-    store, name, ended = workspace.store, f"{RUNNING}/{secrets.token_hex(8)}", threading.Event()
-
-    def say() -> None:
-        while not ended.wait(ALIVE_EVERY_SECONDS):
-            # Trouble with the store is told by whoever works with it; this is said again in a few minutes.
-            with suppress(Exception):
-                store.put_bytes(f"{name}.alive", b"")
-
-    store.put_bytes(f"{name}.began", b"")
-    saying = threading.Thread(target=say, name="in use", daemon=True)
-    saying.start()
-    try:
+    name = f"{RUNNING}/{secrets.token_hex(8)}"
+    with heartbeat(workspace.store, f"{name}.began", f"{name}.alive", ALIVE_EVERY_SECONDS):
         yield
-    finally:
-        ended.set()
-        saying.join()
-        with suppress(Exception):  # must not hide how the run ended; it is dead in an hour
-            store.delete(f"{name}.began")
-            store.delete(f"{name}.alive")
 
 
 def look(workspace: Workspace, known: Inventory | None = None, at_once: int = _AT_ONCE) -> Inventory:

@@ -11,12 +11,12 @@ import hashlib
 import re
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from bivlm.heartbeat import heartbeat
 from bivlm.stores import Store
 from bivlm.workspace import Workspace
 
@@ -46,29 +46,14 @@ def one_machine_at_a_time(workspace: Workspace, what: str, wait: Callable[[], ob
 @contextmanager
 def turn(store: Store, what: str, machine: str, wait: Callable[[], object]) -> Iterator[None]:
     """As `one_machine_at_a_time`, for the machine called `machine` (12 hex digits)."""
-    place, mine, ended = f"{TURNS}/{what}", f"{machine}-{secrets.token_hex(8)}", threading.Event()
-
-    def say() -> None:
-        while not ended.wait(ALIVE_EVERY_SECONDS):
-            with suppress(Exception):  # trouble with the store is told by whoever works with it
-                store.put_bytes(f"{place}/{mine}.alive", b"")
-
-    store.put_bytes(f"{place}/{mine}.asked", b"")
-    saying = threading.Thread(target=say, name="turn", daemon=True)
-    saying.start()
-    try:
+    place, mine = f"{TURNS}/{what}", f"{machine}-{secrets.token_hex(8)}"
+    with heartbeat(store, f"{place}/{mine}.asked", f"{place}/{mine}.alive", ALIVE_EVERY_SECONDS):
         time.sleep(SETTLED_SECONDS)
         if _first(store, place, mine, machine) != mine:
             wait()
             while _first(store, place, mine, machine) != mine:
                 time.sleep(LOOK_EVERY_SECONDS)
         yield
-    finally:
-        ended.set()
-        saying.join()
-        with suppress(Exception):  # must not hide how the work ended; it is dead in a minute
-            store.delete(f"{place}/{mine}.asked")
-            store.delete(f"{place}/{mine}.alive")
 
 
 def _first(store: Store, place: str, mine: str, machine: str) -> str:

@@ -80,14 +80,14 @@ def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str, fact
     if known:
         made = known[0]
     else:
-        tags = {**lineage_tags(base, recipe, tracking.request, tracking.trigger), MODEL_TAG: model_id}
+        tags = {**lineage_tags(base, recipe, tracking.request, tracking.trigger), MODEL_TAG: model_id, **facts}
         tags |= {GATE_TAG: UNDECIDED} if recipe.gate else {}
         _make_registered_model(client, name)
         source = f"models:/{model_id}"
         with fluent(tracking.uri):  # a registry in a database looks the source up without a client
             made = client.create_model_version(name, source, tracking.run_id, tags=tags, model_id=model_id)
     version = int(made.version)
-    tag_version(client, made, facts)
+    tag_version(client, made, facts)  # of a version that was there before; a new one was made with them
     # A tracking server writes this link from the logged model's page itself, a database does not.
     if VERSIONS_TAG not in client.get_logged_model(model_id).tags:
         client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps([{"name": name, "version": version}])})
