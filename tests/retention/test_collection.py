@@ -223,26 +223,15 @@ def waiting(monkeypatch):
     monkeypatch.setattr(workspace_module.time, "sleep", sleep)
 
 
-# Short graphs, so that the few moments between two requests about one step are met.
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    graph=st.lists(GRAPHS.flatmap(st.sampled_from), min_size=1, max_size=3),
-    moment=st.integers(1, 60),
-    which=st.integers(0, 2),
-    does_it_again=st.booleans(),
-)
-def test_a_step_that_is_found_or_done_again_at_any_moment_of_it_stays_whole(
-    tmp_path_factory, clock, waiting, graph, moment, which, does_it_again
-):
-    """Before any request of the collection another worker looks a step up, or does it again: what it was given, or has
-    finished, is there afterwards."""
-    place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
-    records = build(place, clock, graph)
-    made, wanted = graph[which % len(graph)][0], records[which % len(graph)]
+def disturbed(place: Workspace, wanted: StepRecord, data: bytes, moment: int, does_it_again: bool) -> bool:
+    """A collection before whose request `moment` another worker looks `wanted` up, or makes it again from `data`.
+
+    Whatever it was given, or has finished, is there afterwards. Returns whether the collection had that many requests.
+    """
     held: list[StepRecord | None] = []
 
     def do_it_again() -> StepRecord:
-        assert place.put_bytes(b"object %d" % made) == wanted.outputs["file"]
+        assert place.put_bytes(data) == wanted.outputs["file"]
         place.finish_step(wanted)
         return wanted
 
@@ -259,9 +248,84 @@ def test_a_step_that_is_found_or_done_again_at_any_moment_of_it_stays_whole(
     gc(place)
     place.store.before = lambda request: None
     if held == [None] and does_it_again:
-        held = [do_it_again()]  # it has waited
+        held[0] = do_it_again()  # it has waited
     if held and held[0] is not None:
         assert place.step(wanted.key) == wanted
+    return bool(held)
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    graph=st.lists(GRAPHS.flatmap(st.sampled_from), min_size=1, max_size=3),
+    moment=st.integers(1, 60),
+    which=st.integers(0, 2),
+    does_it_again=st.booleans(),
+)
+def test_a_step_that_is_found_or_done_again_at_any_moment_of_it_stays_whole(
+    tmp_path_factory, clock, waiting, graph, moment, which, does_it_again
+):
+    place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
+    records = build(place, clock, graph)
+    made, wanted = graph[which % len(graph)][0], records[which % len(graph)]
+    disturbed(place, wanted, b"object %d" % made, moment, does_it_again)
+
+
+@pytest.mark.parametrize("does_it_again", [False, True])
+@pytest.mark.parametrize("days_since_it_was_found", [None, 50])
+def test_each_moment_of_the_collection_of_one_step(
+    tmp_path_factory, clock, waiting, days_since_it_was_found, does_it_again
+):
+    """Every moment in turn, because only one or two of them are those that the order of the requests is for."""
+    moments = 0
+    while True:
+        place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
+        wanted = record_of(1, {"file": place.put_bytes(b"x")})
+        place.finish_step(wanted)
+        if days_since_it_was_found is not None:
+            clock.now += 50 * DAY
+            place.step(wanted.key)
+        clock.now += 50 * DAY
+        if not disturbed(place, wanted, b"x", moments + 1, does_it_again):
+            break
+        moments += 1
+    assert moments > 20
+
+
+@pytest.mark.parametrize("does_it_again", [False, True])
+@pytest.mark.parametrize("of_two_steps", [False, True])
+def test_each_moment_of_another_worker_in_which_everything_is_collected(
+    tmp_path_factory, clock, of_two_steps, does_it_again
+):
+    """The other way round: before one request of the worker a whole collection happens. The object may be that of a
+    needed step too, so that only the record goes."""
+    moments = 0
+    while True:
+        place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
+        wanted = record_of(1, {"file": place.put_bytes(b"x")})
+        kept = record_of(2, wanted.outputs)
+        for record in (wanted, kept) if of_two_steps else (wanted,):
+            place.finish_step(record)
+        needed = Needed.by([{kept.key: kept}]) if of_two_steps else NOTHING
+        clock.now += 50 * DAY
+        collected = []
+
+        def everything_goes(request: int, place=place, needed=needed, moment=moments + 1, collected=collected) -> None:
+            if request >= moment and not collected:
+                collected.append(gc(place, needed))
+
+        place.store.requests, place.store.before = 0, everything_goes
+        found = place.step(wanted.key)
+        if does_it_again:
+            assert place.put_bytes(b"x") == wanted.outputs["file"]
+            place.finish_step(wanted)
+        place.store.before = lambda request: None
+        assert found in (None, wanted)
+        if found or does_it_again:
+            assert place.step(wanted.key) == wanted
+        if not collected:
+            break
+        moments += 1
+    assert moments > 3
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
