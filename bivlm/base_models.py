@@ -241,7 +241,7 @@ def is_pinned(kind: Kind, revision: str) -> bool:
 
 
 def check_permitted(model: str, listed: Iterable[Watched]) -> None:
-    """Raise `InputError` for a folder or S3 prefix that is neither `listed` nor in one of ``BIVLM_MODELS``.
+    """Raise `InputError` for a folder or S3 prefix neither `listed` nor, itself or one above it, in ``BIVLM_MODELS``.
 
     Folders are judged by where they really lie, links followed. Models of the hub are named and nothing else, so every
     one of them may be asked for; their code never runs unless it is trusted (`bivlm.remote_code`).
@@ -250,11 +250,12 @@ def check_permitted(model: str, listed: Iterable[Watched]) -> None:
     if kind == "hub" or any(each.covers(model) for each in listed):
         return
     places = [each.strip() for each in os.environ.get(PLACES_VARIABLE, "").split(",") if each.strip()]
-    if any(_lies_in(model, place) for place in places if place.startswith("s3://") == (kind == "s3")):
+    of_its_kind = [place for place in places if place.startswith("s3://") == (kind == "s3")]
+    if any(_same(model, place) or _lies_in(model, place) for place in of_its_kind):
         return
     raise InputError(
         f"model {model!r}: neither in the list of base models nor in a place of {PLACES_VARIABLE} "
-        f"({', '.join(places) or 'which is not set'})"
+        f"(in the worker's environment: {', '.join(places) or 'not set'})"
     )
 
 

@@ -144,7 +144,9 @@ def test_folders_and_prefixes_are_permitted_by_list_or_place_alone(tmp_path, mon
     for model in [
         "owner/name",
         f"{tmp_path}/listed/model",
+        f"{tmp_path}/placed",
         f"{tmp_path}/placed/model",
+        "s3://bucket/models",
         "s3://bucket/models/x",
         "s3://other/model",
     ]:
@@ -152,7 +154,7 @@ def test_folders_and_prefixes_are_permitted_by_list_or_place_alone(tmp_path, mon
     for model in [
         f"{tmp_path}/elsewhere",
         f"{tmp_path}/placed/link",
-        f"{tmp_path}/placed",
+        f"{tmp_path}/placed-not",
         "/etc",
         "s3://bucket/models-of-others/x",
         "s3://other/model/inside",
