@@ -125,6 +125,7 @@ def s3_client() -> Any:
         retries={"mode": "standard", "max_attempts": 5},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
+        max_pool_connections=32,  # more than ask side by side; a connection that finds no room is opened anew each time
     )
     # A session of its own reads the environment as it is now; the shared one keeps the first it has seen.
     return boto3.Session().client("s3", config=config)
