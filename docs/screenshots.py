@@ -1,18 +1,26 @@
 """The pictures of MLflow's and Prefect's pages in these documents, taken from running servers by headless Chromium.
 
 ``python docs/screenshots.py --mlflow http://127.0.0.1:5000 --model NAME/VERSION [--prefect URL --flow-run ID]`` writes
-mlflow-*.png and prefect-run.png into this folder. MLflow's user and password are read from its own variables.
+mlflow-*.png and prefect-run.png into this folder. Users and passwords are read from MLflow's and Prefect's own
+variables; the browser, which knows none, sees both servers through a forwarder that adds them.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -43,12 +51,51 @@ def main() -> int:
         "base": (f"{experiment}/models/{version.tags['bivlm.base.model_id']}", 800),
         "run": (f"{experiment}/runs/{version.run_id}", 900),
     }
-    for page, (path, height) in pages.items():
-        take(browser, options.mlflow.rstrip("/") + path, options.output / f"mlflow-{page}.png", height, PANEL)
+    user = f"{os.environ.get('MLFLOW_TRACKING_USERNAME', '')}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+    with forwarded(options.mlflow, user) as address:
+        for page, (path, height) in pages.items():
+            take(browser, address + path, options.output / f"mlflow-{page}.png", height, PANEL)
     if options.prefect and options.flow_run:
-        address = f"{options.prefect.rstrip('/')}/runs/flow-run/{options.flow_run}"
-        take(browser, address, options.output / "prefect-run.png", 900, 0)
+        with forwarded(options.prefect, os.environ.get("PREFECT_API_AUTH_STRING", "")) as address:
+            take(browser, f"{address}/runs/flow-run/{options.flow_run}", options.output / "prefect-run.png", 900, 0)
     return 0
+
+
+@contextmanager
+def forwarded(server: str, user: str) -> Iterator[str]:
+    """The address of a local server that passes everything on to `server` as `user`, ``NAME:PASSWORD``."""
+    authorization = f"Basic {base64.b64encode(user.encode()).decode()}"
+
+    class Forwarder(BaseHTTPRequestHandler):
+        def _forward(self) -> None:
+            headers = {key: value for key, value in self.headers.items() if key.lower() in ("content-type", "accept")}
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            address = server.rstrip("/") + self.path
+            answer = httpx.request(
+                self.command, address, content=body, headers=headers | {"Authorization": authorization}, timeout=60
+            )
+            # Prefect's page asks for the password itself where it is told that there is one.
+            content = answer.content.replace(b'"auth":"BASIC"', b'"auth":null').replace(
+                server.rstrip("/").encode(), b""
+            )
+            self.send_response(answer.status_code)
+            self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = _forward
+
+        def log_message(self, *_arguments: object) -> None:
+            """Nothing: the browser's requests are of no interest."""
+
+    forwarder = ThreadingHTTPServer(("127.0.0.1", 0), Forwarder)
+    threading.Thread(target=forwarder.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{forwarder.server_port}"
+    finally:
+        forwarder.shutdown()
+        forwarder.server_close()
 
 
 def take(browser: str, address: str, file: Path, height: int, cut: int) -> None:
