@@ -22,6 +22,7 @@ from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
 from flows.compress import compress_flow
 from flows.progress import publish_page
+from flows.tables import one_line
 from tasks.base_model import pin_revision
 from tasks.events import FLOW
 from tasks.tracking.finished import finished_version
@@ -107,6 +108,8 @@ def on_base_model_flow(
             trigger=trigger or (f"event {event_id}" if event_id else None),
         )
     except GateNotPassed as error:
+        if error.result is not None:
+            log.info("%s", one_line(error.result))
         remember_answer(ended_now(answer, "gate not passed", str(error)), store.url)
         raise
     except InputError as error:
@@ -120,6 +123,7 @@ def on_base_model_flow(
     tracked = result["mlflow"]
     version = f"{tracked['registered_model']}/{tracked['version']}"
     publish_page(tracked["page"])
+    log.info("%s", one_line(result))
     remember_answer(ended_now(answer, "compressed", "", version), store.url)
     return {
         "outcome": "compressed",

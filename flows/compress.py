@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, runtime
 from rich.console import Console
 
 from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
@@ -71,7 +71,14 @@ class Request:
     trigger: str
 
 
-@flow(name="compress", flow_run_name="compress-{output}", persist_result=False)
+def _run_name() -> str:
+    """Model and recipe as they were asked for, whatever is wrong with them."""
+    asked = runtime.flow_run.parameters
+    recipe = asked.get("recipe")
+    return f"compress {asked.get('model')} by {recipe.get('name') if isinstance(recipe, dict) else recipe}"
+
+
+@flow(name="compress", flow_run_name=_run_name, persist_result=False)
 def compress_flow(
     model: str,
     recipe: str | dict[str, Any],

@@ -211,8 +211,9 @@ def print_version(found: dict[str, Any]) -> None:
         _row(table, key, value)
     _row(table, "run in MLflow", found["run"])
     for move in found["moves"]:
-        _row(table, f"{move['from'] or '-'} to {move['to']}", f"{move['when']} by {move['who']}: {move['why']}")
-    print_table(table)
+        said = f"{move['when']} by {move['who']}: {move['why']}"
+        _row(table, f"champion, {move['from'] or 'none'} to {move['to']}", said)
+    print_whole(table)
 
 
 def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
@@ -254,8 +255,25 @@ def _row(table: Table, *cells: Any) -> None:
 
 
 def print_whole(table: Table) -> None:
-    """However narrow the terminal: names are there to be copied into a recipe, and half a name is none."""
+    """However narrow the terminal: names and hashes are there to be copied, and half a one is none."""
     Console(width=1000).print(table)
+
+
+def one_line(result: dict[str, Any]) -> str:
+    """What `flows.compress.compress_flow` returned, for a log."""
+    bits, version = result["bits"], "{registered_model}/{version}".format_map(result["mlflow"])
+    said = [
+        f"{version}: {bits['linears']['stored']:.3f} stored bits a linear weight",
+        f"{bits['model']['stored']:.2f} of the whole model",
+    ]
+    if found := result["evaluation"]:
+        for benchmark, packed in found["packed"].items():
+            before = found["full_precision"][benchmark]["metrics"]["accuracy"]
+            said.append(f"{benchmark} {packed['metrics']['accuracy']:.1f} of {before:.1f} %")
+        said.append(f"KL {found['kl']:.4f}")
+    if gate := result["gate"]:
+        said.append(f"gate {'passed' if gate['passed'] else 'not passed'}")
+    return ", ".join(said)
 
 
 def print_table(table: Table) -> None:

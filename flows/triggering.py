@@ -27,6 +27,8 @@ from prefect.client.schemas.filters import (
     LogFilter,
     LogFilterFlowRunId,
     LogFilterTimestamp,
+    TaskRunFilter,
+    TaskRunFilterId,
 )
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
@@ -147,6 +149,7 @@ class _Log:
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._seen: set[UUID] = set()
+        self._tasks: dict[UUID, str] = {}
         self._newest: datetime | None = None
 
     def show(self, client: SyncPrefectClient, runs: list[UUID]) -> None:
@@ -154,13 +157,30 @@ class _Log:
         wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=runs), timestamp=since)
         for page in itertools.count():
             lines = client.read_logs(wanted, limit=_LOGS, offset=page * _LOGS, sort=LogSort.TIMESTAMP_ASC)
-            for line in lines:
-                if line.id not in self._seen:
-                    self._seen.add(line.id)
-                    self._newest = max(self._newest or line.timestamp, line.timestamp)
-                    self._tell(f"{line.timestamp:%H:%M:%S} {line.message}")
+            new = [line for line in lines if line.id not in self._seen]
+            self._name(client, {line.task_run_id for line in new if line.task_run_id})
+            for line in new:
+                self._seen.add(line.id)
+                self._newest = max(self._newest or line.timestamp, line.timestamp)
+                task = f"{self._tasks[line.task_run_id]}: " if line.task_run_id in self._tasks else ""
+                self._tell(f"{line.timestamp:%H:%M:%S} {task}{_without_frames(line.message)}")
             if len(lines) < _LOGS:
                 return
+
+    def _name(self, client: SyncPrefectClient, tasks: set[UUID]) -> None:
+        """Ask for the names of tasks; one that the server does not know yet stays without."""
+        if unknown := tasks - self._tasks.keys():
+            asked = TaskRunFilter(id=TaskRunFilterId(any_=list(unknown)))
+            self._tasks |= {each.id: each.name for each in client.read_task_runs(task_run_filter=asked, limit=_LOGS)}
+
+
+def _without_frames(message: str) -> str:
+    """A log line's message without its traceback's frames, which Prefect's page of the run has; the error stays."""
+    head, traceback, frames = message.partition("Traceback (most recent call last):\n")
+    if not traceback:
+        return message
+    *_, last = re.split(r'^  File ".*\n', frames, flags=re.MULTILINE)
+    return head + re.sub(r"\A(?: {4}.*\n)*", "", last)
 
 
 @contextmanager
