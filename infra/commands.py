@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from filelock import Timeout
+
 from infra.settings import NAMES
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def _run(servers: Servers, names: Sequence[str]) -> int:
         servers.start()
         _tell(servers)
         print("Ctrl-C ends them.", flush=True)
-        while any(map(servers.running, NAMES)):  # somebody else may stop them, or kill one and start it again
+        while _any_runs(servers):  # somebody else may stop them, or kill one and start it again
             time.sleep(0.5)
         print("all servers have been ended")
     except KeyboardInterrupt:
@@ -51,6 +53,16 @@ def _run(servers: Servers, names: Sequence[str]) -> int:
     finally:
         servers.stop()
     return 0
+
+
+def _any_runs(servers: Servers) -> bool:
+    if any(map(servers.running, NAMES)):
+        return True
+    try:
+        with servers.alone.acquire(timeout=0):
+            return any(map(servers.running, NAMES))
+    except Timeout:  # somebody is at work: while they rotate all are down, too
+        return True
 
 
 def _start(servers: Servers, names: Sequence[str]) -> int:

@@ -29,7 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
+from infra.processes import Note, ask_to_end, family, kill_all
 from infra.settings import NAMES, Settings
 from infra.surroundings import (
     HOST,
@@ -59,6 +61,9 @@ Start = tuple[list[str], dict[str, str], dict[str, Any]]  # command, environment
 class Servers:
     """The four servers over one folder; they outlive this object and are found again by the next one.
 
+    Any number of these may be at work on one folder, in one program or several: what runs, ports and secrets are read
+    from the folder, and whoever starts, stops or rotates does so `alone`.
+
     `ports` gives some or all of them by name; others are the usual ones where these are free (`usual`), else any. Once
     chosen, ports stay. Raises `ServerTrouble` if the folder holds something else.
     """
@@ -68,8 +73,9 @@ class Servers:
         for name in ("logs", "prefect", "run", "s3"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             (self.folder / name).chmod(0o700)
-        self._started: dict[str, subprocess.Popen] = {}
-        self._settings = Settings.read(self._settings_file, ports or {}, usual=usual)
+        self._started: dict[str, subprocess.Popen] = {}  # only to be reaped: a note says which process a server is
+        self.alone = FileLock(self.folder / "run" / "lock")
+        Settings.read(self._settings_file, ports or {}, usual=usual)
         self._write_environments()
 
     def address(self, name: str) -> str:
@@ -122,14 +128,15 @@ class Servers:
         Raises `ServerTrouble` with the end of its log if one does not. The others are left running.
         """
         wanted = set(names)
-        for group in (("postgres", "s3"), ("mlflow", "prefect")):  # those of a group start side by side
-            fresh = [name for name in group if name in wanted and not self.running(name)]
-            for name in fresh:
-                self._launch(name)
-            for name in fresh:
-                self._wait(name)
-                if name == "postgres":
-                    self._make_databases()
+        with self.alone:
+            for group in (("postgres", "s3"), ("mlflow", "prefect")):  # those of a group start side by side
+                fresh = [name for name in group if name in wanted and not self.running(name)]
+                for name in fresh:
+                    self._launch(name)
+                for name in fresh:
+                    self._wait(name)
+                    if name == "postgres":
+                        self._make_databases()
         return self
 
     def start_one(self, name: str) -> None:
@@ -139,24 +146,20 @@ class Servers:
     def stop(self, names: Iterable[str] = NAMES) -> None:
         """Ask servers to end, the last started first, and wait; one that does not listen is killed."""
         wanted = set(names)
-        for name in (name for name in reversed(NAMES) if name in wanted):
-            process = self._process(name)
-            if process is not None:
-                family = _family(process)
-                # PostgreSQL's "fast": clients are cut off, everything is written.
-                process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)
-                deadline = time.monotonic() + PATIENCE[name]
-                while self.running(name) and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                _kill_all(family)
-            self._forget(name)
+        with self.alone:
+            for name in (name for name in reversed(NAMES) if name in wanted):
+                process = self._process(name)
+                if process is not None:
+                    everything = family(process)
+                    # PostgreSQL's "fast": clients are cut off, everything is written.
+                    ask_to_end(process, signal.SIGINT if name == "postgres" else signal.SIGTERM, PATIENCE[name])
+                    self._end(name, process, everything)
 
     def kill(self, name: str) -> None:
         """End a server and what it started at once, without warning, as a power cut does."""
         process = self._process(name)
         if process is not None:
-            _kill_all(_family(process))
-        self._forget(name)
+            self._end(name, process, family(process))
 
     def running(self, name: str) -> bool:
         """Whether the process of the server `name` is alive."""
@@ -171,12 +174,14 @@ class Servers:
 
         Interrupted at any moment, the next `start` or `rotate` puts it right: servers take what the settings say.
         """
-        running = [name for name in NAMES if self.running(name)]
-        self._settings.renew()
-        self._settings.write(self._settings_file)
-        self._write_environments()
-        self.stop()
-        self.start(running)
+        with self.alone:
+            running = [name for name in NAMES if self.running(name)]
+            settings = self._settings
+            settings.renew()
+            settings.write(self._settings_file)
+            self._write_environments()
+            self.stop()
+            self.start(running)
 
     def _postgres(self) -> Start:
         user, data = postgres_user(), self.folder / "postgres"
@@ -280,6 +285,10 @@ class Servers:
     def _settings_file(self) -> Path:
         return self.folder / "settings.json"
 
+    @property
+    def _settings(self) -> Settings:
+        return Settings.read(self._settings_file, {}, usual=False)  # as they are now: others may have rotated them
+
     def _write_environments(self) -> None:
         for name, variables in (("env", self.environment), ("admin.env", self.admin_environment)):
             lines = [f"export {key}={shlex.quote(value)}\n" for key, value in variables.items()]
@@ -303,7 +312,7 @@ class Servers:
                 **options,
             )
         self._started[name] = process
-        write_privately(self._pid_file(name), f"{process.pid} {psutil.Process(process.pid).create_time()}")
+        self._note(name).write(process.pid)
 
     def _wait(self, name: str) -> None:
         deadline = time.monotonic() + STARTUP_SECONDS
@@ -333,24 +342,20 @@ class Servers:
         """The living process of a server, ours or one that an earlier start left behind."""
         if name not in NAMES:
             raise ServerTrouble(f"{name!r}: no such server; expected {', '.join(NAMES)}")
-        if name in self._started and self._started[name].poll() is not None:
-            return None
-        try:
-            pid, started = self._pid_file(name).read_text().split()
-            process = psutil.Process(int(pid))
-            # Process ids are used again; together with the time of its start one is unique.
-            same = abs(process.create_time() - float(started)) < 1
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except (FileNotFoundError, psutil.NoSuchProcess):
-            return None
+        self._reap()
+        return self._note(name).living()
 
-    def _pid_file(self, name: str) -> Path:
-        return self.folder / "run" / f"{name}.pid"
+    def _note(self, name: str) -> Note:
+        return Note(self.folder / "run" / f"{name}.pid")
 
-    def _forget(self, name: str) -> None:
-        if name in self._started:
-            self._started.pop(name).wait()  # or it stays in the process list
-        self._pid_file(name).unlink(missing_ok=True)
+    def _end(self, name: str, process: psutil.Process, everything: list[psutil.Process]) -> None:
+        kill_all(everything)
+        self._note(name).forget(process)
+        self._reap()
+
+    def _reap(self) -> None:
+        """Take our children that have ended from the process list, where they pass for living, also to PostgreSQL."""
+        self._started = {name: child for name, child in self._started.items() if child.poll() is None}
 
 
 def _aws(key: str, secret: str) -> dict[str, str]:
@@ -360,23 +365,6 @@ def _aws(key: str, secret: str) -> dict[str, str]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-
-
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all that it has started."""
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill_all(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=10)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import boto3
@@ -167,6 +169,28 @@ def test_rotated_secrets_replace_the_old_ones_everywhere_and_nothing_is_lost(sta
     for user, password in (("mlflow", old[0]), ("prefect", old[1])):
         with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
             psycopg2.connect(host="127.0.0.1", port=port, user=user, password=password, dbname=user)
+
+
+def test_a_rotation_in_another_shell_leaves_run_at_work_which_ends_the_new_servers(second_stack):
+    folder = second_stack.folder
+    command = [sys.executable, "-u", "-m", "infra.servers"]
+    with subprocess.Popen(
+        [*command, "run", "--folder", folder], cwd=INFRA.parent, stdout=subprocess.PIPE, text=True
+    ) as shell:
+        try:
+            assert any("Ctrl-C ends them" in line for line in shell.stdout)
+            old = secrets_of(second_stack)
+            subprocess.run([*command, "rotate", "--folder", folder], cwd=INFRA.parent, check=True)
+            assert not set(old) & set(secrets_of(second_stack))
+            assert Clients(second_stack.environment).let_in() == ["s3", "mlflow", "prefect"]
+            assert shell.poll() is None
+        finally:
+            shell.send_signal(signal.SIGINT)
+        assert "ending the servers" in shell.communicate(timeout=120)[0]
+    assert not any(map(second_stack.running, NAMES))
+    assert str(folder) not in "\n".join(
+        " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])
+    )
 
 
 def test_another_process_finds_the_servers_of_a_folder_and_keeps_their_ports(stack):
