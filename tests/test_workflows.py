@@ -35,6 +35,12 @@ def test_all_three_ways_lead_to_one_command_with_the_secrets_in_its_step_alone()
         assert f'="${name}"' in step["run"] and "github.event.client_payload" in step["env"][name]
 
 
+def test_a_request_does_not_cancel_another_that_waits():
+    """GitHub keeps one waiting job of a concurrency group, the last one."""
+    found = workflow("compress.yaml")
+    assert "concurrency" not in found and all("concurrency" not in job for job in found["jobs"].values())
+
+
 def test_an_empty_input_is_none_and_one_that_looks_like_an_option_is_a_value(monkeypatch):
     from flows import triggering
     from flows.cli import main
