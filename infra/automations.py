@@ -3,6 +3,9 @@
 A run whose worker was killed, or whose machine is gone, cannot say so: without this it would be `Running` for ever.
 Runs send a heartbeat every ``PREFECT_FLOWS_HEARTBEAT_FREQUENCY`` seconds; one that has been silent for `SILENCE` is
 marked as crashed, which lets whoever waits for it know. Running it again goes on from its finished steps.
+
+A run that has not begun sends none. One whose worker died before that, or whose pod finds no node or no image, would be
+`Pending` for ever: after `WAITING` it is marked as crashed, too.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from prefect.server.schemas.states import StateType
 
 LOST_RUNS = "bivlm: a run that has fallen silent has crashed"
 SILENCE = timedelta(seconds=120)  # four heartbeats of 30 s
+STUCK_RUNS = "bivlm: a run that does not begin has crashed"
+WAITING = timedelta(hours=1)  # for a node and an image; for a place in its pool a run waits as `Late`
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _ENDS = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Cancelled", "Crashed", "Cancelling")}
 
@@ -45,6 +50,30 @@ def lost_runs() -> Automation:
     )
 
 
+def stuck_runs(waiting: timedelta = WAITING) -> Automation:
+    """After one of the states in which a run is pending there must be another state within `waiting`."""
+    return Automation(
+        name=STUCK_RUNS,
+        description="Its worker died before it began, or its pod finds no node or no image: its log may say which.",
+        trigger=EventTrigger(
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            after={f"prefect.flow-run.{name}" for name in ("Pending", "Submitting", "InfrastructurePending")},
+            expect={"prefect.flow-run.*"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=waiting,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"it did not begin within {waiting.total_seconds():.0f} s: its worker died, or its pod found "
+                "no node or no image; mend that and run it again",
+            )
+        ],
+    )
+
+
 def renew(wanted: Automation) -> None:
     """Make the automation, or bring the one of that name up to date."""
     try:
@@ -60,4 +89,5 @@ def renew(wanted: Automation) -> None:
 
 if __name__ == "__main__":
     renew(lost_runs())
+    renew(stuck_runs())
     sys.exit()

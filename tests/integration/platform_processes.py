@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,11 @@ def client_environment(servers: Servers, home: Path, **more: str) -> dict[str, s
         "OMP_NUM_THREADS": "1",
     }
     return kept | servers.environment | mine | more
+
+
+def secrets_of(servers: Servers) -> list[str]:
+    """Every secret of a stack, from the file that holds them."""
+    return list(json.loads((servers.folder / "settings.json").read_text())["secrets"].values())
 
 
 class Worker:

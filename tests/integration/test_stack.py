@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
 import os
 import signal
 import subprocess
@@ -17,6 +20,7 @@ from botocore.exceptions import ClientError
 
 from infra.servers import Servers
 from infra.settings import NAMES
+from tests.integration.platform_processes import client_environment, secrets_of, until
 
 pytestmark = pytest.mark.integration
 INFRA = Path(__file__).parents[2] / "infra"
@@ -76,13 +80,6 @@ def rclone_on_path() -> dict[str, str]:
     from infra.surroundings import rclone
 
     return {"PATH": f"{Path(rclone()).parent}:{os.environ['PATH']}"}
-
-
-def secrets_of(servers: Servers) -> list[str]:
-    """Every secret of a stack, from the file that holds them."""
-    import json
-
-    return list(json.loads((servers.folder / "settings.json").read_text())["secrets"].values())
 
 
 def test_all_servers_let_in_who_has_the_credentials_and_nobody_else(stack):
@@ -169,6 +166,69 @@ def test_rotated_secrets_replace_the_old_ones_everywhere_and_nothing_is_lost(sta
     for user, password in (("mlflow", old[0]), ("prefect", old[1])):
         with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
             psycopg2.connect(host="127.0.0.1", port=port, user=user, password=password, dbname=user)
+
+
+def test_the_administrators_password_of_a_container_is_replaced_as_the_others_are(second_stack, tmp_path):
+    """It stands in POSTGRES_PASSWORD, which PostgreSQL's image itself reads when the volume is new."""
+    second_stack.start(["postgres"])
+    ask = ["psql", "-XAtqc", "\"select rolpassword from pg_authid where rolname = 'postgres'\"", "postgres"]
+    script = str(INFRA / "postgres" / "databases.sh")
+    assert as_administrator(second_stack, *ask) == ""  # a process has none: it is reached through its folder
+    for password in ("first 'password'", "second"):
+        for name in ("POSTGRES_PASSWORD", "MLFLOW_DATABASE_PASSWORD", "PREFECT_DATABASE_PASSWORD"):
+            (tmp_path / name).write_text(password)
+        as_administrator(second_stack, f"env SECRETS_FOLDER={tmp_path} {script}")
+        stored = as_administrator(second_stack, *ask)
+        assert is_scram_of(password, stored) and not is_scram_of("another", stored)
+        assert password not in second_stack.log("postgres").read_text()
+
+
+def is_scram_of(password: str, stored: str) -> bool:
+    """Whether PostgreSQL keeps this password: RFC 5803."""
+    _, iterations, salt, stored_key, _ = stored.replace("$", ":").split(":")
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), base64.b64decode(salt), int(iterations))
+    client_key = hmac.digest(salted, b"Client Key", "sha256")
+    return base64.b64decode(stored_key) == hashlib.sha256(client_key).digest()
+
+
+def test_a_run_that_does_not_begin_is_marked_as_crashed_and_one_that_does_is_not(stack, tmp_path):
+    def renew(arguments: str) -> None:
+        make = f"from datetime import timedelta; from infra import automations as a; a.renew(a.stuck_runs({arguments}))"
+        environment = client_environment(stack, tmp_path)
+        subprocess.run([sys.executable, "-c", make], env=environment, check=True, cwd=INFRA.parent)
+
+    renew("timedelta(seconds=10)")
+    try:
+        watch_runs(stack)
+    finally:
+        renew("")  # with its real patience, for the tests that follow
+
+
+def watch_runs(stack: Servers) -> None:
+    prefect = Clients(stack.environment).prefect
+    flow = prefect.post("/flows/", json={"name": "stands-still"}).json()["id"]
+
+    def run_through(*states: str) -> str:
+        run = prefect.post("/flow_runs/", json={"flow_id": flow, "state": {"type": "SCHEDULED"}}).json()["id"]
+        for name in states:
+            kind = "PENDING" if name == "InfrastructurePending" else name
+            state = {"type": kind, "name": name if kind != name else None}
+            assert prefect.post(f"/flow_runs/{run}/set_state", json={"state": state}).is_success
+        return run
+
+    def state_of(run: str) -> dict:
+        return prefect.get(f"/flow_runs/{run}").json()["state"]
+
+    at_work = run_through("PENDING", "RUNNING")
+    stuck = [run_through("PENDING"), run_through("PENDING", "InfrastructurePending")]
+    for run in stuck:
+        state = until("the end of a run that stands still", lambda run=run: found(state_of(run)), 90)
+        assert state["type"] == "CRASHED" and "did not begin within 10 s" in state["message"]
+    assert state_of(at_work)["type"] == "RUNNING"
+
+
+def found(state: dict) -> dict | None:
+    return None if state["type"] == "PENDING" else state
 
 
 def test_a_rotation_in_another_shell_leaves_run_at_work_which_ends_the_new_servers(second_stack):
