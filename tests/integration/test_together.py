@@ -22,9 +22,10 @@ import yaml
 from mlflow import MlflowClient
 
 from bivlm.lineage import find_workspace, read_lineage, verify
+from infra.settings import SECRETS
 from infra.surroundings import postgres_program
 from tests.flows.running import Running
-from tests.integration.platform_processes import client_environment
+from tests.integration.platform_processes import client_environment, secrets_of
 
 pytestmark = pytest.mark.integration
 GROUPS = (1, 2, 3, 4, 5, 6, 1, 2)  # of the adaptor; the last two as the first two
@@ -182,13 +183,10 @@ def test_housekeeping_keeps_what_all_of_them_need(eight, as_client, api):
 
 def test_no_secret_is_printed_shown_by_ps_stored_or_tracked(eight, stack):
     """Of every server and of the hub, in what was printed at the loudest, on disks, in S3 and in both databases."""
-    secrets = {
-        name: value
-        for name, value in {**stack.environment, **stack.admin_environment}.items()
-        if any(word in name for word in ("PASSWORD", "SECRET", "AUTH_STRING"))
-    }
-    values = {value.rpartition(":")[2] for value in secrets.values()} | {HUB_TOKEN}
-    assert len(values) >= 4 and all(len(value) >= 12 for value in values)
+    values = {*secrets_of(stack), HUB_TOKEN}
+    used = {**stack.environment, **stack.admin_environment}
+    passwords = {value.rpartition(":")[2] for name, value in used.items() if "PASSWORD" in name or "AUTH" in name}
+    assert passwords <= values and len(values) == len(SECRETS) + 1 and all(len(value) >= 12 for value in values)
     for value in values:
         hidden = value.encode()
         assert not any(value in line for line in eight.command_lines)
