@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +22,7 @@ from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.errors import InputError
 from bivlm.hub_data import commit_of
 from bivlm.names import check_revision, is_sha256, without_credentials
-from bivlm.recipe import parse_recipe
+from bivlm.recipe import _OnceLoader, parse_recipe
 from bivlm.stores import open_store
 from bivlm.workspace import Workspace
 from tasks.tracking.lookup import is_version
@@ -253,46 +255,147 @@ def test_what_is_no_version_in_the_registry_is_not_asked_for(text):
     assert not is_version(text)
 
 
-# The calls that start a program by way of a shell, or run what they are given as code.
-SHELLS = {"system", "popen", "getoutput", "getstatusoutput", "create_subprocess_shell"}
+# Modules whose readers run what they read.
+PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+# What starts programs or reads such things, by its whole name, whatever a module calls it.
+NOT_USED = re.compile(
+    r"""subprocess\.(?!(CalledProcessError|CompletedProcess|DEVNULL|PIPE|STDOUT|SubprocessError|TimeoutExpired)$)\S+
+    |os\.(system|popen|startfile|exec\w+|spawn\w+|posix_spawn\w*)|pty\.spawn|psutil\.Popen
+    |asyncio\.(subprocess\..+|create_subprocess_\w+)
+    |yaml\.(load|load_all|full_load\w*|unsafe_load\w*|Loader|FullLoader|UnsafeLoader)|yaml\.loader\..+
+    |.*\bread_pickle|(os|yaml|torch)\.\*""",
+    re.VERBOSE,
+)
 CODE = {"eval", "exec", "compile", "__import__"}
-READERS = {("pickle", "load"), ("pickle", "loads"), ("marshal", "loads"), ("joblib", "load"), ("yaml", "unsafe_load")}
+# What is there all the same: the whole of it.
+ALLOWED = {
+    "environment.py: subprocess.run(['git', '-C', str(_ROOT), *arguments], capture_output=True, text=True, timeout=10)",
+    "recipe.py: yaml.load(text, _OnceLoader)",
+}
 
 
 def dangerous(source: str) -> set[str]:
-    """The calls in a module that could reach a shell or run what came from outside."""
+    """What in a module could start a program, or run what came from outside."""
+    tree = ast.parse(source)
+    known = imported(tree)
+    called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     found = set()
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        owner = getattr(getattr(node.func, "value", None), "id", "")
-        options = {option.arg: ast.unparse(option.value) for option in node.keywords}
-        if (
-            (name in SHELLS and owner != "platform")
-            or options.get("shell", "False") != "False"
-            or (owner, name) in READERS
-        ):
-            found.add(ast.unparse(node))
-        if isinstance(node.func, ast.Name) and name in CODE:
-            found.add(ast.unparse(node))
-        if (owner, name) == ("torch", "load") and options.get("weights_only") != "True":
-            found.add(ast.unparse(node))
-        if options.get("trust_remote_code") == "True":
-            found.add(ast.unparse(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            if any(name.partition(".")[0] in PICKLES or NOT_USED.fullmatch(name) for name in names_in(node)):
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.Attribute | ast.Name):
+            name, call = whole_name(node, known), called.get(id(node))
+            said = ast.unparse(call or node)
+            options = {option.arg: ast.unparse(option.value) for option in call.keywords} if call else {}
+            if NOT_USED.fullmatch(name) or (call and name in CODE):
+                found.add(said)
+            if name == "torch.load" and options.get("weights_only") != "True":
+                found.add(said)
+            if any(options.get(name, "False") != "False" for name in ("shell", "allow_pickle")):
+                found.add(said)
+            if options.get("trust_remote_code") == "True":
+                found.add(said)
     return found
 
 
-def test_nothing_reaches_a_shell_or_runs_what_it_reads():
+def names_in(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """The whole names that a line imports; ``from m import *`` as `m.*`."""
+    prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) and not node.level else ""
+    return [prefix + each.name for each in node.names]
+
+
+def imported(tree: ast.Module) -> dict[str, str]:
+    """The whole names of what a module imports, by the names that it gives them."""
+    known = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for each, name in zip(node.names, names_in(node), strict=True):
+                short = each.asname or each.name.partition(".")[0]
+                known[short] = name if each.asname or isinstance(node, ast.ImportFrom) else short
+    return known
+
+
+def whole_name(node: ast.expr, known: dict[str, str]) -> str:
+    """`sp.run` as ``subprocess.run`` where `sp` is that; what is no name of an import begins with a dot."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        return f"{whole_name(node.value, known)}.{node.attr}"
+    return ""
+
+
+def test_nothing_starts_a_program_or_runs_what_it_reads():
     files = [path for floor in ("bivlm", "tasks", "flows") for path in (ROOT / floor).rglob("*.py")]
     assert len(files) > 100
-    assert {f"{path.name}: {call}" for path in files for call in dangerous(path.read_text(encoding="utf-8"))} == set()
+    assert {f"{path.name}: {what}" for path in files for what in dangerous(path.read_text("utf-8"))} == ALLOWED
+    assert issubclass(_OnceLoader, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(
     "source",
-    ["os.system(x)", "subprocess.run(x, shell=True)", "subprocess.run(x, shell=y)", "eval(x)", "torch.load(x)",
-     "pickle.load(f)", "AutoModel.from_pretrained(x, trust_remote_code=True)", "os.popen(x)"],
-)  # fmt: skip
-def test_every_such_call_is_seen(source):
+    [
+        "import os; os.system(x)",
+        "import os; os.popen(x)",
+        "from os import system",
+        "from os import *",
+        "import os as o; o.execvp('sh', x)",
+        "import os; os.spawnlp(os.P_WAIT, 'sh', x)",
+        "import os; os.posix_spawn(x, y, z)",
+        "import os; list(map(os.system, x))",
+        "import subprocess; subprocess.run(['sh', '-c', x])",
+        "import subprocess; subprocess.run(x, shell=True)",
+        "import subprocess as sp; sp.check_output(x)",
+        "import subprocess; subprocess.getoutput(x)",
+        "import functools, subprocess; functools.partial(subprocess.Popen, x)",
+        "from subprocess import run",
+        "from subprocess import *",
+        "import asyncio; asyncio.create_subprocess_exec(x)",
+        "import psutil; psutil.Popen(x)",
+        "anything(x, shell=y)",
+        "eval(x)",
+        "__import__(x)",
+        "import pickle",
+        "import pickle as p; p.loads(x)",
+        "from pickle import loads",
+        "from pickle import Unpickler",
+        "import cloudpickle",
+        "def read():\n    from dill import load",
+        "import marshal",
+        "import shelve",
+        "import joblib.numpy_pickle",
+        "import yaml; yaml.load(x, Loader=yaml.Loader)",
+        "import yaml; yaml.load(x)",
+        "from yaml import load",
+        "import yaml; yaml.unsafe_load(x)",
+        "import yaml; yaml.full_load_all(x)",
+        "import numpy as np; np.load(x, allow_pickle=True)",
+        "import numpy; numpy.load(x, allow_pickle=y)",
+        "import pandas as pd; pd.read_pickle(x)",
+        "from pandas import read_pickle",
+        "import torch; torch.load(x)",
+        "import torch; torch.load(x, weights_only=False)",
+        "from torch import load; load(x)",
+        "import torch; functools.partial(torch.load, x)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)",
+    ],
+)
+def test_each_such_thing_is_seen(source):
     assert dangerous(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import subprocess\ntry:\n    pass\nexcept subprocess.TimeoutExpired:\n    pass",
+        "import os; os.path.join(x); os.environ.get(y)",
+        "import re; re.compile(x)",
+        "import yaml; yaml.safe_load(x); yaml.SafeLoader",
+        "import numpy; numpy.load(x); numpy.load(x, allow_pickle=False)",
+        "import torch; torch.load(x, weights_only=True)",
+        "from bivlm.checkpoint.pickles import pickle_names",
+        "import json; json.load(x); model.run(x); model.system(x)",
+    ],
+)
+def test_nothing_else_is(source):
+    assert dangerous(source) == set()
