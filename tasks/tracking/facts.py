@@ -6,6 +6,7 @@ from typing import Any
 
 from bivlm.gate import Decision
 from bivlm.lineage import Lineage, stage_hashes
+from bivlm.recipe import Recipe
 from tasks.naming import slug
 from tasks.steps import Done
 from tasks.tracking.record import PACKED_TAG
@@ -15,6 +16,8 @@ GATE_TAG = "bivlm.gate"  # passed | refused | not decided; a recipe without a ga
 REASONS_TAG = "bivlm.gate.reasons"
 QUESTIONS_TAG = "bivlm.gate.questions"
 PASSED, REFUSED, UNDECIDED = "passed", "refused", "not decided"
+ASKED_TAG = "bivlm.questions"  # of each of the recipe's benchmarks: all, the first so many, or 0
+ALL, NOTHING = "all", "0"
 EXPERIMENT_TAG = "bivlm.experiment"
 BASE_MODEL_TAG = "bivlm.base.model_id"
 CALIBRATION_TAG = "bivlm.calibration"
@@ -31,6 +34,7 @@ def facts_of(
     calibration: Done,
     report: dict[str, Any],
     evaluation: dict[str, Any] | None,
+    questions: str,
     base_model_id: str,
 ) -> dict[str, str]:
     """The tags of a version: its origins, a hash a stage, bits and scores as people read them."""
@@ -42,6 +46,7 @@ def facts_of(
         f"{CALIBRATION_TAG}.sha256": samples["sha256"],
         PACKED_TAG: lineage.packed.sha256,
         MADE_TAG: lineage.created,
+        ASKED_TAG: questions,
         LINEARS_TAG: f"{bits['linears']['stored']:.3f}",
         MODEL_BITS_TAG: f"{bits['model']['stored']:.2f}",
         **{f"{STAGE_PREFIX}{slug(stage)}": sha256 for stage, sha256 in stage_hashes(lineage).items()},
@@ -56,6 +61,18 @@ def facts_of(
                 f"{loss['loss']:.1f} ({loss['low']:.1f} to {loss['high']:.1f})"
             )
     return facts
+
+
+def questions_asked(recipe: Recipe, evaluate: bool, questions: int | None) -> str:
+    """How many questions of each of the recipe's benchmarks are asked, as `ASKED_TAG` says it."""
+    if not recipe.evaluation:
+        return ALL
+    return NOTHING if not evaluate else ALL if questions is None else str(questions)
+
+
+def as_many(asked: str, wanted: str) -> bool:
+    """Whether as many questions were `asked` as are `wanted`."""
+    return asked == ALL or (wanted != ALL and int(asked) >= int(wanted))
 
 
 def of_decision(decision: Decision, questions: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bivlm.checkpoint import Checkpoint
 from flows.scheduled import SomeFailed, nightly_flow, weekly_flow
 
 
@@ -33,15 +34,18 @@ def test_the_week_makes_a_board_of_every_listed_model_that_has_one(listed, tmp_p
     week = {"settled_seconds": 0, "questions": 2}
     assert weekly_flow(**week)["boards"] == {}  # seen for the first time: it may still be arriving
     made = weekly_flow(**week)["boards"]
-    assert made.keys() == {model}
-    board = json.loads((Path(made[model]) / "board.json").read_text())
+    ((name, folder),) = made.items()
+    assert name == f"{model} at {Checkpoint.open(model).digest()[:12]}"
+    assert Path(folder).is_relative_to(tmp_path / "outputs" / "leaderboards")
+    board = json.loads((Path(folder) / "board.json").read_text())
     assert {entry["recipe"] for entry in board["entries"]} == {"small", "rounded"}
-    assert Path(made[model]).is_relative_to(tmp_path / "outputs" / "leaderboards")
 
-    write_list(tmp_path, [troubled, with_board])
+    # An entry for every model of a folder, and one of them with a board of its own; and a folder that is not there.
+    every = {"model": f"{tmp_path}/models/*", "recipes": ["small"], "leaderboard": ["small"]}
+    write_list(tmp_path, [troubled, every, with_board])
     with pytest.raises(SomeFailed, match=r"1 failed:\n  .*no such folder"):
         weekly_flow(**week)
-    assert json.loads((Path(made[model]) / "board.json").read_text()) == board
+    assert json.loads((Path(folder) / "board.json").read_text()) == board
 
 
 def write_list(place, models):
