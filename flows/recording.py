@@ -70,6 +70,8 @@ def record(
     description = tracking.note(base, recipe, tracked.trigger, in_a_sentence(report, figures))
     tracking.log_documents(tracked, request.output, description, drawn, points, chance)
     asked = tracking.questions_asked(recipe, results is not None, request.questions)
-    facts = tracking.facts_of(tracked, lineage, samples, report, figures, asked, base_id)
-    name, version = tracking.register(tracked, base, recipe, model_id, facts)
+    facts = tracking.facts_of(tracked, lineage, samples, report, base_id)
+    name, version = tracking.register(
+        tracked, base, recipe, model_id, facts, tracking.scores_of(lineage, figures, asked)
+    )
     return {"model_id": model_id, "registered_model": name, "version": version}
