@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest
+from bivlm.names import check_revision, is_commit, is_sha256
 from bivlm.recipe import Recipe, load_recipe, shipped_recipes
 from bivlm.stores.location import cache_folder, is_s3_model
 
@@ -28,6 +29,7 @@ LIST_VARIABLE = "BIVLM_BASE_MODELS"  # the list's file
 PLACES_VARIABLE = "BIVLM_MODELS"  # folders and S3 prefixes whose models may be asked for by name, with commas
 RECIPES_VARIABLE = "BIVLM_RECIPES"  # a folder of NAME.yaml
 OUTPUTS_VARIABLE = "BIVLM_OUTPUTS"  # where packed checkpoints go
+DEFAULT_RECIPE = "bivlm"
 
 EVENT = "bivlm.base_model.found"
 _EVENTS = uuid.uuid5(uuid.NAMESPACE_URL, EVENT)
@@ -37,9 +39,6 @@ Kind = Literal["hub", "folder", "s3"]
 EVERY = "/*"  # at the end of a folder or an S3 prefix: every model in it
 
 _RECIPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_CONTENT = re.compile(r"[0-9a-f]{64}")
-_BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 
 
 class Watched(BaseModel):
@@ -87,7 +86,7 @@ class Watched(BaseModel):
             if self.revision is not None:
                 if self.kind != "hub":
                     raise InputError(f"revision {self.revision!r}: a {self.kind} model has none; leave it out")
-                check_revision("hub", self.revision)
+                check_asked("hub", self.revision)
             for name in (*self.recipes, *self.leaderboard):
                 named_recipe(name)
         except InputError as error:
@@ -223,21 +222,19 @@ def kind_of(model: str) -> Kind:
     )
 
 
-def check_revision(kind: Kind, revision: str, *, pinned: bool = False) -> str:
-    """`revision` if it may be one; raises `InputError`. A `pinned` one says which bytes, not where to look for them."""
-    branch = kind == "hub" and not pinned and _BRANCH.fullmatch(revision) and ".." not in revision
-    if branch or is_pinned(kind, revision):
-        return revision
-    if kind != "hub":
-        expected = "the sha256 that the watcher found (64 hexadecimal digits)"
-    else:
-        expected = "a commit (40 hexadecimal digits)" if pinned else "a branch, tag or commit of the hub"
-    raise InputError(f"revision {revision!r}: expected {expected}")
+def check_asked(kind: Kind, revision: str, *, pinned: bool = False) -> None:
+    """Raise `InputError` unless `revision` may be asked for; a `pinned` one says which bytes (`is_pinned`)."""
+    if kind == "hub" and not pinned:
+        check_revision(revision, "base model")
+    elif not is_pinned(kind, revision):
+        digits = 40 if kind == "hub" else 64
+        what = "a commit" if kind == "hub" else "the sha256 that the watcher found"
+        raise InputError(f"revision {revision!r}: expected {what} ({digits} hexadecimal digits)")
 
 
 def is_pinned(kind: Kind, revision: str) -> bool:
     """Whether `revision` says which bytes, not where to look for them."""
-    return bool((_COMMIT if kind == "hub" else _CONTENT).fullmatch(revision))
+    return is_commit(revision) if kind == "hub" else is_sha256(revision)
 
 
 def check_permitted(model: str, listed: Iterable[Watched]) -> None:
@@ -249,7 +246,7 @@ def check_permitted(model: str, listed: Iterable[Watched]) -> None:
     kind = kind_of(model)
     if kind == "hub" or any(each.covers(model) for each in listed):
         return
-    places = [each.strip() for each in os.environ.get(PLACES_VARIABLE, "").split(",") if each.strip()]
+    places = _permitted_places()
     of_its_kind = [place for place in places if place.startswith("s3://") == (kind == "s3")]
     if any(_same(model, place) or _lies_in(model, place) for place in of_its_kind):
         return
@@ -297,6 +294,11 @@ def outputs_folder() -> Path:
     return Path(named).expanduser().absolute() if named else cache_folder().absolute() / "outputs"
 
 
+def _permitted_places() -> list[str]:
+    named = [each.strip() for each in os.environ.get(PLACES_VARIABLE, "").split(",") if each.strip()]
+    return [each.rstrip("/") if each.startswith("s3://") else str(Path(each).expanduser()) for each in named]
+
+
 def _same(model: str, place: str) -> bool:
     return model == place or (model.startswith("/") and Path(model).resolve() == Path(place).resolve())
 
@@ -305,5 +307,5 @@ def _lies_in(model: str, place: str) -> bool:
     """Whether it is below `place`, and not that itself."""
     if model.startswith("s3://"):
         return model.startswith(place.rstrip("/") + "/")
-    resolved, root = Path(model).resolve(), Path(place).expanduser().resolve()
+    resolved, root = Path(model).resolve(), Path(place).resolve()
     return resolved != root and resolved.is_relative_to(root)

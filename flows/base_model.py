@@ -9,9 +9,10 @@ from prefect.runtime import flow_run as runtime
 from pydantic import Field
 
 from bivlm.base_models import (
+    DEFAULT_RECIPE,
     Revision,
+    check_asked,
     check_permitted,
-    check_revision,
     is_pinned,
     kind_of,
     listed_if_any,
@@ -22,9 +23,10 @@ from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
 from flows.compress import compress_flow
 from flows.progress import publish_page
-from flows.tables import one_line
+from flows.tables import in_short
 from tasks.base_model import pin_revision
 from tasks.events import FLOW
+from tasks.tracking.facts import questions_asked
 from tasks.tracking.finished import finished_version
 from tasks.watching import ended_now, remember_answer, taken_now
 
@@ -35,7 +37,7 @@ RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 def on_base_model_flow(
     model_id: Annotated[str, Field(min_length=1, max_length=1000)],
     revision: Annotated[str, Field(max_length=200)] | None = None,
-    recipe: RecipeName = "bivlm",
+    recipe: RecipeName = DEFAULT_RECIPE,
     event_id: Annotated[str, Field(max_length=36)] | None = None,
     trigger: Annotated[str, Field(max_length=200)] | None = None,
     evaluate: bool = True,
@@ -46,11 +48,11 @@ def on_base_model_flow(
     """Compress `model_id` at `revision` by `recipe` into `bivlm.base_models.Revision.output`, unless that was done.
 
     The revision is pinned before anything else: a branch to its commit, a folder by its content, an S3 prefix by its
-    listing. Where the registry has a finished version of that revision by that recipe, nothing is done (and a gate that
-    did not pass it is told again). What becomes of
-    it is written down for the watcher. Returns ``{"outcome", "version", "page", "output", "gate"}``. Raises
-    `InputError` for names that are not in order or not permitted (`bivlm.base_models.check_permitted`), and for a
-    folder or prefix that is no longer at `revision`; what `compress_flow` raises.
+    listing. Where the registry has a finished version of that revision by that recipe, which was asked as many
+    questions, nothing is done (and a gate that did not pass it is told again). What becomes of it is written down for
+    the watcher. Returns ``{"outcome", "version", "page", "output", "gate"}``. Raises `InputError` for names that are
+    not in order or not permitted (`bivlm.base_models.check_permitted`), and for a folder or prefix that is no longer at
+    `revision`; what `compress_flow` raises.
 
     Args:
         model_id: owner/name on the hub, an absolute folder, or s3://bucket/prefix.
@@ -68,7 +70,7 @@ def on_base_model_flow(
     check_permitted(model_id, listed_if_any())
     chosen = named_recipe(recipe)
     if revision is not None:
-        check_revision(kind, revision, pinned=event_id is not None)
+        check_asked(kind, revision, pinned=event_id is not None)
     if event_id is not None and event_id != str(Revision(model_id, revision or "", recipe).event_id):
         raise InputError(f"event {event_id!r}: not that of {model_id} at {revision} by {recipe}")
     store = Workspace.open(workspace or default_workspace())
@@ -80,7 +82,8 @@ def on_base_model_flow(
         pinned = Revision(model_id, pin_revision(model_id, revision), recipe)
         answer = taken_now(pinned, runtime.id)
         log.info("%s at %s by %s: event %s", model_id, pinned.revision, recipe, pinned.event_id)
-        finished = finished_version(model_id, pinned.revision, chosen, store.url)
+        wanted = questions_asked(chosen, evaluate, questions)
+        finished = finished_version(model_id, pinned.revision, chosen, wanted, store.url)
         if finished is not None:
             publish_page(finished.page)
             if finished.refused is not None:
@@ -99,7 +102,7 @@ def on_base_model_flow(
             model=model_id,
             recipe=chosen.canonical(),
             output=str(pinned.output()),
-            revision=None if kind == "folder" else pinned.revision,
+            revision=pinned.revision,
             workspace=store.url,
             evaluate=evaluate,
             questions=questions,
@@ -109,7 +112,7 @@ def on_base_model_flow(
         )
     except GateNotPassed as error:
         if error.result is not None:
-            log.info("%s", one_line(error.result))
+            log.info("%s", in_short(error.result))
         remember_answer(ended_now(answer, "gate not passed", str(error)), store.url)
         raise
     except InputError as error:
@@ -123,7 +126,7 @@ def on_base_model_flow(
     tracked = result["mlflow"]
     version = f"{tracked['registered_model']}/{tracked['version']}"
     publish_page(tracked["page"])
-    log.info("%s", one_line(result))
+    log.info("%s", in_short(result))
     remember_answer(ended_now(answer, "compressed", "", version), store.url)
     return {
         "outcome": "compressed",

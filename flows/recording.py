@@ -69,6 +69,9 @@ def record(
             tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
     description = tracking.note(base, recipe, tracked.trigger, in_a_sentence(report, figures))
     tracking.log_documents(tracked, request.output, description, drawn, points, chance)
-    facts = tracking.facts_of(tracked, lineage, samples, report, figures, base_id)
-    name, version = tracking.register(tracked, base, recipe, model_id, facts)
+    asked = tracking.questions_asked(recipe, results is not None, request.questions)
+    facts = tracking.facts_of(tracked, lineage, samples, report, base_id)
+    name, version = tracking.register(
+        tracked, base, recipe, model_id, facts, tracking.scores_of(lineage, figures, asked)
+    )
     return {"model_id": model_id, "registered_model": name, "version": version}

@@ -80,7 +80,8 @@ def weekly_flow(
 ) -> dict[str, Any]:
     """A leaderboard of every listed model that has one, by model and revision in ``leaderboards`` of the outputs.
 
-    Returns ``{"boards", "waiting"}``, folders by model. Raises `SomeFailed` at the end, with every reason.
+    Where two entries are about one revision of a model, its board has the recipes of both. Returns
+    ``{"boards", "waiting"}``, folders by model and revision. Raises `SomeFailed` at the end, with every reason.
 
     Args:
         questions: only the first of every benchmark.
@@ -89,18 +90,21 @@ def weekly_flow(
         settled_seconds: a folder or S3 prefix counts once it has stayed as it is for so long.
     """
     store = Workspace.open(workspace or default_workspace())
-    listed = [entry for entry in load_base_models() if entry.leaderboard]
-    seen = _look(listed, settled_seconds, store.url)
+    # A recipe of the board stands where one to compress by does, so that a look says what belongs together.
+    listed = [entry.model_copy(update={"recipes": entry.leaderboard}) for entry in load_base_models()]
+    seen = _look([entry for entry in listed if entry.recipes], settled_seconds, store.url)
+    recipes: dict[tuple[str, str], list[str]] = {}
+    for each in seen.revisions:
+        recipes.setdefault((each.model, each.revision), []).append(each.recipe)
     boards, failed = {}, dict(seen.troubled)
-    for model, revision in dict.fromkeys((each.model, each.revision) for each in seen.revisions):
-        recipes = next(entry.leaderboard for entry in listed if entry.covers(model))
+    for (model, revision), names in recipes.items():
         output = outputs_folder() / LEADERBOARDS / model_slug(model) / revision[:16]
         try:
             result = leaderboard_flow(
                 model=model,
-                recipes=[recipe_source(name) for name in recipes],
+                recipes=[recipe_source(name) for name in names],
                 output=str(output),
-                revision=None if model.startswith("/") else revision,
+                revision=revision,
                 workspace=store.url,
                 questions=questions,
                 finish=finish,
@@ -108,7 +112,7 @@ def weekly_flow(
         except Exception as error:  # as above
             failed[model] = str(error) or type(error).__name__
         else:
-            boards[model] = result["output"]
+            boards[f"{model} at {revision[:12]}"] = result["output"]
     _raise_if(failed)
     return {"boards": boards, "waiting": seen.waiting}
 

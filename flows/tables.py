@@ -259,7 +259,7 @@ def print_whole(table: Table) -> None:
     Console(width=1000).print(table)
 
 
-def one_line(result: dict[str, Any]) -> str:
+def in_short(result: dict[str, Any]) -> str:
     """What `flows.compress.compress_flow` returned, for a log."""
     bits, version = result["bits"], "{registered_model}/{version}".format_map(result["mlflow"])
     said = [

@@ -45,6 +45,8 @@ _LOGS = 200  # of one answer
 _LATE = timedelta(seconds=30)  # by which a line of the log may come after a later one
 _LINK = re.compile(r"\((https?://[^\s()]+)\)")
 _REFUSED = re.compile(rf"\b{GateNotPassed.__name__}\b")
+_TRACEBACK = "Traceback (most recent call last):\n"
+_LOGS_COME = 3.0  # seconds within which a process that has ended its run hands the server what it logged
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -55,7 +57,7 @@ class Ended:
     Attributes:
         state: the name of its last state, such as ``Completed``.
         completed: whether that is well.
-        refused: whether a gate was not passed, by it or by a run within it.
+        refused: whether it ended so because a gate was not passed.
         message: what the state says.
         pages: addresses in MLflow that it published, newest last.
     """
@@ -119,15 +121,17 @@ def follow(
                 if state is not None and (state.name, state.type) != shown:
                     shown = (state.name, state.type)
                     tell(f"{run.name}: {state.name}")
-                log.show(client, [run_id, *(each.id for each in within)])
+                runs = [run_id, *(each.id for each in within)]
+                log.show(client, runs)
                 if state is not None and state.is_final():
-                    messages = [each.state.message or "" for each in (run, *within) if each.state]
+                    time.sleep(_LOGS_COME)
+                    log.show(client, runs)
                     return Ended(
                         state=state.name,
                         completed=state.is_completed(),
-                        refused=not state.is_completed() and any(_REFUSED.search(message) for message in messages),
+                        refused=not state.is_completed() and _REFUSED.search(state.message or "") is not None,
                         message=state.message or "",
-                        pages=_pages(client, [run_id, *(each.id for each in within)]),
+                        pages=_pages(client, runs),
                     )
             answered = time.monotonic()
         except (httpx.TransportError, PrefectHTTPStatusError) as error:
@@ -176,11 +180,11 @@ class _Log:
 
 def _without_frames(message: str) -> str:
     """A log line's message without its traceback's frames, which Prefect's page of the run has; the error stays."""
-    head, traceback, frames = message.partition("Traceback (most recent call last):\n")
+    head, traceback, _ = message.partition(_TRACEBACK)
     if not traceback:
         return message
-    *_, last = re.split(r'^  File ".*\n', frames, flags=re.MULTILINE)
-    return head + re.sub(r"\A(?: {4}.*\n)*", "", last)
+    # Of a chain the last one says how it ended; its frames are all indented, what follows them is the error.
+    return head + re.sub(r"\A(?:  .*\n)*", "", message.rpartition(_TRACEBACK)[2])
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from bivlm.checkpoint import (
 from bivlm.errors import InputError
 from bivlm.families import MODULES_KEY, Modules
 from bivlm.identity import digest, step_identity
+from bivlm.names import is_sha256
 from tasks import binarization
 from tasks.policy import OVER_NETWORK
 from tasks.progress import advance
@@ -61,11 +62,18 @@ class Base:
 
 @task(name="base-model", **OVER_NETWORK)
 def resolve_base(model: str, revision: str | None, output: str, modules: Modules | None = None) -> Base:
-    """Find the model (a folder, or the hub), see that it may be packed into `output`, hash it and look at its parts."""
-    resolved = resolve_model(model, revision)
+    """Find the model (a folder, or the hub), see that it may be packed into `output`, hash it and look at its parts.
+
+    The `revision` of a folder is the sha256 that its checkpoint must have.
+    """
+    expected = revision if is_sha256(revision) and Path(model).is_dir() else None
+    resolved = resolve_model(model, None if expected else revision)
     checkpoint = Checkpoint.open(resolved.folder, modules)
     check_output(checkpoint, output)
-    return Base(resolved, checkpoint.digests(), anatomy(checkpoint), modules)
+    digests = checkpoint.digests()
+    if expected not in (None, digests.sha256):
+        raise InputError(f"model {model}: now at {digests.sha256}; {expected}, which was asked for, is gone")
+    return Base(resolved, digests, anatomy(checkpoint), modules)
 
 
 @dataclass(frozen=True)

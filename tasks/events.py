@@ -17,7 +17,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
-from bivlm.base_models import Revision
+from bivlm.base_models import DEFAULT_RECIPE, Revision
 from tasks.policy import OVER_NETWORK
 from tasks.watching import LONGEST_PAUSE
 
@@ -52,8 +52,8 @@ def emit_found(revision: Revision) -> None:
 def runs_at_work() -> dict[Revision, str]:
     """The ids of flow runs that are to compress a base model, or are at it, by what they were asked for.
 
-    A run that began more than a day ago does not count: a worker that was lost with its machine leaves one that seems
-    to run for ever.
+    A run that began, or was handed to a worker, more than a day ago does not count: a worker that was lost with its
+    machine leaves one that seems to be at it for ever.
     """
     found: dict[Revision, str] = {}
     with get_client(sync_client=True) as client:
@@ -66,10 +66,13 @@ def runs_at_work() -> dict[Revision, str]:
                 offset=page * _PAGE,
             )
             for run in runs:
-                given = run.parameters
-                revision = Revision(*(str(given.get(key)) for key in ("model_id", "revision", "recipe")))
-                if run.start_time is None or datetime.now(UTC) - run.start_time < LONGEST_PAUSE:
-                    found[revision] = str(run.id)
+                begun = run.start_time
+                if begun is None and run.state is not None and run.state.is_pending():
+                    begun = run.state.timestamp
+                if begun is not None and datetime.now(UTC) - begun >= LONGEST_PAUSE:
+                    continue
+                given = {"recipe": DEFAULT_RECIPE} | run.parameters
+                found[Revision(*(str(given.get(key)) for key in ("model_id", "revision", "recipe")))] = str(run.id)
             if len(runs) < _PAGE:
                 break
     return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeVar
 
-from prefect import task
+from prefect import get_run_logger, task
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from bivlm.base_models import Revision, Watched, model_slug
@@ -93,9 +93,11 @@ def look_at_base_models(entries: Sequence[Watched], settled_seconds: float, work
 
 
 def _note_trouble(seen: Seen, model: str, error: Exception) -> None:
-    if not isinstance(error, InputError | OSError) and not is_passing(error):
-        raise error
-    seen.troubled[model] = str(error) or type(error).__name__
+    """Whatever it is: one model's trouble must not hide the others. What nobody foresaw is logged with its trace."""
+    expected = isinstance(error, InputError | OSError) or is_passing(error)
+    if not expected:
+        get_run_logger().error("%s: %s", model, error, exc_info=error)
+    seen.troubled[model] = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
 
 
 def _revision(
@@ -168,7 +170,8 @@ def is_due(found: Found, answer: Answer | None, again_after: timedelta, now: dat
     moments = [*found.emitted, *([answer.ended or answer.taken] if answer else [])]
     if not found.emitted:
         return answer is None or (now or _now()) >= max(moments) + again_after
-    pause = min(again_after * 2 ** (len(found.emitted) - 1), max(LONGEST_PAUSE, again_after))
+    doublings = min(len(found.emitted) - 1, 10)  # more are over a day in any case, and at last over what a time can be
+    pause = min(again_after * 2**doublings, max(LONGEST_PAUSE, again_after))
     return (now or _now()) >= max(moments) + pause
 
 

@@ -9,8 +9,8 @@ from bivlm.base_models import (
     Revision,
     Watched,
     base_models_file,
+    check_asked,
     check_permitted,
-    check_revision,
     kind_of,
     load_base_models,
     model_slug,
@@ -116,19 +116,25 @@ def test_names_that_lead_elsewhere_are_refused(name):
 
 
 def test_a_revision_has_one_form_by_kind():
-    assert check_revision("hub", "refs/pr/1") == "refs/pr/1"
-    assert check_revision("hub", COMMIT, pinned=True) == COMMIT
-    assert check_revision("folder", CONTENT) == CONTENT
+    for kind, revision, pinned in [
+        ("hub", "refs/pr/1", False),
+        ("hub", "v1+fix", False),
+        ("hub", COMMIT, True),
+        ("folder", CONTENT, False),
+    ]:
+        check_asked(kind, revision, pinned=pinned)
     for kind, revision, pinned in [
         ("hub", "main", True),
         ("hub", "a/../b", False),
         ("hub", "$(id)", False),
         ("hub", "", False),
+        ("hub", "main/", False),
+        ("hub", "main.lock", False),
         ("folder", COMMIT, False),
         ("s3", "main", False),
     ]:
         with pytest.raises(InputError, match="revision "):
-            check_revision(kind, revision, pinned=pinned)
+            check_asked(kind, revision, pinned=pinned)
 
 
 def test_folders_and_prefixes_are_permitted_by_list_or_place_alone(tmp_path, monkeypatch):
@@ -161,6 +167,14 @@ def test_folders_and_prefixes_are_permitted_by_list_or_place_alone(tmp_path, mon
     ]:
         with pytest.raises(InputError, match="neither in the list of base models nor in a place of BIVLM_MODELS"):
             check_permitted(model, listed)
+
+
+def test_a_place_may_be_spelled_as_in_a_shell(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("BIVLM_MODELS", "~/models, s3://bucket/models/")
+    for model in (f"{tmp_path}/models", f"{tmp_path}/models/x", "s3://bucket/models", "s3://bucket/models/x"):
+        check_permitted(model, [])
 
 
 def test_a_recipe_comes_from_the_folder_or_is_shipped(tmp_path, monkeypatch):

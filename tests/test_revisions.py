@@ -242,3 +242,19 @@ def test_an_index_that_is_not_one_is_told(s3_location):  # noqa: F811
     for name, body in (("config.json", b"{}"), ("model.safetensors.index.json", b"[1]")):
         boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/x/{name}", Body=body)
     assert "expected a mapping 'weight_map'" in what_is_missing(list_prefix(f"{s3_location}/x"))
+
+
+def test_an_object_that_goes_between_two_requests_is_told(s3_location, sharded_llava, monkeypatch):  # noqa: F811
+    from bivlm.checkpoint import s3_models
+
+    url = f"{s3_location}/llava"
+    upload(sharded_llava, url)
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    listing = list_prefix(url)
+    index = f"{prefix}/model.safetensors.index.json"
+    boto3.client("s3").delete_object(Bucket=bucket, Key=index)
+    assert what_is_missing(listing).startswith(f"model {url}: cannot be read: ")
+    monkeypatch.setattr(s3_models, "what_is_missing", lambda listing: "")
+    monkeypatch.setattr(s3_models, "list_prefix", lambda url: listing)
+    with pytest.raises(InputError, match=r"llava: cannot be read: .*NoSuchKey"):
+        resolve_model(url)

@@ -8,6 +8,8 @@ only if the prefix was still in it when the last byte had come.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -21,7 +23,7 @@ from bivlm.errors import InputError
 from bivlm.identity import digest
 from bivlm.stores.folder import temporary_beside
 from bivlm.stores.location import cache_folder, is_s3_model
-from bivlm.stores.s3 import REFUSED, error_code, s3_client
+from bivlm.stores.s3 import ABSENT, REFUSED, error_code, s3_client
 
 SCHEME = "s3://"
 
@@ -78,7 +80,8 @@ def what_is_missing(listing: S3Listing) -> str:
         return f"neither {WEIGHTS} nor {WEIGHTS_INDEX}"
     bucket, prefix = _parts(listing.url)
     try:
-        data = s3_client().get_object(Bucket=bucket, Key=prefix + WEIGHTS_INDEX)["Body"].read()
+        with _refusals_told(listing.url):
+            data = s3_client().get_object(Bucket=bucket, Key=prefix + WEIGHTS_INDEX)["Body"].read()
         files = indexed_files(data, f"{listing.url}/{WEIGHTS_INDEX}")
     except InputError as error:
         return str(error)
@@ -136,7 +139,7 @@ def _copy(listing: S3Listing, folder: Path) -> None:
         if path.is_file() and path.stat().st_size == each.size:
             continue  # from an attempt that was cut short: a file gets its name when it is whole
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(path) as temporary:
+        with temporary_beside(path) as temporary, _refusals_told(listing.url):
             client.download_file(bucket, prefix + name, str(temporary))
             temporary.replace(path)
     if list_prefix(listing.url).revision != listing.revision:
@@ -164,11 +167,18 @@ def _parts(url: str) -> tuple[str, str]:
 
 
 def _pages(url: str, **request: Any) -> Any:
-    try:
+    with _refusals_told(url):
         yield from s3_client().get_paginator("list_objects_v2").paginate(**request)
+
+
+@contextmanager
+def _refusals_told(url: str) -> Iterator[None]:
+    """What S3 refuses, or has no longer, as `InputError`."""
+    try:
+        yield
     except ClientError as error:
-        if error_code(error) in REFUSED:
-            raise InputError(f"model {url}: the bucket {request['Bucket']!r} cannot be read: {error}") from error
+        if error_code(error) in REFUSED | ABSENT:
+            raise InputError(f"model {url}: cannot be read: {error}") from error
         raise
     except BotoCoreError as error:
         if type(error).__name__ in ("NoCredentialsError", "NoRegionError", "PartialCredentialsError"):

@@ -23,7 +23,7 @@ from bivlm.stores import Entry, Store
 from bivlm.stores.folder import temporary_beside
 from bivlm.stores.location import cache_folder
 
-_ABSENT = {"404", "NoSuchKey", "NotFound"}
+ABSENT = {"404", "NoSuchKey", "NotFound"}
 REFUSED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket"}
 
 
@@ -46,7 +46,7 @@ class S3Store(Store):
             self._client = s3_client()
             self._client.head_bucket(Bucket=self._bucket)
         except ClientError as error:
-            if error_code(error) in _ABSENT | REFUSED:
+            if error_code(error) in ABSENT | REFUSED:
                 raise InputError(f"workspace {url}: bucket {self._bucket!r} cannot be opened: {error}") from error
             raise
         except BotoCoreError as error:
@@ -75,7 +75,7 @@ class S3Store(Store):
         try:
             return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
         except ClientError as error:
-            if error_code(error) in _ABSENT:
+            if error_code(error) in ABSENT:
                 return None
             raise
 
@@ -83,7 +83,7 @@ class S3Store(Store):
         try:
             found = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
         except ClientError as error:
-            if error_code(error) in _ABSENT:
+            if error_code(error) in ABSENT:
                 return None
             raise
         return Entry(name, found["ContentLength"], found["LastModified"].timestamp())

@@ -14,7 +14,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     """The parsers, among the `commands` of another."""
     compress = commands.add_parser("compress", help="compress a model, evaluate it and record everything in MLflow")
     compress.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the full-precision checkpoint")
-    compress.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    compress.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub; sha256 of a folder")
     compress.add_argument("--recipe", required=True, metavar="R", help="name of a shipped recipe, or a YAML file")
     compress.add_argument("--output", required=True, metavar="DIR", help="folder for the packed checkpoint")
     compress.add_argument(

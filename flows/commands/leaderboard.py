@@ -14,7 +14,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     """The parsers, among the `commands` of another."""
     leaderboard = commands.add_parser("leaderboard", help="many recipes on one model, at the bits they store")
     leaderboard.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the full-precision checkpoint")
-    leaderboard.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    leaderboard.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub; sha256 of a folder")
     leaderboard.add_argument(
         "--recipes", nargs="+", default=["all"], metavar="R", help="shipped names, YAML files; 'all' the shipped ones"
     )

@@ -68,10 +68,12 @@ def _trigger(options: argparse.Namespace) -> int:
 
 def who_asks() -> str:
     """For the lineage record: the workflow's run on GitHub, else somebody at a terminal."""
+    from flows.origin import BY_HAND
+
     repository, run = os.environ.get("GITHUB_REPOSITORY"), os.environ.get("GITHUB_RUN_ID")
     if os.environ.get("GITHUB_ACTIONS") == "true" and repository and run:
         return f"ci {repository} run {run}"
-    return "by hand"
+    return BY_HAND
 
 
 def _parameter(text: str) -> tuple[str, Any]:

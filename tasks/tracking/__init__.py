@@ -6,7 +6,7 @@ tried again, and a request that was fulfilled before leaves no second trace.
 
 from tasks.tracking.decision import apply_decision, refresh_pages
 from tasks.tracking.documents import log_documents, other_points
-from tasks.tracking.facts import facts_of
+from tasks.tracking.facts import facts_of, questions_asked, scores_of
 from tasks.tracking.models import log_base_model, log_model, register
 from tasks.tracking.record import log_comparison, log_compression, log_evaluation
 from tasks.tracking.run import (
@@ -40,9 +40,11 @@ __all__ = [
     "note",
     "other_points",
     "public_uri",
+    "questions_asked",
     "refresh_pages",
     "register",
     "request_digest",
     "run_page",
+    "scores_of",
     "ui_command",
 ]

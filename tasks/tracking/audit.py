@@ -7,7 +7,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-from bivlm.champions import moves_of
+from bivlm.champions import PREFIX, moves_of
 from bivlm.errors import InputError
 from tasks.tracking.facts import GATE_TAG, LINEARS_TAG
 from tasks.tracking.pages import mean_accuracy, standing, versions_of_base
@@ -26,7 +26,7 @@ def audit_version(client: MlflowClient, version: ModelVersion) -> dict[str, Any]
     facts = {
         key.removeprefix("bivlm."): value
         for key, value in version.tags.items()
-        if key.startswith("bivlm.") and key not in moves_of(model.tags)
+        if key.startswith("bivlm.") and not key.startswith(PREFIX)
     }
     return {
         "version": f"{version.name}/{number}",

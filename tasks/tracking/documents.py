@@ -40,20 +40,22 @@ def other_points(tracking: Tracking, base_sha256: str, evaluations: dict[str, Do
     tags = {BASE_TAG: base_sha256, ROLE_TAG: "compression", BENCHMARKS_TAG: benchmarks_digest(evaluations)}
     condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     runs = tracking.client.search_runs(
-        [tracking.experiment_id], condition, max_results=RUNS_READ, order_by=["attributes.start_time ASC"]
+        [tracking.experiment_id], condition, max_results=RUNS_READ, order_by=["attributes.start_time DESC"]
     )
     latest = {}
     for run in runs:
         metrics = run.data.metrics
         accuracy = {task: metrics.get(f"packed/{slug(task)}/accuracy") for task in evaluations}
         if run.info.run_id != tracking.run_id and "bits/linears/stored" in metrics and None not in accuracy.values():
-            latest[run.data.tags.get("bivlm.recipe", run.info.run_name)] = {
-                "label": run.data.tags.get("bivlm.recipe", run.info.run_name),
+            label = run.data.tags.get("bivlm.recipe", run.info.run_name)
+            point = {
+                "label": label,
                 "stored_bits": metrics["bits/linears/stored"],
                 "accuracy": accuracy,
                 "kl": metrics.get("kl"),
                 "this_run": False,
             }
+            latest.setdefault(label, point)
     return list(latest.values())
 
 

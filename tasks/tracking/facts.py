@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from bivlm.gate import Decision
 from bivlm.lineage import Lineage, stage_hashes
+from bivlm.recipe import Recipe
 from tasks.naming import slug
 from tasks.steps import Done
 from tasks.tracking.record import PACKED_TAG
@@ -15,6 +17,8 @@ GATE_TAG = "bivlm.gate"  # passed | refused | not decided; a recipe without a ga
 REASONS_TAG = "bivlm.gate.reasons"
 QUESTIONS_TAG = "bivlm.gate.questions"
 PASSED, REFUSED, UNDECIDED = "passed", "refused", "not decided"
+ASKED_TAG = "bivlm.questions"  # of each of the recipe's benchmarks: all, the first so many, or 0
+ALL, NOTHING = "all", "0"
 EXPERIMENT_TAG = "bivlm.experiment"
 BASE_MODEL_TAG = "bivlm.base.model_id"
 CALIBRATION_TAG = "bivlm.calibration"
@@ -30,12 +34,11 @@ def facts_of(
     lineage: Lineage,
     calibration: Done,
     report: dict[str, Any],
-    evaluation: dict[str, Any] | None,
     base_model_id: str,
 ) -> dict[str, str]:
-    """The tags of a version: its origins, a hash a stage, bits and scores as people read them."""
+    """The tags of a version: its origins, a hash a stage, bits as people read them; what it can do: `scores_of`."""
     samples, bits = calibration.record.figures, report["bits"]
-    facts = {
+    return {
         EXPERIMENT_TAG: tracking.experiment_id,
         BASE_MODEL_TAG: base_model_id,
         CALIBRATION_TAG: f"{samples['source']}, {samples['samples']} samples",
@@ -44,18 +47,39 @@ def facts_of(
         MADE_TAG: lineage.created,
         LINEARS_TAG: f"{bits['linears']['stored']:.3f}",
         MODEL_BITS_TAG: f"{bits['model']['stored']:.2f}",
-        **{f"{STAGE_PREFIX}{slug(stage)}": sha256 for stage, sha256 in stage_hashes(lineage).items()},
+        **_stage_tags({stage: sha for stage, sha in stage_hashes(lineage).items() if stage not in lineage.evaluations}),
     }
+
+
+def scores_of(lineage: Lineage, evaluation: dict[str, Any] | None, questions: str) -> dict[str, str]:
+    """The tags that say what a version can do, after how many `questions` (`questions_asked`), and by which steps."""
+    scores = {ASKED_TAG: questions, **_stage_tags(lineage.evaluations)}
     if evaluation is not None:
-        facts[KL_TAG] = f"{evaluation['kl']:.4g}"
+        scores[KL_TAG] = f"{evaluation['kl']:.4g}"
         for benchmark, packed in evaluation["packed"].items():
             before = evaluation["full_precision"][benchmark]["metrics"]["accuracy"]
             loss = evaluation["loss"][benchmark]
-            facts[f"{ACCURACY_PREFIX}{slug(benchmark)}"] = (
+            scores[f"{ACCURACY_PREFIX}{slug(benchmark)}"] = (
                 f"{packed['metrics']['accuracy']:.1f} of {before:.1f} % on {packed['n']:,} questions; lost "
                 f"{loss['loss']:.1f} ({loss['low']:.1f} to {loss['high']:.1f})"
             )
-    return facts
+    return scores
+
+
+def _stage_tags(hashes: Mapping[str, str]) -> dict[str, str]:
+    return {f"{STAGE_PREFIX}{slug(stage)}": sha256 for stage, sha256 in hashes.items()}
+
+
+def questions_asked(recipe: Recipe, evaluate: bool, questions: int | None) -> str:
+    """How many questions of each of the recipe's benchmarks are asked, as `ASKED_TAG` says it."""
+    if not recipe.evaluation:
+        return ALL
+    return NOTHING if not evaluate else ALL if questions is None else str(questions)
+
+
+def as_many(asked: str, wanted: str) -> bool:
+    """Whether as many questions were `asked` as are `wanted`."""
+    return asked == ALL or (wanted != ALL and int(asked) >= int(wanted))
 
 
 def of_decision(decision: Decision, questions: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from bivlm.recipe import Recipe
 from bivlm.workspace import Workspace
 from tasks.policy import OVER_NETWORK
 from tasks.steps import open_workspace
-from tasks.tracking.facts import GATE_TAG, REASONS_TAG, REFUSED, UNDECIDED
+from tasks.tracking.facts import ASKED_TAG, GATE_TAG, NOTHING, REASONS_TAG, REFUSED, UNDECIDED, as_many
 from tasks.tracking.lookup import find_version, registry_client
 from tasks.tracking.registry import MODEL_TAG, RECORDED_TAG, versions_where
 from tasks.tracking.run import (
@@ -42,10 +42,11 @@ class Finished:
 
 
 @task(name="find-finished-version", **OVER_NETWORK)
-def finished_version(model: str, revision: str, recipe: Recipe, workspace: str) -> Finished | None:
+def finished_version(model: str, revision: str, recipe: Recipe, questions: str, workspace: str) -> Finished | None:
     """The newest finished version of `model` at the pinned `revision` by `recipe`; None if there is none.
 
-    A folder's revision is the sha256 of its checkpoint, which may have been compressed under another path.
+    One that was asked fewer questions than `questions` (`tasks.tracking.facts.questions_asked`) is not finished. A
+    folder's revision is the sha256 of its checkpoint, which may have been compressed under another path.
     """
     client = registry_client(open_workspace(workspace))
     of_folder = model.startswith("/")
@@ -57,6 +58,7 @@ def finished_version(model: str, revision: str, recipe: Recipe, workspace: str) 
         if (of_folder or version.tags.get(BASE_ID_TAG) == model)
         and RECORDED_TAG in version.tags
         and version.tags.get(GATE_TAG) != UNDECIDED
+        and as_many(version.tags.get(ASKED_TAG, NOTHING), questions)
     ]
     newest = max(found, key=lambda version: int(version.version), default=None)
     if newest is None:

@@ -21,7 +21,8 @@ from tasks.checkpoint import Base
 from tasks.naming import model_name, registered_name
 from tasks.policy import OVER_NETWORK
 from tasks.report import code_version
-from tasks.tracking.facts import GATE_TAG, UNDECIDED
+from tasks.tracking.facts import ASKED_TAG, GATE_TAG, NOTHING, UNDECIDED, as_many
+from tasks.tracking.promotion import alone
 from tasks.tracking.record import PACKED_TAG
 from tasks.tracking.registry import CANDIDATE, MODEL_TAG, RECORDED_TAG, tag_version, version_at, versions_of
 from tasks.tracking.run import BASE_ID_TAG, BASE_TAG, REQUEST_TAG, ROLE_TAG, Tracking, lineage_tags
@@ -73,27 +74,37 @@ def log_base_model(tracking: Tracking, base: Base) -> str:
 
 
 @task(name="register", **OVER_NETWORK)
-def register(tracking: Tracking, base: Base, recipe: Recipe, model_id: str, facts: dict[str, str]) -> tuple[str, int]:
-    """(name, version) in the model registry, with `facts` as tags; the newest version has the alias `candidate`."""
+def register(
+    tracking: Tracking, base: Base, recipe: Recipe, model_id: str, facts: dict[str, str], scores: dict[str, str]
+) -> tuple[str, int]:
+    """(name, version) in the model registry, with `facts` and `scores` as tags; the newest has the alias `candidate`.
+
+    Scores on fewer questions do not take the place of those on more (`tasks.tracking.facts.scores_of`).
+    """
     client, name = tracking.client, registered_name(base.model, recipe.name)
-    known = [version for version in versions_of(client, name) if version.tags.get(MODEL_TAG) == model_id]
+    known = [each for each in versions_of(client, name) if each.tags.get(MODEL_TAG) == model_id]
     if known:
         made = known[0]
     else:
-        tags = {**lineage_tags(base, recipe, tracking.request, tracking.trigger), MODEL_TAG: model_id, **facts}
+        tags = {
+            **lineage_tags(base, recipe, tracking.request, tracking.trigger),
+            MODEL_TAG: model_id,
+            **facts,
+            **scores,
+        }
         tags |= {GATE_TAG: UNDECIDED} if recipe.gate else {}
         _make_registered_model(client, name)
         source = f"models:/{model_id}"
         with fluent(tracking.uri):  # a registry in a database looks the source up without a client
             made = client.create_model_version(name, source, tracking.run_id, tags=tags, model_id=model_id)
     version = int(made.version)
-    tag_version(client, made, facts)  # of a version that was there before; a new one was made with them
+    # Of a version that was there before; a new one was made with them.
+    better = as_many(scores[ASKED_TAG], made.tags.get(ASKED_TAG, NOTHING))
+    tag_version(client, made, facts | scores if better else facts)
     # A tracking server writes this link from the logged model's page itself, a database does not.
     if VERSIONS_TAG not in client.get_logged_model(model_id).tags:
         client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps([{"name": name, "version": version}])})
-    # An earlier request that is made again finds its version, and leaves the candidate where it is.
-    if (version_at(client.get_registered_model(name), CANDIDATE) or 0) < version:
-        client.set_registered_model_alias(name, CANDIDATE, str(version))
+    _let_the_newest_be_candidate(client, name, version)
     if RECORDED_TAG not in made.tags:  # last, because it says that all of the above is there
         tag_version(client, made, {RECORDED_TAG: now()})
     return name, version
@@ -114,6 +125,17 @@ def fluent(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(None)
         if configured is not None:
             os.environ["MLFLOW_TRACKING_URI"] = configured
+
+
+def _let_the_newest_be_candidate(client: MlflowClient, name: str, version: int) -> None:
+    """After `version` was registered; an earlier request that is made again leaves the candidate where it is.
+
+    Somebody on another machine may set the alias between our look and our writing, so we look again afterwards.
+    """
+    with alone(client, name):
+        while (version_at(client.get_registered_model(name), CANDIDATE) or 0) < version:
+            client.set_registered_model_alias(name, CANDIDATE, str(version))
+            version = max(int(each.version) for each in versions_of(client, name))
 
 
 def _make_registered_model(client: MlflowClient, name: str) -> None:

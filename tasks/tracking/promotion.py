@@ -2,7 +2,8 @@
 
 A move is a tag of the registered model and of both versions. MLflow has no transactions: the tag is written first, then
 the alias is moved, then the tag says so. Whatever was cut off in between, the next move sees it and finishes it or
-drops it, so that the history holds every move that took place, and none that did not.
+drops it, so that the history holds every move that took place, and none that did not. Nobody can tell a move that was
+cut off from one that another machine is making; what is done about it is right for both.
 """
 
 from __future__ import annotations
@@ -40,21 +41,22 @@ class Outcome:
 
 def promote_by_gate(client: MlflowClient, name: str, version: int, why: str) -> Outcome:
     """Make a version that has passed its gate champion, unless that would be a step back (`bivlm.champions.stays`)."""
-    with _alone(client, name):
+    with alone(client, name):
         champion, moves, finished = _settled(client, name)
         if any(move.kind == "gate" and move.after == version for move in finished):
             return _done(finished[-1])
         if reason := stays(version, champion, moves.values()):
             return Outcome(champion, champion, False, reason)
-        key, move = _move(client, name, champion, version, "gate", BY_GATE, why, moves)
+        key, move = _begin(client, name, champion, version, "gate", BY_GATE, why, moves)
         # Two gates at once, on machines that do not see each other's locks: the newer version's shall stand.
-        others = moves_of(client.get_registered_model(name).tags)
-        newer = [each.after for other, each in others.items() if other not in moves and each.after > version]
+        seen = moves_of(client.get_registered_model(name).tags)
+        newer = [each.after for other, each in seen.items() if other not in moves and each.after > version]
         if newer:
             client.set_registered_model_alias(name, CHAMPION, str(max(newer)))
-            client.delete_registered_model_tag(name, key)
+            if key in seen and not seen[key].done:  # else the other has seen it take place
+                client.delete_registered_model_tag(name, key)
             return Outcome(max(newer), champion, False, f"version {max(newer)}, which is newer, has become champion")
-        return _done(move)
+        return _done(_write_down(client, name, key, move))
 
 
 def promote_by_hand(
@@ -73,12 +75,12 @@ def promote_by_hand(
         raise InputError(
             f"{name}/{version}: its gate has {gate}: {reasons}; to make it champion all the same say --although-refused"
         )
-    with _alone(client, name):
+    with alone(client, name):
         champion, moves, finished = _settled(client, name)
         if champion == version:
             return _done(finished[-1]) if finished else _nothing(version)
-        _, move = _move(client, name, champion, version, "promotion", who, why, moves)
-        return _done(move)
+        begun = _begin(client, name, champion, version, "promotion", who, why, moves)
+        return _done(_write_down(client, name, *begun))
 
 
 def roll_back(client: MlflowClient, name: str, who: str, why: str, to: int | None = None) -> Outcome:
@@ -89,7 +91,7 @@ def roll_back(client: MlflowClient, name: str, who: str, why: str, to: int | Non
     _model(client, name)
     if to is not None:
         version_of(client, name, to)
-    with _alone(client, name):
+    with alone(client, name):
         champion, moves, finished = _settled(client, name)
         if finished and finished[-1].kind == "rollback" and to in (None, champion):
             return _done(finished[-1])  # the rollback that is asked for again, because it was cut off
@@ -106,8 +108,8 @@ def roll_back(client: MlflowClient, name: str, who: str, why: str, to: int | Non
         elif to not in (were := {move.after for move in moves.values() if move.done}):
             known = f"expected one of {', '.join(map(str, sorted(were)))}" if were else "no version was"
             raise InputError(f"{name}/{to}: was never champion; {known}. To make it champion: bivlm promote")
-        _, move = _move(client, name, champion, to, "rollback", who, why, moves)
-        return _done(move)
+        begun = _begin(client, name, champion, to, "rollback", who, why, moves)
+        return _done(_write_down(client, name, *begun))
 
 
 def version_of(client: MlflowClient, name: str, version: int) -> ModelVersion:
@@ -140,13 +142,21 @@ def _check_that_it_is_whole(client: MlflowClient, found: ModelVersion) -> None:
 
 
 def _settled(client: MlflowClient, name: str) -> tuple[int | None, dict[str, Move], list[Move]]:
-    """(champion, moves that took place, those among them that were only now written down to their end)."""
+    """(champion, moves that took place, those among them that were only now written down to their end).
+
+    Of the moves that had not come to their end: those whose alias has moved took place. A gate's is made now, if it may
+    be: its version has passed. Others, of people who will ask again, are dropped.
+    """
     model = client.get_registered_model(name)
     champion, moves, finished = version_at(model, CHAMPION), moves_of(model.tags), []
     for key, move in list(moves.items()):
         if move.done:
             continue
-        if champion == move.after:
+        took_place = champion == move.after
+        if not took_place and move.kind == "gate" and stays(move.after, champion, moves.values()) is None:
+            client.set_registered_model_alias(name, CHAMPION, str(move.after))
+            champion, took_place = move.after, True
+        if took_place:
             moves[key] = _write_down(client, name, key, move)
             finished.append(moves[key])
         else:
@@ -155,7 +165,7 @@ def _settled(client: MlflowClient, name: str) -> tuple[int | None, dict[str, Mov
     return champion, moves, finished
 
 
-def _move(
+def _begin(
     client: MlflowClient,
     name: str,
     before: int | None,
@@ -165,11 +175,12 @@ def _move(
     why: str,
     moves: dict[str, Move],
 ) -> tuple[str, Move]:
+    """The move's key and the move, whose alias has moved and which is not yet written down to its end."""
     key = next_key(moves, secrets.token_hex(4))
     move = Move(kind=kind, before=before, after=after, who=who, why=why[:LONGEST], when=now(), done=False)
     client.set_registered_model_tag(name, key, move.model_dump_json())
     client.set_registered_model_alias(name, CHAMPION, str(after))
-    return key, _write_down(client, name, key, move)
+    return key, move
 
 
 def _write_down(client: MlflowClient, name: str, key: str, move: Move) -> Move:
@@ -199,8 +210,8 @@ def _nothing(version: int) -> Outcome:
 
 
 @contextmanager
-def _alone(client: MlflowClient, name: str) -> Iterator[None]:
-    """On this machine one at a time moves the champion of a model."""
+def alone(client: MlflowClient, name: str) -> Iterator[None]:
+    """On this machine one at a time moves the aliases of a model."""
     which = digest([_place(client), name])[:32]
     with one_at_a_time(cache_folder() / "locks" / f"champion-{which}.lock"):
         yield

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run
 from prefect import task
 
 from bivlm.identity import digest
@@ -33,7 +33,8 @@ def log_sweep(rows: Sequence[Mapping[str, Any]], files: str, workspace: str, par
     client, experiment = open_experiment(open_workspace(workspace))
     run_id = parent.run_id if parent is not None else _own_run(client, experiment, rows)
     condition = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`{ROLE_TAG}` = 'pruned'"
-    known = {run.data.tags[CELL_TAG] for run in client.search_runs([experiment], condition, max_results=50_000)}
+    runs = client.search_runs([experiment], condition, max_results=50_000)
+    known = {run.data.tags.get(CELL_TAG): run for run in runs}
     for values, of_cell in groupby(rows, key=lambda row: tuple(row[key] for key in _CELL)):
         cell = dict(zip(_CELL, values, strict=True))
         _log_cell(client, experiment, run_id, cell, list(of_cell), known)
@@ -64,16 +65,18 @@ def _log_cell(
     parent: str,
     cell: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
-    known: set[str],
+    known: Mapping[str | None, Run],
 ) -> None:
-    """One run with the figures of a cell's benchmarks, unless it is `known`."""
+    """One run with the figures of a cell's benchmarks, unless one is `known` by its tag; one cut off is taken up."""
     subject = digest({"cell": dict(cell), "rows": [dict(row) for row in rows]})
-    if subject in known:
+    run = known.get(subject)
+    if run is not None and run.info.status == "FINISHED":
         return
     where = "before the first layer" if cell["layer"] is None else f"from layer {cell['layer']}"
     name = f"{cell['model']} · {cell['place']} {where} · {100 * cell['share']:g} % · {cell['score']}"
-    tags = {ROLE_TAG: "pruned", "mlflow.parentRunId": parent, "mlflow.source.name": "bivlm sweep"}
-    run = client.create_run(experiment, run_name=name, tags=tags)
+    if run is None:
+        tags = {ROLE_TAG: "pruned", CELL_TAG: subject, "mlflow.parentRunId": parent}
+        run = client.create_run(experiment, run_name=name, tags=tags | {"mlflow.source.name": "bivlm sweep"})
     now = run.info.start_time
     metrics = [
         Metric(slug(f"{row['task']}/{key}", "/"), float(row[key]), now, 0)
@@ -85,6 +88,5 @@ def _log_cell(
     params = [Param(key, str(value)) for key, value in cell.items() if value is not None]
     params.append(Param("checkpoint", rows[0]["checkpoint"]))
     params += [Param("refused", refused[:500])] if refused else []
-    # The tag is in the same call as the figures: a run that has it is whole.
-    client.log_batch(run.info.run_id, metrics=metrics, params=params, tags=[RunTag(CELL_TAG, subject)])
+    client.log_batch(run.info.run_id, metrics=metrics, params=params)
     client.set_terminated(run.info.run_id)

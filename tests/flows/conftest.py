@@ -173,6 +173,21 @@ def compressed_copy(compressed, tmp_path) -> Compression:
 
 
 @pytest.fixture
+def listed(new_compression, monkeypatch, tmp_path):
+    """A workspace, and one listed model with a recipe of its own."""
+    compression = new_compression(tmp_path)
+    model = shutil.copytree(compression.model, tmp_path / "models" / "llava")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(compression.recipe))
+    entries = [{"model": str(model), "recipes": ["small"]}]
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"format": 1, "models": entries}))
+    monkeypatch.setenv("BIVLM_BASE_MODELS", str(tmp_path / "list.yaml"))
+    monkeypatch.setenv("BIVLM_RECIPES", str(tmp_path))
+    monkeypatch.setenv("BIVLM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("BIVLM_WORKSPACE", str(compression.workspace))
+    return compression, str(model)
+
+
+@pytest.fixture
 def counted(monkeypatch):
     """How often each stage really worked, by stage and layer."""
     from bivlm.statistics import LayerStatistics

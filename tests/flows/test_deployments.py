@@ -270,3 +270,18 @@ def test_the_nightly_run_compresses_what_is_listed_and_not_yet_made(platform):
         assert done.returncode == DONE, done.stdout + done.stderr
     (version,) = platform.versions("nightly-small")
     assert "nightly" in version.tags["bivlm.trigger"]
+
+
+def test_the_weekly_run_makes_the_boards_that_are_listed(platform):
+    revision = platform.add_model("compared")
+    list_file = platform.place / "base-models.yaml"
+    before = list_file.read_text()
+    entry = {"model": revision.model, "recipes": ["small"], "leaderboard": ["small", "impossible"]}
+    list_file.write_text(yaml.safe_dump({"format": 1, "models": [entry]}))
+    week = ("trigger", "--deployment", "weekly-leaderboards/weekly", "--set", "settled_seconds=0", "--wait")
+    for _ in range(2):
+        done = platform.bivlm(*week)
+        assert done.returncode == DONE, done.stdout + done.stderr
+    list_file.write_text(before)
+    (board,) = (platform.place / "outputs" / "leaderboards").glob(f"*/{revision.revision[:16]}/board.json")
+    assert {each["recipe"] for each in json.loads(board.read_text())["entries"]} == {"small", "impossible"}

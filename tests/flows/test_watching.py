@@ -9,9 +9,10 @@ import boto3
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.states import Pending, Scheduled
 from tiny_llava import make_tiny_llava
 
-from bivlm.base_models import Revision
+from bivlm.base_models import DEFAULT_RECIPE, Revision
 from bivlm.checkpoint import Checkpoint
 from bivlm.checkpoint.s3_models import list_prefix
 from bivlm.errors import GateNotPassed, InputError
@@ -20,6 +21,7 @@ from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
 from flows.base_model import on_base_model_flow
 from flows.watching import LookFailed, watch_flow
+from tasks.events import runs_at_work
 from tasks.watching import Answer, Found, is_due, read_answer, remember_found
 
 AT = datetime(2026, 11, 24, 2, 0, tzinfo=UTC)
@@ -124,6 +126,15 @@ def test_trouble_with_one_model_is_told_and_keeps_no_other_from_being_found(plac
     assert wait_for_event(found_revision(place))
 
 
+def test_trouble_that_nobody_foresaw_is_one_models_too(place, tiny_llava):
+    shutil.copytree(tiny_llava, place / "models" / "broken")
+    (place / "models" / "broken" / "config.json").write_text("[" * 100_000)
+    for _ in range(2):
+        with pytest.raises(LookFailed, match=r"1 of the listed models could not be .*:\n  .*/broken: RecursionError"):
+            look()
+    assert wait_for_event(found_revision(place))
+
+
 def test_an_event_becomes_a_version_once_and_the_watcher_knows_of_it(place, counted):
     look(), look()
     revision = found_revision(place)
@@ -213,6 +224,31 @@ def test_a_failure_is_written_down_and_the_event_is_emitted_again_after_a_pause(
     assert look()["emitted"] == []
 
 
+def test_a_run_that_was_lost_before_it_began_counts_for_a_day(place, monkeypatch):
+    import tasks.events
+
+    revision = found_revision(place)
+    asked = {"model_id": revision.model, "revision": revision.revision, "recipe": "small"}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(on_base_model_flow, parameters=asked, state=Pending())
+        assert runs_at_work.fn()[revision] == str(run.id)
+        monkeypatch.setattr(tasks.events, "LONGEST_PAUSE", timedelta(0))  # as if that day were over
+        assert revision not in runs_at_work.fn()
+        client.set_flow_run_state(run.id, Scheduled(), force=True)  # it waits for a worker, however long
+        assert runs_at_work.fn()[revision] == str(run.id)
+        client.delete_flow_run(run.id)
+
+
+def test_a_run_that_names_no_recipe_is_for_the_default_one(place):
+    revision = replace(found_revision(place), recipe=DEFAULT_RECIPE)
+    with get_client(sync_client=True) as client:
+        parameters = {"model_id": revision.model, "revision": revision.revision}
+        run = client.create_flow_run(on_base_model_flow, parameters=parameters)
+    assert runs_at_work.fn()[revision] == str(run.id)
+    with get_client(sync_client=True) as client:
+        client.delete_flow_run(run.id)
+
+
 def test_a_run_that_waits_for_a_worker_is_not_asked_for_again(place):
     revision = found_revision(place)
     with get_client(sync_client=True) as client:
@@ -222,6 +258,41 @@ def test_a_run_that_waits_for_a_worker_is_not_asked_for_again(place):
         assert look()["at_work"] == [str(revision.event_id)]
         client.delete_flow_run(run.id)
     assert look()["emitted"] == [str(revision.event_id)]
+
+
+def test_a_version_that_was_asked_too_little_is_not_finished(place, counted):
+    revision = found_revision(place)
+    assert compress(revision, evaluate=False)["outcome"] == "compressed"
+    packed = len(counted["pack"])
+    for changes, outcome, evaluations in [
+        ({"evaluate": False}, "registered before", 0),
+        ({"questions": 2}, "compressed", 2),  # both models
+        ({"questions": 1}, "registered before", 2),
+        ({"evaluate": False}, "registered before", 2),
+        ({}, "compressed", 4),
+        ({"questions": 2}, "registered before", 4),
+        ({}, "registered before", 4),
+    ]:
+        found = compress(revision, **changes)
+        assert (found["outcome"], found["version"]) == (outcome, "llava-small/1"), changes
+        assert len(counted["evaluation"]) == evaluations, changes
+    assert len(counted["pack"]) == packed
+
+
+def test_a_folder_that_changes_after_it_was_pinned_is_not_compressed(place, monkeypatch):
+    import flows.base_model
+
+    revision = found_revision(place)
+    config = place / "models" / "llava" / "config.json"
+
+    def pinned_just_before(model, asked):
+        config.write_bytes(config.read_bytes() + b"\n")
+        return asked
+
+    monkeypatch.setattr(flows.base_model, "pin_revision", pinned_just_before)
+    with pytest.raises(InputError, match=f"now at .*; {revision.revision}, which was asked for, is gone"):
+        compress(revision)
+    assert not list((place / "outputs").rglob("*.*"))
 
 
 @pytest.mark.slow
@@ -305,6 +376,8 @@ ANSWER = {"model": "a/b", "revision": "c" * 40, "recipe": "small", "event": "e",
         ([AT, AT], None, 2, True),
         ([AT] * 10, None, 23, False),
         ([AT] * 10, None, 24, True),
+        ([AT] * 40, None, 23, False),
+        ([AT] * 4000, None, 24, True),
         ([AT], {"outcome": "compressed"}, 1000, False),
         ([AT], {"outcome": "gate not passed"}, 1000, False),
         ([AT], {"outcome": "bad input"}, 1000, False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 from mlflow import MlflowClient
@@ -12,6 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from bivlm.champions import moves_of
 from bivlm.errors import InputError
+from tasks.tracking.models import _let_the_newest_be_candidate
 from tasks.tracking.promotion import promote_by_gate, promote_by_hand, roll_back
 
 NAME = "llava-small"
@@ -203,7 +205,47 @@ def test_of_two_gates_at_once_on_machines_without_a_common_lock_the_newer_versio
     outcome = promote_by_gate(Late(client.tracking_uri), NAME, 2, "passed")
     assert (outcome.champion, outcome.moved) == (3, False)
     assert champion(client) == 3
+    # The newer one found the older one's tag, and made its move.
+    assert history(client) == ["- > 1", "1 > 2", "2 > 3"]
+
+
+def test_of_two_gates_at_once_the_older_one_does_not_undo_what_the_newer_one_has_begun(client, tmp_path, monkeypatch):
+    """All of the older one's move falls between the newer one's tag and its alias."""
+    promote_by_gate(client, NAME, 1, "passed")
+    said = []
+
+    class Slow(MlflowClient):
+        def set_registered_model_alias(self, name, alias, version):
+            monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "another machine"))
+            said.append(promote_by_gate(client, NAME, 2, "passed"))
+            super().set_registered_model_alias(name, alias, version)
+
+    outcome = promote_by_gate(Slow(client.tracking_uri), NAME, 3, "passed")
+    assert (outcome.champion, outcome.moved) == (3, True)
+    assert (said[0].champion, said[0].moved) == (3, False)
+    assert champion(client) == 3
     assert history(client) == ["- > 1", "1 > 3"]
+
+
+def test_a_gate_that_gives_way_leaves_no_move_on_any_version(client, tmp_path, monkeypatch):
+    """Its tag and its alias come after the newer one has looked for others."""
+    promote_by_gate(client, NAME, 1, "passed")
+
+    class Late(MlflowClient):
+        def set_registered_model_tag(self, name, key, value):
+            if not said:
+                said.append(True)
+                monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "another machine"))
+                promote_by_gate(client, NAME, 3, "passed")
+            super().set_registered_model_tag(name, key, value)
+
+    said = []
+    assert promote_by_gate(Late(client.tracking_uri), NAME, 2, "passed").champion == 3
+    assert champion(client) == 3
+    assert history(client) == ["- > 1", "1 > 3"]
+    kept = set(moves_of(client.get_registered_model(NAME).tags))
+    for number in range(1, 4):
+        assert set(moves_of(client.get_model_version(NAME, str(number)).tags)) <= kept
 
 
 def test_gates_and_people_at_once_lose_no_move(client):
@@ -229,3 +271,21 @@ def test_other_trouble_is_not_taken_for_a_version_that_is_not_there(client, monk
     monkeypatch.setattr(MlflowClient, "get_model_version", busy)
     with pytest.raises(MlflowException, match="try later"):
         promote_by_hand(client, NAME, 1, "ann", "smaller")
+
+
+def test_the_newest_version_is_candidate_whoever_sets_the_alias_last(client):
+    class Late(MlflowClient):
+        def set_registered_model_alias(self, name, alias, version):
+            if version == "2":
+                _let_the_newest_be_candidate(client, NAME, 4)  # on another machine
+            super().set_registered_model_alias(name, alias, version)
+
+    def candidate():
+        return client.get_registered_model(NAME).aliases["candidate"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.tracking.models.alone", lambda *_: nullcontext())
+        _let_the_newest_be_candidate(Late(client.tracking_uri), NAME, 2)
+    assert int(candidate()) == 4
+    _let_the_newest_be_candidate(client, NAME, 3)
+    assert int(candidate()) == 4
