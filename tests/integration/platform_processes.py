@@ -84,9 +84,12 @@ class Api:
     """Prefect's and MLflow's, over HTTP, as a program of somebody else would ask them."""
 
     def __init__(self, servers: Servers, home: Path) -> None:
-        self._servers, self.environment = servers, client_environment(servers, home)
-        account = tuple(self.environment["PREFECT_API_AUTH_STRING"].split(":"))
-        self._prefect = httpx.Client(base_url=self.environment["PREFECT_API_URL"], auth=account, timeout=30)
+        self._servers, self._home, self._prefect = servers, home, httpx.Client(timeout=30)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With the secrets of now: a test may have had them rotated."""
+        return client_environment(self._servers, self._home)
 
     def command(self, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         """`python -m` something, from the top of the repository, as a client of the servers."""
@@ -140,7 +143,9 @@ class Api:
         return "\n".join(line["message"] for line in self.ask("POST", "/logs/filter", json=wanted))
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
-        answer = self._prefect.request(method, path, **options)
+        known = self._servers.environment
+        name, _, password = known["PREFECT_API_AUTH_STRING"].partition(":")
+        answer = self._prefect.request(method, known["PREFECT_API_URL"] + path, auth=(name, password), **options)
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
 
