@@ -104,7 +104,7 @@ def take(browser: str, address: str, file: Path, height: int, cut: int) -> None:
         taken = Path(profile) / "page.png"
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         # Virtual time: the page gets so many milliseconds of its own clock to fetch and draw.
-        command += [f"--window-size={WIDTH},{height}", "--virtual-time-budget=60000", f"--user-data-dir={profile}"]
+        command += [f"--window-size={WIDTH},{height}", "--virtual-time-budget=20000", f"--user-data-dir={profile}"]
         subprocess.run([*command, f"--screenshot={taken}", address], check=True, capture_output=True, timeout=300)
         with Image.open(taken) as picture:
             kept = picture.crop((0, 0, picture.width - cut, picture.height)).convert("RGB")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from bivlm.lineage import Finding, Lineage
@@ -181,7 +181,7 @@ _MARKS = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "not chec
 
 def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     """The chain from the base model to the packed files, then what was found of each link."""
-    chain = Table("", "", title=f"lineage of {name}", show_header=False)
+    chain = Table("", Column(overflow="fold"), title=f"lineage of {name}", show_header=False)  # hashes whole
     base, code = lineage.base_model, lineage.code
     commit = f", commit {code['commit']}{' (changed)' if code.get('changed') else ''}" if "commit" in code else ""
     samples = lineage.steps[lineage.calibration].identity["recipe"] if lineage.calibration in lineage.steps else {}
@@ -198,7 +198,7 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     _row(chain, "with", ", ".join(f"{key} {value}" for key, value in lineage.packages.items()))
     _row(chain, "in MLflow", "\n".join(f"{key} {value}" for key, value in lineage.tracking.items()))
     print_table(chain)
-    found = Table("checked", "", "what was found")
+    found = Table("checked", "", Column("what was found", overflow="fold"))
     for finding in findings:
         found.add_row(finding.subject, _MARKS[finding.state], escape(finding.detail))
     print_table(found)
