@@ -28,50 +28,45 @@ _ENDS = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Cancell
 
 def lost_runs() -> Automation:
     """After a heartbeat there must be another, or an end, within `SILENCE`; else the run has crashed."""
-    return Automation(
+    return _crashed_without(
+        expected={_HEARTBEAT, *_ENDS},
+        after={_HEARTBEAT},
+        within=SILENCE,
         name=LOST_RUNS,
         description="Its worker was killed or its machine is gone. Run it again: finished steps are not done twice.",
-        trigger=EventTrigger(
-            match={"prefect.resource.id": "prefect.flow-run.*"},
-            for_each={"prefect.resource.id"},
-            after={_HEARTBEAT},
-            expect={_HEARTBEAT, *_ENDS},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=SILENCE,
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=f"no heartbeat for {SILENCE.seconds} s: its worker or machine is lost; run it again, it goes "
-                "on from its finished steps",
-            )
-        ],
+        message=f"no heartbeat for {SILENCE.seconds} s: its worker or machine is lost; run it again, it goes "
+        "on from its finished steps",
     )
 
 
 def stuck_runs(waiting: timedelta = WAITING) -> Automation:
     """After one of the states in which a run is pending there must be another state within `waiting`."""
-    return Automation(
+    return _crashed_without(
+        expected={"prefect.flow-run.*"},
+        after={f"prefect.flow-run.{name}" for name in ("Pending", "Submitting", "InfrastructurePending")},
+        within=waiting,
         name=STUCK_RUNS,
         description="Its worker died before it began, or its pod finds no node or no image: its log may say which.",
-        trigger=EventTrigger(
-            match={"prefect.resource.id": "prefect.flow-run.*"},
-            for_each={"prefect.resource.id"},
-            after={f"prefect.flow-run.{name}" for name in ("Pending", "Submitting", "InfrastructurePending")},
-            expect={"prefect.flow-run.*"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=waiting,
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=f"it did not begin within {waiting.total_seconds():.0f} s: its worker died, or its pod found "
-                "no node or no image; mend that and run it again",
-            )
-        ],
+        message=f"it did not begin within {waiting.total_seconds():.0f} s: its worker died, or its pod found "
+        "no node or no image; mend that and run it again",
     )
+
+
+def _crashed_without(
+    *, expected: set[str], after: set[str], within: timedelta, name: str, description: str, message: str
+) -> Automation:
+    """A run that has sent one of the events `after` and none of those `expected` for so long is marked as crashed."""
+    trigger = EventTrigger(
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        for_each={"prefect.resource.id"},
+        after=after,
+        expect=expected,
+        posture=Posture.Proactive,
+        threshold=1,
+        within=within,
+    )
+    crashed = ChangeFlowRunState(state=StateType.CRASHED, message=message)
+    return Automation(name=name, description=description, trigger=trigger, actions=[crashed])
 
 
 def renew(wanted: Automation) -> None:
