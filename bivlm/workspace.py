@@ -240,14 +240,24 @@ class Workspace:
     def _put(self, reference: Reference, put: Callable[[], None]) -> None:
         """Have the object there, and fresh: an old one is put again, because it may be about to be collected."""
         name = _object_name(reference)
-        if not self.holds(reference):
-            put()
+        if self.holds(reference) and _is_fresh(self._store.entry(name)):
             return
-        while not _is_fresh(self._store.entry(name)):
+        there = False
+        while not there:
             put()
             # Put first and looked at afterwards: whoever collects says it first, and looks at the time afterwards.
-            while _is_fresh(self._store.entry(doomed_name(reference.sha256)), _DOOMED_SECONDS):
-                time.sleep(_PAUSE_SECONDS)
+            self._wait_while_doomed(reference)
+            there = self._store.entry(name) is not None
+
+    def _wait_while_doomed(self, reference: Reference) -> None:
+        """Wait until the object, which was just put, is gone or nobody alive says that it is being collected."""
+        began = time.monotonic()
+        while doomed := self._store.entry(doomed_name(reference.sha256)):
+            there = self._store.entry(_object_name(reference))
+            # How old the saying is: by the store's clock until the object was put, by a stopwatch since then.
+            if there is None or there.modified - doomed.modified + time.monotonic() - began > _DOOMED_SECONDS:
+                return
+            time.sleep(_PAUSE_SECONDS)
 
 
 def parse_record(data: bytes, key: str) -> StepRecord | None:
@@ -263,8 +273,10 @@ def parse_record(data: bytes, key: str) -> StepRecord | None:
     return record if record.key == key else None
 
 
-def _is_fresh(entry: Entry | None, seconds: float = FRESH_SECONDS) -> bool:
-    return entry is not None and time.time() - entry.modified < seconds
+def _is_fresh(entry: Entry | None) -> bool:
+    """By this machine's clock, which only saves requests: ahead it asks for more of them, and an hour behind is safe,
+    because nothing goes that is younger than two."""
+    return entry is not None and time.time() - entry.modified < FRESH_SECONDS
 
 
 def _is(path: Path, reference: Reference) -> bool:
