@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from bivlm.workspace import (
     STEPS,
     USED,
     Workspace,
+    WorkspaceError,
     doomed_name,
     object_name,
     parse_record,
@@ -46,8 +46,8 @@ _LEFT_AFTER_SECONDS = 24 * 3600
 _AT_ONCE = 16  # requests to the store
 _STEP = re.compile(rf"(?:{STEPS}|{USED})/([0-9a-f]{{64}})\.json")
 _OBJECT = re.compile(rf"{OBJECTS}/([0-9a-f]{{2}})/(\1[0-9a-f]{{62}})")
-_LEFT = re.compile(rf"(?:.*/)?\.partial-[0-9a-f]+|{DOOMED}/[0-9a-f]{{64}}|{RUNNING}/[0-9a-f]+\.clock|{TURNS}/.*")
-_RUN = re.compile(rf"{RUNNING}/([0-9a-f]+)\.(began|alive)")
+_LEFT = re.compile(rf"(?:.*/)?\.partial-[0-9a-f]+|{DOOMED}/[0-9a-f]{{64}}|{RUNNING}/[0-9a-f]+\.clock")
+_BEAT = re.compile(rf"({RUNNING}/[0-9a-f]+|{TURNS}/.+)\.(began|asked|alive)")
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,14 @@ def look(workspace: Workspace, known: Inventory | None = None, at_once: int = _A
         for name, entry in found.items()
         if _LEFT.fullmatch(name) and now - entry.modified > _LEFT_AFTER_SECONDS
     }
-    runs = _runs(found)
-    dead = {name: 0 for run, names in runs.items() if not _lives(runs[run], now) for name in names}
-    began = tuple(names[name] for names in runs.values() if _lives(names, now) for name in names if "began" in name)
+    living, dead = [], {}
+    for who, beats in _beats(found).items():
+        after = DEAD_AFTER_SECONDS if who.startswith(f"{RUNNING}/") else _LEFT_AFTER_SECONDS
+        if now - max(entry.modified for entry in beats) < after:
+            living += beats
+        else:
+            dead |= {entry.name: entry.nbytes for entry in beats}
+    began = tuple(entry.modified for entry in living if entry.name.endswith(".began"))
     return Inventory(now, steps, objects, began, left | dead)
 
 
@@ -142,7 +147,9 @@ def _now(store: Store) -> float:
         entry = store.entry(name)
     finally:
         store.delete(name)
-    return entry.modified if entry is not None else time.time()
+    if entry is None:  # this machine's own clock may be any time ahead, which would make everything old
+        raise WorkspaceError(f"{store.url}: {name} was put and is not there; nothing can be collected by such a store")
+    return entry.modified
 
 
 def _held_step(store: Store, key: str, found: Mapping[str, Entry], known: Inventory | None) -> HeldStep | None:
@@ -187,14 +194,10 @@ def _used_since(store: Store, name: str, horizon: float) -> bool:
     return entry is not None and entry.modified >= horizon
 
 
-def _runs(found: Mapping[str, Entry]) -> dict[str, dict[str, float]]:
-    """The times of the names under ``running/``, by run."""
-    runs: dict[str, dict[str, float]] = {}
+def _beats(found: Mapping[str, Entry]) -> dict[str, list[Entry]]:
+    """The names that say that somebody is at work, by who it is: one is written once, the other again and again."""
+    beats: dict[str, list[Entry]] = {}
     for name, entry in found.items():
-        if match := _RUN.fullmatch(name):
-            runs.setdefault(match[1], {})[name] = entry.modified
-    return runs
-
-
-def _lives(names: Mapping[str, float], now: float) -> bool:
-    return now - max(names.values()) < DEAD_AFTER_SECONDS
+        if match := _BEAT.fullmatch(name):
+            beats.setdefault(match[1], []).append(entry)
+    return beats

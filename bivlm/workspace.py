@@ -14,10 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest, file_digest
 from bivlm.names import is_sha256
+from bivlm.scratch import scratch_folder
 from bivlm.stores import Entry, Store, open_store
 
 _SHA256 = r"^[0-9a-f]{64}$"
-_SCRATCH_SECONDS = 24 * 3600
 OBJECTS, STEPS, USED, DOOMED = "objects", "steps", "used", "doomed"
 # A step or object that was put, or said to be in use, this recently need not be said to be in use again.
 FRESH_SECONDS = 3600
@@ -118,21 +117,9 @@ class Workspace:
         """Where the bytes are, for what looks after the workspace as a whole."""
         return self._store
 
-    @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """An empty folder on the workspace's disk for a step at work, removed at the end.
-
-        What killed steps left behind is removed once it is a day old.
-        """
-        parent = self.local / "scratch"
-        parent.mkdir(exist_ok=True)
-        for left in parent.iterdir():
-            # Another worker may be removing the same folder, hence the tolerance.
-            with suppress(FileNotFoundError):
-                if time.time() - left.stat().st_mtime > _SCRATCH_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=parent) as folder:
-            yield Path(folder)
+    def scratch(self) -> AbstractContextManager[Path]:
+        """An empty folder on the workspace's disk for a step at work, removed at the end."""
+        return scratch_folder(self.local / "scratch")
 
     def put_file(self, path: str | Path) -> Reference:
         """Store a copy of the file at `path`; storing the same bytes again changes nothing but the object's time."""
@@ -149,16 +136,14 @@ class Workspace:
 
     def fetch(self, reference: Reference) -> Path:
         """A local file with exactly these bytes, to be read only; raises `WorkspaceError` if there are none."""
-        name = _object_name(reference)
-        path = self._store.path(name)
-        if path is None:
-            raise MissingObject(f"{self.url}: object {reference.sha256} is missing; run the step that makes it again")
-        if _is(path, reference):
-            return path
-        # A local copy may have been damaged while the stored object is sound: look once at what is really stored.
-        if self._store.refresh(name):
-            path = self._store.path(name)
-            if path is not None and _is(path, reference):
+        # A local copy may be damaged, or gone, while the stored object is sound: the second time it is not looked at.
+        for anew in (False, True):
+            path = self._store.path(_object_name(reference), anew)
+            if path is None:
+                raise MissingObject(
+                    f"{self.url}: object {reference.sha256} is missing; run the step that makes it again"
+                )
+            if _is(path, reference):
                 return path
         raise WorkspaceError(
             f"{self.url}: object {reference.sha256} holds other bytes; run the step that makes it again"
@@ -255,14 +240,24 @@ class Workspace:
     def _put(self, reference: Reference, put: Callable[[], None]) -> None:
         """Have the object there, and fresh: an old one is put again, because it may be about to be collected."""
         name = _object_name(reference)
-        if not self.holds(reference):
-            put()
+        if self.holds(reference) and _is_fresh(self._store.entry(name)):
             return
-        while not _is_fresh(self._store.entry(name)):
+        there = False
+        while not there:
             put()
             # Put first and looked at afterwards: whoever collects says it first, and looks at the time afterwards.
-            while _is_fresh(self._store.entry(doomed_name(reference.sha256)), _DOOMED_SECONDS):
-                time.sleep(_PAUSE_SECONDS)
+            self._wait_while_doomed(reference)
+            there = self._store.entry(name) is not None
+
+    def _wait_while_doomed(self, reference: Reference) -> None:
+        """Wait until the object, which was just put, is gone or nobody alive says that it is being collected."""
+        began = time.monotonic()
+        while doomed := self._store.entry(doomed_name(reference.sha256)):
+            there = self._store.entry(_object_name(reference))
+            # How old the saying is: by the store's clock until the object was put, by a stopwatch since then.
+            if there is None or there.modified - doomed.modified + time.monotonic() - began > _DOOMED_SECONDS:
+                return
+            time.sleep(_PAUSE_SECONDS)
 
 
 def parse_record(data: bytes, key: str) -> StepRecord | None:
@@ -278,12 +273,17 @@ def parse_record(data: bytes, key: str) -> StepRecord | None:
     return record if record.key == key else None
 
 
-def _is_fresh(entry: Entry | None, seconds: float = FRESH_SECONDS) -> bool:
-    return entry is not None and time.time() - entry.modified < seconds
+def _is_fresh(entry: Entry | None) -> bool:
+    """By this machine's clock, which only saves requests: ahead it asks for more of them, and an hour behind is safe,
+    because nothing goes that is younger than two."""
+    return entry is not None and time.time() - entry.modified < FRESH_SECONDS
 
 
 def _is(path: Path, reference: Reference) -> bool:
-    return path.stat().st_size == reference.nbytes and file_digest(path) == reference.sha256
+    try:
+        return path.stat().st_size == reference.nbytes and file_digest(path) == reference.sha256
+    except FileNotFoundError:  # it was collected since it was looked at
+        return False
 
 
 def _object_name(reference: Reference) -> str:

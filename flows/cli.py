@@ -43,7 +43,7 @@ _MODULES = (
     push,
     reproduce,
 )
-_EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input or usage, 3 a gate was not passed"
+_EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input or usage, 3 a gate or a lineage check was not passed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

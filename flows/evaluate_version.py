@@ -10,6 +10,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
 from bivlm.checkpoint import Checkpoint
+from bivlm.collection import in_use
 from bivlm.errors import InputError
 from bivlm.lineage import read_lineage
 from bivlm.pruning.dropping import carried_pruning
@@ -47,7 +48,7 @@ def evaluate_version_flow(
     found, tracked = place_of_version(version, store)
     publish_page(tracking.run_page(tracked))
     device = choose_device()
-    with store.scratch() as folder:
+    with in_use(store), store.scratch() as folder:
         place = str(download_version(f"{found.name}/{found.version}", store, Path(folder)))
         lineage = read_lineage(place)
         if (sha256 := Checkpoint.open(place).digest()) != lineage.packed.sha256:
@@ -67,8 +68,8 @@ def evaluate_version_flow(
             }
         finally:
             evaluation.forget_models()
-    for each in done.values():
-        tracking.log_evaluation(tracked, "packed", lineage.packed.sha256, each, logged_model_of(found), store.url)
+        for each in done.values():
+            tracking.log_evaluation(tracked, "packed", lineage.packed.sha256, each, logged_model_of(found), store.url)
     figures = {
         name: {key: each.record.figures[key] for key in ("n", "metrics", "ci95")} | {"reused": each.reused}
         for name, each in done.items()

@@ -10,10 +10,14 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
+from bivlm.identity import digest
 from bivlm.stores.location import default_workspace
+from bivlm.turns import one_machine_at_a_time
 from bivlm.workspace import Workspace
 from tasks import retention
 from tasks.locks import one_at_a_time
+
+_TURN = digest("housekeeping")
 
 
 @flow(name="housekeeping", persist_result=False)
@@ -43,7 +47,8 @@ def gc_flow(
         although_empty: go on if MLflow has no version that bivlm registered.
     """
     store = Workspace.open(workspace or default_workspace())
-    with one_at_a_time(store.local / "locks" / "gc.lock"):
+    # One would take back what the other says of an object, and remove the record of a step that was just done again.
+    with one_at_a_time(store.local / "locks" / "gc.lock"), one_machine_at_a_time(store, _TURN):
         kept = retention.versions_to_keep(store.url, keep_versions, although_empty)
         found = retention.look(store.url, kept.needed, keep_days)
         held, marked = found.inventory, found.marked

@@ -66,12 +66,12 @@ class Store(ABC):
         return None if found is None else found.nbytes
 
     @abstractmethod
-    def path(self, name: str) -> Path | None:
-        """A local file with the bytes under `name`, to be read only; None if there is nothing under that name."""
+    def path(self, name: str, anew: bool = False) -> Path | None:
+        """A local file with the bytes under `name`, to be read only; None if there is nothing under that name.
 
-    @abstractmethod
-    def refresh(self, name: str) -> bool:
-        """Forget a local copy of `name`; False if there is none, which means that `path` shows the stored bytes."""
+        It may be a copy from earlier that is known by its length alone, so this is for names whose bytes never change;
+        with `anew` it is none from earlier. Whoever deletes `name` takes the file away.
+        """
 
 
 def open_store(location: str | Path) -> Store:

@@ -55,12 +55,9 @@ class FolderStore(Store):
     def delete(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)
 
-    def path(self, name: str) -> Path | None:
+    def path(self, name: str, anew: bool = False) -> Path | None:
         path = self._folder / name
         return path if path.is_file() else None
-
-    def refresh(self, name: str) -> bool:
-        return False
 
 
 def _raise_unless_absent(error: OSError) -> None:

@@ -65,11 +65,9 @@ class S3Store(Store):
             self._client.upload_file(str(path), self._bucket, self._prefix + name)
         except S3UploadFailedError as error:
             raise ConnectionError(f"{self.url}/{name}: {error}") from error
-        self.refresh(name)
 
     def put_bytes(self, name: str, data: bytes) -> None:
         self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data)
-        self.refresh(name)
 
     def read_bytes(self, name: str) -> bytes | None:
         try:
@@ -96,26 +94,26 @@ class S3Store(Store):
 
     def delete(self, name: str) -> None:
         self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
-        self.refresh(name)
+        (self._cache / name).unlink(missing_ok=True)
 
-    def path(self, name: str) -> Path | None:
+    def path(self, name: str, anew: bool = False) -> Path | None:
         size = self.size(name)
         if size is None:
             return None
         path = self._cache / name
-        if path.is_file() and path.stat().st_size == size:
+        if not anew and _length(path) == size:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed over what is there, never removed first: others on this machine may be about to open it.
         with temporary_beside(path) as temporary:
-            self._client.download_file(self._bucket, self._prefix + name, str(temporary))
+            try:
+                self._client.download_file(self._bucket, self._prefix + name, str(temporary))
+            except ClientError as error:
+                if error_code(error) in ABSENT:  # it was collected since it was looked at
+                    return None
+                raise
             temporary.replace(path)
         return path
-
-    def refresh(self, name: str) -> bool:
-        path = self._cache / name
-        present = path.is_file()
-        path.unlink(missing_ok=True)
-        return present
 
 
 def s3_client() -> Any:
@@ -129,6 +127,13 @@ def s3_client() -> Any:
     )
     # A session of its own reads the environment as it is now; the shared one keeps the first it has seen.
     return boto3.Session().client("s3", config=config)
+
+
+def _length(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def error_code(error: ClientError) -> str:

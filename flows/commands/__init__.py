@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-DONE, FAILED, BAD_INPUT, GATE_NOT_PASSED = 0, 1, 2, 3
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+NOT_PASSED = 3  # a recipe's gate, or the check of a lineage record: all was done, and what was found is not good enough
 
 
 def print_json(value: Any) -> None:

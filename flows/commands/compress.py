@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from flows.commands import BAD_INPUT, DONE, GATE_NOT_PASSED
+from flows.commands import BAD_INPUT, DONE, NOT_PASSED
 from flows.quiet import hide_loading_bars
 
 
@@ -77,5 +77,5 @@ def _compress(options: argparse.Namespace) -> int:
     print_compression(result)
     if refused is not None:
         print(f"bivlm compress: {refused}", file=sys.stderr)
-        return GATE_NOT_PASSED
+        return NOT_PASSED
     return DONE

@@ -37,6 +37,10 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _gc(options: argparse.Namespace) -> int:
+    from bivlm.errors import InputError
+
+    if options.dry_run and options.forget_registry is not None:
+        raise InputError("--forget-registry is for good, and --dry-run changes nothing: expected one of them")
     print("starting: Prefect and MLflow", file=sys.stderr)
     from flows.housekeeping import gc_flow, in_words
     from flows.local import temporary_server

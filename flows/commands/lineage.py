@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flows.commands import DONE, GATE_NOT_PASSED, print_json
+from flows.commands import DONE, NOT_PASSED, print_json
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
@@ -38,7 +38,7 @@ def _lineage(options: argparse.Namespace) -> int:
         from flows.tables import print_lineage
 
         print_lineage(options.model, lineage, findings)
-    return GATE_NOT_PASSED if any(finding.state == "broken" for finding in findings) else DONE
+    return NOT_PASSED if any(finding.state == "broken" for finding in findings) else DONE
 
 
 def _downloaded(version: str, workspace: str | None, place: Path) -> Path:

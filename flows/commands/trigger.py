@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from flows.commands import DONE, FAILED, GATE_NOT_PASSED
+from flows.commands import DONE, FAILED, NOT_PASSED
 
 DEPLOYMENT = "on-base-model/on-request"
 
@@ -63,7 +63,7 @@ def _trigger(options: argparse.Namespace) -> int:
     print(f"{ended.state}: {ended.message}" if ended.message else ended.state)
     if ended.completed:
         return DONE
-    return GATE_NOT_PASSED if ended.refused else FAILED
+    return NOT_PASSED if ended.refused else FAILED
 
 
 def who_asks() -> str:

@@ -20,7 +20,7 @@ from tiny_llava import make_tiny_llava
 from bivlm.base_models import Revision
 from bivlm.checkpoint import Checkpoint
 from flows.cli import BAD_INPUT, DONE, FAILED
-from flows.commands import GATE_NOT_PASSED
+from flows.commands import NOT_PASSED
 from tests.servers import Server, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +201,7 @@ def test_a_model_by_bivlm_trigger_is_followed_to_its_page_in_mlflow_and_made_onc
 def test_the_end_of_the_run_is_the_exit_code(platform):
     revision = platform.add_model("refused")
     gate = platform.bivlm("trigger", "--model", revision.model, "--recipe", "impossible", "--wait")
-    assert gate.returncode == GATE_NOT_PASSED, gate.stdout + gate.stderr
+    assert gate.returncode == NOT_PASSED, gate.stdout + gate.stderr
     assert "gate not passed by refused-impossible version 1" in gate.stdout and "MLflow: http" in gate.stdout
     failed = platform.bivlm("trigger", "--model", "/etc", "--recipe", "small", "--wait")
     assert failed.returncode == FAILED

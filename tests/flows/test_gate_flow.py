@@ -13,7 +13,7 @@ from bivlm.bits import bits_of
 from bivlm.errors import GateNotPassed, InputError
 from bivlm.lineage import read_lineage
 from flows import cli
-from flows.commands import GATE_NOT_PASSED
+from flows.commands import NOT_PASSED
 
 NAME = "llava-small"
 PASSES, REFUSES = {"largest_loss": 100.0}, {"largest_loss": 2.0}
@@ -119,7 +119,7 @@ def test_a_candidate_that_does_not_pass_ends_red_and_the_champion_stays(new_comp
     assert latest.state.type == StateType.FAILED
     assert "more than the 2 that may be lost" in latest.state.message
 
-    assert cli.main(["compress", *compression.arguments()]) == GATE_NOT_PASSED
+    assert cli.main(["compress", *compression.arguments()]) == NOT_PASSED
     printed = capsys.readouterr()
     assert "gate NOT PASSED: version 1 stays champion" in printed.out
     assert "packed linears" in printed.out

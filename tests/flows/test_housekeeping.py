@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -95,6 +96,8 @@ def test_nothing_goes_for_another_mlflow_than_the_one_that_has_the_versions(made
         gc(compression)
     (registry,) = (compression.workspace / "registries").iterdir()
     place = ["gc", "--workspace", str(compression.workspace), "--wait", "0"]
+    assert main([*place, "--dry-run", "--forget-registry", registry.stem]) == BAD_INPUT
+    assert registry.exists()  # a dry run forgets nothing
     assert main([*place, "--forget-registry", "nobody"]) == BAD_INPUT
     assert "not one that" in capsys.readouterr().err
     assert main([*place, "--forget-registry", registry.stem]) == BAD_INPUT
@@ -133,6 +136,42 @@ def test_nothing_goes_if_the_record_of_a_version_cannot_be_found(new_compression
     with pytest.raises(InputError, match=f"version {result['mlflow']['registered_model']}/1: lineage.json is neither"):
         gc(compression)
     assert len(compression.steps("pack")) > 0
+
+
+@pytest.mark.parametrize("needed_at", ["the first", "the second"])
+def test_what_a_version_needs_at_either_asking_stays(made, monkeypatch, needed_at):
+    """Its only reason to stay is an alias, which it has at one of the two."""
+    name, client = "llava-small", made.client
+
+    def change_alias(_seconds):
+        if needed_at == "the first":
+            client.delete_registered_model_alias(name, "candidate")
+        else:
+            client.set_registered_model_alias(name, "candidate", "1")
+
+    if needed_at == "the second":
+        client.delete_registered_model_alias(name, "candidate")
+    monkeypatch.setattr("flows.housekeeping.time", SimpleNamespace(sleep=change_alias))
+    monkeypatch.setattr("tasks.retention._champions", lambda name, tags: set())
+    gc(made, keep_versions=0, although_empty=True)
+    found = verify(read_lineage(made.output), made.output, find_workspace(str(made.workspace)))
+    assert {finding.state for finding in found} == {"holds"}
+
+
+def test_of_machines_that_share_an_s3_workspace_one_collects_at_a_time(s3_location, monkeypatch):
+    from tasks import retention
+
+    store, turns = Workspace.open(s3_location).store, []
+    monkeypatch.setattr(retention, "versions_to_keep", lambda *_: retention.Kept((), retention.Needed()))
+    look = retention.look
+
+    def during(*arguments):
+        turns.extend(entry.name for entry in store.entries("turns") if entry.name.endswith(".asked"))
+        return look(*arguments)
+
+    monkeypatch.setattr(retention, "look", during)
+    gc_flow(workspace=s3_location, dry_run=True)
+    assert len(turns) == 1
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
 from bivlm.lineage import Lineage, find_workspace, read_lineage, verify
 from flows.cli import main
-from flows.commands import BAD_INPUT, DONE, GATE_NOT_PASSED
+from flows.commands import BAD_INPUT, DONE, NOT_PASSED
 
 LINKS = ["packed files", "packed weights", "recipe", "step keys", "links", "base model", "workspace"]
 
@@ -156,7 +156,7 @@ def test_the_command_says_what_holds_and_its_exit_code_what_does_not(compressed_
     printed = capsys.readouterr().out
     assert all(link in printed for link in LINKS)
     flip(compressed_copy.output / "model.safetensors")
-    assert main([*arguments, "--json"]) == GATE_NOT_PASSED
+    assert main([*arguments, "--json"]) == NOT_PASSED
     found = json.loads(capsys.readouterr().out)
     assert {f["subject"] for f in found["findings"] if f["state"] == "broken"} >= {"packed files"}
     assert Lineage.model_validate(found["lineage"]).format == 1

@@ -1,4 +1,4 @@
-"""Collecting what nobody needs: what stays, what goes, also beside others at work and when it is killed."""
+"""Collecting what nobody needs: what stays, what goes, also when it is killed."""
 
 from __future__ import annotations
 
@@ -12,50 +12,14 @@ from contextlib import suppress
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stored_in_memory import MemoryStore
+from old_steps import DAY, GRAPHS, KEEP, NOTHING, build, gc, record_of
 
 from bivlm import collection
-from bivlm import workspace as workspace_module
-from bivlm.collection import collect, in_use, look
+from bivlm.collection import _discard_step, collect, in_use, look
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest
 from bivlm.retention import LEAST_SECONDS, Needed, collectable, lineage_steps
-from bivlm.workspace import StepRecord, Workspace, step_name
-
-DAY = 24 * 3600.0
-KEEP = 30 * DAY
-NOTHING = Needed()
-
-
-def record_of(number: int, outputs, inputs: dict | None = None) -> StepRecord:
-    identity = {"stage": "pack", "version": 1, "inputs": inputs or {}, "recipe": number}
-    return StepRecord(identity=identity, outputs=outputs, seconds=1.0)
-
-
-def gc(place: Workspace, needed: Needed = NOTHING, keep: float = KEEP):
-    """All of it at once: a look, no pause, and what goes."""
-    first = look(place, at_once=1)
-    return collect(place, collectable(first, needed, keep), first, needed, keep, at_once=1)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that only tests move, for the store and for those who ask how old something is."""
-
-    class Clock:
-        now = 1_000_000_000.0
-
-        def __call__(self) -> float:
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(workspace_module.time, "time", clock)
-    return clock
-
-
-@pytest.fixture
-def place(tmp_path, clock) -> Workspace:
-    return Workspace(MemoryStore(tmp_path, clock))
+from bivlm.workspace import Reference, Workspace, WorkspaceError, object_name, step_name, used_name
 
 
 def test_a_step_that_is_needed_stays_with_what_it_made_and_read_however_old(place, clock):
@@ -148,6 +112,94 @@ def test_a_run_says_that_it_is_alive(place, monkeypatch):
     assert place.store.held == {}
 
 
+def test_a_turn_stays_for_as_long_as_its_machine_says_that_it_is_alive(place, clock):
+    """The name that was put down a day ago is needed as well as the one that is written again and again."""
+    turn = f"turns/{'ab' * 32}/{'1' * 12}-{'2' * 16}"
+    place.store.put_bytes(f"{turn}.asked", b"")
+    clock.now += 25 * 3600
+    place.store.put_bytes(f"{turn}.alive", b"")
+    assert gc(place).leftovers == 0
+    assert sorted(place.store.held) == [f"{turn}.alive", f"{turn}.asked"]
+    clock.now += 25 * 3600
+    assert gc(place).leftovers == 2
+    assert place.store.held == {}
+
+
+def test_a_store_that_does_not_show_what_was_put_is_not_collected(place, monkeypatch):
+    """Its clock is not known, and that of this machine may be any time ahead."""
+    monkeypatch.setattr(place.store, "entry", lambda name: None)
+    with pytest.raises(WorkspaceError, match="is not there"):
+        look(place)
+
+
+def test_a_run_that_is_seen_to_live_by_the_second_look_keeps_what_it_uses(place, clock):
+    """It was silent for more than an hour, as on a machine that was suspended."""
+    place.store.put_bytes("running/abc.began", b"")
+    clock.now += DAY
+    used = record_of(1, {"file": place.put_bytes(b"x")})
+    place.finish_step(used)
+    clock.now += 40 * DAY
+    first = look(place)
+    marked = collectable(first, NOTHING, KEEP)
+    assert (marked.steps, marked.leftovers) == ({used.key}, {"running/abc.began"})
+    place.store.put_bytes("running/abc.alive", b"")
+    went = collect(place, marked, first, NOTHING, KEEP, at_once=1)
+    assert (went.steps, went.objects, went.leftovers) == (0, 0, 0)
+    assert place.step(used.key) == used and "running/abc.began" in place.store.held
+
+
+def test_a_step_that_grows_too_old_between_the_looks_stays(place, clock):
+    record = record_of(1, {})
+    place.finish_step(record)
+    clock.now += KEEP
+    first = look(place)
+    marked = collectable(first, NOTHING, KEEP)
+    assert marked.steps == frozenset()
+    clock.now += 1
+    assert collect(place, marked, first, NOTHING, KEEP, at_once=1).steps == 0
+    assert place.record(record.key) == record
+
+
+def test_an_object_whose_steps_go_otherwise_meanwhile_stays_until_the_next_time(place, clock):
+    """It was not marked, though nothing names it by the time that steps have gone."""
+    shared = {"file": place.put_bytes(b"x")}
+    gone, needed = record_of(1, shared), record_of(2, shared)
+    for record in (gone, needed):
+        place.finish_step(record)
+    clock.now += 31 * DAY
+    first = look(place)
+    keeps = Needed(frozenset([needed.key]))
+    marked = collectable(first, keeps, KEEP)
+    assert (marked.steps, marked.objects) == ({gone.key}, frozenset())
+    place.store.delete(step_name(needed.key))
+    went = collect(place, marked, first, keeps, KEEP, at_once=1)
+    assert (went.steps, went.objects) == (1, 0)
+    assert gc(place).objects == 1
+
+
+def test_what_mlflow_has_come_to_need_by_the_second_asking_stays(place, clock):
+    record = record_of(1, {"file": place.put_bytes(b"x")})
+    place.finish_step(record)
+    clock.now += 31 * DAY
+    first = look(place)
+    marked = collectable(first, NOTHING, KEEP)
+    assert marked.steps == {record.key}
+    went = collect(place, marked, first, Needed.by([{record.key: record}]), KEEP, at_once=1)
+    assert (went.steps, went.objects) == (0, 0)
+    assert place.step(record.key) == record
+
+
+@pytest.mark.parametrize("name", [step_name, used_name])
+def test_a_step_that_was_done_or_found_after_the_second_look_is_not_taken_away_for_a_moment(place, clock, name):
+    record = record_of(1, {})
+    place.finish_step(record)
+    clock.now += 31 * DAY
+    place.store.put_bytes(name(record.key), place.store.held[step_name(record.key)][0])
+    before = dict(place.store.held)
+    assert not _discard_step(place.store, record.key, clock.now - KEEP)
+    assert place.store.held == before  # with their times
+
+
 def test_records_that_cannot_be_read_go_and_other_files_are_left_alone(place, clock):
     place.store.put_bytes(step_name("0" * 64), b"damaged")
     for name in ("objects/ab/README", "steps/notes.txt", "seen/model.json", "mlflow.db"):
@@ -165,30 +217,10 @@ def test_what_killed_writers_left_goes_after_a_day(place, clock):
     assert (went.leftovers, went.nbytes) == (1, 4)
 
 
-# Steps 0-4 make one object each out of five, so that some share them; ages in days.
-GRAPHS = st.lists(
-    st.tuples(st.integers(0, 4), st.floats(0.1, 100), st.booleans(), st.none() | st.integers(0, 4)),
-    min_size=1,
-    max_size=7,
-)
-
-
-def build(place: Workspace, clock, graph) -> list[StepRecord]:
-    end, records = clock.now + 101 * DAY, []
-    for number, (made, age, _, read) in sorted(enumerate(graph), key=lambda step: -step[1][1]):
-        clock.now = end - age * DAY
-        inputs = {} if read is None else {"file": place.put_bytes(b"object %d" % read).sha256}
-        record = record_of(number, {"file": place.put_bytes(b"object %d" % made)}, inputs)
-        place.finish_step(record)
-        records.append((number, record))
-    clock.now = end
-    return [record for _, record in sorted(records, key=lambda each: each[0])]
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(graph=GRAPHS)
-def test_exactly_the_needed_and_the_young_stay_and_nothing_dangles(tmp_path_factory, clock, graph):
-    place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
+def test_exactly_the_needed_and_the_young_stay_and_nothing_dangles(new_place, clock, graph):
+    place = new_place()
     records = build(place, clock, graph)
     needed = Needed.by(
         [{record.key: record} for record, (_, _, wanted, _) in zip(records, graph, strict=True) if wanted]
@@ -205,132 +237,13 @@ def test_exactly_the_needed_and_the_young_stay_and_nothing_dangles(tmp_path_fact
 
 
 def place_reference(place: Workspace, sha256: str):
-    from bivlm.workspace import Reference, object_name
-
     data = place.store.held.get(object_name(sha256), (b"", 0))[0]
     return Reference(sha256=sha256, nbytes=len(data))
 
 
-class Waits(Exception):
-    """The other worker waits for the collection, which stands still while it does."""
-
-
-@pytest.fixture
-def waiting(monkeypatch):
-    def sleep(_seconds):
-        raise Waits
-
-    monkeypatch.setattr(workspace_module.time, "sleep", sleep)
-
-
-def disturbed(place: Workspace, wanted: StepRecord, data: bytes, moment: int, does_it_again: bool) -> bool:
-    """A collection before whose request `moment` another worker looks `wanted` up, or makes it again from `data`.
-
-    Whatever it was given, or has finished, is there afterwards. Returns whether the collection had that many requests.
-    """
-    held: list[StepRecord | None] = []
-
-    def do_it_again() -> StepRecord:
-        assert place.put_bytes(data) == wanted.outputs["file"]
-        place.finish_step(wanted)
-        return wanted
-
-    def other_worker(request: int) -> None:
-        if request >= moment and not held:
-            held.append(place.step(wanted.key))
-            if does_it_again:
-                held[0] = None
-                with suppress(Waits):
-                    held[0] = do_it_again()
-
-    place.store.requests = 0
-    place.store.before = other_worker
-    gc(place)
-    place.store.before = lambda request: None
-    if held == [None] and does_it_again:
-        held[0] = do_it_again()  # it has waited
-    if held and held[0] is not None:
-        assert place.step(wanted.key) == wanted
-    return bool(held)
-
-
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    graph=st.lists(GRAPHS.flatmap(st.sampled_from), min_size=1, max_size=3),
-    moment=st.integers(1, 60),
-    which=st.integers(0, 2),
-    does_it_again=st.booleans(),
-)
-def test_a_step_that_is_found_or_done_again_at_any_moment_of_it_stays_whole(
-    tmp_path_factory, clock, waiting, graph, moment, which, does_it_again
-):
-    place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
-    records = build(place, clock, graph)
-    made, wanted = graph[which % len(graph)][0], records[which % len(graph)]
-    disturbed(place, wanted, b"object %d" % made, moment, does_it_again)
-
-
-@pytest.mark.parametrize("does_it_again", [False, True])
-@pytest.mark.parametrize("days_since_it_was_found", [None, 50])
-def test_each_moment_of_the_collection_of_one_step(
-    tmp_path_factory, clock, waiting, days_since_it_was_found, does_it_again
-):
-    """Every moment in turn, because only one or two of them are those that the order of the requests is for."""
-    moments = 0
-    while True:
-        place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
-        wanted = record_of(1, {"file": place.put_bytes(b"x")})
-        place.finish_step(wanted)
-        if days_since_it_was_found is not None:
-            clock.now += 50 * DAY
-            place.step(wanted.key)
-        clock.now += 50 * DAY
-        if not disturbed(place, wanted, b"x", moments + 1, does_it_again):
-            break
-        moments += 1
-    assert moments > 20
-
-
-@pytest.mark.parametrize("does_it_again", [False, True])
-@pytest.mark.parametrize("of_two_steps", [False, True])
-def test_each_moment_of_another_worker_in_which_everything_is_collected(
-    tmp_path_factory, clock, of_two_steps, does_it_again
-):
-    """The other way round: before one request of the worker a whole collection happens. The object may be that of a
-    needed step too, so that only the record goes."""
-    moments = 0
-    while True:
-        place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
-        wanted = record_of(1, {"file": place.put_bytes(b"x")})
-        kept = record_of(2, wanted.outputs)
-        for record in (wanted, kept) if of_two_steps else (wanted,):
-            place.finish_step(record)
-        needed = Needed.by([{kept.key: kept}]) if of_two_steps else NOTHING
-        clock.now += 50 * DAY
-        collected = []
-
-        def everything_goes(request: int, place=place, needed=needed, moment=moments + 1, collected=collected) -> None:
-            if request >= moment and not collected:
-                collected.append(gc(place, needed))
-
-        place.store.requests, place.store.before = 0, everything_goes
-        found = place.step(wanted.key)
-        if does_it_again:
-            assert place.put_bytes(b"x") == wanted.outputs["file"]
-            place.finish_step(wanted)
-        place.store.before = lambda request: None
-        assert found in (None, wanted)
-        if found or does_it_again:
-            assert place.step(wanted.key) == wanted
-        if not collected:
-            break
-        moments += 1
-    assert moments > 3
-
-
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(graph=GRAPHS, moment=st.integers(1, 120))
-def test_broken_off_at_any_moment_it_leaves_no_record_without_its_objects(tmp_path_factory, clock, graph, moment):
+def test_broken_off_at_any_moment_it_leaves_no_record_without_its_objects(new_place, clock, graph, moment):
     class Killed(BaseException):
         pass
 
@@ -338,7 +251,7 @@ def test_broken_off_at_any_moment_it_leaves_no_record_without_its_objects(tmp_pa
         if request >= moment:
             raise Killed
 
-    place = Workspace(MemoryStore(tmp_path_factory.mktemp("m"), clock))
+    place = new_place()
     records = build(place, clock, graph)
     needed = Needed.by(
         [{record.key: record} for record, (_, _, wanted, _) in zip(records, graph, strict=True) if wanted]
@@ -357,24 +270,40 @@ def test_broken_off_at_any_moment_it_leaves_no_record_without_its_objects(tmp_pa
     assert left == {r.key for r, (_, age, wanted, _) in zip(records, graph, strict=True) if wanted or age <= 30}
 
 
-# Imported once, then forked for every attempt. Prints how many steps were left after each.
+# Imported once, then forked for every attempt, which stops itself after so many removals, whatever its threads are at,
+# and is killed. Prints how many steps were left after each.
 KILLED = textwrap.dedent("""
-    import os, random, signal, sys, time
+    import itertools, os, random, signal, sys
     from bivlm.collection import collect, look
     from bivlm.retention import Needed, collectable
+    from bivlm.stores.folder import FolderStore
     from bivlm.workspace import Workspace
 
     place, needed, kills = Workspace.open(sys.argv[1]), Needed(frozenset(sys.argv[2].split(","))), int(sys.argv[3])
+    delete = FolderStore.delete
+
+    def gc(stops_after):
+        first = look(place)
+        removals = itertools.count(1)
+
+        def counted(store, name):
+            if next(removals) == stops_after:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            delete(store, name)
+
+        FolderStore.delete = counted
+        collect(place, collectable(first, needed, 0.0), first, needed, 0.0)
+
     for kill in [True] * kills + [False]:
         pid = os.fork()
         if not pid:
-            first = look(place)
-            collect(place, collectable(first, needed, 0.0), first, needed, 0.0)
+            gc(random.randint(1, 40) if kill else None)
             os._exit(0)
+        status = os.waitpid(pid, os.WUNTRACED)[1]
+        assert os.WIFSTOPPED(status) == kill, status
         if kill:
-            time.sleep(random.uniform(0.0, 0.12))
             os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+            os.waitpid(pid, 0)
         steps = look(place).steps
         for key, step in steps.items():
             assert step.record is not None, key
@@ -384,7 +313,8 @@ KILLED = textwrap.dedent("""
 
 
 def test_killed_by_the_system_again_and_again_it_keeps_what_is_needed_whole(tmp_path):
-    """A real folder and SIGKILL: no record ever misses an object, and in the end only what is needed is left."""
+    """A real folder and SIGKILL: no record ever misses an object, and in the end only what is needed is left. Every
+    kill falls into the midst of a collection."""
     place = Workspace.open(tmp_path / "workspace")
     outputs = (
         {"file": place.put_bytes(b"file %d" % i), "of two": place.put_bytes(b"%d" % (i // 2))} for i in range(200)

@@ -122,19 +122,20 @@ def test_two_machines_with_a_workspace_in_s3(s3_location, fast, monkeypatch, tmp
     monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "another machine"))
     second = Workspace(open_store(s3_location))
     monkeypatch.setattr(turns, "DEAD_AFTER_SECONDS", 20.0)
-    order = []
+    order, waits = [], threading.Event()
 
     def work() -> None:
-        with one_machine_at_a_time(second, WHAT, lambda: order.append("waits")):
+        with one_machine_at_a_time(second, WHAT, waits.set):
             order.append("second")
 
     with one_machine_at_a_time(first, WHAT):
         other = threading.Thread(target=work)
         other.start()
-        time.sleep(1.5)
+        assert waits.wait(30)
+        time.sleep(0.5)
         order.append("first")
     other.join(30)
-    assert order == ["waits", "first", "second"]
+    assert order == ["first", "second"]
 
 
 def test_a_folder_needs_no_turns_because_its_locks_are_seen(tmp_path):

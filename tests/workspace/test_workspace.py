@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import boto3
@@ -152,6 +153,90 @@ def test_a_damaged_local_copy_of_a_sound_object_is_fetched_again(s3_location):
     reference = workspace.put_bytes(b"weights")
     workspace.fetch(reference).write_bytes(b"other b")
     assert workspace.fetch(reference).read_bytes() == b"weights"
+
+
+def test_a_file_that_goes_before_it_is_read_is_put_again(workspace, monkeypatch):
+    """As a collection on this machine or, for a folder, on any takes it away."""
+    reference = workspace.put_bytes(b"weights")
+    workspace.fetch(reference)
+    path = workspace.store.path
+
+    def goes(name, anew=False):
+        monkeypatch.undo()
+        found = path(name, anew)
+        workspace.store.delete(name)
+        return found
+
+    monkeypatch.setattr(workspace.store, "path", goes)
+    assert workspace.put_bytes(b"weights") == reference
+    assert workspace.read(reference) == b"weights"
+
+
+def test_an_object_that_goes_before_it_is_downloaded_is_missing(s3_location, tmp_path, monkeypatch):
+    workspace = Workspace.open(s3_location)
+    reference = workspace.put_bytes(b"weights")
+    name = f"objects/{reference.sha256[:2]}/{reference.sha256}"
+    size = workspace.store.size
+
+    def goes(name):
+        found = size(name)
+        workspace.store.delete(name)
+        return found
+
+    monkeypatch.setattr(workspace.store, "size", goes)
+    assert workspace.store.path(name) is None
+    assert not any(path.is_file() for path in workspace.local.rglob("*"))  # nor a part of it
+
+
+def test_a_file_that_others_may_be_about_to_open_stays_where_it_is(s3_location):
+    """Put again by one process, or fetched anew because it is damaged, while another one has its path."""
+    workspace = Workspace.open(s3_location)
+    reference = workspace.put_bytes(b"weights")
+    path = workspace.fetch(reference)
+    inode = path.stat().st_ino
+    workspace.store.put_bytes(f"objects/{reference.sha256[:2]}/{reference.sha256}", b"weights")
+    assert path.stat().st_ino == inode
+    path.write_bytes(b"other b")
+    with path.open("rb") as opened:
+        assert workspace.fetch(reference) == path
+        assert opened.read() == b"other b"
+    assert path.read_bytes() == b"weights"
+
+
+def make_old(folder, hours):
+    then = time.time() - hours * 3600
+    os.utime(folder, (then, then))
+
+
+def test_the_folder_of_a_step_that_works_for_days_stays(tmp_path):
+    workspace = Workspace.open(tmp_path)
+    with workspace.scratch() as mine:
+        make_old(mine, 50)
+        make_old(mine.parent, 50)
+        with Workspace.open(tmp_path).scratch() as other:
+            assert mine.is_dir() and other != mine
+            assert list(mine.iterdir()) == list(other.iterdir()) == []
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_the_folder_of_a_killed_step_goes_after_a_day(tmp_path):
+    script = """
+import os, signal, sys
+from bivlm.scratch import scratch_folder
+from pathlib import Path
+with scratch_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_bytes(b"half")
+    print(folder.parent, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "scratch").mkdir()
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "scratch")], capture_output=True, text=True)
+    left = Path(killed.stdout.strip())
+    assert left.is_dir()
+    for hours in (23, 25):
+        make_old(left, hours)
+        with Workspace.open(tmp_path).scratch():
+            assert left.exists() == (hours < 24)
 
 
 @pytest.mark.parametrize("location", ["s3://", "s3:///prefix", "s3://Not_A_Bucket"])
