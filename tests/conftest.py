@@ -17,19 +17,6 @@ from bivlm.recipe import parse_recipe  # noqa: E402
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """With several processes at work, what shares expensive fixtures stays in one: a file, and all flows."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByRoom(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            return "flows" if "tests/flows/" in file else file
-
-    return ByRoom(config, log) if config.getvalue("dist") == "loadscope" else None
-
-
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory) -> Path:
     """A random full-precision checkpoint; do not write to it."""

@@ -14,6 +14,7 @@ import termios
 import textwrap
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from hub_server import environment
@@ -274,17 +275,27 @@ def test_a_download_that_was_killed_goes_on_where_it_was(hub, tmp_path):
     assert hashlib.sha256((blobs / partial.stem).read_bytes()).hexdigest() == partial.stem
 
 
+def read_to_the_end(terminal):
+    """All that is written to a terminal; a slow download draws its bar often, and a read gives a part of it."""
+    shown = b""
+    with suppress(OSError):  # nobody has it open any more
+        while part := os.read(terminal, 65536):
+            shown += part
+    return shown
+
+
 def test_a_bar_in_the_terminal_shows_the_download(hub, monkeypatch):
     big_model(hub)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     hide_loading_bars()  # which must leave this one
-    with os.fdopen(theirs, "w") as terminal:
+    with ThreadPoolExecutor(1) as reader, os.fdopen(theirs, "w") as terminal:
+        shown = reader.submit(read_to_the_end, ours)
         monkeypatch.setattr(sys, "stderr", terminal)
         resolve_model("maker/big")
         monkeypatch.undo()
-        shown = os.read(ours, 65536)
     os.close(ours)
+    shown = shown.result()
     assert b"maker/big" in shown and b"25.0M/25.0M" in shown
 
 
