@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param
+from mlflow.exceptions import MlflowException
 from prefect import task
 
 from bivlm.identity import digest
@@ -21,6 +23,7 @@ from tasks.tracking.run import REQUEST_TAG, ROLE_TAG, Tracking, find_run
 
 PACKED_TAG = "bivlm.packed.sha256"
 SUBJECT_TAG = "bivlm.evaluated"  # checkpoint and benchmark of an evaluation
+_ATTEMPTS = 5  # at what others write down at the same moment
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def log_compression(
     }
     _log_metrics(client, tracking.run_id, metrics, model_id=model_id)
     data = DatasetInput(calibration_data(calibration).entity(), [InputTag("mlflow.data.context", "calibration")])
-    client.log_inputs(tracking.run_id, datasets=[data])
+    log_inputs(client, tracking.run_id, [data])
     client.log_text(tracking.run_id, json.dumps(report, indent=2, ensure_ascii=False), "compression_report.json")
     client.log_text(tracking.run_id, json.dumps(report["recipe"], indent=2, ensure_ascii=False), "recipe.json")
     if "mlflow.loggedArtifacts" not in run.data.tags:  # log_table appends to a table that is there
@@ -103,11 +106,8 @@ def log_evaluation(tracking: Tracking, role: str, sha256: str, evaluation: Done,
         run = client.create_run(tracking.experiment_id, run_name=name, tags=tags)
     run_id = run.info.run_id
     client.log_batch(run_id, params=[Param("task", figures["task"]), Param("checkpoint", sha256)])
-    client.log_inputs(
-        run_id,
-        datasets=[DatasetInput(data.entity(), [InputTag("mlflow.data.context", "evaluation")])],
-        models=[LoggedModelInput(model_id=model_id)],
-    )
+    asked = DatasetInput(data.entity(), [InputTag("mlflow.data.context", "evaluation")])
+    log_inputs(client, run_id, [asked], [LoggedModelInput(model_id=model_id)])
     low, high = figures["ci95"]
     metrics = {**figures["metrics"], "accuracy_ci95_low": low, "accuracy_ci95_high": high, "questions": figures["n"]}
     for name, (low, high) in figures.get("intervals", {}).items():
@@ -140,6 +140,22 @@ def log_comparison(
     log_new_metrics(client, tracking.run_id, metrics)
     kl = {"kl": divergence.record.figures["kl"]}
     log_new_metrics(client, tracking.run_id, kl, model_id=model_id, data=calibration_data(calibration))
+
+
+def log_inputs(
+    client: MlflowClient, run_id: str, datasets: list[DatasetInput], models: list[LoggedModelInput] | None = None
+) -> None:
+    """What a run has read.
+
+    MLflow looks whether it knows a data set, and writes it down if not: of two runs that do so at once one is refused
+    by its database, and finds the data set the next time.
+    """
+    for attempt in itertools.count(1):
+        try:
+            return client.log_inputs(run_id, datasets=datasets, models=models)
+        except MlflowException as error:
+            if attempt == _ATTEMPTS or "unique constraint" not in str(error).lower():
+                raise
 
 
 def log_new_metrics(
