@@ -40,6 +40,16 @@ def found_or_done_again(place: Workspace, record: StepRecord, data: bytes = b"x"
     return found or record
 
 
+def put_beside_a_collection(place, reference, clock, choose):
+    """A worker puts an object of long ago again while it is being collected."""
+    clock.now += 50 * DAY
+    works = {
+        "collection": lambda: _discard_object(place.store, reference.sha256, clock.now - KEEP),
+        "worker": lambda: place.put_bytes(b"x"),
+    }
+    side_by_side(place.store, works, choose, clock.pass_time)
+
+
 # Seconds that the machine's clock is ahead of the store's.
 @pytest.mark.parametrize("ahead", [0, 360, 3660, 2 * DAY, -3540])
 def test_no_order_loses_an_object_that_is_put_again(new_place, clock, ahead):
@@ -48,12 +58,7 @@ def test_no_order_loses_an_object_that_is_put_again(new_place, clock, ahead):
     def attempt(choose) -> None:
         place = new_place()
         reference = place.put_bytes(b"x")
-        clock.now += 50 * DAY
-        works = {
-            "collection": lambda: _discard_object(place.store, reference.sha256, clock.now - KEEP),
-            "worker": lambda: place.put_bytes(b"x"),
-        }
-        side_by_side(place.store, works, choose, clock.pass_time)
+        put_beside_a_collection(place, reference, clock, choose)
         assert place.holds(reference)
 
     assert len(list(every_order(attempt))) > 100
@@ -64,12 +69,7 @@ def test_no_order_loses_an_object_that_is_mended(new_place, clock):
         place = new_place()
         reference = Reference(sha256=place.put_bytes(b"x").sha256, nbytes=1)
         place.store.put_bytes(object_name(reference.sha256), b"y")
-        clock.now += 50 * DAY
-        works = {
-            "collection": lambda: _discard_object(place.store, reference.sha256, clock.now - KEEP),
-            "worker": lambda: place.put_bytes(b"x"),
-        }
-        side_by_side(place.store, works, choose, clock.pass_time)
+        put_beside_a_collection(place, reference, clock, choose)
         assert place.holds(reference)
 
     assert len(list(every_order(attempt))) > 100
