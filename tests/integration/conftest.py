@@ -48,6 +48,17 @@ def second_stack() -> Iterator[Servers]:
         shutil.rmtree(servers.folder)
 
 
+@pytest.fixture
+def show(capsys) -> Callable[[str], None]:
+    """Prints a figure on the terminal, also that of a test that passes."""
+
+    def printed(figure: str) -> None:
+        with capsys.disabled():
+            print(f"\n{figure}")
+
+    return printed
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
     """Where workers and clients of the session keep what is theirs."""

@@ -90,7 +90,7 @@ CASES = [(victim, moment, SECONDS_AWAY) for victim in VICTIMS for moment in ("la
 
 @pytest.mark.parametrize(("victim", "moment", "away"), [*CASES, ("prefect", "layers", LONGER)])
 def test_killed_in_the_middle_and_brought_back(
-    stack, api, worker, undisturbed, request_of, monkeypatch, victim, moment, away
+    stack, api, worker, undisturbed, request_of, monkeypatch, show, victim, moment, away
 ):
     name = f"{victim}-{moment}-{away}"
     request = request_of(name)
@@ -113,7 +113,7 @@ def test_killed_in_the_middle_and_brought_back(
         state = api.wait(api.run(DEPLOYMENT, request), 600)
         attempts += 1
     came_to = f"{first['type']} {seconds:.0f} s after the kill: {first['message']}"
-    print(f"{victim} | {moment} | away {away} s | {came_to} | attempts: {attempts}")
+    show(f"{victim} | {moment} | away {away} s | {came_to} | attempts: {attempts}")
     outcome = Outcome(api, stack, request)
     assert state["type"] == "COMPLETED", state
     outcome.assert_like(undisturbed)

@@ -113,11 +113,11 @@ def as_client(stack, eight, monkeypatch) -> MlflowClient:
     return MlflowClient(stack.environment["MLFLOW_TRACKING_URI"])
 
 
-def test_all_eight_end_well_and_are_what_they_would_be_alone(eight, as_client, stack):
+def test_all_eight_end_well_and_are_what_they_would_be_alone(eight, as_client, stack, show):
     assert eight.codes == [0] * len(GROUPS), "\n".join(
         log[-2000:] for log, code in zip(eight.logs, eight.codes, strict=True) if code
     )
-    print(f"eight at once: {eight.seconds:.0f} s")
+    show(f"eight at once: {eight.seconds:.0f} s")
     for output, groups in zip(eight.outputs, GROUPS, strict=True):  # those that asked for the same have the same
         assert weights(output) == weights(eight.outputs[GROUPS.index(groups)])
     for output in eight.outputs:
