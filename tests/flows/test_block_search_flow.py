@@ -129,6 +129,7 @@ def test_a_search_goes_on_at_the_group_where_it_was(new_compression, tmp_path, m
     assert len(searched) == 6
 
 
+@pytest.mark.slow
 def test_larger_salient_shares_than_the_recipe_started_with_can_be_chosen(new_compression, tmp_path):
     method = {"method": "bivlm", "groups": 2, "p_max": 0.01}
     compression = searching(new_compression(tmp_path), method, candidates={"p_max": [0.0, 0.1], "refit": [True]})

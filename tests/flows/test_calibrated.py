@@ -44,6 +44,7 @@ def test_every_link_from_samples_to_packed_bytes_holds(new_compression, tmp_path
         assert layer["calibration"]["tokens"] > 0
 
 
+@pytest.mark.slow
 def test_named_modules_give_the_bytes_of_the_known_architecture_and_travel(new_compression, tmp_path):
     known = calibrated(new_compression(tmp_path / "known"), inputs="quantized")
     known.run(evaluate=False)
@@ -110,7 +111,7 @@ def test_few_samples_are_a_warning_with_the_damping(new_compression, tmp_path):
     assert compression.report()["warnings"] == result["warnings"]
 
 
-@pytest.mark.parametrize("importance", ["energy", "curvature"])
+@pytest.mark.parametrize("importance", [pytest.param("energy", marks=pytest.mark.slow), "curvature"])
 def test_a_budget_is_kept_and_spent(new_compression, tmp_path, importance):
     compression = new_compression(tmp_path)
     compression.recipe |= {"name": "budget", "budget": {"bits": 2.6, "importance": importance}}

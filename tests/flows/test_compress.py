@@ -297,6 +297,7 @@ def test_another_machine_goes_on_from_a_workspace_in_s3(
     assert compression.weights() == compressed.weights()
 
 
+@pytest.mark.slow
 def test_two_places_do_not_share_a_tracking_store(new_compression, tmp_path):
     compressions = [new_compression(tmp_path / name) for name in ("one", "other")]
     for compression in compressions:

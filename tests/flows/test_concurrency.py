@@ -11,6 +11,7 @@ from flows.cli import DONE
 from tests.flows.running import Running
 
 
+@pytest.mark.slow
 def test_two_identical_requests_at_once_make_one_of_everything(new_compression, compressed, tmp_path):
     first = new_compression(tmp_path)
     second = copy.deepcopy(first)

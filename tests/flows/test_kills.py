@@ -16,7 +16,8 @@ from tasks.steps import open_workspace
 from tests.flows.running import Running
 from tests.servers import s3_files, s3_server  # noqa: F401  fixtures
 
-FAST_KILLS, SLOW_KILLS = 1, 20
+pytestmark = pytest.mark.slow
+KILLS = 20
 
 
 def steps_in(folder: Path) -> dict[str, bytes]:
@@ -24,15 +25,15 @@ def steps_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "steps").glob("*.json")}
 
 
-def kill_again_and_again(compression, workspace: str, folder: Path, kills: int, seed: int, seconds: float) -> int:
-    """Kill it `kills` times within its first `seconds`, then let it end; returns how many kills found it at work.
+def kill_again_and_again(compression, workspace: str, folder: Path, seed: int, seconds: float) -> int:
+    """Kill it `KILLS` times within its first `seconds`, then let it end; returns how many kills found it at work.
 
     `folder` holds the workspace's files. A step is done twice if its record is ever another one than it was.
     """
     moments = random.Random(seed)
     recorded: dict[str, bytes] = {}
     hits = 0
-    for _ in range(kills):
+    for _ in range(KILLS):
         run = Running(compression, workspace, compression.place / "log")
         time.sleep(moments.uniform(0, seconds))
         hits += run.kill()
@@ -76,30 +77,24 @@ def seconds_of_a_run(new_compression, tmp_path_factory):
     return time.perf_counter() - begun
 
 
-@pytest.mark.parametrize(
-    "kills", [FAST_KILLS, pytest.param(SLOW_KILLS, marks=pytest.mark.slow)], ids=["once", "twenty times"]
-)
-def test_killed_on_a_folder(new_compression, compressed, tmp_path, seconds_of_a_run, kills):
+def test_killed_on_a_folder(new_compression, compressed, tmp_path, seconds_of_a_run):
     compression = new_compression(tmp_path)
     seed = random.randrange(1 << 30)
     print(f"seed {seed}, {seconds_of_a_run:.1f} s a run")
     workspace = str(compression.workspace)
-    hits = kill_again_and_again(compression, workspace, compression.workspace, kills, seed, 0.7 * seconds_of_a_run)
-    print(f"{hits} of {kills} kills found it at work")
+    hits = kill_again_and_again(compression, workspace, compression.workspace, seed, 0.7 * seconds_of_a_run)
+    print(f"{hits} of {KILLS} kills found it at work")
     assert_as_if_left_in_peace(compression, compressed, workspace, compression.client)
 
 
-@pytest.mark.parametrize(
-    "kills", [FAST_KILLS, pytest.param(SLOW_KILLS, marks=pytest.mark.slow)], ids=["once", "twenty times"]
-)
-def test_killed_on_s3(new_compression, compressed, tmp_path, seconds_of_a_run, s3_server, s3_files, kills, monkeypatch):  # noqa: F811
+def test_killed_on_s3(new_compression, compressed, tmp_path, seconds_of_a_run, s3_server, s3_files, monkeypatch):  # noqa: F811
     """Files and signatures are checked by a real server; every attempt is a machine without local copies."""
     compression = new_compression(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{compression.workspace / 'mlflow.db'}")
     seed = random.randrange(1 << 30)
     print(f"seed {seed}, {seconds_of_a_run:.1f} s a run")
-    hits = kill_again_and_again(compression, "s3://bivlm/work", s3_files / "work", kills, seed, 0.7 * seconds_of_a_run)
-    print(f"{hits} of {kills} kills found it at work")
+    hits = kill_again_and_again(compression, "s3://bivlm/work", s3_files / "work", seed, 0.7 * seconds_of_a_run)
+    print(f"{hits} of {KILLS} kills found it at work")
     open_workspace.cache_clear()
     assert_as_if_left_in_peace(compression, compressed, "s3://bivlm/work", compression.client)
     stored = [path for path in s3_files.rglob("*") if path.is_file()]

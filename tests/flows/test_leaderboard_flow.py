@@ -87,6 +87,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(board_of, changes, s
     assert not list((board_of.place.workspace / "steps").glob("*")) if board_of.place.workspace.exists() else True
 
 
+@pytest.mark.slow
 def test_other_linears_are_refused(board_of):
     recipes = {"plain": whole(METHODS["plain"]), "half": {"components": {"language": METHODS["plain"]}}}
     with pytest.raises(InputError, match="the recipes pack different linears"):

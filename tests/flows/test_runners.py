@@ -125,6 +125,7 @@ def is_killed_by_one_layer(chunk, workspace):
 
 
 class TestProcesses:
+    @pytest.mark.slow
     def test_the_bytes_are_the_same_and_the_rows_fill(self, new_compression, compressed, tmp_path, capsys):
         compression = new_compression(tmp_path)
         compression.run(evaluate=False, runner="processes", workers=2)
@@ -147,6 +148,7 @@ class TestProcesses:
         )
         assert (set(steps), left, shown) == ({"0", "1"}, 1, {"x": 2})
 
+    @pytest.mark.slow
     def test_a_layer_that_kills_every_worker_ends_the_run_and_is_named(self):
         layers = [layer("huge")]
         with pytest.raises(WorkerLost, match="a worker was killed while it was at huge, most likely because memory"):

@@ -22,6 +22,7 @@ def test_the_night_makes_what_is_not_made_once_and_tells_of_what_it_could_not(li
         nightly_flow(**night)
 
 
+@pytest.mark.slow
 def test_the_week_makes_a_board_of_every_listed_model_that_has_one(listed, tmp_path):
     compression, model = listed
     components = {part: {"method": "rtn", "group_size": 32} for part in compression.recipe["components"]}

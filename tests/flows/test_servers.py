@@ -41,6 +41,7 @@ def test_an_s3_server_that_refuses_the_secret_is_bad_input(new_compression, s3_s
     assert not any(s3_files.iterdir())
 
 
+@pytest.mark.slow
 def test_an_s3_server_that_goes_away_and_comes_back(new_compression, compressed, s3_server, s3_files, tmp_path):  # noqa: F811
     compression = new_compression(tmp_path)
     run = Running(compression, WORKSPACE, tmp_path / "log", "--no-evaluate")

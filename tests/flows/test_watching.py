@@ -260,6 +260,7 @@ def test_a_run_that_waits_for_a_worker_is_not_asked_for_again(place):
     assert look()["emitted"] == [str(revision.event_id)]
 
 
+@pytest.mark.slow
 def test_a_version_that_was_asked_too_little_is_not_finished(place, counted):
     revision = found_revision(place)
     assert compress(revision, evaluate=False)["outcome"] == "compressed"

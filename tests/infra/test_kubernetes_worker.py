@@ -86,6 +86,13 @@ def test_the_password_is_a_reference_in_the_job_that_the_worker_makes(handed_ove
     assert "canary" not in json.dumps(handed_over)
 
 
+def test_a_run_computes_with_as_many_threads_as_it_asks_for_cores(handed_over):
+    (container,) = handed_over["job"]["spec"]["template"]["spec"]["containers"]
+    (threads,) = [entry for entry in container["env"] if entry["name"] == "OMP_NUM_THREADS"]
+    assert threads["valueFrom"] == {"resourceFieldRef": {"resource": "requests.cpu"}}
+    assert int(container["resources"]["requests"]["cpu"]) >= 1
+
+
 def test_the_job_that_the_worker_makes_follows_the_schema_and_is_where_it_is_watched(handed_over):
     job = handed_over["job"]
     # Prefect insists on these two in the pod, where Kubernetes does not know them and leaves them out.
