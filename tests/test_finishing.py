@@ -79,7 +79,11 @@ def mean_divergence(folder, packed, conversations):
     return sum(divergences(folder, packed, conversations)) / len(conversations)
 
 
-@pytest.mark.parametrize("settings", METHODS, ids=lambda settings: settings["method"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(each, marks=() if each["method"] in ("bivlm", "hbllm") else pytest.mark.slow) for each in METHODS],
+    ids=[each["method"] for each in METHODS],
+)
 def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, settings):
     folder, _, _ = place
     before = packed_layers(folder, settings)
