@@ -6,24 +6,17 @@ paths are relative to the folder and must not leave it, neither by ``..`` nor th
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from PIL import Image, ImageOps
-
 from bivlm.errors import InputError
+from bivlm.pictures import check_picture
 
 FILE_NAME = "data.jsonl"
 TEXT = "a string that is not empty"
-# Pillow also opens formats that start another program (EPS); these are decoded in this process alone.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_NOT_A_PICTURE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -97,11 +90,8 @@ def find_picture(folder: Path, name: str) -> Path:
         raise ValueError(f"{valid} and not outside")
     if not there:
         raise ValueError(f"{valid}; there is no such file")
-    try:
-        with Image.open(path, formats=FORMATS):
-            return path
-    except _NOT_A_PICTURE as error:
-        raise ValueError(f"a picture ({', '.join(FORMATS)}): {error}") from None
+    check_picture(path)
+    return path
 
 
 def read_lines(folder: Path, file_name: str = FILE_NAME) -> Iterator[Line]:
@@ -124,24 +114,6 @@ def read_lines(folder: Path, file_name: str = FILE_NAME) -> Iterator[Line]:
                 yield Line(folder, file, number, _parse(file, number, text))
     if not lines:
         raise InputError(f"{file}: found no line, expected one JSON object a line")
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The picture, decoded, upright (EXIF orientation applied) and in RGB; raises `InputError` naming the file."""
-    return _decoded(path, str(path))
-
-
-def decode_picture(content: bytes, name: str) -> Image.Image:
-    """The same of a picture's bytes; raises `InputError` with `name`."""
-    return _decoded(io.BytesIO(content), name)
-
-
-def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except _NOT_A_PICTURE as error:
-        raise InputError(f"{name}: expected a picture ({', '.join(FORMATS)}), cannot decode it: {error}") from error
 
 
 def short(value: Any) -> str:

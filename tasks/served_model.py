@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
-import io
+from typing import Any
 
 import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
+
+from bivlm.errors import InputError
+from bivlm.pictures import decode_picture
 
 
 class PackedVisionLanguageModel(PythonModel):
@@ -30,10 +33,19 @@ class PackedVisionLanguageModel(PythonModel):
 
         samples = []
         for index, row in enumerate(model_input.itertuples()):
-            image = Image.open(io.BytesIO(base64.b64decode(row.image))).convert("RGB")
+            image = _picture(row.image, f"row {index}, column 'image'")
             samples.append(VqaSample(str(index), str(index), image, row.question, answers=()))
         max_new_tokens = (params or {}).get("max_new_tokens", 16)
         return answer_batch(self.model, self.processor, samples, max_new_tokens)
+
+
+def _picture(value: Any, name: str) -> Image.Image:
+    """Return the picture that is given as base64; raises `InputError` with `name`."""
+    try:
+        content = base64.b64decode(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: expected the file of a picture in base64: {error}") from None
+    return decode_picture(content, name)
 
 
 mlflow.models.set_model(PackedVisionLanguageModel())

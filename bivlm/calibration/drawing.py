@@ -17,6 +17,7 @@ from bivlm.calibration.settings import CalibrationSettings
 from bivlm.calibration.sources import Source, open_source, open_text_source
 from bivlm.errors import InputError
 from bivlm.identity import digest
+from bivlm.pictures import as_rgb
 from bivlm.samples import Conversation
 
 
@@ -141,5 +142,5 @@ class _Supply:
 def _identity(conversation: Conversation) -> str:
     """What two samples must not share if one is held out: the picture, or without one the conversation."""
     if conversation.image is not None:
-        return picture_digest(conversation.image.convert("RGB"))
+        return picture_digest(as_rgb(conversation.image))
     return digest([conversation.user, conversation.assistant])

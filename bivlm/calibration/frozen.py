@@ -19,7 +19,8 @@ from bivlm.calibration.drawing import Draw, picture_digest
 from bivlm.calibration.settings import CalibrationSettings
 from bivlm.errors import InputError
 from bivlm.identity import digest, file_digest
-from bivlm.image_folders import Line, open_picture, read_lines
+from bivlm.image_folders import Line, read_lines
+from bivlm.pictures import as_rgb, clipped_rgb, open_picture
 from bivlm.samples import Conversation
 
 FROZEN = "conversations.jsonl"
@@ -112,7 +113,8 @@ def _conversation(line: Line) -> Conversation:
     line.check_keys(("image", "image_sha256", "user", "assistant"))
     if line.values["image"] is None:
         return Conversation(None, line.text("user"), line.text("assistant"))
-    picture = open_picture(line.picture())
+    # As it was written: of a file with a transparent palette, earlier versions froze RGB with a transparent colour.
+    picture = open_picture(line.picture(), clipped_rgb)
     if picture_digest(picture) != line.text("image_sha256"):
         line.complain("image", line.text("image"), "the picture that was frozen, it has changed since")
     return Conversation(picture, line.text("user"), line.text("assistant"))
@@ -124,7 +126,7 @@ def _write(conversations: Iterable[Conversation], folder: Path, file_name: str, 
     for index, conversation in enumerate(conversations):
         line = {"image": None, "image_sha256": None, "user": conversation.user, "assistant": conversation.assistant}
         if conversation.image is not None:
-            picture = conversation.image.convert("RGB")
+            picture = as_rgb(conversation.image)
             line |= {"image": f"{prefix}{index:05d}.png", "image_sha256": picture_digest(picture)}
             picture.save(folder / line["image"], format="PNG")
         lines.append(json.dumps(line, ensure_ascii=True) + "\n")

@@ -20,7 +20,8 @@ from typing import Any
 from bivlm.calibration.exchanges import UnusableError, first_exchange
 from bivlm.calibration.settings import HUB, REFERENCE, TEXT_SUFFIXES, CalibrationSettings
 from bivlm.errors import InputError
-from bivlm.image_folders import FILE_NAME, Line, find_picture, open_picture, read_lines, short
+from bivlm.image_folders import FILE_NAME, Line, find_picture, read_lines, short
+from bivlm.pictures import open_picture
 from bivlm.samples import Conversation
 
 Entry = Conversation | UnusableError

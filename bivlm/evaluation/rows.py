@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bivlm.errors import InputError
-from bivlm.image_folders import check_text, decode_picture, short
+from bivlm.image_folders import check_text, short
+from bivlm.pictures import clipped_rgb, decode_picture
 
 HUB = "hub"
 ARGUMENT = "hub|OWNER/NAME|FOLDER"
@@ -84,8 +85,12 @@ class Row:
         return content
 
     def picture(self, column: str) -> Image.Image:
-        """The picture, decoded, upright and in RGB; raises `InputError`."""
-        return decode_picture(self.picture_bytes(column), f"{self.place}, row {self.number}, column {column!r}")
+        """Return the picture, decoded, upright and in RGB as lmms-eval makes it, bit for bit; raises `InputError`.
+
+        Unlike everywhere else, wide values are clipped at 255 and alpha is dropped.
+        """
+        name = f"{self.place}, row {self.number}, column {column!r}"
+        return decode_picture(self.picture_bytes(column), name, clipped_rgb)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from typing import ClassVar, Self
 from bivlm.evaluation.answers import LETTERS, plain
 from bivlm.evaluation.benchmark import Benchmark
 from bivlm.identity import digest, file_digest
-from bivlm.image_folders import Line, open_picture, read_lines
+from bivlm.image_folders import Line, read_lines
+from bivlm.pictures import converts_as_clipped, open_picture
 from bivlm.samples import VqaSample
 
 ASK_FOR_LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -104,17 +105,22 @@ class VqaFolder(Benchmark):
 
     @cached_property
     def digest(self) -> str:
-        """As `Benchmark.digest`, over the files of the pictures, so that none must be decoded."""
+        """As `Benchmark.digest`, over the files of the pictures, so that few must be decoded."""
         root = self.folder.resolve()
-        pictures = {picture: file_digest(picture) for picture in {asked.picture for asked in self.questions}}
+        pictures = {picture: _known_by(picture) for picture in {asked.picture for asked in self.questions}}
         asked = [
             {
                 **vars(question),
-                "picture": [question.picture.relative_to(root).as_posix(), pictures[question.picture]],
+                "picture": [question.picture.relative_to(root).as_posix(), *pictures[question.picture]],
             }
             for question in self.questions
         ]
         return digest([self.kind, self.version, self.max_new_tokens, asked])
+
+
+def _known_by(picture: Path) -> list[str | int]:
+    """The hash of a picture's file, and 2 where versions before the second conversion to RGB showed another picture."""
+    return [file_digest(picture), *([] if converts_as_clipped(picture) else [2])]
 
 
 def _read(line: Line) -> Question:
