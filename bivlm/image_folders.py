@@ -84,7 +84,7 @@ def find_picture(folder: Path, name: str) -> Path:
     try:
         path = (folder / name).resolve()
         inside, there = path.is_relative_to(folder.resolve()), path.is_file()
-    except (OSError, ValueError):  # too long a name, a NUL in it, a loop of links
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, a loop of links
         raise ValueError(valid) from None
     if Path(name).is_absolute() or not inside:
         raise ValueError(f"{valid} and not outside")

@@ -10,10 +10,7 @@ def png(samples_HWC: np.ndarray, bits: int, colour: int, *chunks: tuple[bytes, b
     """Write a PNG of `bits` a sample; `colour` is its colour type, `chunks` stand before the pixels."""
     height, width, _ = samples_HWC.shape
     rows = samples_HWC.reshape(height, -1)
-    if bits == 16:
-        packed = [row.astype(">u2").tobytes() for row in rows]
-    else:
-        packed = [_packed(row, bits) for row in rows]
+    packed = [_packed(row, bits) for row in rows]
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in packed))
     every = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
@@ -81,6 +78,6 @@ def exif(*entries: tuple[int, int, int, bytes], order: str = "<") -> bytes:
 
 
 def _packed(samples: np.ndarray, bits: int) -> bytes:
-    """Samples of a row, the first in the highest bits."""
+    """Samples of a row, highest bit first, the first sample in the highest bits."""
     digits = (samples[:, None].astype(np.int64) >> np.arange(bits)[::-1]) & 1
     return np.packbits(digits.astype(np.uint8).ravel()).tobytes()

@@ -6,17 +6,18 @@ import io
 import os
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
 from picture_files import exif, png, tiff
+from PIL import Image, ImageOps
 
 from bivlm.calibration.frozen import load_samples
 from bivlm.errors import InputError
 from bivlm.evaluation import load_benchmark
 from bivlm.evaluation.rows import Row
-from bivlm.pictures import as_rgb, clipped_rgb, converts_as_clipped, decode_picture, open_picture
+from bivlm.pictures import as_rgb, converts_as_clipped, decode_picture, open_picture
 
 ONE_PERCENT = 2.55
 RAMP = np.arange(256).reshape(4, 64)  # every level once
@@ -101,7 +102,7 @@ def netpbm(kind, maximum, samples):
 U8, U16 = np.uint8, np.uint16
 MIXED = np.where(RAMP == 77, 0, 255)
 LA = stacked(RAMP, ALPHA)
-RGBA = stacked(COLOURS, ALPHA[..., None]) if False else np.concatenate([COLOURS, ALPHA[..., None]], -1)
+RGBA = np.concatenate([COLOURS, ALPHA[..., None]], -1)
 PREMULTIPLIED = np.concatenate([(COLOURS * ALPHA[..., None]) // 255, ALPHA[..., None]], -1)
 PLTE = (b"PLTE", PALETTE.astype(U8).tobytes())
 TIFF_PALETTE = [int(level) * 257 for level in PALETTE.T.ravel()]
@@ -294,7 +295,9 @@ UNKNOWN_WHITE = {
 def test_a_file_whose_white_is_not_known_is_refused_by_name(kind, tmp_path):
     content, reason = UNKNOWN_WHITE[kind]
     (tmp_path / "picture").write_bytes(content)
-    with pytest.raises(InputError, match=rf"{tmp_path}/picture: .*found {reason}, whose white is not known; expected 8"):
+    with pytest.raises(
+        InputError, match=rf"{tmp_path}/picture: .*found {reason}, whose white is not known; expected 8"
+    ):
         open_picture(tmp_path / "picture")
 
 
@@ -382,7 +385,7 @@ def xmp(value):
 def raw_profile(value):
     data = exif(orientation_entry(value))
     text = f"\nexif\n{len(data):8}\n{data.hex()}\n".encode()
-    return b"Raw profile type exif\0\0" + __import__("zlib").compress(text)
+    return b"Raw profile type exif\0\0" + zlib.compress(text)
 
 
 CARRIERS = {
@@ -474,7 +477,7 @@ def test_a_picture_of_too_many_pixels_is_refused():
     content = png(COLOURS, 8, 2)
     start = content.index(b"IHDR") - 4
     chunk = b"IHDR" + header
-    bomb = content[:start] + struct.pack(">I", 13) + chunk + struct.pack(">I", __import__("zlib").crc32(chunk))
+    bomb = content[:start] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     with pytest.raises(InputError, match=r"bomb\.png: .*decompression bomb"):
         decode_picture(bomb + content[start + 25 :], "bomb.png")
 
