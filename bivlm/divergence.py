@@ -30,6 +30,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from bivlm.chat import encode, render_dialogue, render_prompt
 from bivlm.errors import InputError
 from bivlm.identity import digest
+from bivlm.logits import not_finite, unusable
 from bivlm.samples import Conversation
 
 MAX_POSITIONS = 32
@@ -86,10 +87,13 @@ def reply_logits(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
 
 @torch.inference_mode()
 def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
-    """Log-probabilities (T, vocabulary), float64, of `reply_logits`; raises ArithmeticError for NaN."""
+    """Log-probabilities (T, vocabulary), float64, of `reply_logits`.
+
+    Raises ArithmeticError naming the model for NaN and infinity.
+    """
     predicting = reply_logits(model, reply).double()
-    if predicting.isnan().any():
-        raise ArithmeticError("the model gives NaN logits on a conversation")
+    if unusable(predicting):
+        raise not_finite(model, "logits on a conversation")
     return torch.log_softmax(predicting, dim=-1)
 
 
@@ -135,8 +139,8 @@ def kl_divergence(
     """Mean over all judged positions of KL(full precision || model), in nats, summed in float64.
 
     `file` is from `reference_logits` with the same conversations. Raises `InputError` when it is not, or when the model
-    reads other tokens than the full-precision one did; ArithmeticError when the model gives NaN, or never gives what
-    full precision may, so that the divergence is infinite.
+    reads other tokens than the full-precision one did; ArithmeticError naming the model when it gives NaN, or never
+    gives what full precision may, so that the divergence is infinite.
     """
     divergences: list[float] = []
     with StoredLogProbabilities(file, len(conversations)) as stored:
@@ -146,7 +150,9 @@ def kl_divergence(
             divergences += kl_by_token(full, reply_log_probabilities(model, reply)).tolist()
     mean = math.fsum(divergences) / len(divergences)
     if not math.isfinite(mean):
-        raise ArithmeticError("the model gives probability 0 to tokens that full precision may say; KL is infinite")
+        raise ArithmeticError(
+            f"model {model.name_or_path}: gives probability 0 to tokens that full precision may say; KL is infinite"
+        )
     return mean
 
 

@@ -27,6 +27,7 @@ from bivlm.chat import encode, render_dialogue
 from bivlm.divergence import Reply, StoredLogProbabilities, kl_by_token, read_reply
 from bivlm.errors import InputError
 from bivlm.finish_settings import FinishSettings
+from bivlm.logits import not_finite
 from bivlm.packing import open_packed
 from bivlm.samples import Conversation
 
@@ -73,7 +74,7 @@ def finish(
     Beside the model there are the gradients of the packed layers' weights, and of one layer at a time what its codec
     needs. At most `together` conversations of a batch go through the model at once, all of them by default; with fewer
     it takes less memory and longer. Raises `InputError` for a layer that the model does not have and for a single
-    conversation, ArithmeticError if the divergence becomes NaN.
+    conversation, ArithmeticError if the divergence is or becomes NaN.
     """
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
     answers = _Answers(model, processor, conversations, full_precision, together or settings.batch)
@@ -82,6 +83,8 @@ def finish(
     tuning, judging = _split(len(conversations), settings)
     _restart(layers)
     before = best = answers.divergence(judging)
+    if not math.isfinite(before):
+        raise not_finite(model, f"the divergence of its packed layers is {before} before the first step")
     steps, every = 0, max(1, settings.steps // JUDGEMENTS)
     for attempt in range(RATES):
         rate = settings.learning_rate / SLOWER**attempt

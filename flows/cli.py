@@ -84,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)
         return FAILED
     except Exception as error:
-        traceback.print_exc()
+        # This very class is raised by bivlm alone, of a model that gives NaN: the sentence says all.
+        if type(error) is not ArithmeticError:
+            traceback.print_exc()
         print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)
         return FAILED
 

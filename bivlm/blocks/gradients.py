@@ -53,7 +53,8 @@ def token_gradients(
     """Unit by unit, from the last to the first.
 
     `outputs` holds what all units gave, up to the last block of the language model. Of every sample the gradient of one
-    unit's output is held, beside those of adaptors that wait for their turn.
+    unit's output is held, beside those of adaptors that wait for their turn. Raises ArithmeticError naming the model
+    where a gradient is NaN or infinite.
     """
     units = [unit for unit in model.units if unit.name in outputs]
     slopes: dict[str, list[torch.Tensor | None]] = {unit.name: [None] * len(samples) for unit in units}
@@ -64,7 +65,9 @@ def token_gradients(
             given = outputs_at({name: outputs[name] for name in [*adaptors, last.name]}, number)
             slopes[last.name][number] = _answer_slope(step, samples[number], given, last.name, seed + number)
     for unit in reversed(units):
-        yield _backward(model, unit, samples, outputs, slopes, squares)
+        found = _backward(model, unit, samples, outputs, slopes, squares)
+        _check_finite(model, found)
+        yield found
 
 
 def gradient_weights(gradients: SampleTensors, image_T: list[torch.Tensor], shrink: float) -> list[Weigh]:
@@ -149,6 +152,16 @@ def _backward(
             found.append(_add_up(made, totals))
     squares = {name: total.cpu() for name, total in (totals or {}).items() if name in reached}
     return UnitGradients(unit.name, found, squares)
+
+
+def _check_finite(model: BlockwiseModel, found: UnitGradients) -> None:
+    for number, norms in enumerate(found.norms):
+        for site, g_T in norms.items():
+            if not bool(g_T.isfinite().all()):
+                raise ArithmeticError(f"{model.name}: the gradients at {site} are not finite on sample {number}")
+    for name, square_MN in found.squares.items():
+        if not all(bool(extreme.isfinite()) for extreme in square_MN.aminmax()):
+            raise ArithmeticError(f"{model.name}: the squared gradients of {name} add up to NaN or infinity")
 
 
 def _zeros(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

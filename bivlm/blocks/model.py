@@ -68,6 +68,11 @@ class BlockwiseModel:
         self._load_rest()
 
     @property
+    def name(self) -> str:
+        """What messages call the model: its folder."""
+        return f"model {self._checkpoint.folder}"
+
+    @property
     def config(self) -> Any:
         """The model's configuration."""
         return self._model.config

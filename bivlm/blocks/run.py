@@ -51,7 +51,7 @@ def run_unit(
 
     ``weigh(sample)`` gives the token weights of a sample's sites; without it no statistics are made. `weights` replace
     those of linear layers by name. One sample's activations are held at a time, beside the outputs.
-    Raises ArithmeticError if the unit gives NaN or infinity.
+    Raises ArithmeticError if the unit gives NaN or infinity, or has inputs whose statistics do.
     """
     outputs = []
     observer = SiteObserver({name: model.linear(name) for name in unit.linears})
@@ -70,7 +70,10 @@ def run_unit(
                 observer.add(image_tokens(model, unit, sample), weigh(number))
             # The extremes of a tensor with NaN are NaN; a mask of the logits of a long prompt would be large.
             if not all(bool(extreme.isfinite()) for extreme in output.aminmax()):
-                raise ArithmeticError(f"{unit.name} gives NaN or infinity on calibration sample {number}")
+                raise ArithmeticError(f"{model.name}: {unit.name} gives NaN or infinity on calibration sample {number}")
             outputs.append(output.cpu())
         sites = observer.statistics() if weigh is not None else {}
+        for site, found in sites.items():
+            if not found.is_finite():
+                raise ArithmeticError(f"{model.name}: the squared inputs of {site} add up to NaN or infinity")
         return UnitRun(outputs, sites, observer.site_of() if sites else {})

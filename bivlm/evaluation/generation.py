@@ -7,12 +7,20 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 import bivlm  # noqa: F401  registers the quantization method, so that packed checkpoints load
 from bivlm.chat import encode, render_prompt
 from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
+from bivlm.logits import LogitsWatch
 from bivlm.remote_code import code_refused, remote_code_allowed
 from bivlm.samples import VqaSample
 
@@ -78,7 +86,7 @@ def answer_batch(
     """The model's greedy answers, without special tokens and white space around.
 
     The samples have as many pictures each. Raises `InputError` naming the question when its text holds the image
-    placeholder.
+    placeholder, ArithmeticError naming the model when it gives NaN or infinity.
     """
     inputs = encode(
         processor,
@@ -86,7 +94,13 @@ def answer_batch(
         [_prompt(processor, sample) for sample in samples],
         [sample.images or None for sample in samples],
     )
-    produced = model.generate(**inputs, generation_config=greedy(model, processor, max_new_tokens))
+    watch = LogitsWatch()
+    produced = model.generate(
+        **inputs,
+        generation_config=greedy(model, processor, max_new_tokens),
+        logits_processor=LogitsProcessorList([watch]),
+    )
+    watch.check(model)
     texts = processor.tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from bivlm.errors import InputError
+from bivlm.logits import not_finite
 from bivlm.pruning import selection
 from bivlm.pruning.anatomy import Anatomy
 from bivlm.pruning.attention import observing, received
@@ -162,7 +163,10 @@ class LanguagePruning:
         """Which features the vision encoder dropped, bool (B, T). If it drops none, what is not a number stays so."""
         if self._vision is None:
             return torch.zeros(features_BTD.shape[:2], dtype=torch.bool, device=features_BTD.device)
-        return features_BTD.isnan().any(-1)
+        lost_BT = features_BTD.isnan().any(-1)
+        if self._vision.gave_nan and lost_BT.any():
+            raise not_finite(self._model, "features of its vision encoder")
+        return lost_BT
 
     def _check_lost(self, lost_BT: torch.Tensor, image_BT: torch.Tensor) -> None:
         """What the vision encoder dropped has to be seen here, and to leave something."""
@@ -194,6 +198,8 @@ class LanguagePruning:
 
         def diverse(row: int, places_n: torch.Tensor, count: int) -> torch.Tensor:
             features_nD = features_BSD[row, places_n]
+            if not bool(features_nD.isfinite().all()):
+                raise not_finite(self._model, "features of image tokens")
             if self._settings.score == "divprune":
                 return selection.divprune(features_nD, count)
             relevance_n = selection.relevance(features_nD, text_BTD[row, text_BT[row]])

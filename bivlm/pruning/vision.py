@@ -44,6 +44,7 @@ class VisionPruning:
         self._pixels: torch.Tensor | None = None
         self._sizes: list[int] = []
         self._seen: list[torch.Tensor] = []
+        self._broken: torch.Tensor | None = None
         last = len(parts.vision_layers) - 1
         if not 1 <= settings.layer <= last:
             raise InputError(
@@ -54,6 +55,11 @@ class VisionPruning:
     def dropped(self) -> bool:
         """Whether any token of the images that were read last was."""
         return self.tokens is not None and self.tokens.shortened is not None
+
+    @property
+    def gave_nan(self) -> bool:
+        """Whether a layer gave NaN or infinity for a token that was there; waits for the device."""
+        return self._broken is not None and bool(self._broken)
 
     def forget(self) -> None:
         """Before a prompt is read: the images of another are none of its."""
@@ -72,6 +78,7 @@ class VisionPruning:
         self._pixels = arguments[0] if arguments else named.get("pixel_values", named.get("hidden_states"))
         grid = named.get("grid_thw", arguments[1] if len(arguments) > 1 else None)
         self._sizes = [] if grid is None else grid.prod(-1).tolist()
+        self._broken = None
         self.forget()
 
     def _look(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> Sequence:
@@ -112,22 +119,32 @@ class VisionPruning:
                 self._tally.add("image", tokens.choose(self._settings, scores_BT))
             left = tokens.shortened
             if left is None:
-                return forward(hidden_states, *arguments, **named)
+                whole = forward(hidden_states, *arguments, **named)
+                self._watch(whole)
+                return whole
             nothing = torch.full_like(hidden_states, torch.nan)
             if hidden_states.dim() == 2:
                 alive_T = tokens.alive_BT.any(0)
                 named["position_embeddings"] = tuple(each[alive_T] for each in named["position_embeddings"])
                 named["cu_seqlens"] = _ends(named["cu_seqlens"], alive_T)
                 nothing[alive_T] = forward(hidden_states[alive_T], *arguments, **named)
+                self._watch(nothing[alive_T])
                 return nothing
             mask = left.mask(mask, causal=False)
             if arguments:
                 arguments = (mask, *arguments[1:])
             else:
                 named["attention_mask"] = mask
-            return left.put_back(forward(left.take(hidden_states), *arguments, **named), nothing)
+            short = forward(left.take(hidden_states), *arguments, **named)
+            self._watch(short[left.filled_BK])
+            return left.put_back(short, nothing)
 
         return run
+
+    def _watch(self, left: torch.Tensor) -> None:
+        """Remember whether what a layer gave is finite: NaN of its own would look like a dropped token."""
+        broken = ~left.isfinite().all()
+        self._broken = broken if self._broken is None else self._broken | broken
 
 
 def _ends(ends: torch.Tensor, alive_T: torch.Tensor) -> torch.Tensor:

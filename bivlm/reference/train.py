@@ -262,7 +262,7 @@ class Run:
             batch = draw(self.name, self.stage, self.step, self.seed, packer).to(device)
             loss, figures = loss_of(self.trainee, self.name, batch, self.progress)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0, error_if_nonfinite=True)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step, taken = self.step + 1, taken + 1
