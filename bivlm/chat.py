@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,19 +15,19 @@ from bivlm.errors import InputError
 
 
 def render_prompt(processor: ProcessorMixin, user: str, *, image: bool | int = True) -> str:
-    """A picture and the user's text as the chat template writes them, up to where the assistant begins.
+    """Return pictures and the user's text as the chat template writes them, up to where the assistant begins.
 
-    `image` is how many pictures there are; without any it is the text alone. Raises `InputError` when there is no chat
-    template, or when the text holds the image placeholder of the model.
+    `image` is how many pictures there are; without any it is the text alone. The template gets the turn as a list of
+    parts, or, if it cannot write that, as a string: the image placeholder once a picture, a line break, the text.
+    Raises `InputError` naming the template when it fails, or writes another number of placeholders or not the text;
+    when there is none; and when the text holds the image placeholder of the model.
     """
-    return _render(processor, [_user_turn(processor, user, image)], add_generation_prompt=True)
+    return _render(processor, user, None, int(image))
 
 
 def render_dialogue(processor: ProcessorMixin, user: str, assistant: str, *, image: bool = True) -> str:
     """The same with the assistant's reply and the end of its turn; raises as `render_prompt`."""
-    _refuse_placeholders(processor, assistant)
-    reply = {"role": "assistant", "content": [{"type": "text", "text": assistant}]}
-    return _render(processor, [_user_turn(processor, user, image), reply], add_generation_prompt=False)
+    return _render(processor, user, assistant, int(image))
 
 
 def encode(
@@ -59,12 +62,6 @@ def encode(
     return inputs.to(model.device, dtype=model.dtype if model.dtype.is_floating_point else torch.float32)
 
 
-def _user_turn(processor: ProcessorMixin, user: str, image: bool | int) -> dict:
-    _refuse_placeholders(processor, user)
-    pictures = [{"type": "image"} for _ in range(int(image))]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": user}]}
-
-
 def _refuse_placeholders(processor: ProcessorMixin, text: str) -> None:
     for name in ("image_token", "video_token"):
         token = getattr(processor, name, None)
@@ -72,9 +69,84 @@ def _refuse_placeholders(processor: ProcessorMixin, text: str) -> None:
             raise InputError(f"text {text!r} holds {token!r}, which stands for a picture: expected text without it")
 
 
-def _render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool) -> str:
-    if not getattr(processor, "chat_template", None):
+def _render(processor: ProcessorMixin, user: str, assistant: str | None, pictures: int) -> str:
+    for text in (user, assistant or ""):
+        _refuse_placeholders(processor, text)
+    template, place = _template(processor)
+    problems = []
+    for form, turns in _forms(processor, user, assistant, pictures):
+        try:
+            written = processor.apply_chat_template(
+                turns, chat_template=template, add_generation_prompt=assistant is None
+            )
+        except Exception as error:  # the template is a program of the checkpoint's, and may fail in any way
+            problem = f"it fails with {type(error).__name__}: {_cut(str(error))}"
+        else:
+            problem = _problem(processor, turns, written, user, pictures)
+        if problem is None:
+            return written
+        problems.append(f"given {form}, {problem}")
+    raise InputError(f"{place}: expected a chat template that writes pictures and text; {'; '.join(problems)}")
+
+
+def _forms(
+    processor: ProcessorMixin, user: str, assistant: str | None, pictures: int
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The turns in the forms that chat templates are written for, the usual one first, and what messages call it."""
+
+    def turns(content: Any, reply: Any) -> list[dict[str, Any]]:
+        user_turn = {"role": "user", "content": content}
+        return [user_turn] if assistant is None else [user_turn, {"role": "assistant", "content": reply}]
+
+    parts = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": user}]
+    yield "parts", turns(parts, [{"type": "text", "text": assistant}])
+    if assistant is not None:
+        yield "parts and a reply that is a string", turns(parts, assistant)
+    token = getattr(processor, "image_token", None)
+    if isinstance(token, str) or not pictures:
+        yield "a string", turns("\n".join([*[token] * pictures, user]), assistant)
+
+
+def _problem(
+    processor: ProcessorMixin, turns: list[dict[str, Any]], written: str, user: str, pictures: int
+) -> str | None:
+    """What is wrong with what the template made of the turns; None if it is what it should be."""
+    lists = [turn["content"] for turn in turns if isinstance(turn["content"], list)]
+    if any(text in written for each in lists for text in (str(each), json.dumps(each, ensure_ascii=False))):
+        return f"it prints them as they are: {_cut(repr(written))}"
+    if " ".join(user.split()) not in " ".join(written.split()):  # templates trim
+        return f"it leaves out the text {_cut(repr(user))}: {_cut(repr(written))}"
+    token = getattr(processor, "image_token", None)
+    if isinstance(token, str) and (found := written.count(token)) != pictures:
+        return f"it writes {token} {found} times, expected {pictures}: {_cut(repr(written))}"
+    return None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _template(processor: ProcessorMixin) -> tuple[str, str]:
+    """The chat template of the processor, else of its tokenizer, and where it is written.
+
+    Raises `InputError` when there is none.
+    """
+    folder = Path(processor.tokenizer.name_or_path)
+    own = getattr(processor, "chat_template", None)
+    template = own or getattr(processor.tokenizer, "chat_template", None)
+    files = ("chat_template.jinja", "chat_template.json") if own else ("chat_template.jinja",)
+    place = next((str(folder / file) for file in files if (folder / file).is_file()), None)
+    config = "processor_config.json" if own else "tokenizer_config.json"
+    place = place or f"{folder / config}, key 'chat_template'"
+    if isinstance(template, dict) and template:
+        if "default" not in template:
+            raise InputError(f"{place}: found the templates {', '.join(map(str, template))}, expected one 'default'")
+        template = template["default"]
+    if not template:
         raise InputError(
-            f"{type(processor).__name__} has no chat template: expected chat_template.jinja in the checkpoint's folder"
+            f"{folder}: {type(processor).__name__} has no chat template: expected chat_template.jinja in the "
+            "checkpoint's folder, or the key 'chat_template' in its tokenizer_config.json"
         )
-    return processor.apply_chat_template(turns, add_generation_prompt=add_generation_prompt)
+    if not isinstance(template, str):
+        raise InputError(f"{place}: found {type(template).__name__}, expected a chat template as text")
+    return template, place

@@ -1,15 +1,23 @@
 """Model inputs are what the processor makes of the chat template, padded on the left."""
 
 import copy
+import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from published_data import write_set
+from tiny_llava import CHAT_TEMPLATE
 from tokenizers.processors import TemplateProcessing
 
 from bivlm.chat import encode, render_dialogue, render_prompt
 from bivlm.errors import InputError
 from bivlm.evaluation import load_model
+from bivlm.evaluation.generation import load_processor
+from flows import cli
 
 PICTURE = Image.new("RGB", (32, 32), "red")
 
@@ -94,3 +102,106 @@ def test_the_image_placeholder_in_a_text_is_refused(loaded, render):
 def test_the_image_placeholder_in_a_reply_is_refused(loaded):
     with pytest.raises(InputError, match="'an <image>' holds '<image>'"):
         render_dialogue(loaded[1], "What is it?", "an <image>", image=False)
+
+
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] | upper + ': ' + message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def with_template(processor, template):
+    changed = copy.copy(processor)
+    changed.tokenizer = copy.copy(processor.tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+@pytest.mark.parametrize("template", [PLAIN, PLAIN.replace(" + message['content']", " ~ message['content']")])
+def test_a_template_for_plain_strings_gets_the_placeholder_and_the_text(loaded, template):
+    """One fails on a list of parts, the other prints it."""
+    processor = with_template(loaded[1], template)
+    assert render_prompt(processor, "Is it?") == "USER: <image>\nIs it? ASSISTANT:"
+    assert render_prompt(processor, "Are they?", image=2) == "USER: <image>\n<image>\nAre they? ASSISTANT:"
+    assert render_prompt(processor, "Is it?", image=False) == "USER: Is it? ASSISTANT:"
+    assert render_dialogue(processor, "Is it?", "no") == "USER: <image>\nIs it? ASSISTANT: no "
+    inputs = encode(processor, loaded[0], [render_prompt(processor, "Is it?")], [PICTURE])
+    assert loaded[0](**inputs).logits.isfinite().all()
+
+
+def test_a_template_may_take_the_reply_alone_as_a_string(loaded):
+    template = CHAT_TEMPLATE.replace(
+        "{% for part", "{% if message['role'] == 'assistant' %}{{ message['content'] }}{% else %}{% for part"
+    ).replace("{% endfor %}{% if message", "{% endfor %}{% endif %}{% if message")
+    assert render_dialogue(with_template(loaded[1], template), "Is it?", "no") == render_dialogue(
+        loaded[1], "Is it?", "no"
+    )
+
+
+FAULTY = {
+    "drops the picture": ("{{ messages[0]['content'][-1]['text'] }}", "writes <image> 0 times, expected 1"),
+    "drops all": ("USER:", "leaves out the text 'Is it?'"),
+    "writes nothing": ("{{ '' }}", "leaves out the text 'Is it?'"),
+    "two placeholders": (CHAT_TEMPLATE.replace("<image>", "<image><image>"), "writes <image> 2 times, expected 1"),
+    "raises": ("{{ raise_exception('no pictures, please') }}", "fails with TemplateError: no pictures, please"),
+    "undefined": ("{{ nothing.at.all }}", "fails with UndefinedError"),
+    "syntax": ("{% for %}", "fails with TemplateSyntaxError"),
+    "a long loop": ("{% for i in range(10**9) %}{% endfor %}", "fails with OverflowError: Range too big"),
+    "a key error": ("{{ messages[7]['content'] }}", "fails with UndefinedError"),
+    "division": ("{{ 1 / 0 }}", "fails with ZeroDivisionError"),
+    "unsafe": ("{{ ''.__class__.__mro__ }}", "fails with SecurityError"),
+    "endless": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails with RecursionError"),
+    "a filter": ("{{ messages | shine }}", "fails with TemplateAssertionError"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_template_that_cannot_be_used_is_named_with_what_it_made(loaded, tiny_llava, kind):
+    template, message = FAULTY[kind]
+    processor = with_template(loaded[1], template)
+    place = tiny_llava / "chat_template.jinja"
+    for render in (render_prompt, lambda processor, user: render_dialogue(processor, user, "no")):
+        with pytest.raises(InputError, match=rf"^{place}: expected a chat template that writes .*{re.escape(message)}"):
+            render(processor, "Is it?")
+
+
+@pytest.mark.parametrize("template", [7, ["a"], {"tools": PLAIN}])
+def test_what_is_no_template_is_refused(loaded, template):
+    with pytest.raises(InputError, match=r"chat_template\.jinja: found .*, expected"):
+        render_prompt(with_template(loaded[1], template), "Is it?")
+
+
+def test_of_several_templates_the_default_is_used(loaded):
+    processor = with_template(loaded[1], {"default": PLAIN, "tools": "no"})
+    assert render_prompt(processor, "Is it?") == "USER: <image>\nIs it? ASSISTANT:"
+
+
+def test_a_template_in_the_config_of_the_tokenizer_is_used_and_named(tiny_llava, tmp_path):
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
+    (folder / "chat_template.jinja").unlink()
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    with pytest.raises(InputError, match=rf"^{folder}: LlavaProcessor has no chat template: expected .*tokenizer_conf"):
+        render_prompt(load_processor(folder), "Is it?")
+    file.write_text(json.dumps(config | {"chat_template": PLAIN}))
+    assert render_prompt(load_processor(folder), "Is it?") == "USER: <image>\nIs it? ASSISTANT:"
+    file.write_text(json.dumps(config | {"chat_template": "USER:"}))
+    with pytest.raises(InputError, match=rf"^{file}, key 'chat_template': .*leaves out the text"):
+        render_prompt(load_processor(folder), "Is it?")
+
+
+@pytest.mark.parametrize("text", ["It's a {'type': 'text'}?", ' "quoted" \n twice ', "{{ 7 * 7 }}", "ünï\tcode"])
+def test_any_text_is_written_as_it_is(loaded, text):
+    for processor in (loaded[1], with_template(loaded[1], PLAIN)):
+        assert f"<image>\n{text} ASSISTANT" in render_prompt(processor, text)
+        assert render_prompt(processor, text, image=False) == f"USER: {text} ASSISTANT:"
+
+
+def test_the_command_names_a_template_that_drops_the_picture(tiny_llava, tmp_path, capsys):
+    folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
+    (folder / "chat_template.jinja").write_text(FAULTY["drops the picture"][0])
+    task = f"mme:{write_set('mme', tmp_path / 'set')}"
+    assert cli.main(["evaluate", "--model", str(folder), "--task", task]) == cli.BAD_INPUT
+    said = capsys.readouterr().err
+    assert f"{folder}/chat_template.jinja: expected a chat template" in said
+    assert "Traceback" not in said

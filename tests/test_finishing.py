@@ -143,6 +143,18 @@ def test_a_single_conversation_cannot_judge_itself(place, tmp_path):
         run((folder, conversations[:1], logits), packed_layers(folder, METHODS[0]))
 
 
+def test_layers_that_give_nan_fail_by_name(place):
+    folder, conversations, logits = place
+    packed = packed_layers(folder, METHODS[0])
+    model, processor = load_model(folder, "cpu")
+    model.get_submodule("lm_head").weight.data[5] = float("nan")
+    with (
+        StoredLogProbabilities(logits, len(conversations)) as full_precision,
+        pytest.raises(ArithmeticError, match=rf"^model {folder}: gives NaN or infinity: the divergence .* is nan"),
+    ):
+        finish(model, processor, packed, conversations, full_precision, SETTINGS)
+
+
 def test_the_same_request_gives_the_same_bytes(place):
     packed = packed_layers(place[0], METHODS[0])
     one, other = (run(place, packed, FinishSettings(steps=4, batch=2)) for _ in range(2))

@@ -6,6 +6,7 @@ from PIL import Image
 from tiny_llava import make_tiny_llava
 from transformers import AutoModelForImageTextToText
 
+from bivlm.blocks import gradients
 from bivlm.blocks.encoded import SampleTensors, is_image, model_inputs, reply_range, stack, with_reply, write_samples
 from bivlm.blocks.gradients import curvature_draw, gradient_weights, token_gradients
 from bivlm.blocks.model import BlockwiseModel
@@ -184,6 +185,21 @@ def test_gradients_are_those_of_the_whole_model(walk):
     for unit in walk.model.units[:-1]:
         for name in unit.linears:
             assert torch.allclose(found[unit.name].squares[name], squares[name], rtol=1e-3, atol=1e-9), name
+
+
+def test_statistics_that_overflow_fail_by_name(walk):
+    unit = walk.model.unit("model.language_model.layers.1")
+    with pytest.raises(ArithmeticError, match=rf"^model {walk.folder}: the squared inputs of .*layers\.1.*infinity"):
+        walk.run(unit, lambda _: lambda _site, image: torch.full((len(image),), 3e38))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_gradients_that_are_not_finite_fail_by_name(walk, monkeypatch, value):
+    """The largest is finite itself and overflows when it is squared."""
+    monkeypatch.setattr(gradients, "curvature_draw", lambda logits, _: torch.full_like(logits, value).cumsum(-1))
+    blocks = {unit.name: walk.outputs[unit.name] for unit in walk.model.units if unit.name != "lm_head"}
+    with pytest.raises(ArithmeticError, match=rf"^model {walk.folder}: the (squared )?gradients "):
+        list(token_gradients(walk.model, walk.samples, blocks, squares=True))
 
 
 def test_gradient_weights_are_drawn_to_the_mean_of_their_modality(tmp_path):

@@ -141,7 +141,8 @@ def test_a_question_with_the_image_placeholder_is_refused_by_name(loaded):
 def test_a_checkpoint_without_chat_template_is_refused(loaded):
     model, processor = loaded
     silent = copy.copy(processor)
-    silent.chat_template = None
+    silent.tokenizer = copy.copy(processor.tokenizer)
+    silent.chat_template = silent.tokenizer.chat_template = None
     with pytest.raises(InputError, match="LlavaProcessor has no chat template"):
         answer_batch(model, silent, _samples(1), 2)
 
