@@ -8,7 +8,8 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 def not_finite(model: PreTrainedModel, found: str) -> ArithmeticError:
     """Return the error for a model that gives NaN or infinity; it names the model's folder, and `found` the place."""
-    return ArithmeticError(f"model {model.name_or_path}: gives NaN or infinity: {found}; expected finite numbers")
+    name = model.name_or_path or type(model).__name__
+    return ArithmeticError(f"model {name}: gives NaN or infinity: {found}; expected finite numbers")
 
 
 def unusable(logits: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,8 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,17 +62,14 @@ def open_picture(path: Path, to_rgb: ToRgb | None = None) -> Image.Image:
     `to_rgb` converts the colours, `as_rgb` by default. Raises `InputError` naming the file when it is no picture, is
     damaged, or is neither a file of its own nor one that `as_rgb` has a conversion for.
     """
-    try:
-        stream = _open_file(path)
-    except OSError as error:
-        raise _not_a_picture(str(path), error) from error
-    with stream:
-        return _decoded(stream, str(path), to_rgb or as_rgb)
+    with _refusing(str(path)), _open_file(path) as stream:
+        return _decoded(stream, to_rgb or as_rgb)
 
 
 def decode_picture(content: bytes, name: str, to_rgb: ToRgb | None = None) -> Image.Image:
     """Return the picture that these bytes of a file hold, as `open_picture`; raises `InputError` with `name`."""
-    return _decoded(io.BytesIO(content), name, to_rgb or as_rgb)
+    with _refusing(name):
+        return _decoded(io.BytesIO(content), to_rgb or as_rgb)
 
 
 def check_picture(path: Path) -> None:
@@ -80,7 +77,9 @@ def check_picture(path: Path) -> None:
     try:
         with _open_file(path) as stream, Image.open(stream, formats=FORMATS):
             return
-    except Exception as error:  # as in `_decoded`
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `_refusing`
         raise ValueError(f"a picture ({', '.join(FORMATS)}): {_reason(error)}") from None
 
 
@@ -114,12 +113,9 @@ def converts_as_clipped(path: Path) -> bool:
     Pictures of other kinds are decoded. Raises `InputError` as `open_picture`.
     """
     plain = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB")
-    try:
-        with _open_file(path) as stream, Image.open(stream, formats=FORMATS) as image:
-            if image.mode in plain and not image.has_transparency_data and _SIGNED not in _tag(image, _SAMPLE_FORMAT):
-                return True
-    except Exception as error:  # as in `_decoded`
-        raise _not_a_picture(str(path), error) from error
+    with _refusing(str(path)), _open_file(path) as stream, Image.open(stream, formats=FORMATS) as image:
+        if image.mode in plain and not image.has_transparency_data and _SIGNED not in _tag(image, _SAMPLE_FORMAT):
+            return True
     return open_picture(path).tobytes() == open_picture(path, clipped_rgb).tobytes()
 
 
@@ -132,23 +128,28 @@ def _open_file(path: Path) -> BinaryIO:
     raise OSError("found no regular file")
 
 
-def _decoded(source: BinaryIO, name: str, to_rgb: ToRgb) -> Image.Image:
+def _decoded(source: BinaryIO, to_rgb: ToRgb) -> Image.Image:
+    with Image.open(source, formats=FORMATS) as image:
+        _prepare(image)
+        image.load()
+        picture = to_rgb(image)
+        if (turn := _TURNS.get(_orientation(image))) is not None:
+            picture = picture.transpose(turn)
+            for key in _METADATA:
+                picture.info.pop(key, None)
+        return picture
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Within it whatever Pillow raises becomes `InputError` with `name`, but for a lack of memory, which may pass."""
     try:
-        with Image.open(source, formats=FORMATS) as image:
-            _prepare(image)
-            image.load()
-            picture = to_rgb(image)
-            if (turn := _TURNS.get(_orientation(image))) is not None:
-                picture = picture.transpose(turn)
-                for key in _METADATA:
-                    picture.info.pop(key, None)
-            return picture
+        yield
+    except MemoryError:
+        raise
     except Exception as error:  # on damaged files Pillow raises whatever its parsing stumbles over
-        raise _not_a_picture(name, error) from error
-
-
-def _not_a_picture(name: str, error: Exception) -> InputError:
-    return InputError(f"{name}: expected a picture ({', '.join(FORMATS)}), cannot decode it: {_reason(error)}")
+        reason = f"cannot decode it: {_reason(error)}"
+        raise InputError(f"{name}: expected a picture ({', '.join(FORMATS)}), {reason}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -482,6 +482,14 @@ def test_a_picture_of_too_many_pixels_is_refused():
         decode_picture(bomb + content[start + 25 :], "bomb.png")
 
 
+def test_a_lack_of_memory_is_no_damaged_picture():
+    def out_of_memory(_):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        decode_picture(FILES["PNG RGB"][0], "large.png", out_of_memory)
+
+
 def test_a_served_model_names_the_row_of_a_picture_it_cannot_read():
     pytest.importorskip("mlflow")
     from tasks.served_model import _picture
