@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from picture_files import exif, png
-from test_pictures import CARRIERS, COLOURS, FILES, UNKNOWN_WHITE, orientation_entry
+from test_orientation import CARRIERS, orientation_entry
+from test_pictures import COLOURS, FILES, UNKNOWN_WHITE
 
 from bivlm.errors import InputError
 from bivlm.image_folders import find_picture
