@@ -17,6 +17,7 @@ from bivlm.checkpoint import (
     Linear,
     ResolvedModel,
     anatomy,
+    check_loads,
     check_output,
     digest_of_files,
     resolve_model,
@@ -62,7 +63,7 @@ class Base:
 
 @task(name="base-model", **OVER_NETWORK)
 def resolve_base(model: str, revision: str | None, output: str, modules: Modules | None = None) -> Base:
-    """Find the model (a folder, or the hub), see that it may be packed into `output`, hash it and look at its parts.
+    """Find the model (a folder, or the hub), check that it is whole and may be packed into `output`, and hash it.
 
     The `revision` of a folder is the sha256 that its checkpoint must have.
     """
@@ -73,7 +74,9 @@ def resolve_base(model: str, revision: str | None, output: str, modules: Modules
     digests = checkpoint.digests()
     if expected not in (None, digests.sha256):
         raise InputError(f"model {model}: now at {digests.sha256}; {expected}, which was asked for, is gone")
-    return Base(resolved, digests, anatomy(checkpoint), modules)
+    parts = anatomy(checkpoint)
+    check_loads(checkpoint, checkpoint.folder)
+    return Base(resolved, digests, parts, modules)
 
 
 @dataclass(frozen=True)
