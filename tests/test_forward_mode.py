@@ -1,4 +1,4 @@
-"""A model that keeps its weights packed is cast, copied, saved and compiled as any other, or says what to do instead."""
+"""A model that keeps its weights packed is cast, copied, saved and compiled as any other, or says what to do."""
 
 import copy
 import io

@@ -163,6 +163,17 @@ def test_equal_numbers_of_other_dtypes_are_one_table(tmp_path):
     assert torch.equal(logits(load(folder, "forward"), inputs), logits(twin(tmp_path / "base", 4), inputs))
 
 
+def test_a_head_that_differs_is_packed_as_a_linear_layer_beside_a_dense_embedding(tmp_path):
+    inputs = make_base(gemma3, tmp_path / "base", True, "different")
+    checkpoint = Checkpoint.open(tmp_path / "base")
+    head = anatomy(checkpoint).packable["lm_head"]
+    weight = grouped.pack(round_to_nearest(checkpoint.read(head.disk_name), 4, 64), torch.bfloat16)
+    folder = write_packed_checkpoint(checkpoint, {"lm_head": lambda: weight}, [head], tmp_path / "packed", {})
+    for dequantize in ("load", "forward"):
+        model = load(folder, dequantize)
+        assert torch.equal(logits(model, inputs), logits(twin(tmp_path / "base", "head"), inputs))
+
+
 class TestAnOutputThatDoesNotLoad:
     def test_is_never_put_in_place_and_leaves_the_earlier_one(self, tmp_path):
         make_base(llava, tmp_path / "base", True, "different")
