@@ -201,6 +201,7 @@ class TestCompiled:
         yield
         torch._dynamo.reset()
 
+    @pytest.mark.slow
     def test_a_compiled_model_computes_and_generates_the_same(self, packed, dense):
         model = load(packed[0])
         expected = dense.generate(**packed[1], max_new_tokens=4, do_sample=False)
@@ -208,11 +209,12 @@ class TestCompiled:
         model.forward = torch.compile(model.forward, backend="eager")
         assert torch.equal(model.generate(**packed[1], max_new_tokens=4, do_sample=False), expected)
 
-    def test_a_layer_is_one_graph(self, packed, dense):
-        head = load(packed[0]).get_output_embeddings()
-        x = torch.randn(2, 32).to(torch.bfloat16)
-        compiled = torch.compile(head, backend="eager", fullgraph=True)
-        assert torch.equal(compiled(x), dense.get_output_embeddings()(x))
+    def test_a_linear_layer_is_one_graph_and_an_embedding_is_not(self, packed, dense):
+        model, x, ids = load(packed[0]), torch.randn(2, 32).to(torch.bfloat16), packed[1]["input_ids"]
+        head = torch.compile(model.get_output_embeddings(), backend="eager", fullgraph=True)
+        assert torch.equal(head(x), dense.get_output_embeddings()(x))
+        embedding = torch.compile(model.get_input_embeddings(), backend="eager")
+        assert torch.equal(embedding(ids), dense.get_input_embeddings()(ids))
 
     @pytest.mark.slow
     def test_inductor_computes_what_it_does_of_the_ordinary_model(self, packed, dense):

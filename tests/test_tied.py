@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import gemma3, llava, make_tiny, qwen2_5_vl
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BlipConfig, UdopConfig
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import TABLES_KEY, Checkpoint, anatomy, check_loads, write_packed_checkpoint
@@ -20,7 +20,7 @@ from bivlm.transformers_plugin import BiVLMConfig
 from bivlm.uniform import round_to_nearest
 
 HEADS = ("absent", "equal", "different", "alone")  # beside the embedding; alone: the embedding is absent
-BUILDERS = (llava, qwen2_5_vl, gemma3)  # gemma3 scales what it looks up
+BUILDERS = [llava, *(pytest.param(build, marks=pytest.mark.slow) for build in (qwen2_5_vl, gemma3))]
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
@@ -56,11 +56,11 @@ def make_base(build, folder, tie, head, shards=False):
     return inputs
 
 
-def pack(base, output, tables):
+def pack(base, output, tables, modules=None):
     """Pack the tables that the recipe says, and nothing else."""
     said = {"name": "r", "format": 1, "components": {"language": {"method": "rtn", "bits": 4}}}
     settings = parse_recipe(said | ({"tables": tables} if tables else {})).tables
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base, modules)
     chosen, files = chosen_tables(anatomy(checkpoint), settings, []), {}
     for number, (linear, how) in enumerate(chosen):
         files[linear.name] = output.with_name(f"table-{number}")
@@ -77,9 +77,9 @@ def load(folder, dequantize=None):
 def twin(base, tables):
     """The base as transformers loads it, with its packed tables rounded."""
     model = load(base)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    rounded = {"tokens": [embedding], "head": [head], None: []}.get(tables, [embedding, head])
-    for weight in {id(weight): weight for weight in rounded}.values():
+    said = {"tokens": ["input"], "head": ["output"], None: []}.get(tables, ["input", "output"])
+    rounded = [getattr(model, f"get_{which}_embeddings")().weight for which in said]
+    for weight in {id(weight): weight for weight in rounded}.values():  # one, if it is tied
         weight.data = unpack(grouped.pack(round_to_nearest(weight.data, 4, 64), torch.bfloat16))
     return model
 
@@ -172,6 +172,55 @@ def test_a_head_that_differs_is_packed_as_a_linear_layer_beside_a_dense_embeddin
     for dequantize in ("load", "forward"):
         model = load(folder, dequantize)
         assert torch.equal(logits(model, inputs), logits(twin(tmp_path / "base", "head"), inputs))
+
+
+def udop():
+    """The embedding is tied to those of encoder and decoder, and to the head."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "image_size": 32, "patch_size": 16}
+    config = UdopConfig(vocab_size=64, max_2d_position_embeddings=64, dropout_rate=0.0, **sizes)
+    inputs = {"input_ids": torch.tensor([[10, 11, 12]]), "bbox": torch.rand(1, 3, 4)}
+    inputs |= {"pixel_values": torch.randn(1, 3, 32, 32), "decoder_input_ids": torch.tensor([[0, 5, 6]])}
+    return config, inputs, {"vision": ["patch_embed"], "language": ["shared", "encoder", "decoder", "lm_head"]}
+
+
+def blip():
+    """The head has a bias, tied as well."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 64, "encoder_hidden_size": 32, "projection_dim": 16}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
+    config = BlipConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=16)
+    inputs = {"input_ids": torch.tensor([[10, 11, 12]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    return config, inputs, {"vision": ["vision_model"], "language": ["text_decoder"]}
+
+
+@pytest.mark.parametrize("on_disk", ["first", "all", "others"])
+@pytest.mark.parametrize("build", [udop, blip])
+def test_every_tied_pair_of_an_architecture_is_one_tensor(tmp_path, build, on_disk):
+    torch.manual_seed(0)
+    config, inputs, modules = build()
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    made = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    for weight in made.parameters():
+        if not weight.any():
+            weight.data.normal_(0, 0.1)
+    made.save_pretrained(tmp_path / "base")
+    file, pairs = tmp_path / "base" / "model.safetensors", made.all_tied_weights_keys
+    tensors = {name: tensor.contiguous() for name, tensor in made.state_dict().items() if name not in pairs}
+    if on_disk != "first":
+        tensors |= {name: tensors[other].clone() for name, other in pairs.items()}
+    if on_disk == "others":
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in pairs.values()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    folder = pack(tmp_path / "base", tmp_path / "packed", {"tokens": 4}, modules)
+    assert sum(entry.dtype == "U8" for entry in Checkpoint.open(folder).entries.values()) == 1
+    assert bits_of(folder)["tables"]["weights"] == 64 * 32
+    expected = logits(twin(tmp_path / "base", "tokens"), inputs)
+    for dequantize in ("load", "forward"):
+        model = load(folder, dequantize)
+        assert torch.equal(logits(model, inputs), expected)
+        model.save_pretrained(tmp_path / dequantize)
+        assert torch.equal(logits(load(tmp_path / dequantize), inputs), expected)
+    assert torch.equal(logits(model.dequantize(), inputs), expected)
 
 
 class TestAnOutputThatDoesNotLoad:
