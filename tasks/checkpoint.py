@@ -111,7 +111,7 @@ def write_checkpoint(
         exact=True,
     )
     record = store.step(digest(identity))
-    files = _digests_at(output) if record is not None else {}
+    files = _digests_at(output, base) if record is not None else {}
     if record is not None and digest_of_files(files) == record.figures["sha256"]:
         advance(STAGE)
         return PackedCheckpoint(output, record.figures["sha256"], files, Done(record, reused=True))
@@ -124,11 +124,12 @@ def write_checkpoint(
     return PackedCheckpoint(output, digests.sha256, digests.files, step)
 
 
-def _digests_at(output: str) -> dict[str, str]:
-    """The files of the checkpoint in a folder; none if it cannot be read."""
+def _digests_at(output: str, base: Base) -> dict[str, str]:
+    """The files of the checkpoint packed from `base` in a folder; none if it cannot be read or would not load."""
     if not Path(output).is_dir():
         return {}
     try:
+        check_loads(base.open(), Path(output))
         return Checkpoint.open(output).digests().files
     except InputError:
         return {}

@@ -11,6 +11,7 @@ from bivlm.bits import bits_of
 from bivlm.checkpoint import Checkpoint, anatomy
 from bivlm.errors import InputError
 from bivlm.evaluation import evaluate, load_benchmark, load_model
+from bivlm.identity import digest
 from bivlm.lineage import read_lineage, verify
 from bivlm.packing import format_bits
 from tasks.steps import open_workspace
@@ -85,6 +86,16 @@ def change_tensors(folder, change):
 
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+def test_an_output_that_does_not_load_is_made_again_although_its_step_says_it_is_done(compressed):
+    before, store = compressed.weights(), open_workspace(str(compressed.workspace))
+    change_tensors(compressed.output, lambda tensors: tensors.update({HEAD: tensors[HEAD][:-1].clone()}))
+    (step,) = compressed.steps("checkpoint")
+    record = store.step(digest(step["identity"]))
+    store.finish_step(record.model_copy(update={"figures": {"sha256": Checkpoint.open(compressed.output).digest()}}))
+    assert not compressed.run()["reused"]
+    assert compressed.weights() == before
 
 
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "different"])
