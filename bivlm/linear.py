@@ -1,4 +1,8 @@
-"""The module that stands where a packed weight was a `torch.nn.Linear`."""
+"""The modules that stand where a weight is packed: of a `torch.nn.Linear`, and of a `torch.nn.Embedding`.
+
+Each computes what the ordinary layer with the rebuilt weight computes, in the layer's dtype. That dtype follows every
+cast (``model.to(torch.float16)``), because an empty buffer that is in no state dict carries it.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,13 @@ from bivlm.packing import open_packed, unpack, unpack_rows
 
 
 class PackedLinear(nn.Module):
-    """``y = x W^T + b`` with W in its packed bytes; every call rebuilds W, uses it and drops it.
+    """``y = x W^T + b`` with W in its packed bytes; every call rebuilds W in the layer's dtype, uses it and drops it.
 
     Attributes:
         weight: uint8 (bytes,), the packed weight, see `bivlm.packing`. A parameter, so that it is saved, moved and
             counted as the weight it is; no cast changes it, because it holds no floating-point numbers.
         bias: (M,) or None.
         name: the module's name in the model, for messages.
-        dtype: of the ordinary layer that `dequantized` makes.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.name = name
-        self.dtype = dtype
+        self.register_buffer("of_dtype", torch.empty(0, dtype=dtype, device=device), persistent=False)
         empty = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -57,6 +60,11 @@ class PackedLinear(nn.Module):
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of inputs, outputs and of the ordinary layer that `dequantized` makes."""
+        return self.of_dtype.dtype
+
+    @property
     def size(self) -> int:
         """Number of weights, M * N."""
         return self.in_features * self.out_features
@@ -70,20 +78,37 @@ class PackedLinear(nn.Module):
         return unpack(self.weight.data, f"{self.name}.weight", check=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., N) to (..., M), computed in the dtype of `x`."""
-        return nn.functional.linear(x, self.unpacked().to(x.dtype), self.bias)
+        """(..., N) to (..., M), as the ordinary layer in this dtype: autocast applies, other mixtures raise.
+
+        Raises `InputError` for an `x` of integers: some models cast it to the dtype of the weight's bytes.
+        """
+        if not x.is_floating_point():
+            raise InputError(
+                f"{self.name}: an input of {x.dtype}: the model's code takes the packed bytes for the weight; load the "
+                "checkpoint with dequantize 'load'"
+            )
+        shape = (self.out_features, self.in_features)
+        weight = _rebuilt(self.weight, *shape, self.dtype, f"{self.name}.weight")
+        return nn.functional.linear(x, weight, self.bias)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ordinary layer with W in `dtype` (by default this layer's) and this layer's bias."""
+        """An ordinary layer with W and this layer's bias in `dtype` (by default this layer's)."""
         return self.with_weight(nn.Parameter(self.unpacked().to(dtype or self.dtype)))
 
     def with_weight(self, weight: nn.Parameter) -> nn.Linear:
-        """An ordinary layer with this weight (M, N) and this layer's bias."""
+        """An ordinary layer with this weight (M, N) and this layer's bias in the weight's dtype."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         linear.weight = weight
         linear.bias = self.bias
+        if self.bias is not None and self.bias.dtype != weight.dtype:
+            linear.bias = nn.Parameter(self.bias.to(weight.dtype), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
+
+    def trim_bias(self) -> None:
+        """Cut the bias to (M,): tying a weight, transformers pads the bias to the weight's first dimension."""
+        if self.bias is not None:
+            self.bias.data = self.bias.data[: self.out_features]
 
     def extra_repr(self) -> str:
         return (
@@ -100,7 +125,7 @@ class PackedEmbedding(nn.Module):
     Attributes:
         weight: uint8 (bytes,), the packed weight (V, D); as in `PackedLinear`.
         name: the module's name in the model, for messages.
-        dtype: of the rows that come out.
+        embedding: the layer in whose place it stands, with an empty table in the dtype of the rows that come out.
     """
 
     def __init__(self, embedding: nn.Embedding, nbytes: int, name: str):
@@ -108,15 +133,22 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.name = name
-        self.dtype = embedding.weight.dtype
+        dtype = embedding.weight.dtype
         empty = torch.empty(nbytes, dtype=torch.uint8, device=embedding.weight.device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.embedding = embedding
         self.padding_idx = embedding.padding_idx
         del embedding.weight
-        # Code that fills new weights finds one, and no row of padding in it.
-        embedding.weight = torch.empty(0, self.embedding_dim, dtype=self.dtype)
+        # Code that fills new weights finds one, and no row of padding in it: that row's number is one of the whole
+        # table, and matters to gradients alone. Casts move it.
+        table = torch.empty(0, self.embedding_dim, dtype=dtype, device=empty.device)
+        embedding.register_buffer("weight", table, persistent=False)
         embedding.padding_idx = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the rows that come out."""
+        return self.embedding.weight.dtype
 
     @property
     def size(self) -> int:
@@ -128,23 +160,57 @@ class PackedEmbedding(nn.Module):
         _verify(self.weight.data, (self.num_embeddings, self.embedding_dim), f"{self.name}.weight")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Rows of these numbers, (...) to (..., D)."""
-        found, places = input.unique(return_inverse=True)
-        rows = unpack_rows(self.weight.data, found, f"{self.name}.weight").to(self.dtype)
-        # The padding's row matters to gradients alone, and its number is one of the whole table.
-        return self._with(rows, padding_idx=None)(places)
+        """Rows of these numbers, (...) to (..., D); raises `IndexError` for a number that is no row's."""
+        shape = (self.num_embeddings, self.embedding_dim)
+        rows = _rebuilt_rows(self.weight, input.flatten(), *shape, self.dtype, f"{self.name}.weight")
+        places = torch.arange(len(rows), device=rows.device).view(input.shape)
+        embedding = copy.copy(self.embedding)
+        embedding._buffers = {**self.embedding._buffers, "weight": rows}
+        return embedding(places)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The ordinary layer with the whole table in `dtype` (by default this layer's)."""
         rows = unpack(self.weight.data, f"{self.name}.weight", check=False).to(dtype or self.dtype)
-        return self._with(rows, self.padding_idx)
+        return self.with_weight(nn.Parameter(rows, requires_grad=False))
 
-    def _with(self, rows: torch.Tensor, padding_idx: int | None) -> nn.Embedding:
+    def with_weight(self, weight: nn.Parameter) -> nn.Embedding:
+        """The ordinary layer with this table (V, D)."""
         embedding = copy.copy(self.embedding)
-        del embedding.__dict__["weight"]
-        embedding._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
-        embedding.padding_idx = padding_idx
+        embedding._buffers = {key: buffer for key, buffer in self.embedding._buffers.items() if key != "weight"}
+        embedding._non_persistent_buffers_set = self.embedding._non_persistent_buffers_set - {"weight"}
+        embedding._parameters = {"weight": weight}
+        embedding.padding_idx = self.padding_idx
         return embedding
+
+
+# Operators, so that torch.compile puts a call into its graph and looks no further: codecs read headers with numpy.
+
+
+@torch.library.custom_op("bivlm::rebuilt", mutates_args=())
+def _rebuilt(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: str) -> torch.Tensor:
+    return unpack(packed.data, name, check=False).to(dtype)
+
+
+@_rebuilt.register_fake
+def _(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: str) -> torch.Tensor:
+    return packed.new_empty(rows, columns, dtype=dtype)
+
+
+@torch.library.custom_op("bivlm::rebuilt_rows", mutates_args=())
+def _rebuilt_rows(
+    packed: torch.Tensor, numbers: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: str
+) -> torch.Tensor:
+    found, places = numbers.long().unique(return_inverse=True)
+    if wrong := [number for number in found[[0, -1]].tolist() if not 0 <= number < rows] if len(found) else []:
+        raise IndexError(f"{name}: row {wrong[0]} of a table of {rows}")
+    return unpack_rows(packed.data, found, name).to(dtype)[places]
+
+
+@_rebuilt_rows.register_fake
+def _(
+    packed: torch.Tensor, numbers: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: str
+) -> torch.Tensor:
+    return packed.new_empty(numbers.shape[0], columns, dtype=dtype)
 
 
 def _verify(packed: torch.Tensor, shape: tuple[int, int], name: str) -> None:

@@ -16,6 +16,8 @@ compared with the model before anything is read, and every packed weight's check
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -26,8 +28,8 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bivlm.checkpoint.conversion import expert_names, stacks_experts
-from bivlm.checkpoint.linears import loaded_names
-from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD, check_quantization
+from bivlm.checkpoint.linears import LoadedName, loaded_names, tied_tensors
+from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD, Checkpoint, check_quantization
 from bivlm.checkpoint.tensor_file import TensorEntry, read_entries
 from bivlm.errors import InputError
 from bivlm.linear import PackedEmbedding, PackedLinear
@@ -104,6 +106,13 @@ class BiVLMQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        """Raise `InputError` for a packed weight that is to be offloaded to disk."""
+        for name in self.quantization_config.packed if isinstance(device_map, dict) else ():
+            places = [place for place in device_map if not place or f"{name}.".startswith(f"{place}.")]
+            if places and device_map[max(places, key=len)] == "disk":
+                raise InputError(f"{name}.weight: {_ON_DISK}")
+
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
         """Bytes an element takes once loaded: transformers plans device memory with it."""
         module = model.get_submodule(param_name.rpartition(".")[0])
@@ -122,17 +131,18 @@ class BiVLMQuantizer(HfQuantizer):
             )
         packed = {}
         for name, nbytes in self.quantization_config.packed.items():
-            if name in experts:
+            if name in experts or _beside(model, name):
                 continue
             path, module = _find_layer(model, name)
             packed[f"{path}.weight"] = nbytes
             _swap(model, path, module, nbytes)
-        for weight, source in _tied(model).items():  # a head that shares its tensor with a packed embedding
+        files = _Files.read(model, checkpoint_files or ())
+        for weight, source in files.tied.items():  # a head that shares its tensor with a packed embedding
             if source in packed:
                 path = weight.removesuffix(".weight")
                 _swap(model, path, model.get_submodule(path), packed[source])
         if checkpoint_files:
-            _check_files(model, checkpoint_files, {name: self.quantization_config.packed[name] for name in experts})
+            _check_files(model, files, {name: self.quantization_config.packed[name] for name in experts})
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
@@ -165,10 +175,30 @@ class BiVLMQuantizer(HfQuantizer):
         for name in _packed_layers(model):
             module = model.get_submodule(name)
             if module.weight.is_meta:
-                raise InputError(f"{name}.weight: offloaded; packed weights have to be on a CPU or an accelerator")
+                raise InputError(f"{name}.weight: {_ON_DISK}")
             if f"{name}.weight" not in _tied(model):
                 module.verify()
-        return self._dequantize(model) if self.quantization_config.dequantize else model
+            if isinstance(module, PackedLinear):
+                module.trim_bias()
+        if self.quantization_config.dequantize:
+            return self._dequantize(model)
+        if any(isinstance(table, _PACKED) for table in _tables(model)):
+            model.resize_token_embeddings = _refuse_to_resize
+        return model
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Return `model` with ordinary layers: each in its own dtype, or the whole model in `dtype`.
+
+        transformers would fill in the dtype that the model was loaded in, which a cast has made wrong.
+        """
+        self._dequantize(model, dtype)
+        if dtype is not None:
+            for tensor in model.state_dict(keep_vars=True).values():
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+        model.__dict__.pop("resize_token_embeddings", None)
+        self.remove_quantization_config(model)
+        return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         tied = _tied(model)
@@ -221,6 +251,7 @@ class _AsItIs(ConversionOps):
 
 
 _PACKED = (PackedLinear, PackedEmbedding)
+_ON_DISK = "offloaded to disk; packed weights have to be on a CPU or an accelerator, for example device_map 'cpu'"
 
 
 def _packed_layers(model: nn.Module) -> list[str]:
@@ -229,8 +260,23 @@ def _packed_layers(model: nn.Module) -> list[str]:
 
 
 def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that share the tensor of another, by name."""
+    """Parameters that share the tensor of another, by name; once weights are loaded, those that really do."""
     return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def _tables(model: PreTrainedModel) -> list[nn.Module | None]:
+    """The embedding of tokens and the head, as far as the model's class names them."""
+    try:
+        return [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:
+        return []
+
+
+def _refuse_to_resize(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "resize_token_embeddings: the embedding of tokens or the head is packed; call model.dequantize() first, or "
+        "load the checkpoint with dequantize 'load'"
+    )
 
 
 def _swap(model: PreTrainedModel, path: str, module: nn.Linear | nn.Embedding, nbytes: int) -> None:
@@ -239,6 +285,20 @@ def _swap(model: PreTrainedModel, path: str, module: nn.Linear | nn.Embedding, n
             model.set_submodule(path, PackedEmbedding(module, nbytes, path))
         else:
             model.set_submodule(path, PackedLinear.replacing(module, nbytes, path))
+
+
+def _beside(model: PreTrainedModel, name: str) -> bool:
+    """Return whether `model` is a base model alone, and the layer called `name` lies outside it, as a head does."""
+    prefix = model.base_model_prefix
+    return bool(prefix) and model.base_model is model and not name.startswith(f"{prefix}.") and not _has(model, name)
+
+
+def _has(model: PreTrainedModel, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _find_layer(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear | nn.Embedding]:
@@ -253,20 +313,54 @@ def _find_layer(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear | nn.
     raise InputError(f"quantization_config: packed: {type(model).__name__} has no linear layer or embedding {name}")
 
 
-def _check_files(model: PreTrainedModel, files: list[str], experts: dict[str, int]) -> None:
+@dataclass(frozen=True)
+class _Files:
+    """What the headers of a checkpoint's files hold for a model.
+
+    Attributes:
+        names: of the files.
+        entries: by name on disk.
+        goals: where each goes in the model, by name on disk.
+        tied, held: see `tied_tensors`; where both tensors of a pair are on disk, each has its own, and transformers
+            compares them once they are loaded. A pair whose embedding is packed never has two that are equal.
+    """
+
+    names: list[str]
+    entries: dict[str, TensorEntry]
+    goals: dict[str, LoadedName]
+    tied: dict[str, str]
+    held: dict[str, str]
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, files: Iterable[str]) -> _Files:
+        """Read the headers; raises `InputError` as `read_entries`."""
+        entries = {entry.name: entry for file in files for entry in read_entries(Path(file))}
+        goals = loaded_names(model, entries)
+        sources = {name: disk_name for disk_name, goal in goals.items() for name in goal.names}
+        return cls([Path(file).name for file in files], entries, goals, *tied_tensors(model, sources, lambda *_: False))
+
+
+def check_headers(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raise `InputError` naming a tensor of `model` that is missing in the checkpoint, or there in another shape.
+
+    These are the checks of `from_pretrained` for a packed checkpoint. `model` is the one to be loaded, on the meta
+    device; packed layers are swapped into it. No weight is read.
+    """
+    quantizer = BiVLMQuantizer(BiVLMConfig(**(checkpoint.quantization or {})))
+    quantizer._process_model_before_weight_loading(model, list(map(str, checkpoint.weight_files)))
+
+
+def _check_files(model: PreTrainedModel, files: _Files, experts: dict[str, int]) -> None:
     """Raise `InputError` naming a tensor of `model` that is in none of the `files`, or there in another shape.
 
     `experts` are the lengths of packed experts by name.
     """
-    entries: dict[str, TensorEntry] = {entry.name: entry for file in files for entry in read_entries(Path(file))}
-    goals = loaded_names(model, entries)
-    sources = {name: entries[disk_name] for disk_name, goal in goals.items() for name in goal.names}
+    entries, goals = files.entries, files.goals
     _check_experts({name: entries[disk_name] for disk_name, name in expert_names(model, goals).items()}, experts, model)
-    tied = _tied(model)
     for name, tensor in model.state_dict().items():
-        entry = sources.get(name) or sources.get(tied.get(name, ""))
+        entry = entries.get(files.held.get(name, ""))
         if entry is None:
-            raise InputError(f"tensor {name} is missing in {', '.join(Path(file).name for file in files)}")
+            raise InputError(f"tensor {name} is missing in {', '.join(files.names)}")
         if goals[entry.name].converted:
             continue
         packed = tensor.dtype == torch.uint8

@@ -17,6 +17,7 @@ from bivlm.checkpoint import (
     Linear,
     ResolvedModel,
     anatomy,
+    check_loads,
     check_output,
     digest_of_files,
     resolve_model,
@@ -62,7 +63,7 @@ class Base:
 
 @task(name="base-model", **OVER_NETWORK)
 def resolve_base(model: str, revision: str | None, output: str, modules: Modules | None = None) -> Base:
-    """Find the model (a folder, or the hub), see that it may be packed into `output`, hash it and look at its parts.
+    """Find the model (a folder, or the hub), check that it is whole and may be packed into `output`, and hash it.
 
     The `revision` of a folder is the sha256 that its checkpoint must have.
     """
@@ -73,7 +74,9 @@ def resolve_base(model: str, revision: str | None, output: str, modules: Modules
     digests = checkpoint.digests()
     if expected not in (None, digests.sha256):
         raise InputError(f"model {model}: now at {digests.sha256}; {expected}, which was asked for, is gone")
-    return Base(resolved, digests, anatomy(checkpoint), modules)
+    parts = anatomy(checkpoint)
+    check_loads(checkpoint, checkpoint.folder)
+    return Base(resolved, digests, parts, modules)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def write_checkpoint(
         exact=True,
     )
     record = store.step(digest(identity))
-    files = _digests_at(output) if record is not None else {}
+    files = _digests_at(output, base) if record is not None else {}
     if record is not None and digest_of_files(files) == record.figures["sha256"]:
         advance(STAGE)
         return PackedCheckpoint(output, record.figures["sha256"], files, Done(record, reused=True))
@@ -121,11 +124,12 @@ def write_checkpoint(
     return PackedCheckpoint(output, digests.sha256, digests.files, step)
 
 
-def _digests_at(output: str) -> dict[str, str]:
-    """The files of the checkpoint in a folder; none if it cannot be read."""
+def _digests_at(output: str, base: Base) -> dict[str, str]:
+    """The files of the checkpoint packed from `base` in a folder; none if it cannot be read or would not load."""
     if not Path(output).is_dir():
         return {}
     try:
+        check_loads(base.open(), Path(output))
         return Checkpoint.open(output).digests().files
     except InputError:
         return {}

@@ -21,7 +21,7 @@ from torch import nn
 from bivlm.blocks.units import Unit, find_units, predecessors
 from bivlm.checkpoint import Checkpoint
 from bivlm.checkpoint.conversion import convert
-from bivlm.checkpoint.linears import linears, loaded_names
+from bivlm.checkpoint.linears import linears, loaded_names, tied_tensors
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.tensor_file import read_tensor
 from bivlm.errors import InputError
@@ -188,8 +188,8 @@ class BlockwiseModel:
         """Name on disk by name in the loaded model, of tensors that are loaded as they are."""
         self._loaded = loaded_names(self._model, self._checkpoint.entries)
         sources = {goal.names[0]: disk_name for disk_name, goal in self._loaded.items() if not goal.converted}
-        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
-        return {name: sources[other] for name, other in tied.items() if other in sources} | sources
+        # Each tensor on disk is read for its own parameter; where two are tied, they are equal.
+        return tied_tensors(self._model, sources, lambda *_: False)[1]
 
     def _refuse_outsiders(self, members: Family) -> None:
         """Linear layers of no component would compute with what passes through gates: if the model runs one, it ends.

@@ -9,7 +9,7 @@ from bivlm.checkpoint.linears import Anatomy, LeftAlone, Linear, anatomy, linear
 from bivlm.checkpoint.reading import LINEAGE, REPORT, TABLES_KEY, Checkpoint, Digests, digest_of_files
 from bivlm.checkpoint.resolving import ResolvedModel, resolve_model
 from bivlm.checkpoint.tensor_file import TensorEntry
-from bivlm.checkpoint.writing import check_output, write_packed_checkpoint
+from bivlm.checkpoint.writing import check_loads, check_output, write_packed_checkpoint
 
 __all__ = [
     "LINEAGE",
@@ -23,6 +23,7 @@ __all__ = [
     "ResolvedModel",
     "TensorEntry",
     "anatomy",
+    "check_loads",
     "check_output",
     "digest_of_files",
     "linears",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from bivlm.checkpoint.conversion import expert_names
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import QUANT_METHOD, Checkpoint
-from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry
+from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry, same_values
 from bivlm.errors import InputError
 from bivlm.families import Family, families, family
 from bivlm.methods import method
@@ -25,7 +25,7 @@ from bivlm.packing.container import read_header
 from bivlm.remote_code import remote_code_allowed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from transformers import PreTrainedModel
 
@@ -45,6 +45,8 @@ class Linear:
         tied_to: the loaded parameter that it shares its tensor with (a head tied to the embedding), else None.
         stacked_in: the loaded 3-D parameter that it is a part of, if it is an expert's matrix, else None. Its name is
             then that of no module, see `bivlm.checkpoint.conversion.expert_names`.
+        copies: names on disk of further tensors with the same numbers, which loading ties to this one. A packed
+            checkpoint leaves them out.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Linear:
     dtype: torch.dtype
     tied_to: str | None = None
     stacked_in: str | None = None
+    copies: tuple[str, ...] = ()
 
     @property
     def holder(self) -> str:
@@ -132,9 +135,10 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
 
     Experts that lie on disk one by one are linears too. Left alone are tensors that no plain `torch.nn.Linear` uses as
     they are: embeddings, norms, biases, convolutions, subclasses of Linear whose code reads the weight itself, and
-    weights that transformers splits, permutes or merges in another way while loading. Raises `InputError` for an
-    unknown architecture, for a checkpoint quantized by another method, and for a Linear whose weight is missing on
-    disk, there twice, or of another shape than the config says.
+    weights that transformers splits, permutes or merges in another way while loading. Where the config ties two
+    tensors and both are on disk, both are read and compared, see `tied_tensors`. Raises `InputError` for an unknown
+    architecture, for a checkpoint quantized by another method, and for a Linear whose weight is missing on disk, there
+    twice, or of another shape than the config says.
     """
     quantized_by = (checkpoint.quantization or {}).get("quant_method", QUANT_METHOD)
     if quantized_by != QUANT_METHOD:
@@ -144,7 +148,13 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     loaded = loaded_names(model, checkpoint.entries)
     sources = _sources(loaded, checkpoint)
     converted = {name for goal in loaded.values() if goal.converted for name in goal.names}
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    tied, held = tied_tensors(
+        model, sources, lambda one, other: same_values(checkpoint.entries[one], checkpoint.entries[other])
+    )
+    copies = {sources[name]: held[name] for name in tied if name in sources and sources[name] != held[name]}
+    copies_of: dict[str, tuple[str, ...]] = {}
+    for copy, original in sorted(copies.items()):
+        copies_of[original] = (*copies_of.get(original, ()), copy)
     experts: dict[str, list[tuple[str, str, str]]] = {}
     for disk_name, expert in expert_names(model, loaded).items():
         parameter = loaded[disk_name].names[0]
@@ -156,15 +166,20 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         weight, component = f"{name}.weight", members.component(name)
         if type(module) is not nn.Linear or component is None or weight in converted:
             continue
-        disk_name = sources.get(weight) or sources.get(tied.get(weight, ""))
+        disk_name = held.get(weight)
         if disk_name is None:
-            raise InputError(f"checkpoint {checkpoint.folder}: the tensor of {weight} is missing")
+            untied = module is model.get_output_embeddings() and weight not in tied
+            why = ", and by the config it is tied to no other (tie_word_embeddings)" if untied else ""
+            raise InputError(f"checkpoint {checkpoint.folder}: the tensor of {weight} is missing{why}")
         shape = (module.out_features, module.in_features)
         holder = tied.get(weight, weight).removesuffix(".weight")
         dtype = _dtype(holder, shape, disk_name, checkpoint)
-        found.append(Linear(name, disk_name, component, shape, dtype, tied.get(weight)))
+        copied = copies_of.get(disk_name, ()) if weight not in tied else ()
+        found.append(Linear(name, disk_name, component, shape, dtype, tied.get(weight), copies=copied))
     names = {module: name for name, module in model.named_modules()}
-    tokens = _tokens(names, model, sources, checkpoint)
+    tokens = _tokens(names, model, held, checkpoint)
+    if tokens is not None:
+        tokens = replace(tokens, copies=copies_of.get(tokens.disk_name, ()))
     packable = {linear.disk_name for linear in found if linear.tied_to is None}
     if tokens is not None and tokens.name in checkpoint.packed:
         packable.add(tokens.disk_name)
@@ -173,8 +188,10 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         for disk_name in checkpoint.entries
         if disk_name not in packable
     }
+    if tokens is not None and tokens.disk_name in kinds:  # also where it lies under the name of a head tied to it
+        kinds[tokens.disk_name] = type(model.get_submodule(tokens.name)).__name__
     left = [
-        _left_alone(checkpoint.entries[disk_name], kind, members.component(loaded[disk_name].names[0]))
+        _left_alone(checkpoint.entries[disk_name], kind, members.component(loaded[disk_name].names[0]), copies)
         for disk_name, kind in kinds.items()
     ]
     head = names.get(model.get_output_embeddings())
@@ -273,6 +290,34 @@ def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str,
     return loaded
 
 
+def tied_tensors(
+    model: PreTrainedModel, sources: Mapping[str, str], same: Callable[[str, str], bool]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return which parameters share the tensor of another, and the tensor on disk that each parameter is loaded from.
+
+    The config names pairs; the files decide, as in `PreTrainedModel.tie_weights`: two tensors that are both on disk
+    and differ stay two, and a pair with one tensor on disk shares it, under whichever of its names that is.
+
+    Args:
+        model: on the meta device, as its config makes it.
+        sources: name on disk by name in the loaded model.
+        same: whether two tensors, by their names on disk, hold the same numbers.
+
+    Returns:
+        (tied, held): the other parameter's name by that of each one that is tied to it; `sources` with the tensors
+        that tied parameters share.
+    """
+    tied, held = {}, dict(sources)
+    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in held and other in held and not same(held[name], held[other]):
+            continue
+        tied[name] = other
+        if name in held:
+            held.setdefault(other, held[name])
+    held |= {name: held[other] for name, other in tied.items() if other in held}
+    return tied, held
+
+
 def _sources(loaded: dict[str, LoadedName], checkpoint: Checkpoint) -> dict[str, str]:
     """Name on disk by name in the loaded model, of tensors that are loaded as they are."""
     sources: dict[str, str] = {}
@@ -331,8 +376,10 @@ def _expert(
     return Linear(name, disk_name, members.component(parameter), shape, dtype, stacked_in=parameter)
 
 
-def _left_alone(entry: TensorEntry, kind: str, component: str | None) -> LeftAlone:
-    parameters = entry.numel if entry.is_floating else 0
+def _left_alone(entry: TensorEntry, kind: str, component: str | None, copies: Mapping[str, str]) -> LeftAlone:
+    parameters = entry.numel if entry.is_floating and entry.name not in copies else 0
+    if entry.name in copies:
+        kind = f"{kind}, a copy of {copies[entry.name]}"
     return LeftAlone(entry.name, kind, entry.shape, entry.dtype, parameters, component)
 
 

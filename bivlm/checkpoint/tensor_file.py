@@ -138,6 +138,20 @@ def tensor_rows(entry: TensorEntry, count: int, sha256: str | None = None) -> It
     _check_hash(entry, sha256, found)
 
 
+def same_values(one: TensorEntry, other: TensorEntry) -> bool:
+    """Return whether two tensors hold the same numbers in the same shape; a few rows of each are in memory at a time.
+
+    Raises as `read_tensor`.
+    """
+    if one.shape != other.shape:
+        return False
+    if not one.shape or not one.numel:
+        return torch.equal(read_tensor(one).double(), read_tensor(other).double())
+    count = max(1, CHUNK_BYTES * one.shape[0] // one.nbytes)
+    pieces = zip(tensor_rows(one, count), tensor_rows(other, count), strict=True)
+    return all(torch.equal(mine.double(), its.double()) for mine, its in pieces)
+
+
 def digest_file(file: Path, entries: Iterable[TensorEntry]) -> tuple[str, dict[str, str]]:
     """sha256 of the file's bytes, and of each of its tensors by name (`tensor_hash`), in one read.
 

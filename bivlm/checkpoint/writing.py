@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bivlm.checkpoint.linears import Linear
+from bivlm.checkpoint.linears import Linear, skeleton
 from bivlm.checkpoint.reading import CONFIG, FORMAT, QUANT_METHOD, WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from bivlm.checkpoint.tensor_file import (
     CHUNK_BYTES,
@@ -43,15 +43,16 @@ def write_packed_checkpoint(
 
     `packed` gives every chosen linear, by name, its packed weight: a function that returns the tensor (uint8, 1-D;
     called once, when its turn comes) or a file whose bytes are the tensor. It is stored under the weight's own name on
-    disk. All other tensors, tokenizer, processor, templates and licences are copied byte for byte; config.json gets
-    the quantization config: `quantization_config`, the checkpoint's `modules` if it has any and, by linear, the lengths
-    of the packed tensors.
+    disk, and the linear's `copies` are left out. All other tensors, tokenizer, processor, templates and licences are
+    copied byte for byte; config.json gets the quantization config: `quantization_config`, the checkpoint's `modules` if
+    it has any and, by linear, the lengths of the packed tensors.
     `extra_files` are written beside them.
 
-    One tensor is in memory at a time. The folder is built beside `output` under a temporary name and put in its place
-    by renaming, so that a half-written one is never seen; the same input gives the same bytes. Raises `InputError` if
-    `output` holds anything but an earlier packed checkpoint, if the base is quantized already, or if a packed weight
-    is damaged or not its linear's.
+    One tensor is in memory at a time. The folder is built beside `output` under a temporary name, compared with the
+    model that is to be loaded from it, and put in its place by renaming: neither half a checkpoint nor one that does
+    not load is ever seen, and an earlier output stays until then. The same input gives the same bytes. Raises
+    `InputError` if `output` holds anything but an earlier packed checkpoint, if the base is quantized already, if a
+    packed weight is damaged or not its linear's, or if `from_pretrained` would refuse the result.
     """
     output = Path(output).absolute()
     check_output(checkpoint, output)
@@ -63,13 +64,15 @@ def write_packed_checkpoint(
         files = {linear.name: _spooled(linear, packed[linear.name], spool / str(i)) for i, linear in enumerate(chosen)}
         lengths = {name: file.stat().st_size for name, file in files.items()}
         by_disk_name = {linear.disk_name: files[linear.name] for linear in chosen}
-        _write_weights(checkpoint, by_disk_name, partial, max_shard_bytes)
+        copies = {copy for linear in chosen for copy in linear.copies}
+        _write_weights(checkpoint, by_disk_name, copies, partial, max_shard_bytes)
         shutil.rmtree(spool)
         _copy_files(checkpoint, partial)
         _write_config(checkpoint, quantization_config, lengths, partial)
         for name, content in (extra_files or {}).items():
             _write_new(partial, name, content)
         flush_folder(partial)
+        check_loads(checkpoint, partial)
         _replace(output, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -96,6 +99,16 @@ def check_output(checkpoint: Checkpoint, output: str | Path) -> None:
         raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
     # The packed checkpoint is made beside its place.
     writable_folder(output.parent, f"folder of the output {output.name}:")
+
+
+def check_loads(base: Checkpoint, folder: Path) -> None:
+    """Raise `InputError` naming a tensor that is missing in `folder`, or of another shape than the config says.
+
+    `folder` holds `base` itself, or what was packed from it. Only headers are read.
+    """
+    from bivlm.transformers_plugin import check_headers  # brings in transformers
+
+    check_headers(skeleton(base), Checkpoint.open(folder))
 
 
 def _check_packed(packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> None:
@@ -138,12 +151,15 @@ def _spooled(linear: Linear, packed: Packed, spool: Path) -> Path:
     return file
 
 
-def _write_weights(checkpoint: Checkpoint, packed: Mapping[str, Path], folder: Path, max_shard_bytes: int) -> None:
+def _write_weights(
+    checkpoint: Checkpoint, packed: Mapping[str, Path], left_out: set[str], folder: Path, max_shard_bytes: int
+) -> None:
     outgoing = [
         _packed_tensor(name, packed[name])
         if name in packed
         else OutgoingTensor(name, entry.dtype, entry.shape, entry.nbytes, lambda entry=entry: tensor_chunks(entry))
         for name, entry in checkpoint.entries.items()
+        if name not in left_out
     ]
     shards = neighbours_up_to(max_shard_bytes, outgoing, lambda tensor: tensor.nbytes)
     if len(shards) == 1:

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llava import make_tiny_llava
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import Checkpoint, anatomy
 from bivlm.errors import InputError
 from bivlm.evaluation import evaluate, load_benchmark, load_model
+from bivlm.identity import digest
 from bivlm.lineage import read_lineage, verify
 from bivlm.packing import format_bits
 from tasks.steps import open_workspace
@@ -73,3 +77,55 @@ def test_a_head_that_is_not_kept_is_refused_before_anything_is_done(new_compress
     with pytest.raises(InputError, match=r"tables\.head: lm_head is compressed as a linear layer, too"):
         compression.run()
     assert not compression.steps("statistics")
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+def test_an_output_that_does_not_load_is_made_again_although_its_step_says_it_is_done(compressed):
+    before, store = compressed.weights(), open_workspace(str(compressed.workspace))
+    change_tensors(compressed.output, lambda tensors: tensors.update({HEAD: tensors[HEAD][:-1].clone()}))
+    (step,) = compressed.steps("checkpoint")
+    record = store.step(digest(step["identity"]))
+    store.finish_step(record.model_copy(update={"figures": {"sha256": Checkpoint.open(compressed.output).digest()}}))
+    assert not compressed.run()["reused"]
+    assert compressed.weights() == before
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "different"])
+def test_a_head_in_the_file_beside_a_config_that_ties_it(new_compression, tmp_path, equal):
+    compression = new_compression(tmp_path / "place")
+    tie = {"tie_word_embeddings": True}
+    compression.model = make_tiny_llava(tmp_path / "base", text=tie, **tie)
+    noise = 0 if equal else 0.1
+    change_tensors(
+        compression.model,
+        lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + noise * torch.randn_like(tensors[EMBEDDING])}),
+    )
+    compression.recipe |= {"components": {"language": {"method": "rtn", "bits": 4}}, "tables": 4}
+    compression.run()
+    model, _ = load_model(compression.output, device="cpu")
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is embedding) == equal
+    base, _ = load_model(compression.model, device="cpu")
+    assert torch.dist(base.get_output_embeddings().weight, head) < 0.15 * head.norm()
+    assert [each["name"] for each in compression.report()["tables"]][1:] == ([] if equal else ["lm_head"])
+    lineage = read_lineage(compression.output)
+    states = {each.state for each in verify(lineage, compression.output, open_workspace(str(compression.workspace)))}
+    assert states == {"holds"}
+
+
+def test_a_base_that_lacks_a_tensor_is_refused_before_any_work_and_leaves_the_earlier_output(compressed, tmp_path):
+    broken = make_tiny_llava(tmp_path / "base")
+    change_tensors(broken, lambda tensors: tensors.pop("language_model.model.norm.weight"))
+    before, steps = compressed.weights(), len(compressed.steps("statistics"))
+    with pytest.raises(InputError, match=r"tensor model\.language_model\.norm\.weight is missing"):
+        compressed.run(model=str(broken))
+    assert compressed.weights() == before
+    assert len(compressed.steps("statistics")) == steps
