@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 _LARGEST = float(np.finfo(np.float16).max)
+# What `exponent_of` gave for float32 numbers, from the smallest to the largest, and up to the last finite power of two.
+EXPONENTS = range(-159, 128)
 
 
 def exponent_of(largest: float) -> int:
