@@ -46,12 +46,15 @@ class Contents:
             raise InputError(f"{self.name}: codec {self.header.codec!r}, shape {self.header.shape}: {fault}")
 
     def section(self, index: int) -> np.ndarray:
-        """The bytes of a section, uint8, a view."""
+        """Return the bytes of a section, uint8, a view."""
         begin, end = self.header.sections[index]
         return self.packed.numpy()[begin:end]
 
     def parameters(self, layout: struct.Struct, *, more: bool = False) -> tuple[int, ...]:
-        """The first section read as `layout`; with `more` other bytes may follow."""
+        """Read the first section as `layout`; with `more`, other bytes may follow.
+
+        Raises `InputError` if the section has another length.
+        """
         head = self.section(0)
         fits = len(head) >= layout.size if more else len(head) == layout.size
         least = " or more" if more else ""
@@ -60,7 +63,8 @@ class Contents:
 
     def inside(self, what: str, value: int, valid: range) -> None:
         """Raise `InputError` unless a parameter is in a range."""
-        self.require(value in valid, f"damaged parameters: {what} {value}, expected {valid[0]} to {valid[-1]}")
+        expected = f"{valid[0]}" if valid[0] == valid[-1] else f"{valid[0]} to {valid[-1]}"
+        self.require(value in valid, f"damaged parameters: {what} {value}, expected {expected}")
 
     def lengths(self, expected: Mapping[str, int | None]) -> None:
         """Raise `InputError` naming the first wrong one unless the sections have so many bytes, in order.
@@ -81,7 +85,7 @@ class Contents:
         self.require(end - begin == nbytes, f"{end - begin} bytes of {what}, expected {nbytes}")
 
     def largest_half(self, halves: np.ndarray, what: str, exponent: int = 0) -> float:
-        """Largest magnitude of float16 numbers (bytes as uint8) times 2^exponent; 0 if there are none.
+        """Return the largest magnitude of float16 numbers (bytes as uint8) times 2^exponent; 0 if there are none.
 
         Raises `InputError` unless all are finite, as float16 and as float32.
         """

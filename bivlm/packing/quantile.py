@@ -43,7 +43,7 @@ from bivlm.packing.radix import (
 )
 from bivlm.packing.sparse import (
     check_positions,
-    check_rice,
+    check_salient,
     pack_positions,
     pack_small,
     rice_cost,
@@ -131,7 +131,7 @@ class QuantileCodec(Codec):
         contents.inside("groups", groups, range(1, LARGEST_GROUPS + 1))
         contents.inside("salient bits", salient_bits, range(1, LARGEST_SALIENT_BITS + 1))
         contents.inside("mode", mode, range(2))
-        check_rice(contents, salient, rice)
+        check_salient(contents, salient, rice)
         contents.inside("exponent", exponent, EXPONENTS)
         sparse, extra_bits = mode == _SPARSE, _extra_bits(groups, salient_bits)
         alphabet = 2 * groups + (0 if sparse else 1 << salient_bits)

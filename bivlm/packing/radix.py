@@ -146,7 +146,7 @@ def check_symbols(contents: Contents, planes: list[torch.Tensor], alphabet: int,
 
 
 def count_from(planes: list[torch.Tensor], alphabet: int, columns: int, first: int) -> int:
-    """How many symbols of a checked, packed (M, columns) matrix are `first`, which is above 0, or more."""
+    """Count the symbols of a checked, packed (M, columns) matrix that are `first` or more; `first` is above 0."""
     code = radix(alphabet)
     table = (_word_symbols(code.symbols, code.per_word, code.bits) >= first).sum(-1, dtype=torch.uint8)
     chunks = _word_chunks(planes, code, code.row_words(columns))

@@ -81,7 +81,7 @@ def base_of(kinds_N: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def columns_nbytes(columns: int) -> int:
-    """Bytes of a bitmap of columns."""
+    """Return the bytes of a bitmap of columns."""
     return -(-columns // 8)
 
 

@@ -38,7 +38,7 @@ from bivlm.packing.radix import (
 from bivlm.packing.rowtables import entropy, read_rows
 from bivlm.packing.sparse import (
     check_positions,
-    check_rice,
+    check_salient,
     pack_positions,
     pack_small,
     rice_cost,
@@ -111,7 +111,7 @@ class SignsCodec(Codec):
         stored = _Parameters(*contents.parameters(_PARAMETERS))
         sparse = stored.mode == _SPARSE
         contents.inside("mode", stored.mode, range(2))
-        check_rice(contents, stored.salient, stored.rice)
+        check_salient(contents, stored.salient, stored.rice)
         contents.inside("exponent", stored.exponent, EXPONENTS)
         contents.lengths(
             {

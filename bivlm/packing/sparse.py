@@ -44,11 +44,18 @@ def unpack_positions(unary: torch.Tensor, remainders: torch.Tensor, count: int, 
     return torch.cumsum(gaps.add_(1), 0).sub_(1)
 
 
-def check_positions(contents: Contents, index: int, count: int, k: int) -> torch.Tensor:
-    """Return the positions (S,) in sections `index` and `index + 1`, with the checks that `check_rice` left open.
+def check_salient(contents: Contents, count: int, k: int) -> None:
+    """Raise `InputError` unless the weight can have `count` salient entries and Rice parameter `k`."""
+    contents.inside("salient weights", count, range(contents.size + 1))
+    contents.inside("Rice parameter", k, range(contents.size.bit_length() + 1))
 
-    Raises `InputError` unless the unary stream is `count` gaps and nothing else and all positions are below M * N. With
-    fewer than eight gaps, two parameters can need as many bytes: then `k` must be the one that packing chooses.
+
+def check_positions(contents: Contents, index: int, count: int, k: int) -> torch.Tensor:
+    """Return the positions, int64 (S,), that sections `index` and `index + 1` hold.
+
+    `count` and `k` passed `check_salient`, and section `index + 1` has the length that they need. Raises `InputError`
+    unless the unary stream is `count` gaps and nothing else, and all positions are below M * N. For fewer than eight
+    gaps two parameters can need as many bytes: `k` must then be the one that packing chooses.
     """
     unary = contents.section(index)
     ones = int(np.bitwise_count(unary).sum(dtype=np.int64))
@@ -66,12 +73,6 @@ def check_positions(contents: Contents, index: int, count: int, k: int) -> torch
         best, _ = rice_cost(positions.numpy())
         contents.require(k == best, f"damaged parameters: Rice parameter {k}, expected {best} for these positions")
     return positions
-
-
-def check_rice(contents: Contents, count: int, k: int) -> None:
-    """Raise `InputError` unless a weight can have `count` salient entries with gaps of `k` low bits."""
-    contents.inside("salient weights", count, range(contents.size + 1))
-    contents.inside("Rice parameter", k, range(contents.size.bit_length() + 1))
 
 
 def pack_small(values: np.ndarray, bits: int) -> np.ndarray:

@@ -191,9 +191,11 @@ def mutated(rng, tensors, layout):
     arrays = [np.frombuffer(bytes(content), np.uint8) for content in sections]
     raw = bytearray(container.write(header.codec, header.shape, header.dtype, arrays).numpy().tobytes())
     if kind == "header" or rng.random() < 0.1:
-        match rng.choice(("shape", "shape", "dtype", "turned", "bytes", "codec", "lengths")):
+        match rng.choice(("shape", "shape", "vast", "dtype", "turned", "bytes", "codec", "lengths")):
             case "shape":
                 change_field(rng, raw, rng.choice((16, 20)), 4)
+            case "vast":
+                raw[16:24] = b"\xff" * 8
             case "dtype":
                 change_field(rng, raw, 5, 1)
             case "turned":
