@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from bivlm.errors import InputError
 from bivlm.inputs import SiteStatistics
 from bivlm.methods import LayerPlan, method
-from bivlm.packing import format_bits, unpack
+from bivlm.packing import open_packed
 from bivlm.statistics import CHUNK_WEIGHTS, check_weight
 
 _ROWS_TOGETHER = 256  # of a weight in one product with a second moment: enough for its speed, however wide it is
@@ -86,7 +86,8 @@ def pack_layer(
     """The packed weight, uint8 (bytes,), and its record, measured on the weight rebuilt from those bytes.
 
     `inputs` are the statistics of the layer's site, for a method that needs them. Raises `InputError` naming `name` if
-    `plan` was made for another shape or by another version of the method, or the inputs have other channels.
+    `plan` was made for another shape or by another version of the method, the inputs have other channels, or what the
+    method packed does not rebuild finite weights.
     """
     check_weight(weight_MN, name)
     chosen = method(plan.method)
@@ -99,7 +100,8 @@ def pack_layer(
     if inputs is not None and len(inputs.mean_N) != plan.shape[1]:
         raise InputError(f"{name}: inputs of {len(inputs.mean_N)} channels, the weight has {plan.shape[1]} columns")
     quantized = chosen.quantize(weight_MN, plan, inputs)
-    return quantized.packed, measure(weight_MN, quantized.packed, name, inputs, quantized.figures)
+    made = f"{name}, packed by {plan.method}"
+    return quantized.packed, measure(weight_MN, quantized.packed, made, inputs, quantized.figures)
 
 
 def measure(
@@ -109,8 +111,13 @@ def measure(
     inputs: SiteStatistics | None = None,
     figures: Mapping[str, int | float] | None = None,
 ) -> LayerRecord:
-    """The record of a packed weight, measured on what it rebuilds; `figures` are what its method had to say."""
-    bits, size, rebuilt_MN = format_bits(packed, name), weight_MN.numel(), unpack(packed, name)
+    """Return the record of a packed weight, measured on what it rebuilds; `figures` are what its method had to say.
+
+    Raises `InputError` naming `name` for a packed weight that no checkpoint may hold, such as one that does not rebuild
+    finite weights.
+    """
+    codec, header = open_packed(packed, name)
+    bits, size, rebuilt_MN = codec.bits(packed, header), weight_MN.numel(), codec.unpack(packed, header)
     return LayerRecord(
         error=relative_error(weight_MN, rebuilt_MN),
         output_error=None if inputs is None else output_error(weight_MN, rebuilt_MN, inputs),

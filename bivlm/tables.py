@@ -19,7 +19,7 @@ from bivlm.checkpoint import Anatomy, Linear
 from bivlm.checkpoint.tensor_file import TensorEntry, tensor_rows
 from bivlm.compression import LayerBits, LayerRecord
 from bivlm.errors import InputError
-from bivlm.packing import format_bits, grouped, unpack_rows
+from bivlm.packing import grouped, open_packed, unpack_rows
 
 PIECE_WEIGHTS = 1 << 24  # read and rounded at a time
 
@@ -97,7 +97,7 @@ def pack_table(entry: TensorEntry, settings: TableSettings, file: Path, sha256: 
     """Write the packed table to `file`; the record is measured on what its bytes rebuild.
 
     Beside a piece of the table no more than the packed bytes is in memory. Raises `InputError` naming the tensor for
-    weights that are not finite, and for bytes that are not those of `sha256`.
+    weights that are not finite as they are or as they are rebuilt, and for bytes that are not those of `sha256`.
     """
     count = max(1, PIECE_WEIGHTS // entry.shape[1])
 
@@ -109,6 +109,7 @@ def pack_table(entry: TensorEntry, settings: TableSettings, file: Path, sha256: 
 
     grouped.pack_rows(file, pieces, entry.shape, settings.bits, settings.group_size)
     packed = torch.from_numpy(np.fromfile(file, dtype=np.uint8))
+    codec, header = open_packed(packed, f"{entry.name}, packed at {settings.bits} bits")
     error, total, begin = 0.0, 0.0, 0
     for piece in tensor_rows(entry, count):
         rows = torch.arange(begin, begin + len(piece))
@@ -116,7 +117,7 @@ def pack_table(entry: TensorEntry, settings: TableSettings, file: Path, sha256: 
         error += float(lost.square_().sum(dtype=torch.float64))
         total += float(piece.to(torch.float32).square_().sum(dtype=torch.float64))
         begin += len(piece)
-    bits, size = format_bits(packed, entry.name), entry.numel
+    bits, size = codec.bits(packed, header), entry.numel
     return LayerRecord(
         error=error / total if total else 0.0,
         bits=LayerBits(nominal=bits.nominal / size, entropy=bits.entropy / size, stored=bits.stored / size),

@@ -112,7 +112,7 @@ def _measured(layer: Layer, shard: Done, tuned: Done, store: Workspace) -> Done:
         packed = _read(store.fetch(reference))
         weight = Checkpoint.open(layer.folder).read(layer.disk_name, layer.weight_sha256)
         seen = SiteStatistics.load(store.fetch(layer.inputs)) if layer.inputs else None
-        record = measure(weight, packed, layer.name, seen, shard.record.figures["figures"])
+        record = measure(weight, packed, f"{layer.name}, finished", seen, shard.record.figures["figures"])
         (place / binarization.FILE).write_bytes(memoryview(packed.numpy()))
         return record.model_dump(mode="json")
 

@@ -12,10 +12,14 @@ class TopByte(Codec):
 
     name = "top-byte"
 
+    def check(self, contents):
+        contents.lengths({"top bytes": contents.size})
+        return float(torch.finfo(torch.bfloat16).max)
+
     def unpack(self, packed, header):
         begin, end = header.sections[0]
         words = packed[begin:end].to(torch.int32) << 8
-        return words.to(torch.uint16).view(torch.bfloat16).reshape(header.shape)
+        return words.to(torch.uint16).view(torch.bfloat16).reshape(header.shape).to(header.dtype)
 
     def tunable(self, packed, header):
         weight = self.unpack(packed, header).float()

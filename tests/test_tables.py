@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_families import MROPE, TEXT, make_tiny, qwen2_5_vl, qwen_inputs
 from tiny_llava import make_tiny_llava
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
@@ -12,7 +13,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from bivlm import tables
 from bivlm.bits import bits_of
 from bivlm.checkpoint import TABLES_KEY, Checkpoint, anatomy, write_packed_checkpoint
-from bivlm.checkpoint.tensor_file import tensor_rows
+from bivlm.checkpoint.tensor_file import read_entries, tensor_rows
 from bivlm.errors import InputError
 from bivlm.inspection import inspect
 from bivlm.packing import grouped, unpack, unpack_rows
@@ -172,6 +173,14 @@ class TestWhatIsRefused:
         with pytest.raises(InputError, match=r"other bytes than when the checkpoint was opened"):
             pack_table(entry, TableSettings(bits=4), tmp_path / "table", "0" * 64)
         assert not (tmp_path / "table").exists()
+
+
+def test_a_table_whose_rebuilt_rows_are_not_finite_is_refused_by_name(tmp_path):
+    table = torch.linspace(-60000, 65504, 32).repeat(12, 1).to(torch.float16)
+    save_file({"embed.weight": table}, tmp_path / "model.safetensors")
+    (entry,) = read_entries(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"embed.weight, packed at 4 bits: .*infinite in torch.float16"):
+        pack_table(entry, TableSettings(bits=4), tmp_path / "table")
 
 
 def test_rows_are_read_in_order_and_checked(tiny_llava):

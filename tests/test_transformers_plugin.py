@@ -7,10 +7,11 @@ import subprocess
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from raw_codec import top_bytes
+from raw_codec import TopByte, top_bytes
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -19,7 +20,7 @@ from bivlm.checkpoint import Checkpoint, linears, select, write_packed_checkpoin
 from bivlm.errors import InputError
 from bivlm.linear import PackedLinear
 from bivlm.methods import method
-from bivlm.packing import unpack
+from bivlm.packing import container, unpack
 from bivlm.statistics import LayerStatistics
 from bivlm.transformers_plugin import BiVLMConfig
 
@@ -203,6 +204,30 @@ class TestWhatIsRefused:
         damaged(packed_llava, lambda tensors: flip(tensors[ITS_TENSOR], position))
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight"):
             load(packed_llava, dequantize)
+
+    @pytest.mark.parametrize("dequantize", ["load", "forward"])
+    @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+    def test_impossible_contents_with_a_right_checksum_are_named(self, packed_llava, dequantize):
+        header = container.read_header(load_file(packed_llava / "model.safetensors")[ITS_TENSOR])
+        highest = np.full(header.shape[0] * header.shape[1], 0x7F, np.uint8)  # 1.7e38, which float16 does not hold
+        infinite = container.write(header.codec, header.shape, torch.float16, [highest])
+        damaged(packed_llava, lambda tensors: tensors.update({ITS_TENSOR: infinite}))
+        with pytest.raises(InputError, match=rf"{A_LAYER}\.weight: .*infinite in torch.float16"):
+            load(packed_llava, dequantize)
+
+    @pytest.mark.parametrize("dequantize", ["load", "forward"])
+    @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+    def test_the_contents_of_every_packed_tensor_are_checked_once(self, packed_llava, dequantize, monkeypatch):
+        checked, check = [], TopByte.check
+
+        def counted(self, contents):
+            checked.append(contents.name)
+            return check(self, contents)
+
+        monkeypatch.setattr(TopByte, "check", counted)
+        load(packed_llava, dequantize)
+        packed = BiVLMConfig(**json.loads((packed_llava / "config.json").read_text())["quantization_config"]).packed
+        assert sorted(checked) == sorted(f"{name}.weight" for name in packed)
 
     @pytest.mark.parametrize("position", [0, 4, 5, 6, 7, 8, 16, 20, 24])
     def test_a_flipped_bit_in_the_header_is_named(self, packed_llava, position):

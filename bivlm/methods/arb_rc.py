@@ -19,13 +19,14 @@ from bivlm.binary_blocks import quantize_blocks
 from bivlm.feedback import BLOCK
 from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
+from bivlm.packing import rowblock
 
 
 class ARBSettings(MethodSettings):
     """Settings of `arb_rc`."""
 
     method: Literal["arb_rc"]
-    block: int = Field(default=BLOCK, ge=1, le=4096)  # columns that share row scales
+    block: int = Field(default=BLOCK, ge=1, le=rowblock.LARGEST_BLOCK)  # columns that share row scales
     salient_columns: int = Field(default=49, ge=0, le=4096)  # most of them in a block
     iterations: int = Field(default=15, ge=0, le=1000)  # of solving for row and column scales in turns
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)

@@ -45,9 +45,9 @@ class BiVLMSettings(MethodSettings):
     """Settings of `bivlm`, in the paper's symbols."""
 
     method: Literal["bivlm"]
-    groups: int = Field(ge=1, le=16)  # N_uns
+    groups: int = Field(ge=1, le=quantile.LARGEST_GROUPS)  # N_uns
     p_max: float = Field(ge=0, le=0.5, allow_inf_nan=False)  # largest nominal salient share
-    salient_bits: int = Field(default=2, ge=1, le=4)  # N_b
+    salient_bits: int = Field(default=2, ge=1, le=quantile.LARGEST_SALIENT_BITS)  # N_b
     alpha: float = Field(default=1.4, gt=0, le=10, allow_inf_nan=False)  # (14)
     iterations: int = Field(default=10, ge=1, le=1000)  # of algorithm 1
     refit: bool = True

@@ -36,7 +36,7 @@ class HBLLMSettings(MethodSettings):
     """Settings of `hbllm`."""
 
     method: Literal["hbllm"]
-    block: int = Field(default=BLOCK, ge=2, le=1024, multiple_of=2)  # columns that share means and scales
+    block: int = Field(default=BLOCK, ge=2, le=wavelet.LARGEST_BLOCK, multiple_of=2)  # columns with scales of their own
     salient_share: float = Field(default=0.08, ge=0, le=0.5, allow_inf_nan=False)  # of the columns of a block
     fill: Literal["none", "neighbours"] = "none"  # what salient columns are while rows are coded
     pairing: Literal["none", "greedy"] = "none"

@@ -18,6 +18,7 @@ import torch
 from bivlm.errors import InputError
 from bivlm.packing import container
 from bivlm.packing.container import Header
+from bivlm.packing.contents import Contents
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Codec(ABC):
 
     name: ClassVar[str]  # at most 8 ASCII characters
 
+    @abstractmethod
+    def check(self, contents: Contents) -> float:
+        """Return a magnitude that no rebuilt weight exceeds.
+
+        Raises `InputError` naming the tensor unless its contents are ones that this codec's `pack` could have written:
+        lengths are those that shape and parameters need, numbers are finite, and what counts, points or permutes does
+        so within the weight. The other methods trust contents that were checked.
+        """
+
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         """The rebuilt weight (M, N), dtype `header.dtype`, on the device of `packed`."""
         opened = self.tunable(packed, header)
@@ -83,13 +93,22 @@ def _codecs() -> dict[str, Codec]:
 
 
 def open_packed(packed: torch.Tensor, name: str = "packed weight", *, check: bool = True) -> tuple[Codec, Header]:
-    """Codec and header of `packed`, checksum verified unless `check` is false; raises `InputError` naming `name`."""
+    """Return the codec and header of `packed`.
+
+    Checksum and contents are checked, and that every rebuilt weight is finite, unless `check` is false. Raises
+    `InputError` naming `name`.
+    """
     header = container.read_header(packed, name)
     codec = _codecs().get(header.codec)
     if codec is None:
         raise InputError(f"{name}: unknown codec {header.codec!r}; this code knows {', '.join(sorted(_codecs()))}")
     if check:
-        container.verify(packed, header, name)
+        contents = Contents(packed.cpu(), header, name)
+        container.verify(contents.packed, header, name)
+        if not codec.check(contents) <= torch.finfo(header.dtype).max:
+            # The bound is a coarse one: the weights themselves decide.
+            finite = bool(codec.unpack(contents.packed, header).isfinite().all())
+            contents.require(finite, f"a rebuilt weight is NaN or infinite in {header.dtype}, expected finite weights")
     return codec, header
 
 

@@ -101,13 +101,8 @@ def section(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
 
 
 def fields(packed: torch.Tensor, header: Header, layout: struct.Struct) -> tuple[int, ...]:
-    """The first section read as `layout`; raises `InputError` if it has another length."""
-    head = section(packed, header, 0).cpu().numpy().tobytes()
-    if len(head) != layout.size:
-        raise InputError(
-            f"packed weight of shape {header.shape}: {len(head)} bytes of parameters, expected {layout.size}"
-        )
-    return layout.unpack(head)
+    """Read the first section, whose contents were checked, as `layout`."""
+    return layout.unpack(section(packed, header, 0).cpu().numpy().tobytes())
 
 
 def rewrite(packed: torch.Tensor, header: Header, sections: Mapping[int, np.ndarray]) -> torch.Tensor:
@@ -123,8 +118,8 @@ def rewrite(packed: torch.Tensor, header: Header, sections: Mapping[int, np.ndar
 def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
     """Parse and check the header of `packed`, uint8 of shape (bytes,).
 
-    Raises `InputError`, naming `name`, if the tensor is not a packed weight of a known version or has another length
-    than its header says. The contents are checked by `verify`.
+    Raises `InputError`, naming `name`, if the tensor is not a packed weight of a known version, has no weights, or has
+    another length than its header says. The checksum is checked by `verify`, the contents by the codec.
     """
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < _HEADER.size:
         raise InputError(
@@ -132,7 +127,7 @@ def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
             f"found {packed.dtype} of shape {tuple(packed.shape)}"
         )
     head = bytes(packed[: _HEADER.size].cpu().numpy())
-    magic, version, dtype, count, _, codec, m, n, crc32 = _HEADER.unpack(head)
+    magic, version, dtype, count, reserved, codec, m, n, crc32 = _HEADER.unpack(head)
     if magic != MAGIC:
         raise InputError(f"{name}: not a packed weight (begins with {magic!r}, expected {MAGIC!r})")
     if version != FORMAT_VERSION:
@@ -140,15 +135,20 @@ def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
             f"{name}: packed format version {version}, this code reads version {FORMAT_VERSION}; update bivlm"
         )
     begin = envelope_nbytes(count)
-    if dtype >= len(_DTYPES) or count == 0 or packed.numel() < begin:
-        raise InputError(f"{name}: damaged header (dtype code {dtype}, {count} sections, {packed.numel()} bytes)")
+    if dtype >= len(_DTYPES) or count == 0 or reserved or packed.numel() < begin:
+        raise InputError(
+            f"{name}: damaged header (dtype code {dtype}, {count} sections, reserved byte {reserved}, {packed.numel()} "
+            f"bytes; expected a code below {len(_DTYPES)}, a section or more, 0, at least {begin} bytes)"
+        )
+    if m == 0 or n == 0:
+        raise InputError(f"{name}: packed weight of shape {(m, n)}, expected one row and one column or more")
     lengths = packed[_HEADER.size : begin].cpu().numpy().view("<u4")
     ends = begin + np.cumsum(lengths, dtype=np.int64)
     if int(ends[-1]) != packed.numel():
         raise InputError(f"{name}: {packed.numel()} bytes, its header says {int(ends[-1])}: truncated or damaged")
     begins = [begin, *ends[:-1].tolist()]
     return Header(
-        codec=codec.rstrip(b"\0").decode("ascii", errors="replace"),
+        codec=codec.rstrip(b"\0").decode("ascii", errors="backslashreplace"),
         shape=(m, n),
         dtype=_DTYPES[dtype],
         crc32=crc32,

@@ -25,11 +25,19 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from bivlm.errors import InputError
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
-from bivlm.packing.halves import exponent_of, from_halves, to_halves
-from bivlm.packing.radix import CHUNK_SYMBOLS, count_symbols, pack_symbols, radix, symbols_at, unpack_values
+from bivlm.packing.contents import Contents
+from bivlm.packing.halves import EXPONENTS, exponent_of, from_halves, to_halves
+from bivlm.packing.radix import (
+    CHUNK_SYMBOLS,
+    check_symbols,
+    count_symbols,
+    pack_symbols,
+    radix,
+    symbols_at,
+    unpack_values,
+)
 from bivlm.uniform import GroupedCodes, group_width, range_exponent, round_to_nearest
 
 NAME = "grouped"
@@ -108,6 +116,36 @@ class GroupedCodec(Codec):
     """Reads what `pack` wrote."""
 
     name = NAME
+
+    def check(self, contents: Contents) -> float:
+        rows, columns = contents.header.shape
+        stored = _Parameters(*contents.parameters(_PARAMETERS))
+        contents.require(
+            stored.bits in BITS, f"damaged parameters: codes of {stored.bits} bits, expected one of {BITS}"
+        )
+        contents.inside("channel scales", stored.channels, range(2))
+        contents.inside("group width", stored.width, range(1, columns + 1))
+        contents.inside("exponent", stored.exponent, EXPONENTS)
+        contents.inside("channel exponent", stored.channel_exponent, EXPONENTS if stored.channels else range(1))
+        symbols, numbers = radix(1 << stored.bits), rows * -(-columns // stored.width)
+        contents.lengths(
+            {
+                "parameters": _PARAMETERS.size,
+                "scales": 2 * numbers,
+                "zero points": symbols.nbytes(1, numbers),
+                "codes": symbols.nbytes(rows, columns),
+                "channel scales": 2 * columns if stored.channels else 0,
+            }
+        )
+        packed, header = contents.packed, contents.header
+        zeros = _planes_of(section(packed, header, 2), stored.bits, 1, numbers)
+        check_symbols(contents, zeros, 1 << stored.bits, numbers, "zero points")
+        check_symbols(contents, _planes(packed, header, stored), 1 << stored.bits, columns, "codes")
+        largest = ((1 << stored.bits) - 1) * contents.largest_half(contents.section(1), "scales", stored.exponent)
+        if not stored.channels:
+            return largest
+        channel = contents.largest_half(contents.section(4), "channel scales", stored.channel_exponent)
+        return largest * max(1.0, channel)
 
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         stored = _read_parameters(packed, header)
@@ -240,14 +278,7 @@ def _by_groups(chunk: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slic
 
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
-    stored = _Parameters(*container.fields(packed, header, _PARAMETERS))
-    if (
-        stored.bits not in BITS
-        or not 1 <= stored.width <= header.shape[1]
-        or packed.numel() != packed_nbytes(header.shape, stored.bits, stored.width, bool(stored.channels))
-    ):
-        raise InputError(f"packed weight of shape {header.shape}: damaged parameters {stored}")
-    return stored
+    return _Parameters(*container.fields(packed, header, _PARAMETERS))
 
 
 def _scales(packed: torch.Tensor, header: Header, stored: _Parameters) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 _LARGEST = float(np.finfo(np.float16).max)
+EXPONENTS = range(-159, 128)  # from that of the smallest float32 number to the largest power of two that is one
 
 
 def exponent_of(largest: float) -> int:

@@ -26,16 +26,34 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bivlm.errors import InputError
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
-from bivlm.packing.halves import exponent_of, from_halves, to_halves
+from bivlm.packing.contents import Contents
+from bivlm.packing.halves import EXPONENTS, exponent_of, from_halves, to_halves
 from bivlm.packing.lookup import lookup
-from bivlm.packing.radix import CHUNK_SYMBOLS, count_symbols, pack_symbols, radix, symbols_at, unpack_values
-from bivlm.packing.sparse import pack_positions, pack_small, rice_cost, unpack_positions, unpack_small
+from bivlm.packing.radix import (
+    CHUNK_SYMBOLS,
+    check_symbols,
+    count_from,
+    count_symbols,
+    pack_symbols,
+    radix,
+    symbols_at,
+    unpack_values,
+)
+from bivlm.packing.sparse import (
+    check_positions,
+    check_salient,
+    pack_positions,
+    pack_small,
+    rice_cost,
+    unpack_positions,
+    unpack_small,
+)
 from bivlm.statistics import magnitude_patterns
 
 NAME = "quantile"
+LARGEST_GROUPS, LARGEST_SALIENT_BITS = 16, 4
 _PARAMETERS = struct.Struct("<BBBBhI")
 _SECTIONS = 6
 _SPARSE, _ALPHABET = 0, 1
@@ -106,6 +124,44 @@ class QuantileCodec(Codec):
     """Reads what `pack` wrote."""
 
     name = NAME
+
+    def check(self, contents: Contents) -> float:
+        m, n = contents.header.shape
+        groups, salient_bits, mode, rice, exponent, salient = contents.parameters(_PARAMETERS, more=True)
+        contents.inside("groups", groups, range(1, LARGEST_GROUPS + 1))
+        contents.inside("salient bits", salient_bits, range(1, LARGEST_SALIENT_BITS + 1))
+        contents.inside("mode", mode, range(2))
+        check_salient(contents, salient, rice)
+        contents.inside("exponent", exponent, EXPONENTS)
+        sparse, extra_bits = mode == _SPARSE, _extra_bits(groups, salient_bits)
+        alphabet = 2 * groups + (0 if sparse else 1 << salient_bits)
+        contents.lengths(
+            {
+                "parameters": _PARAMETERS.size + 2 * (groups + (1 << salient_bits if salient else 0)),
+                "row scales": 2 * m if salient else 0,
+                "symbols": radix(alphabet).nbytes(m, n),
+                "positions": None if sparse else 0,
+                "position remainders": -(-salient * rice // 8) if sparse else 0,
+                "levels": -(-salient * extra_bits // 8) if sparse else 0,
+            }
+        )
+        planes = _planes(contents.packed, contents.header, alphabet)
+        check_symbols(contents, planes, alphabet, n, "symbols")
+        if sparse:
+            contents.padding(5, salient * extra_bits, "levels")
+            positions = check_positions(contents, 3, salient, rice)
+            if salient and 2 * groups << extra_bits > 1 << salient_bits:
+                highest = int(_sparse_levels(contents.packed, contents.header, groups, salient_bits, positions).max())
+                fault = f"level {highest} of a salient weight, expected one below {1 << salient_bits}"
+                contents.require(highest < 1 << salient_bits, fault)
+        else:
+            contents.inside("Rice parameter", rice, range(1))
+            found = count_from(planes, alphabet, n, 2 * groups)
+            contents.require(found == salient, f"{found} symbols of salient weights, expected {salient}")
+        scales, centres = np.split(contents.section(0)[_PARAMETERS.size :], [2 * groups])
+        group = contents.largest_half(scales, "group scales", exponent)
+        centre = contents.largest_half(centres, "centres")
+        return max(group, contents.largest_half(contents.section(1), "row scales", exponent) * centre)
 
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         parameters = _read_parameters(packed, header)
@@ -247,10 +303,8 @@ def _pack_all_symbols(
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
     head = section(packed, header, 0).cpu().numpy()
-    groups, salient_bits, mode, rice, exponent, salient = _PARAMETERS.unpack(head[: _PARAMETERS.size].tobytes())
+    groups, salient_bits, mode, rice, exponent, salient = _PARAMETERS.unpack_from(head.tobytes())
     numbers = torch.from_numpy(head[_PARAMETERS.size :].view("<f2").astype(np.float32))
-    if len(numbers) != groups + (1 << salient_bits if salient else 0) or mode not in (_SPARSE, _ALPHABET):
-        raise InputError(f"packed weight of shape {header.shape}: damaged parameters ({groups} groups, mode {mode})")
     return _Parameters(groups, salient_bits, mode, rice, salient, numbers[:groups], numbers[groups:], exponent)
 
 
@@ -270,9 +324,15 @@ def _salient(packed: torch.Tensor, header: Header, parameters: _Parameters) -> t
         symbols = unpack_values(_planes(packed, header, parameters.alphabet), table, header.shape[1]).view(-1)
         positions = torch.nonzero(symbols >= 2 * parameters.groups).view(-1)
         return positions, symbols[positions].to(torch.int64) - 2 * parameters.groups
-    unary, remainders, extra = (section(packed, header, index) for index in (3, 4, 5))
-    positions = unpack_positions(unary, remainders, parameters.salient, parameters.rice)
-    planes = _planes(packed, header, parameters.alphabet)
-    low = symbols_at(planes, parameters.alphabet, header.shape[1], positions)
-    high = unpack_small(extra, parameters.salient, _extra_bits(parameters.groups, parameters.salient_bits))
-    return positions, low + 2 * parameters.groups * high
+    streams = (section(packed, header, index) for index in (3, 4))
+    positions = unpack_positions(*streams, parameters.salient, parameters.rice)
+    return positions, _sparse_levels(packed, header, parameters.groups, parameters.salient_bits, positions)
+
+
+def _sparse_levels(
+    packed: torch.Tensor, header: Header, groups: int, salient_bits: int, positions: torch.Tensor
+) -> torch.Tensor:
+    """Levels, int64 (S,), of the salient weights at these positions in sparse mode."""
+    low = symbols_at(_planes(packed, header, 2 * groups), 2 * groups, header.shape[1], positions)
+    high = unpack_small(section(packed, header, 5), len(positions), _extra_bits(groups, salient_bits))
+    return low + 2 * groups * high

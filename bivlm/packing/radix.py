@@ -7,11 +7,14 @@ any row. Rebuilding is one table look-up a word.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
+
+from bivlm.packing.contents import Contents
 
 _LARGEST_TABLE = 1 << 16
 CHUNK_SYMBOLS = 1 << 20
@@ -111,6 +114,50 @@ def count_symbols(planes: list[torch.Tensor], alphabet: int, columns: int) -> np
         symbols = unpack_values([plane[begin : begin + step] for plane in planes], table, columns)
         counts += np.bincount(symbols.view(-1).cpu().numpy(), minlength=alphabet)
     return counts
+
+
+def check_symbols(contents: Contents, planes: list[torch.Tensor], alphabet: int, columns: int, what: str) -> None:
+    """Raise `InputError` unless `planes` hold what `pack_symbols` writes of (M, columns) symbols below `alphabet`.
+
+    That is words that symbols make, and zeros where a row's last word and bytes are not full.
+    """
+    code = radix(alphabet)
+    words = code.row_words(columns)
+    last, shift = torch.zeros(len(planes[0]), dtype=torch.int32), 0
+    for plane, width in zip(planes, code.planes, strict=True):
+        used = (words - 1) * width % 8
+        # The last word of a row, and with it all that stands behind it in its byte.
+        ends = plane[:, -1].to(torch.int32) >> used
+        contents.require(int(ends.max()) < 1 << width, f"{what}: bits behind the end of a row are set, expected zeros")
+        last += ends << shift
+        shift += width
+    rest = columns % code.per_word or code.per_word
+    largest = int(last.max())
+    if code.symbols**code.per_word < 1 << code.bits:
+        for chunk in _word_chunks(planes, code, words):
+            largest_word = int(chunk.max())
+            contents.require(
+                largest_word < code.symbols**code.per_word,
+                f"{what}: word {largest_word}, expected one of {code.per_word} symbols below {alphabet}",
+            )
+    contents.require(
+        largest < code.symbols**rest, f"{what}: symbols behind the end of a row are {largest}, expected zeros"
+    )
+
+
+def count_from(planes: list[torch.Tensor], alphabet: int, columns: int, first: int) -> int:
+    """Count the symbols of a checked, packed (M, columns) matrix that are `first` or more; `first` is above 0."""
+    code = radix(alphabet)
+    table = (_word_symbols(code.symbols, code.per_word, code.bits) >= first).sum(-1, dtype=torch.uint8)
+    chunks = _word_chunks(planes, code, code.row_words(columns))
+    return sum(int(table[chunk.to(torch.int32)].sum(dtype=torch.int64)) for chunk in chunks)
+
+
+def _word_chunks(planes: list[torch.Tensor], code: Radix, words: int) -> Iterator[torch.Tensor]:
+    """Words (rows, words) of a few rows at a time."""
+    step = max(1, CHUNK_SYMBOLS // (words * code.per_word))
+    for begin in range(0, planes[0].shape[0], step):
+        yield _join_planes([plane[begin : begin + step] for plane in planes], code, words)
 
 
 def _words(symbols: torch.Tensor, code: Radix) -> torch.Tensor:

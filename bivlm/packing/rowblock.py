@@ -28,14 +28,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bivlm.errors import InputError
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
-from bivlm.packing.halves import from_halves, to_halves
+from bivlm.packing.contents import Contents
+from bivlm.packing.halves import EXPONENTS, from_halves, to_halves
 from bivlm.packing.rowtables import (
     base_of,
     blocks_of,
-    check_lengths,
+    check_two_bits,
+    columns_nbytes,
     entropy,
     look_up,
     pack_columns,
@@ -49,6 +50,7 @@ from bivlm.packing.rowtables import (
 
 NAME = "rowblock"
 SCALES, MEANS, FACTORS = 4, 3, 2
+LARGEST_BLOCK = 4096
 _PARAMETERS = struct.Struct("<IBBh")
 _WITH_MEANS, _WITH_FACTORS = 0, 1
 
@@ -113,6 +115,29 @@ class RowBlockCodec(Codec):
     """Reads what `pack` wrote."""
 
     name = NAME
+
+    def check(self, contents: Contents) -> float:
+        m, n = contents.header.shape
+        block, layout, reserved, exponent = contents.parameters(_PARAMETERS)
+        contents.inside("block", block, range(1, LARGEST_BLOCK + 1))
+        contents.inside("layout", layout, range(2))
+        contents.inside("reserved byte", reserved, range(1))
+        contents.inside("exponent", exponent, EXPONENTS)
+        stored = _Parameters(block, layout, exponent)
+        contents.lengths(
+            {
+                "parameters": _PARAMETERS.size,
+                "salient columns": columns_nbytes(n),
+                "row numbers": 2 * m * blocks_of(n, block) * (stored.means + SCALES),
+                "symbols": two_bit_nbytes(m, n),
+                "column factors": 0 if stored.means else 2 * FACTORS * n,
+            }
+        )
+        contents.padding(1, n, "salient columns")
+        check_two_bits(contents, 3, n, "symbols")
+        largest = contents.largest_half(contents.section(2), "row numbers", exponent)
+        factor = contents.largest_half(contents.section(4), "column factors")
+        return largest * max(3.0, 2.0 * factor)
 
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         stored = _read_parameters(packed, header)
@@ -185,22 +210,5 @@ def _column_bytes(numbers: dict[str, torch.Tensor]) -> np.ndarray:
 
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
-    m, n = header.shape
     block, layout, _, exponent = container.fields(packed, header, _PARAMETERS)
-    if block == 0 or layout not in (_WITH_MEANS, _WITH_FACTORS):
-        raise InputError(
-            f"packed weight of shape {header.shape}: damaged parameters (block {block}, layout {layout}; "
-            "expected a block of 1 or more and layout 0 or 1)"
-        )
-    stored = _Parameters(block, layout, exponent)
-    check_lengths(
-        header,
-        {
-            "parameters": _PARAMETERS.size,
-            "salient columns": -(-n // 8),
-            "row numbers": 2 * m * blocks_of(n, block) * (stored.means + SCALES),
-            "symbols": two_bit_nbytes(m, n),
-            "column factors": 0 if stored.means else 2 * FACTORS * n,
-        },
-    )
-    return stored
+    return _Parameters(block, layout, exponent)

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from bivlm.errors import InputError
 from bivlm.packing.container import Header, section
+from bivlm.packing.contents import Contents
 from bivlm.packing.halves import from_halves
-from bivlm.packing.radix import pack_symbols, radix, unpack_values
+from bivlm.packing.radix import check_symbols, pack_symbols, radix, unpack_values
 
 SYMBOLS = 4
 LEVELS = 8  # of a row and block: four symbols, two kinds of column
@@ -80,6 +80,11 @@ def base_of(kinds_N: torch.Tensor, block: int) -> torch.Tensor:
     return LEVELS * (columns // block) + SYMBOLS * kinds_N.to(torch.int64)
 
 
+def columns_nbytes(columns: int) -> int:
+    """Return the bytes of a bitmap of columns."""
+    return -(-columns // 8)
+
+
 def pack_columns(chosen_N: torch.Tensor) -> np.ndarray:
     """A bitmap of columns, uint8 (ceil(N / 8),)."""
     return np.packbits(chosen_N.cpu().numpy(), bitorder="little")
@@ -91,16 +96,11 @@ def unpack_columns(packed: torch.Tensor, header: Header, index: int) -> torch.Te
     return torch.from_numpy(bits).to(device=packed.device, dtype=torch.bool)
 
 
-def check_lengths(header: Header, expected: dict[str, int]) -> None:
-    """Raise `InputError`, naming the first wrong section, unless the sections have the `expected` bytes in order."""
-    found = [end - begin for begin, end in header.sections]
-    if len(found) != len(expected):
-        raise InputError(
-            f"packed weight of shape {header.shape}: {len(found)} sections, codec {header.codec!r} has {len(expected)}"
-        )
-    for nbytes, (what, wanted) in zip(found, expected.items(), strict=True):
-        if nbytes != wanted:
-            raise InputError(f"packed weight of shape {header.shape}: {nbytes} bytes of {what}, expected {wanted}")
+def check_two_bits(contents: Contents, index: int, columns: int, what: str) -> None:
+    """Raise `InputError` unless section `index`, of the right length, holds rows of so many two-bit symbols."""
+    if columns:
+        plane = torch.from_numpy(contents.section(index)).view(contents.header.shape[0], -1)
+        check_symbols(contents, [plane], SYMBOLS, columns, what)
 
 
 def entropy(counts: Sequence[int] | np.ndarray) -> float:

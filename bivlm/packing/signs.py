@@ -22,13 +22,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bivlm.errors import InputError
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
-from bivlm.packing.halves import to_halves
-from bivlm.packing.radix import CHUNK_SYMBOLS, count_symbols, pack_symbols, radix, symbols_at, unpack_values
-from bivlm.packing.rowtables import check_lengths, entropy, read_rows
-from bivlm.packing.sparse import pack_positions, pack_small, rice_cost, unpack_positions, unpack_small
+from bivlm.packing.contents import Contents
+from bivlm.packing.halves import EXPONENTS, to_halves
+from bivlm.packing.radix import (
+    CHUNK_SYMBOLS,
+    check_symbols,
+    count_symbols,
+    pack_symbols,
+    radix,
+    symbols_at,
+    unpack_values,
+)
+from bivlm.packing.rowtables import entropy, read_rows
+from bivlm.packing.sparse import (
+    check_positions,
+    check_salient,
+    pack_positions,
+    pack_small,
+    rice_cost,
+    unpack_positions,
+    unpack_small,
+)
 
 NAME = "signs"
 LEVEL_BITS = 8
@@ -89,6 +105,40 @@ class SignsCodec(Codec):
     """Reads what `pack` wrote."""
 
     name = NAME
+
+    def check(self, contents: Contents) -> float:
+        m, n = contents.header.shape
+        stored = _Parameters(*contents.parameters(_PARAMETERS))
+        sparse = stored.mode == _SPARSE
+        contents.inside("mode", stored.mode, range(2))
+        check_salient(contents, stored.salient, stored.rice)
+        contents.inside("exponent", stored.exponent, EXPONENTS)
+        contents.lengths(
+            {
+                "parameters": _PARAMETERS.size,
+                "row numbers": 2 * m * stored.numbers,
+                "signs": radix(2).nbytes(m, n),
+                "levels": -(-stored.salient * (LEVEL_BITS - 1) // 8),
+                "positions": None if sparse else -(-contents.size // 8),
+                "position remainders": -(-stored.salient * stored.rice // 8) if sparse else 0,
+            }
+        )
+        check_symbols(contents, [_plane(contents.packed, contents.header)], 2, n, "signs")
+        contents.padding(3, stored.salient * (LEVEL_BITS - 1), "levels")
+        if sparse:
+            check_positions(contents, 4, stored.salient, stored.rice)
+        else:
+            contents.inside("Rice parameter", stored.rice, range(1))
+            contents.padding(4, contents.size, "positions")
+            ones = int(np.bitwise_count(contents.section(4)).sum(dtype=np.int64))
+            contents.require(ones == stored.salient, f"{ones} positions, expected {stored.salient}")
+        halves = contents.section(1).reshape(m, stored.numbers, 2)
+        largest = [
+            contents.largest_half(halves[:, i].reshape(-1), name.replace("_", " "), stored.exponent)
+            for i, name in enumerate(_NAMES[: stored.numbers])
+        ]
+        scale, step, zero = (*largest, 0.0, 0.0)[:3]
+        return max(scale, ((1 << LEVEL_BITS) - 1) * step + zero)
 
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         stored = _read_parameters(packed, header)
@@ -189,25 +239,4 @@ def _row_bytes(numbers: dict[str, torch.Tensor], salient: int, exponent: int) ->
 
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
-    m, n = header.shape
-    stored = _Parameters(*container.fields(packed, header, _PARAMETERS))
-    if stored.mode not in (_SPARSE, _BITMAP) or stored.rice > 32 or stored.salient > m * n:
-        raise InputError(
-            f"packed weight of shape {header.shape}: damaged parameters (mode {stored.mode}, Rice parameter "
-            f"{stored.rice}, {stored.salient} salient weights; expected mode 0 or 1 and at most {m * n} of them)"
-        )
-    found = [end - begin for begin, end in header.sections]
-    sparse = stored.mode == _SPARSE
-    check_lengths(
-        header,
-        {
-            "parameters": _PARAMETERS.size,
-            "row numbers": 2 * m * stored.numbers,
-            "signs": radix(2).nbytes(m, n),
-            "levels": -(-stored.salient * (LEVEL_BITS - 1) // 8),
-            # Only unpacking shows how long the unary gaps must be; every gap has a bit of its own at least.
-            "positions": (max(found[4], -(-stored.salient // 8)) if sparse else -(-m * n // 8)) if found[4:] else 0,
-            "position remainders": -(-stored.salient * stored.rice // 8) if sparse else 0,
-        },
-    )
-    return stored
+    return _Parameters(*container.fields(packed, header, _PARAMETERS))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bivlm.packing.contents import Contents
+
 
 def rice_cost(positions: np.ndarray) -> tuple[int, int]:
     """The best Rice parameter k for `positions` (S,), ascending, and the bytes of both streams together."""
@@ -40,6 +42,37 @@ def unpack_positions(unary: torch.Tensor, remainders: torch.Tensor, count: int, 
     quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
     gaps = (quotients << k) + unpack_small(remainders, count, k)
     return torch.cumsum(gaps.add_(1), 0).sub_(1)
+
+
+def check_salient(contents: Contents, count: int, k: int) -> None:
+    """Raise `InputError` unless the weight can have `count` salient entries and Rice parameter `k`."""
+    contents.inside("salient weights", count, range(contents.size + 1))
+    contents.inside("Rice parameter", k, range(contents.size.bit_length() + 1))
+
+
+def check_positions(contents: Contents, index: int, count: int, k: int) -> torch.Tensor:
+    """Return the positions, int64 (S,), that sections `index` and `index + 1` hold.
+
+    `count` and `k` passed `check_salient`, and section `index + 1` has the length that they need. Raises `InputError`
+    unless the unary stream is `count` gaps and nothing else, and all positions are below M * N. For fewer than eight
+    gaps two parameters can need as many bytes: `k` must then be the one that packing chooses.
+    """
+    unary = contents.section(index)
+    ones = int(np.bitwise_count(unary).sum(dtype=np.int64))
+    contents.require(ones == count, f"{ones} gaps between positions, expected {count}")
+    contents.require(count == 0 or unary[-1] > 0, "gaps between positions: bytes behind the last one")
+    contents.require(count > 0 or len(unary) == 0, f"{len(unary)} bytes of positions, expected 0")
+    contents.padding(index + 1, count * k, "position remainders")
+    # So that no stream of zeros, however long, is spread out.
+    fault = f"positions beyond the last weight, expected all below {contents.size}"
+    contents.require((8 * len(unary) - 7 - count) << k < contents.size, fault)
+    remainders = torch.from_numpy(contents.section(index + 1))
+    positions = unpack_positions(torch.from_numpy(unary), remainders, count, k)
+    contents.require(count == 0 or int(positions[-1]) < contents.size, fault)
+    if count < 8:
+        best, _ = rice_cost(positions.numpy())
+        contents.require(k == best, f"damaged parameters: Rice parameter {k}, expected {best} for these positions")
+    return positions
 
 
 def pack_small(values: np.ndarray, bits: int) -> np.ndarray:

@@ -31,15 +31,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bivlm.errors import InputError
 from bivlm.haar import haar
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
-from bivlm.packing.halves import from_halves, to_halves
+from bivlm.packing.contents import Contents
+from bivlm.packing.halves import EXPONENTS, from_halves, to_halves
 from bivlm.packing.rowtables import (
     base_of,
     blocks_of,
-    check_lengths,
+    check_two_bits,
+    columns_nbytes,
     entropy,
     look_up,
     pack_columns,
@@ -54,6 +55,7 @@ from bivlm.packing.sparse import pack_small, unpack_small
 
 NAME = "wavelet"
 BANDS, NUMBERS = 2, 3
+LARGEST_BLOCK = 1024
 _PARAMETERS = struct.Struct("<IBBh")
 
 
@@ -120,6 +122,41 @@ class WaveletCodec(Codec):
 
     name = NAME
 
+    def check(self, contents: Contents) -> float:
+        m, n = contents.header.shape
+        block, ordered, reserved, exponent = contents.parameters(_PARAMETERS)
+        fault = f"damaged parameters: block {block}, expected an even number from 2 to {LARGEST_BLOCK}"
+        contents.require(block in range(2, LARGEST_BLOCK + 1, 2), fault)
+        contents.inside("order", ordered, range(2))
+        contents.inside("reserved byte", reserved, range(1))
+        contents.inside("exponent", exponent, EXPONENTS)
+        contents.length(1, "salient columns", columns_nbytes(n))
+        contents.padding(1, n, "salient columns")
+        salient = _salient(contents.packed, contents.header)
+        contents.lengths(
+            {
+                "parameters": _PARAMETERS.size,
+                "salient columns": columns_nbytes(n),
+                "row numbers": 2 * m * blocks_of(n, block) * BANDS * NUMBERS,
+                "symbols": two_bit_nbytes(m, n),
+                "column numbers": 2 * salient * BANDS * NUMBERS,
+                "residual symbols": two_bit_nbytes(m, salient),
+                "order": -(-n * _order_bits(block) // 8) if ordered else 0,
+            }
+        )
+        check_two_bits(contents, 3, n, "symbols")
+        check_two_bits(contents, 5, salient, "residual symbols")
+        if ordered:
+            contents.padding(6, n * _order_bits(block), "order")
+            order_N = _order(contents.packed, contents.header, block)
+            places_N = torch.arange(n)
+            fault = f"the order of columns is no permutation of each block of {block}"
+            contents.require(torch.equal(order_N.sort().values, places_N), fault)
+            contents.require(torch.equal(order_N // block, places_N // block), fault)
+        rows = contents.largest_half(contents.section(2), "row numbers", exponent)
+        columns = contents.largest_half(contents.section(4), "column numbers", exponent)
+        return 4 * (rows + columns)  # a level is two numbers, a pair of levels is added
+
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         block, ordered, exponent = _read_parameters(packed, header)
         weight_MN = torch.empty(header.shape, dtype=header.dtype, device=packed.device)
@@ -181,18 +218,19 @@ def _symbol_entropy(packed: torch.Tensor, header: Header, index: int, columns: i
 
 def _coded(packed: torch.Tensor, header: Header, block: int, ordered: bool, rows: slice = slice(None)) -> Coded:
     salient_N = unpack_columns(packed, header, 1)
-    order_N = None
-    if ordered:
-        columns = torch.arange(header.shape[1], device=packed.device)
-        inside = unpack_small(section(packed, header, 6), header.shape[1], _order_bits(block))
-        order_N = columns // block * block + inside
     return Coded(
         unpack_two_bits(packed, header, 3, header.shape[1], rows),
         unpack_two_bits(packed, header, 5, int(salient_N.sum()), rows),
         salient_N,
-        order_N,
+        _order(packed, header, block) if ordered else None,
         block,
     )
+
+
+def _order(packed: torch.Tensor, header: Header, block: int) -> torch.Tensor:
+    """The column that stands at each place, int64 (N,)."""
+    columns = torch.arange(header.shape[1], device=packed.device)
+    return columns // block * block + unpack_small(section(packed, header, 6), header.shape[1], _order_bits(block))
 
 
 def _numbers(
@@ -205,29 +243,8 @@ def _numbers(
 
 
 def _read_parameters(packed: torch.Tensor, header: Header) -> tuple[int, bool, int]:
-    """Block, whether there is an order, and the exponent; raises `InputError` if the sections do not fit them."""
-    m, n = header.shape
+    """Block, whether there is an order, and the exponent."""
     block, ordered, _, exponent = container.fields(packed, header, _PARAMETERS)
-    if block == 0 or block % 2 or ordered > 1:
-        raise InputError(
-            f"packed weight of shape {header.shape}: damaged parameters (block {block}, order {ordered}; "
-            "expected an even block and order 0 or 1)"
-        )
-    bitmap = -(-n // 8)
-    # Without a bitmap of the right length there is no count of salient columns, and its length is what gets named.
-    salient = _salient(packed, header) if header.sections[1:] and np.diff(header.sections[1])[0] == bitmap else 0
-    check_lengths(
-        header,
-        {
-            "parameters": _PARAMETERS.size,
-            "salient columns": bitmap,
-            "row numbers": 2 * m * blocks_of(n, block) * BANDS * NUMBERS,
-            "symbols": two_bit_nbytes(m, n),
-            "column numbers": 2 * salient * BANDS * NUMBERS,
-            "residual symbols": two_bit_nbytes(m, salient),
-            "order": -(-n * _order_bits(block) // 8) if ordered else 0,
-        },
-    )
     return block, bool(ordered), exponent
 
 

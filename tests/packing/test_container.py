@@ -47,3 +47,22 @@ def test_unknown_codec_is_refused(packed):
 def test_random_weights_are_no_packed_weight():
     with pytest.raises(InputError, match=r"torch\.bfloat16 of shape \(4, 4\)"):
         container.read_header(torch.zeros(4, 4, dtype=torch.bfloat16), "layer 7")
+
+
+@pytest.mark.parametrize(
+    ("at", "content", "message"),
+    [
+        (16, bytes(4), r"shape \(0, 3\), expected one row and one column or more"),
+        (20, bytes(4), r"shape \(2, 0\), expected one row and one column or more"),
+        (7, b"\1", "reserved byte 1"),
+        (6, b"\0", "0 sections"),
+        (6, b"\xff", "255 sections"),
+        (5, b"\3", "dtype code 3"),
+        (8, b"\xffsigns", r"unknown codec '\\\\xffsigns'"),
+        (28, b"\xff" * 8, "41 bytes, its header says 8589934626"),
+    ],
+)
+def test_an_impossible_header_is_refused_by_name(packed, at, content, message):
+    packed[at : at + len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    with pytest.raises(InputError, match=f"layer 7: .*{message}"):
+        open_packed(packed, "layer 7")

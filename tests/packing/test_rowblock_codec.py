@@ -119,8 +119,8 @@ def test_numbers_too_large_for_the_format_are_stored_as_its_largest(layout):
     ("section", "content", "message"),
     [
         (0, b"\x10\0\0\0\0\0", "6 bytes of parameters, expected 8"),
-        (0, b"\0\0\0\0\0\0\0\0", "damaged parameters \\(block 0, layout 0"),
-        (0, b"\x10\0\0\0\7\0\0\0", "damaged parameters \\(block 16, layout 7"),
+        (0, b"\0\0\0\0\0\0\0\0", "damaged parameters: block 0, expected 1 to 4096"),
+        (0, b"\x10\0\0\0\7\0\0\0", "damaged parameters: layout 7, expected 0 to 1"),
         (0, b"\x08\0\0\0\0\0\0\0", "210 bytes of row numbers, expected 350"),
         (1, b"\0", "1 bytes of salient columns, expected 5"),
         (3, b"\0\0", "2 bytes of symbols, expected 50"),

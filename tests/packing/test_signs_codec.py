@@ -83,9 +83,9 @@ def test_positions_cost_their_entropy_or_a_bitmap(share, position_bits):
     ("section", "content", "message"),
     [
         (0, b"\0\0\0\0", "4 bytes of parameters, expected 8"),
-        (0, b"\7\0\0\0\1\0\0\0", "damaged parameters \\(mode 7"),
-        (0, b"\0\x63\0\0\1\0\0\0", "Rice parameter 99"),
-        (0, b"\0\1\0\0\xff\0\0\0", "255 salient weights; expected mode 0 or 1 and at most 200"),
+        (0, b"\7\0\0\0\1\0\0\0", "damaged parameters: mode 7, expected 0 to 1"),
+        (0, b"\0\x63\0\0\1\0\0\0", "damaged parameters: Rice parameter 99, expected 0 to 8"),
+        (0, b"\0\1\0\0\xff\0\0\0", "salient weights 255, expected 0 to 200"),
         (1, b"\0", "1 bytes of row numbers, expected 30"),
         (2, b"\0\0", "2 bytes of signs, expected 25"),
         (3, b"", "0 bytes of levels, expected"),
