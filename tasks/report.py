@@ -11,9 +11,10 @@ from typing import Any
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT
+from bivlm.evaluation.chance import AtChance
 from bivlm.identity import digest
 from bivlm.leaderboard import relative_error
-from bivlm.model_card import licence_of
+from bivlm.model_card import AT_CHANCE, licence_of
 from bivlm.recipe import Recipe
 from bivlm.report_page import render
 from bivlm.stores.folder import write_atomically
@@ -65,13 +66,31 @@ def write_report(
         "layers": described,
         "tables": [_table(table, packed_tables[table.name]) for table in tables],
         "warnings": _warnings(described, [layer.settings.get("damping") for layer in layers]),
+        AT_CHANCE: [],
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
         "runner": runner,
     }
+    _write(report, output)
+    return report
+
+
+def with_at_chance(report: dict[str, Any], found: Sequence[AtChance], output: str) -> dict[str, Any]:
+    """Write into the report in `output` on which benchmarks full precision is at chance; returns the report.
+
+    They are among its warnings, too, in place of those of an earlier evaluation.
+    """
+    earlier = {str(AtChance(**each)) for each in report.get(AT_CHANCE, [])}
+    warnings = [said for said in report["warnings"] if said not in earlier]
+    said = {"warnings": [*warnings, *map(str, found)], AT_CHANCE: [each.model_dump() for each in found]}
+    if report != (changed := report | said):
+        _write(changed, output)
+    return changed
+
+
+def _write(report: dict[str, Any], output: str) -> None:
     content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(Path(output) / REPORT, lambda file: file.write(content.encode()))
-    return report
 
 
 def earlier_report(output: str, base: Base, recipe: Recipe) -> dict[str, Any] | None:
@@ -97,7 +116,8 @@ def in_a_sentence(report: dict[str, Any], evaluation: dict[str, Any] | None) -> 
         fmean(figures["metrics"]["accuracy"] for figures in evaluation[role].values())
         for role in ("full_precision", "packed")
     )
-    return f"{said}; mean accuracy {before:.1f} % before, {after:.1f} % after; KL {evaluation['kl']:.3g} nats."
+    said += f"; mean accuracy {before:.1f} % before, {after:.1f} % after; KL {evaluation['kl']:.3g} nats a token, "
+    return "".join([said, f"on {evaluation['measured_on']}.", *(f" {AtChance(**x)}." for x in evaluation["at_chance"])])
 
 
 def write_page(
