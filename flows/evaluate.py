@@ -31,8 +31,8 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """The record of `Evaluation` with ``model`` and ``outcomes``, the parquet file of the answers.
 
-    ``chance`` is in percent, None where it is unknown. With `against` there are also ``against``, the record of that
-    checkpoint, ``loss``, what `model` lost against it on the same questions (`bivlm.evaluation.paired.Loss`), and
+    With `against` there are also ``against``, the record of that checkpoint, ``loss``, what `model` lost against it on
+    the same questions (`bivlm.evaluation.paired.Loss`), ``chance`` in percent (None where it is unknown), and
     ``at_chance``, the record of `AtChance` if that checkpoint is not above chance. With `pruned`, `model` drops tokens
     as it says it may. Progress is shown on stderr where that is a terminal. Raises `InputError`.
     """
@@ -46,11 +46,15 @@ def evaluate_folders(
         Checkpoint.open(folder)  # before the other one has answered for hours
     before = _evaluate(against, benchmark, None, batch_size) if against is not None else None
     result, record = _evaluate(model, benchmark, pruning, batch_size)
-    record["chance"] = benchmark.chance()
     if before is not None:
-        record |= {"against": before[1], "loss": asdict(loss_between(before[0].outcomes, result.outcomes))}
-        found = at_chance({task: before[1]}, {task: record["chance"]}, str(against))
-        record["at_chance"] = [each.model_dump() for each in found]
+        chance = benchmark.chance()
+        found = at_chance({task: before[1]}, {task: chance}, str(against))
+        record |= {
+            "against": before[1],
+            "loss": asdict(loss_between(before[0].outcomes, result.outcomes)),
+            "chance": chance,
+            "at_chance": [each.model_dump() for each in found],
+        }
     return record
 
 

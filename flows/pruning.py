@@ -18,7 +18,7 @@ from bivlm.checkpoint import Checkpoint, resolve_model
 from bivlm.collection import in_use
 from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark, load_benchmark
-from bivlm.evaluation.chance import at_chance
+from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.paired import Loss
 from bivlm.families import Modules
@@ -70,7 +70,8 @@ def sweep_flow(
         limit = settings.questions
         swept = sweep_all(subjects, settings, benchmarks, limit, device, store.url, progress.publish)
     pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, place)
-    run_id = log_sweep(swept.rows, place, store.url)
+    warnings = [str(AtChance(**each)) for each in swept.at_chance]
+    run_id = log_sweep(swept.rows, place, store.url, warnings=warnings)
     return {"output": place, **vars(swept), "run_id": run_id}
 
 

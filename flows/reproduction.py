@@ -51,6 +51,9 @@ def reproduce_flow(
     recipes = recipe_set(paper, tables, tasks, calibration)
     place = Path(output).expanduser().absolute()
     console = Console(stderr=True)
+    measured_on = held_out_samples(next(iter(recipes.values())).canonical()["calibration"])
+    console.print(f"KL in nats a token, on {measured_on}", highlight=False, markup=False, soft_wrap=True)
+    asked = {"tasks": list(tasks), "questions": questions, "source": calibration, "measured_on": measured_on}
     columns: dict[str, dict[str, Any]] = {}
     for number, (column, recipe) in enumerate(recipes.items(), start=1):
         started = time.perf_counter()
@@ -77,8 +80,6 @@ def reproduce_flow(
             said = f"{result['bits']['linears']['stored']:6.3f} stored bits  KL {columns[column]['kl']:.3f}"
         line = f"{number:>3} of {len(recipes)}  {column:<28} {said}  {time.perf_counter() - started:4.0f} s"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-        asked = {"tasks": list(tasks), "questions": questions, "source": calibration}
-        asked["measured_on"] = held_out_samples(recipe.canonical()["calibration"])
         _write(place, paper.name, tables, columns, asked)
     found = json.loads((place / "reproduction.json").read_text(encoding="utf-8"))
     return found | {"output": str(place), "tables": list(tables)}

@@ -35,7 +35,7 @@ def print_evaluation(record: dict[str, Any]) -> None:
     _row(table, "accuracy, 95 % interval", f"{low:.2f} to {high:.2f}")
     for name, (low, high) in record.get("intervals", {}).items():
         _row(table, f"{name}, 95 % interval", f"{low:.2f} to {high:.2f}")
-    if record["chance"] is not None:
+    if record.get("chance") is not None:
         _row(table, "chance", f"{record['chance']:.2f}")
     if before := record.get("against"):
         loss = record["loss"]
