@@ -14,11 +14,10 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 
 from bivlm.calibration import held_out_samples
-from bivlm.evaluation.chance import AtChance, read_at_chance
+from bivlm.evaluation.chance import set_of
 from bivlm.lineage import Lineage
 
 CARD = "README.md"
-AT_CHANCE = "not_above_chance"  # in compression_report.json: records of `AtChance`
 LICENCE_KEYS = ("license", "license_name", "license_link")
 _FULL, _PACKED, _HELD_OUT = "full precision, ", "packed, ", "held-out samples"
 _HUB = "https://huggingface.co"
@@ -87,8 +86,9 @@ def model_card(report: Mapping[str, Any], lineage: Lineage, name: str, licence_f
     are the names of the licences beside the weights. Scores, intervals and KL are those of the steps in `lineage`.
     """
     base, bits = lineage.base_model, report["bits"]
-    at_chance = read_at_chance(report.get(AT_CHANCE, ()), f"compression_report.json: {AT_CHANCE}")
-    warnings = [said for said in report["warnings"] if said not in map(str, at_chance)]
+    # The sentences about chance name question sets, which may be folders.
+    at_chance = [_placeless(task) + said.removeprefix(task) for said in report["warnings"] if (task := set_of(said))]
+    warnings = [said for said in report["warnings"] if set_of(said) is None]
     shown = f"[{base.id}]({_HUB}/{base.id})" if base.revision else f"The model in a folder `{Path(base.id).name}`"
     remote = any(file.endswith(".py") for file in lineage.packed.files)
     return _CARD.format(
@@ -174,7 +174,7 @@ def _bits(bits: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {name} | {part['weights']:,} | {' | '.join(figures)} | **{part['stored']:.3f}** |"
 
 
-def _scores(lineage: Lineage, recipe: Mapping[str, Any], at_chance: Sequence[AtChance]) -> Iterator[str]:
+def _scores(lineage: Lineage, recipe: Mapping[str, Any], at_chance: Sequence[str]) -> Iterator[str]:
     figures = {name: lineage.steps[key].figures for name, key in lineage.evaluations.items()}
     benchmarks = [name.removeprefix(_PACKED) for name in figures if name.startswith(_PACKED)]
     benchmarks = [name for name in benchmarks if name != _HELD_OUT]
@@ -194,7 +194,7 @@ def _scores(lineage: Lineage, recipe: Mapping[str, Any], at_chance: Sequence[AtC
         yield ""
         yield "Full precision is not above chance everywhere:"
         yield ""
-        yield from (f"- {found.model_copy(update={'task': _placeless(found.task)})}" for found in at_chance)
+        yield from (f"- {said}" for said in at_chance)
     divergence = figures.get(_PACKED + _HELD_OUT)
     if divergence is not None:
         yield ""

@@ -20,7 +20,7 @@ _TEMPLATE = "report.html"
 _NONE = "–"
 _LINEARS, _TABLES, _MODEL = "packed linears", "embedding and head", "whole model"
 _BITS = ("nominal", "entropy", "stored")
-_SHOWN_ELSEWHERE = frozenset({"format", "base_model", "recipe", "bits", "layers", "tables", "not_above_chance"})
+_SHOWN_ELSEWHERE = frozenset({"format", "base_model", "recipe", "bits", "layers", "tables"})
 _LAYER_PICTURES = (
     (
         figures.weight_histogram,

@@ -11,10 +11,10 @@ from typing import Any
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT
-from bivlm.evaluation.chance import AtChance
+from bivlm.evaluation.chance import AtChance, set_of
 from bivlm.identity import digest
 from bivlm.leaderboard import relative_error
-from bivlm.model_card import AT_CHANCE, licence_of
+from bivlm.model_card import licence_of
 from bivlm.recipe import Recipe
 from bivlm.report_page import render
 from bivlm.stores.folder import write_atomically
@@ -66,7 +66,6 @@ def write_report(
         "layers": described,
         "tables": [_table(table, packed_tables[table.name]) for table in tables],
         "warnings": _warnings(described, [layer.settings.get("damping") for layer in layers]),
-        AT_CHANCE: [],
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
         "runner": runner,
@@ -76,14 +75,12 @@ def write_report(
 
 
 def with_at_chance(report: dict[str, Any], found: Sequence[AtChance], output: str) -> dict[str, Any]:
-    """Write into the report in `output` on which benchmarks full precision is at chance; returns the report.
+    """Write among the warnings in `output` on which benchmarks full precision is at chance; returns the report.
 
-    They are among its warnings, too, in place of those of an earlier evaluation.
+    They take the place of those of an earlier evaluation.
     """
-    earlier = {str(AtChance(**each)) for each in report.get(AT_CHANCE, [])}
-    warnings = [said for said in report["warnings"] if said not in earlier]
-    said = {"warnings": [*warnings, *map(str, found)], AT_CHANCE: [each.model_dump() for each in found]}
-    if report != (changed := report | said):
+    warnings = [said for said in report["warnings"] if set_of(said) is None]
+    if report != (changed := report | {"warnings": [*warnings, *map(str, found)]}):
         _write(changed, output)
     return changed
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from bivlm.errors import InputError
 from bivlm.evaluation.metrics import wilson
 
+_FULL_PRECISION = "full precision"
 WAY_OUT = "name its own benchmark in `evaluation`, e.g. vqa:FOLDER"
 
 
@@ -30,7 +30,7 @@ class AtChance(BaseModel):
     n: int = Field(ge=1)
     accuracy: float = Field(ge=0, le=100)
     chance: float | None = Field(ge=0, le=100)
-    model: str = "full precision"
+    model: str = _FULL_PRECISION
 
     def __str__(self) -> str:
         level = "chance is unknown" if self.chance is None else f"chance is {self.chance:.1f} %"
@@ -42,7 +42,7 @@ class AtChance(BaseModel):
 
 
 def at_chance(
-    evaluations: Mapping[str, Mapping[str, Any]], levels: Mapping[str, float | None], model: str = "full precision"
+    evaluations: Mapping[str, Mapping[str, Any]], levels: Mapping[str, float | None], model: str = _FULL_PRECISION
 ) -> list[AtChance]:
     """Return the sets on which `model` is not above chance, in the order of `evaluations`.
 
@@ -60,9 +60,7 @@ def at_chance(
     return found
 
 
-def read_at_chance(records: Sequence[Mapping[str, Any]], place: str) -> list[AtChance]:
-    """Return what `AtChance.model_dump` wrote; raises `InputError` naming `place` for anything else."""
-    try:
-        return [AtChance.model_validate(record) for record in records]
-    except (TypeError, ValidationError) as error:
-        raise InputError(f"{place}: expected records of question sets at chance: {error}") from None
+def set_of(warning: str) -> str | None:
+    """Return the set that a warning is about if it is what `AtChance` says of full precision, else None."""
+    task, scores, _ = warning.partition(f": {_FULL_PRECISION} scores ")
+    return task if scores and warning.endswith(WAY_OUT) else None

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binomtest
 
-from bivlm.errors import InputError
 from bivlm.evaluation import load_benchmark
-from bivlm.evaluation.chance import AtChance, at_chance, read_at_chance
+from bivlm.evaluation.chance import AtChance, at_chance, set_of
 from bivlm.evaluation.metrics import bootstrap_interval, wilson
 
 WAY_OUT = "name its own benchmark in `evaluation`, e.g. vqa:FOLDER"
@@ -76,12 +75,11 @@ def test_sets_keep_their_order_and_the_model_its_name():
     assert all("the other one scores" in str(each) for each in at_chance(sets, {}, "the other one"))
 
 
-def test_records_are_read_back_and_anything_else_is_refused_by_place():
-    records = [each.model_dump() for each in found(0, 9, 25.0)]
-    assert read_at_chance(json.loads(json.dumps(records)), "report") == [AtChance(**records[0])]
-    for wrong in ([{"task": "x"}], [3], 3, [{**records[0], "n": -1}], [{**records[0], "accuracy": float("nan")}]):
-        with pytest.raises(InputError, match="report: expected records of question sets at chance"):
-            read_at_chance(wrong, "report")
+@pytest.mark.parametrize("task", ["reference:open", "vqa:/data/full precision scores/q", "vqa:a: b"])
+def test_a_warning_is_known_by_its_sentence_and_leads_to_its_set(task):
+    for accuracy in (0.0, 60.0):
+        assert set_of(str(AtChance(task=task, n=5, accuracy=accuracy, chance=50.0))) == task
+    assert set_of("2 layers saw no token and were quantized by their weights alone: a, b") is None
 
 
 @pytest.mark.parametrize(
