@@ -1,4 +1,4 @@
-"""Bi-VLM: vision-language models at an honest two bits and below.
+"""Bi-VLM: the linear layers of vision-language models at one to four bits a weight, counted as bytes on disk.
 
 Importing this package registers the quantization method ``bivlm`` with transformers, after which
 ``AutoModelForImageTextToText.from_pretrained`` loads packed checkpoints.

@@ -195,6 +195,11 @@ def load_base_models(file: str | Path | None = None) -> tuple[Watched, ...]:
         raise InputError("\n".join([f"{file} is not valid:", *lines])) from None
 
 
+def nothing_watched() -> str:
+    """Return the sentence for a list without entries: it names the file to write them into."""
+    return f"no base models are watched; write them into {base_models_file()}"
+
+
 def listed_if_any() -> tuple[Watched, ...]:
     """The entries of the list; none on a machine that has no list."""
     if not os.environ.get(LIST_VARIABLE) and not _SHIPPED_LIST.is_file():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bivlm.evaluation.chance import AtChance
 from bivlm.evaluation.paired import LargestLoss, questions_needed
 from bivlm.gate_settings import AccuracyGate, BitsGate, GateSettings
 
@@ -17,11 +18,13 @@ class Figures:
         linears: stored bits a weight of the packed linears.
         whole_model: stored bits a parameter of the whole model.
         losses: by benchmark, what may have been lost there; None if nothing was evaluated.
+        at_chance: the benchmarks on which full precision is not above chance.
     """
 
     linears: float
     whole_model: float
     losses: Mapping[str, LargestLoss] | None
+    at_chance: Sequence[AtChance] = ()
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,18 @@ def decide(gate: GateSettings, figures: Figures) -> Decision:
     """Hold `figures` against every bound of `gate`.
 
     A benchmark that the gate names and that was not asked, or not with the gate's confidence, is not passed: what was
-    not measured is not known to be within any bound.
+    not measured is not known to be within any bound. Nor is one on which full precision is at chance: there is nothing
+    to lose there.
     """
-    found = [*_accuracy(gate.accuracy, figures.losses or {}), *_bits(gate.bits, figures)]
+    found = [*_accuracy(gate.accuracy, figures), *_bits(gate.bits, figures)]
     refused_by = tuple(sentence for kept, sentence in found if not kept)
     return Decision(not refused_by, tuple(sentence for _, sentence in found), refused_by)
 
 
-def _accuracy(gate: AccuracyGate | None, losses: Mapping[str, LargestLoss]) -> Iterator[tuple[bool, str]]:
+def _accuracy(gate: AccuracyGate | None, figures: Figures) -> Iterator[tuple[bool, str]]:
     if gate is None:
         return
+    losses, at_chance = figures.losses or {}, {each.task: each for each in figures.at_chance}
     if not losses and gate.benchmarks is None:
         yield False, f"accuracy: nothing was evaluated; at most {gate.largest_loss:g} points may be lost"
     for benchmark in gate.benchmarks or losses:
@@ -60,6 +65,8 @@ def _accuracy(gate: AccuracyGate | None, losses: Mapping[str, LargestLoss]) -> I
         if found is None or found.confidence != gate.confidence:
             at = "" if found is None else f" with {_percent(gate.confidence)} confidence"
             yield False, f"accuracy on {benchmark}: not measured{at}; at most {gate.largest_loss:g} points may be lost"
+        elif benchmark in at_chance:
+            yield False, f"accuracy on {at_chance[benchmark]}"
         else:
             yield found.largest <= gate.largest_loss, _loss_in_words(benchmark, found, gate.largest_loss)
 

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+from bivlm.calibration import held_out_samples
+from bivlm.evaluation.chance import set_of
 from bivlm.lineage import Lineage
 
 CARD = "README.md"
@@ -84,6 +86,9 @@ def model_card(report: Mapping[str, Any], lineage: Lineage, name: str, licence_f
     are the names of the licences beside the weights. Scores, intervals and KL are those of the steps in `lineage`.
     """
     base, bits = lineage.base_model, report["bits"]
+    # The sentences about chance name question sets, which may be folders.
+    at_chance = [_placeless(task) + said.removeprefix(task) for said in report["warnings"] if (task := set_of(said))]
+    warnings = [said for said in report["warnings"] if set_of(said) is None]
     shown = f"[{base.id}]({_HUB}/{base.id})" if base.revision else f"The model in a folder `{Path(base.id).name}`"
     remote = any(file.endswith(".py") for file in lineage.packed.files)
     return _CARD.format(
@@ -100,9 +105,9 @@ def model_card(report: Mapping[str, Any], lineage: Lineage, name: str, licence_f
         trust=", trust_remote_code=True" if remote else "",
         code=_CODE if remote else "",
         bits="\n".join(_bits(bits)),
-        scores="\n".join(_scores(lineage)),
+        scores="\n".join(_scores(lineage, report["recipe"], at_chance)),
         recipe_yaml=yaml.safe_dump(_placeless(report["recipe"]), sort_keys=False, allow_unicode=True, width=118),
-        warnings="".join(f"\n- {said}" for said in report["warnings"]) + "\n" if report["warnings"] else "",
+        warnings="".join(f"\n- {said}" for said in warnings) + "\n" if warnings else "",
         lineage="\n".join(f"- {what}: {value}" for what, value in _lineage(lineage)),
         licence=_licence(report, lineage, licence_files),
     )
@@ -169,7 +174,7 @@ def _bits(bits: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {name} | {part['weights']:,} | {' | '.join(figures)} | **{part['stored']:.3f}** |"
 
 
-def _scores(lineage: Lineage) -> Iterator[str]:
+def _scores(lineage: Lineage, recipe: Mapping[str, Any], at_chance: Sequence[str]) -> Iterator[str]:
     figures = {name: lineage.steps[key].figures for name, key in lineage.evaluations.items()}
     benchmarks = [name.removeprefix(_PACKED) for name in figures if name.startswith(_PACKED)]
     benchmarks = [name for name in benchmarks if name != _HELD_OUT]
@@ -185,11 +190,16 @@ def _scores(lineage: Lineage) -> Iterator[str]:
         yield f"| {_placeless(name)} | {packed['n']:,} | {_accuracy(figures.get(_FULL + name))} | {_accuracy(packed)} |"
     if len(benchmarks) > 1:
         yield f"| mean | | {_mean(figures, _FULL, benchmarks)} | {_mean(figures, _PACKED, benchmarks)} |"
+    if at_chance:
+        yield ""
+        yield "Full precision is not above chance everywhere:"
+        yield ""
+        yield from (f"- {said}" for said in at_chance)
     divergence = figures.get(_PACKED + _HELD_OUT)
     if divergence is not None:
         yield ""
-        kl = f"{divergence['kl']:.3g} nats a token"
-        yield f"KL divergence from full precision: {kl}, on samples held out of calibration."
+        kl, samples = f"{divergence['kl']:.3g} nats a token", held_out_samples(_placeless(recipe["calibration"]))
+        yield f"KL divergence from full precision: {kl}, on {samples}, which calibration has not seen."
 
 
 def _accuracy(found: Mapping[str, Any] | None) -> str:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from bivlm import figures
+from bivlm.evaluation.chance import AtChance
 
 _TEMPLATE = "report.html"
 _NONE = "–"
@@ -48,8 +49,9 @@ def render(
     """The page's HTML; equal arguments give equal text.
 
     `report` is compression_report.json, `layers` its layers with what `bivlm.figures` reads beside. `evaluation` is
-    ``{"full_precision": {task: {"n", "metrics": {"accuracy"}, "ci95": [low, high]}}, "packed": the same, "kl"}``,
-    `points` and `chance` (percent by task) are for `figures.accuracy_against_bits`. `lineage` is any tree of JSON.
+    ``{"full_precision": {task: {"n", "metrics": {"accuracy"}, "ci95": [low, high]}}, "packed": the same, "kl",
+    "measured_on", "at_chance": [records of `AtChance`]}``. `points` and `chance` (percent by task) are for
+    `figures.accuracy_against_bits`. `lineage` is any tree of JSON.
     """
     environment = Environment(
         loader=PackageLoader("bivlm"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
@@ -57,7 +59,8 @@ def render(
     environment.filters |= {"number": _number, "scalar": _scalar}
     environment.tests["tree"] = lambda value: isinstance(value, (dict, list, tuple))
     rows = _bits_rows(report["bits"])
-    pictures = [(figures.accuracy_against_bits(points, chance), _POINTS_CAPTION)] if points else []
+    measured_on = (evaluation or {}).get("measured_on") or "held-out samples"
+    pictures = [(figures.accuracy_against_bits(points, chance, measured_on), _POINTS_CAPTION)] if points else []
     pictures += [(draw(layers), caption) for draw, caption in _LAYER_PICTURES]
     return environment.get_template(_TEMPLATE).render(
         model=report["base_model"]["id"],
@@ -68,7 +71,10 @@ def render(
         whole=next((row for row in rows if row["name"] == _MODEL), None),
         accuracy=_accuracy_rows(evaluation or {}, chance or {}),
         chance=bool(chance),
+        tasks=len((evaluation or {}).get("full_precision") or ()),
         kl=(evaluation or {}).get("kl"),
+        measured_on=measured_on,
+        at_chance=[str(AtChance(**each)) for each in (evaluation or {}).get("at_chance", ())],
         pictures=[(inline_svg(figure), caption) for figure, caption in pictures],
         layers=[_layer_row(layer) for layer in layers],
         recipe_yaml=yaml.safe_dump(

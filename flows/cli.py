@@ -107,7 +107,9 @@ def _nobody_reads() -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bivlm", description="Vision-language models at an honest two bits and below.", epilog=_EXIT_CODES
+        prog="bivlm",
+        description="Vision-language models at one to four bits a weight, counted as bytes on disk.",
+        epilog=_EXIT_CODES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in _MODULES:

@@ -233,7 +233,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
                 measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish, workers)
         if swept is not None:
             sweep_both(request, tracked, packed, progress.publish)
-        registered = record(request, tracked, done, samples, packed, report, results, measured)
+        report, registered = record(request, tracked, done, samples, packed, report, results, measured)
         gate, refused = decide_at_the_end(recipe, tracked, registered, report, results, store.url)
         progress.advance(tracking.STAGE)
     result = {

@@ -80,8 +80,10 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 
     Console().print(_table(results))
     last = results[RECIPES[-1]]
-    print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision,")
-    print("mean over the tokens of held-out replies. Seconds and memory: the compression.")
+    print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision on")
+    print(f"{last['evaluation']['measured_on']}. Seconds and memory: the compression.")
+    for warning in last["warnings"]:
+        print(f"warning: {warning}")
     for recipe, result in results.items():
         print(f"checkpoint of {recipe}: {result['output']}")
     print(f"report of {RECIPES[-1]}, the others for comparison: {last['page']}")
@@ -95,7 +97,6 @@ def _table(results: dict[str, dict[str, Any]]) -> Any:
 
     from bivlm.bits import bits_of
     from bivlm.checkpoint import Checkpoint, linears
-    from bivlm.evaluation.reference_sets import chance
     from bivlm.reference import CHECKPOINT
 
     rows = sorted(results.items(), key=lambda item: -item[1]["bits"]["linears"]["stored"])
@@ -125,7 +126,8 @@ def _table(results: dict[str, dict[str, Any]]) -> Any:
             f"{result['seconds']:.1f}",
             f"{result['peak_memory_bytes'] / 1e6:.0f}",
         )
-    table.add_row("chance", *(f"{chance(name):.0f}" for name in names))
+    levels = rows[0][1]["evaluation"]["chance"]
+    table.add_row("chance", *(f"{levels[task]:.0f}" for task in before))
     return table
 
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark, Evaluation, evaluate, load_benchmark, load_model, write_outcomes
+from bivlm.evaluation.chance import at_chance
 from bivlm.evaluation.paired import loss_between
 from bivlm.identity import digest
 from bivlm.pruning.dropping import carried_pruning, pruned_if
@@ -30,9 +31,10 @@ def evaluate_folders(
 ) -> dict[str, Any]:
     """The record of `Evaluation` with ``model`` and ``outcomes``, the parquet file of the answers.
 
-    With `against` there are also ``against``, the record of that checkpoint, and ``loss``, what `model` lost against it
-    on the same questions (`bivlm.evaluation.paired.Loss`). With `pruned`, `model` drops tokens as it says it may.
-    Progress is shown on stderr where that is a terminal. Raises `InputError`.
+    With `against` there are also ``against``, the record of that checkpoint, ``loss``, what `model` lost against it on
+    the same questions (`bivlm.evaluation.paired.Loss`), ``chance`` in percent (None where it is unknown), and
+    ``at_chance``, the record of `AtChance` if that checkpoint is not above chance. With `pruned`, `model` drops tokens
+    as it says it may. Progress is shown on stderr where that is a terminal. Raises `InputError`.
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch size: found {batch_size}, expected 1 or more")
@@ -45,7 +47,14 @@ def evaluate_folders(
     before = _evaluate(against, benchmark, None, batch_size) if against is not None else None
     result, record = _evaluate(model, benchmark, pruning, batch_size)
     if before is not None:
-        record |= {"against": before[1], "loss": asdict(loss_between(before[0].outcomes, result.outcomes))}
+        chance = benchmark.chance()
+        found = at_chance({task: before[1]}, {task: chance}, str(against))
+        record |= {
+            "against": before[1],
+            "loss": asdict(loss_between(before[0].outcomes, result.outcomes)),
+            "chance": chance,
+            "at_chance": [each.model_dump() for each in found],
+        }
     return record
 
 

@@ -38,12 +38,13 @@ def decide_at_the_end(
     decided, refused = None, None
     name = registered["registered_model"]
     if recipe.gate is not None:
-        losses = {}
+        losses, at_chance = {}, []
         if recipe.gate.accuracy is not None and results is not None:
             confidence = recipe.gate.accuracy.confidence
             losses = evaluation.largest_losses(results.full_precision, results.packed, confidence, workspace)
+            at_chance = results.at_chance()
         bits = report["bits"]
-        decision = decide(recipe.gate, Figures(bits["linears"]["stored"], bits["model"]["stored"], losses))
+        decision = decide(recipe.gate, Figures(bits["linears"]["stored"], bits["model"]["stored"], losses, at_chance))
         decided = tracking.apply_decision(
             tracked, name, registered["version"], decision, losses, registered["model_id"]
         )

@@ -10,8 +10,8 @@ from typing import Any
 from prefect import flow
 from rich.console import Console
 
+from bivlm.calibration import held_out_samples
 from bivlm.errors import GateNotPassed, InputError
-from bivlm.evaluation import load_benchmark
 from bivlm.finish_settings import FinishSettings
 from bivlm.leaderboard import board, fingerprint
 from bivlm.recipe import Recipe, load_recipe
@@ -51,6 +51,8 @@ def leaderboard_flow(
     place = Path(output).expanduser().absolute()
     workspace = workspace or default_workspace()
     console = Console(stderr=True)
+    measured_on = held_out_samples(loaded[0].canonical()["calibration"])
+    console.print(f"KL in nats a token, on {measured_on}", highlight=False, markup=False, soft_wrap=True)
     results: dict[str, dict[str, Any]] = {}
     entries = []
     for number, recipe in enumerate(loaded, start=1):
@@ -81,10 +83,12 @@ def leaderboard_flow(
         raise InputError(f"no recipe could be carried out; the first failed with: {entries[0].failed}")
     same_linears(results)
     first = next(iter(results.values()))
-    benchmarks = first["evaluation"]["full_precision"]
-    chance = {name: load_benchmark(name, questions).chance() for name in benchmarks}
     made = board(
-        entries, full_precision_of(first), model={"name": first["model_name"], **first["base_model"]}, chance=chance
+        entries,
+        full_precision_of(first),
+        model={"name": first["model_name"], **first["base_model"]},
+        chance=first["evaluation"]["chance"],
+        measured_on=measured_on,
     )
     write_board(made, str(place))
     run_id = log_board(made, str(place), workspace)

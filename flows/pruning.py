@@ -17,7 +17,8 @@ from rich.console import Console
 from bivlm.checkpoint import Checkpoint, resolve_model
 from bivlm.collection import in_use
 from bivlm.errors import InputError
-from bivlm.evaluation import Benchmark
+from bivlm.evaluation import Benchmark, load_benchmark
+from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.paired import Loss
 from bivlm.families import Modules
@@ -51,8 +52,8 @@ def sweep_flow(
     `sweep` is as `bivlm.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's tables
     in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A sweep that was killed goes on at the cell where it was.
     `modules` name the parts of models that bivlm does not know, see `bivlm.families.parse_modules`.
-    Returns ``{"output", "rows", "adaptive", "baselines", "run_id"}``. Raises `InputError` for anything the caller can
-    mend, layers out of range among it, before the first question is asked.
+    Returns ``{"output", "rows", "adaptive", "baselines", "at_chance", "run_id"}``. Raises `InputError` for anything the
+    caller can mend, layers out of range among it, before the first question is asked.
     """
     settings = parse_sweep(sweep)
     store = Workspace.open(workspace or default_workspace())
@@ -69,7 +70,8 @@ def sweep_flow(
         limit = settings.questions
         swept = sweep_all(subjects, settings, benchmarks, limit, device, store.url, progress.publish)
     pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, place)
-    run_id = log_sweep(swept.rows, place, store.url)
+    warnings = [str(AtChance(**each)) for each in swept.at_chance]
+    run_id = log_sweep(swept.rows, place, store.url, warnings=warnings)
     return {"output": place, **vars(swept), "run_id": run_id}
 
 
@@ -88,7 +90,8 @@ def redundancy_flow(
 
     `tolerance` is in percentage points of accuracy: on each of the `benchmarks`, and on the questions of all together.
     Returns, for each cell and question set, the cell's settings and `bivlm.pruning.redundancy.Redundancy` ready for
-    JSON, with the set's name as ``"task"`` and a sentence in ``"in_words"``.
+    JSON, with the set's name as ``"task"``, a sentence in ``"in_words"``, and in ``"at_chance"`` the records of the
+    set's benchmarks on which the model is at chance without pruning: nothing can be lost there.
     """
     store = Workspace.open(workspace or default_workspace())
     device, subject = choose_device(), subject_of(model, revision, modules)
@@ -106,11 +109,12 @@ def redundancy_flow(
             (found,) = pruning.prune_cells(subject, [cell], names, questions, device, store.url)
             return pruning.loss_of({name: plain[name] for name in names}, found, store.url)
 
-        results = []
+        results, unfit = [], _at_chance(plain, questions, subject.label)
         for given in cells:
             for task, names in sets.items():
                 found = find_redundancy(partial(measure, given, names), tolerance)
-                results.append({**given, "task": task, **asdict(found), "in_words": found.in_words()})
+                said = {"in_words": found.in_words(), "at_chance": [each for each in unfit if each["task"] in names]}
+                results.append({**given, "task": task, **asdict(found), **said})
         return results
 
 
@@ -131,11 +135,13 @@ class Swept:
         rows: of every cell, see `tasks.pruning.rows_of`.
         adaptive: of every adaptive cell, see `tasks.pruning.adaptive_row`.
         baselines: accuracies without pruning, by model and benchmark.
+        at_chance: records of `AtChance`, of every model and benchmark without pruning.
     """
 
     rows: list[dict[str, Any]]
     adaptive: list[dict[str, Any]]
     baselines: dict[str, dict[str, float]]
+    at_chance: list[dict[str, Any]]
 
 
 def questions_of_sweep(settings: SweepSettings, benchmarks: Iterable[Benchmark], models: int) -> dict[str, int]:
@@ -156,7 +162,7 @@ def sweep_all(
 ) -> Swept:
     """Every cell of every model: one model after the other, and of each a task a place, score and layer."""
     cells, adaptive = settings.cells(), settings.adaptive_cells()
-    swept = Swept([], [], {})
+    swept = Swept([], [], {}, [])
 
     def prune(subject: Subject, some: list[PruningSettings]) -> list[dict[str, Done]]:
         found = pruning.prune_cells(subject, some, benchmarks, limit, device, workspace)
@@ -183,6 +189,7 @@ def sweep_all(
                 (fixed,) = prune(subject, [cell.model_copy(update={"mass": None, "share": share})])
                 swept.adaptive.append(pruning.adaptive_row(subject, cell, plain, chosen, fixed, workspace))
             swept.baselines[subject.label] = _baseline(plain)
+            swept.at_chance.extend(_at_chance(plain, limit, subject.label))
     finally:
         evaluation.forget_models()
     return swept
@@ -194,6 +201,13 @@ def _baseline(plain: Mapping[str, Done]) -> dict[str, float]:
     found = {name: each["metrics"]["accuracy"] for name, each in figures.items()}
     scores = [each["metrics"]["accuracy"] / 100 for each in figures.values() for _ in range(each["n"])]
     return found | ({ALL: accuracy(scores)} if len(found) > 1 else {})
+
+
+def _at_chance(plain: Mapping[str, Done], limit: int | None, model: str) -> list[dict[str, Any]]:
+    """Records of the benchmarks on which a model is not above chance before anything is pruned."""
+    levels = {name: load_benchmark(name, limit).chance() for name in plain}
+    found = at_chance({name: done.record.figures for name, done in plain.items()}, levels, model)
+    return [each.model_dump() for each in found]
 
 
 def parse_sweep(sweep: dict[str, Any]) -> SweepSettings:

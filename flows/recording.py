@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import checkpoint, tracking
 from tasks.lineage import write_lineage
-from tasks.report import in_a_sentence, layers_for_figures, points_for_figures, write_page
+from tasks.report import in_a_sentence, layers_for_figures, points_for_figures, with_at_chance, write_page
 from tasks.steps import Done
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ def record(
     report: dict[str, Any],
     results: Results | None,
     measured: dict[str, Done],
-) -> dict[str, Any]:
-    """The lineage record and the page beside the checkpoint, and everything into MLflow; returns what names it there.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the lineage record and the page beside the checkpoint, and everything into MLflow.
 
+    Returns the report, which then says where full precision is at chance, and what names everything in MLflow.
     The files come first: MLflow's copy of the checkpoint holds them.
     """
     base, recipe, workspace = request.base, request.recipe, request.store.url
@@ -48,18 +49,19 @@ def record(
         workspace,
     )
     figures = results.figures() if results else None
-    others = tracking.other_points(tracked, base.sha256, results.packed) if results else []
+    if results is not None:
+        report = with_at_chance(report, results.at_chance(), request.output)
+    others = tracking.other_points(tracked, base.sha256, results.packed, samples) if results else []
     drawn = layers_for_figures(report, done.layers, measured)
     points = points_for_figures(base, recipe, report, figures, others)
-    chance = {
-        name: level for name, benchmark in request.benchmarks.items() if (level := benchmark.chance()) is not None
-    }
+    chance = {name: level for name, level in (results.chance if results else {}).items() if level is not None}
     write_page(request.output, report, figures, drawn, points, chance)
 
     model_id = tracking.log_model(tracked, base, recipe, packed.folder, packed.sha256)
     # In the order in which MLflow's page shows the metrics: what it can do, then what it costs.
     if results is not None:
-        tracking.log_comparison(tracked, results.full_precision, results.packed, results.divergence, samples, model_id)
+        compared = (results.full_precision, results.packed, results.divergence, samples)
+        tracking.log_comparison(tracked, *compared, model_id, results.at_chance())
     tracking.log_compression(tracked, report, packed.sha256, samples, model_id)
     base_id = tracking.log_base_model(tracked, base)
     if results is not None:
@@ -68,10 +70,11 @@ def record(
         for done in results.packed.values():
             tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
     description = tracking.note(base, recipe, tracked.trigger, in_a_sentence(report, figures))
-    tracking.log_documents(tracked, request.output, description, drawn, points, chance)
+    measured_on = results.measured_on if results else None
+    tracking.log_documents(tracked, request.output, description, drawn, points, chance, measured_on)
     asked = tracking.questions_asked(recipe, results is not None, request.questions)
     facts = tracking.facts_of(tracked, lineage, samples, report, base_id)
     name, version = tracking.register(
         tracked, base, recipe, model_id, facts, tracking.scores_of(lineage, figures, asked)
     )
-    return {"model_id": model_id, "registered_model": name, "version": version}
+    return report, {"model_id": model_id, "registered_model": name, "version": version}

@@ -11,7 +11,9 @@ from typing import Any
 from prefect import flow
 from rich.console import Console
 
+from bivlm.calibration import held_out_samples
 from bivlm.errors import InputError
+from bivlm.evaluation.chance import AtChance
 from bivlm.reproduction import FULL_PRECISION, TABLES, as_markdown, as_table, published, recipe_set, scores_of
 from bivlm.stores.folder import write_atomically
 from flows.compress import compress_flow
@@ -49,6 +51,9 @@ def reproduce_flow(
     recipes = recipe_set(paper, tables, tasks, calibration)
     place = Path(output).expanduser().absolute()
     console = Console(stderr=True)
+    measured_on = held_out_samples(next(iter(recipes.values())).canonical()["calibration"])
+    console.print(f"KL in nats a token, on {measured_on}", highlight=False, markup=False, soft_wrap=True)
+    asked = {"tasks": list(tasks), "questions": questions, "source": calibration, "measured_on": measured_on}
     columns: dict[str, dict[str, Any]] = {}
     for number, (column, recipe) in enumerate(recipes.items(), start=1):
         started = time.perf_counter()
@@ -75,9 +80,7 @@ def reproduce_flow(
             said = f"{result['bits']['linears']['stored']:6.3f} stored bits  KL {columns[column]['kl']:.3f}"
         line = f"{number:>3} of {len(recipes)}  {column:<28} {said}  {time.perf_counter() - started:4.0f} s"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-        _write(
-            place, paper.name, tables, columns, {"tasks": list(tasks), "questions": questions, "source": calibration}
-        )
+        _write(place, paper.name, tables, columns, asked)
     found = json.loads((place / "reproduction.json").read_text(encoding="utf-8"))
     return found | {"output": str(place), "tables": list(tables)}
 
@@ -101,6 +104,7 @@ def _full_precision(result: Mapping[str, Any]) -> dict[str, Any]:
         "stored_bits": bits["linears"],
         "model_bits": bits["model"],
         "kl": 0.0,
+        "warnings": [str(AtChance(**found)) for found in result["evaluation"]["at_chance"]],
     }
 
 
@@ -111,7 +115,7 @@ def _write(
     paper = published(model)
     texts = {
         "reproduction.json": json.dumps({"model": model, "id": paper.id, **asked, "columns": columns}, indent=2) + "\n",
-        "reproduction.md": as_markdown(paper, tables, columns),
+        "reproduction.md": as_markdown(paper, tables, columns, asked["measured_on"]),
     }
     texts |= {f"{table}.csv": as_table(paper, table, columns).to_csv(index=False) for table in tables}
     place.mkdir(parents=True, exist_ok=True)

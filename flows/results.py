@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bivlm.calibration import held_out_samples
+from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.pruning import PruningSettings
 from flows.pruning import sweep_all
 from tasks import checkpoint, evaluation, pruning, tracking
@@ -20,13 +22,19 @@ SWEEP_FOLDER = "pruning"  # in the packed checkpoint's
 
 @dataclass(frozen=True)
 class Results:
-    """What both models can do: evaluations by benchmark, the loss between them, and the divergence."""
+    """What both models can do: evaluations by benchmark, the loss between them, and the divergence.
+
+    `chance` is by benchmark, in percent, None where it is unknown; `measured_on` says what the divergence is measured
+    on.
+    """
 
     full_precision: dict[str, Done]
     packed: dict[str, Done]
     loss: dict[str, dict[str, Any]]
     logits: Done
     divergence: Done
+    chance: dict[str, float | None]
+    measured_on: str
 
     def by_name(self) -> dict[str, Done]:
         """Every step by what it measured, for the lineage record."""
@@ -38,8 +46,10 @@ class Results:
         }
 
     def figures(self) -> dict[str, Any]:
-        """Accuracy (percent) of both models by benchmark, the loss on the same questions, and KL (nats a token)."""
+        """Accuracy (percent) of both models and chance by benchmark, the loss on the same questions, KL (nats a token).
 
+        `at_chance` are the records of `AtChance`, `measured_on` names the samples of the KL.
+        """
         keys = ("n", "metrics", "ci95", "intervals")
 
         def short(evaluations: dict[str, Done]) -> dict[str, Any]:
@@ -54,7 +64,15 @@ class Results:
             "packed": short(self.packed),
             "loss": self.loss,
             "kl": self.divergence.record.figures["kl"],
+            "measured_on": self.measured_on,
+            "chance": self.chance,
+            "at_chance": [found.model_dump() for found in self.at_chance()],
         }
+
+    def at_chance(self) -> list[AtChance]:
+        """The benchmarks on which full precision is not above chance."""
+        figures = {benchmark: done.record.figures for benchmark, done in self.full_precision.items()}
+        return at_chance(figures, self.chance)
 
 
 def evaluate_both(
@@ -89,7 +107,9 @@ def evaluate_both(
     finally:
         evaluation.forget_models()
     loss = evaluation.paired_losses(full_precision, asked, workspace)
-    return Results(full_precision, asked, loss, logits, divergence)
+    chance = {name: benchmark.chance() for name, benchmark in request.benchmarks.items()}
+    measured_on = held_out_samples(request.recipe.canonical()["calibration"])
+    return Results(full_precision, asked, loss, logits, divergence, chance, measured_on)
 
 
 def sweep_both(

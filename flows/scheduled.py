@@ -8,7 +8,15 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from bivlm.base_models import Revision, Watched, load_base_models, model_slug, outputs_folder, recipe_source
+from bivlm.base_models import (
+    Revision,
+    Watched,
+    load_base_models,
+    model_slug,
+    nothing_watched,
+    outputs_folder,
+    recipe_source,
+)
 from bivlm.errors import GateNotPassed
 from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
@@ -45,7 +53,7 @@ def nightly_flow(
         settled_seconds: a folder or S3 prefix counts once it has stayed as it is for so long.
     """
     store = Workspace.open(workspace or default_workspace())
-    seen = _look(load_base_models(), settled_seconds, store.url)
+    seen = _look(_listed(), settled_seconds, store.url)
     versions, failed = {}, dict(seen.troubled)
     for revision in seen.revisions:
         try:
@@ -91,7 +99,7 @@ def weekly_flow(
     """
     store = Workspace.open(workspace or default_workspace())
     # A recipe of the board stands where one to compress by does, so that a look says what belongs together.
-    listed = [entry.model_copy(update={"recipes": entry.leaderboard}) for entry in load_base_models()]
+    listed = [entry.model_copy(update={"recipes": entry.leaderboard}) for entry in _listed()]
     seen = _look([entry for entry in listed if entry.recipes], settled_seconds, store.url)
     recipes: dict[tuple[str, str], list[str]] = {}
     for each in seen.revisions:
@@ -115,6 +123,14 @@ def weekly_flow(
             boards[f"{model} at {revision[:12]}"] = result["output"]
     _raise_if(failed)
     return {"boards": boards, "waiting": seen.waiting}
+
+
+def _listed() -> tuple[Watched, ...]:
+    """The list of base models; that it is empty goes into the run's log."""
+    listed = load_base_models()
+    if not listed:
+        get_run_logger().info("%s", nothing_watched())
+    return listed
 
 
 def _look(entries: Sequence[Watched], settled_seconds: float, workspace: str) -> Seen:

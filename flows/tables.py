@@ -35,6 +35,8 @@ def print_evaluation(record: dict[str, Any]) -> None:
     _row(table, "accuracy, 95 % interval", f"{low:.2f} to {high:.2f}")
     for name, (low, high) in record.get("intervals", {}).items():
         _row(table, f"{name}, 95 % interval", f"{low:.2f} to {high:.2f}")
+    if record.get("chance") is not None:
+        _row(table, "chance", f"{record['chance']:.2f}")
     if before := record.get("against"):
         loss = record["loss"]
         _row(table, f"accuracy of {before['model']}", f"{before['metrics']['accuracy']:.2f}")
@@ -43,6 +45,8 @@ def print_evaluation(record: dict[str, Any]) -> None:
     print_table(table)
     if source := record.get("source"):
         print(f"questions: {source['data_set']}, {source['split']}, revision {source['revision'] or 'of the folder'}")
+    for each in record.get("at_chance", ()):
+        print(f"warning: {_sentence(each)}")
     print(f"outcomes: {record['outcomes']}")
 
 
@@ -75,7 +79,7 @@ def print_compression(result: dict[str, Any]) -> None:
                 both = (found[role][benchmark]["metrics"][name] for role in ("full_precision", "packed"))
                 _row(table, f"  {name}", *(f"{score:.1f}" for score in both), f"{low:.1f} to {high:.1f}", "")
         print_table(table)
-        print(f"KL to full precision: {found['kl']:.4f} nats a token")
+        print(f"KL to full precision: {found['kl']:.4f} nats a token, on {found['measured_on']}")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
     if gate := result["gate"]:
@@ -91,14 +95,17 @@ def print_compression(result: dict[str, Any]) -> None:
 
 def print_board(board: dict[str, Any]) -> None:
     """The result of `bivlm.leaderboard.board`, in 100 columns: of more than four benchmarks only the mean."""
-    from bivlm.leaderboard import EXPLANATION, as_cells
+    from bivlm.leaderboard import SHANNON, as_cells, explanation, not_above_chance
 
     headings, rows = as_cells(board)
     begin, end = headings.index("accuracy") + 1, headings.index("KL")
     if end - begin > 4:
         headings, rows = headings[:begin] + headings[end:], [row[:begin] + row[end:] for row in rows]
         end = begin
-    short = {"claimed": "claim-\ned", "accuracy": "accu-\nracy", "× Shannon": "× Sh."}
+    # Of all columns this one says least beside the others; it is in the files.
+    rows = [row[: (left_out := headings.index(SHANNON))] + row[left_out + 1 :] for row in rows]
+    headings = [heading for heading in headings if heading != SHANNON]
+    short = {"claimed": "claim-\ned", "accuracy": "accu-\nracy", "rank A/K": "rank\nA/K"}
     model = board["model"].get("name") or board["model"].get("id") or "the model"
     table = Table(title=f"leaderboard of {model}", box=None, padding=(0, 1, 0, 0))
     for place, heading in enumerate(headings):
@@ -111,14 +118,16 @@ def print_board(board: dict[str, Any]) -> None:
     console = Console(width=max(Console().width, 100))
     console.print(table)
     asked = ", ".join(f"{n:,} of {task}" for task, n in board["questions"].items())
-    console.print(escape(f"Questions: {asked}. {EXPLANATION}"), highlight=False)
+    console.print(escape(f"Questions: {asked}. {explanation(board)}"), highlight=False)
+    for found in not_above_chance(board):
+        console.print(escape(f"warning: {found}"), highlight=False)
     for failure in board["failed"]:
         console.print(escape(f"not on the board: {failure['recipe']}: {failure['reason']}"), highlight=False)
 
 
 def print_reproduction(found: dict[str, Any]) -> None:
     """The result of `flows.reproduction.reproduce_flow`: every score as measured and, below it, as published."""
-    from bivlm.reproduction import SCORES, as_table, published
+    from bivlm.reproduction import FULL_PRECISION, SCORES, as_table, published
 
     for name in found["tables"]:
         table = Table("", "stored bits", *SCORES.values(), title=f"{found['id']}: {name}, measured / published")
@@ -127,6 +136,8 @@ def print_reproduction(found: dict[str, Any]) -> None:
             shown = (" / ".join(_figure(None if value != value else value, ".2f") for value in pair) for pair in pairs)
             _row(table, row["column"], _bits(row["stored_bits"]), *shown)
         print_table(table)
+    for said in found["columns"].get(FULL_PRECISION, {}).get("warnings", ()):
+        print(f"warning: {said}")
     print(f"tables: {found['output']} (reproduction.md, .json, a .csv each)")
 
 
@@ -145,6 +156,8 @@ def print_sweep(result: dict[str, Any]) -> None:
             _row(shown, layer, *(_figure(None if value != value else value, ".1f") for value in accuracies))
         print_table(shown)
     _print_adaptive(result["adaptive"])
+    for each in result["at_chance"]:
+        print(f"warning: {_sentence(each)}")
 
 
 def _print_adaptive(rows: list[dict[str, Any]]) -> None:
@@ -169,6 +182,8 @@ def print_redundancy(results: list[dict[str, Any]]) -> None:
     for found in results:
         layer = "" if found["layer"] is None else f" from layer {found['layer']}"
         print(f"{found['task']}, {found['place']}{layer}: {found['in_words']}")
+        for each in found["at_chance"]:
+            print(f"warning: {_sentence(each)}")
         shown = Table("dropped", "accuracy lost", "95 % interval", "worse", "better", box=None)
         for share, loss in found["losses"].items():
             interval = f"{loss['low']:.1f} to {loss['high']:.1f}"
@@ -226,6 +241,12 @@ def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
     print_whole(table)
 
 
+def _sentence(at_chance: dict[str, Any]) -> str:
+    from bivlm.evaluation.chance import AtChance
+
+    return str(AtChance(**at_chance))
+
+
 def _bits(value: float | None) -> str:
     return _figure(value, ".3f")
 
@@ -270,7 +291,9 @@ def in_short(result: dict[str, Any]) -> str:
         for benchmark, packed in found["packed"].items():
             before = found["full_precision"][benchmark]["metrics"]["accuracy"]
             said.append(f"{benchmark} {packed['metrics']['accuracy']:.1f} of {before:.1f} %")
-        said.append(f"KL {found['kl']:.4f}")
+        said.append(f"KL {found['kl']:.4f} on {found['measured_on']}")
+        if at_chance := found["at_chance"]:
+            said.append(f"full precision not above chance on {', '.join(each['task'] for each in at_chance)}")
     if gate := result["gate"]:
         said.append(f"gate {'passed' if gate['passed'] else 'not passed'}")
     return ", ".join(said)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from bivlm.base_models import load_base_models
+from bivlm.base_models import load_base_models, nothing_watched
 from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
 from tasks.events import emit_found, runs_at_work
@@ -40,7 +40,10 @@ def watch_flow(
     """
     log = get_run_logger()
     store = Workspace.open(workspace or default_workspace())
-    seen = look_at_base_models(load_base_models(), settled_seconds, store.url)
+    listed = load_base_models()
+    if not listed:
+        log.info("%s", nothing_watched())
+    seen = look_at_base_models(listed, settled_seconds, store.url)
     for model, why in seen.waiting.items():
         log.info("%s: not yet: %s", model, why)
     again_after = timedelta(minutes=again_after_minutes)

@@ -11,6 +11,7 @@ from typing import Any
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT
+from bivlm.evaluation.chance import AtChance, set_of
 from bivlm.identity import digest
 from bivlm.leaderboard import relative_error
 from bivlm.model_card import licence_of
@@ -69,9 +70,24 @@ def write_report(
         "peak_memory_bytes": peak_memory_bytes,
         "runner": runner,
     }
+    _write(report, output)
+    return report
+
+
+def with_at_chance(report: dict[str, Any], found: Sequence[AtChance], output: str) -> dict[str, Any]:
+    """Write among the warnings in `output` on which benchmarks full precision is at chance; returns the report.
+
+    They take the place of those of an earlier evaluation.
+    """
+    warnings = [said for said in report["warnings"] if set_of(said) is None]
+    if report != (changed := report | {"warnings": [*warnings, *map(str, found)]}):
+        _write(changed, output)
+    return changed
+
+
+def _write(report: dict[str, Any], output: str) -> None:
     content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(Path(output) / REPORT, lambda file: file.write(content.encode()))
-    return report
 
 
 def earlier_report(output: str, base: Base, recipe: Recipe) -> dict[str, Any] | None:
@@ -97,7 +113,8 @@ def in_a_sentence(report: dict[str, Any], evaluation: dict[str, Any] | None) -> 
         fmean(figures["metrics"]["accuracy"] for figures in evaluation[role].values())
         for role in ("full_precision", "packed")
     )
-    return f"{said}; mean accuracy {before:.1f} % before, {after:.1f} % after; KL {evaluation['kl']:.3g} nats."
+    said += f"; mean accuracy {before:.1f} % before, {after:.1f} % after; KL {evaluation['kl']:.3g} nats a token, "
+    return "".join([said, f"on {evaluation['measured_on']}.", *(f" {AtChance(**x)}." for x in evaluation["at_chance"])])
 
 
 def write_page(

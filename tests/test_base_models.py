@@ -15,6 +15,7 @@ from bivlm.base_models import (
     load_base_models,
     model_slug,
     named_recipe,
+    nothing_watched,
 )
 from bivlm.errors import InputError
 
@@ -31,10 +32,22 @@ def write(tmp_path):
     return make
 
 
-def test_the_shipped_list_is_in_order(monkeypatch):
+def test_the_shipped_list_is_empty_and_says_where_to_write(monkeypatch):
+    """A first deployment downloads nothing."""
     monkeypatch.delenv("BIVLM_BASE_MODELS", raising=False)
     assert base_models_file().name == "base-models.yaml"
-    assert all(entry.kind == "hub" and entry.recipes for entry in load_base_models())
+    assert load_base_models() == ()
+    assert nothing_watched() == f"no base models are watched; write them into {base_models_file()}"
+
+
+def test_the_example_in_the_shipped_list_is_in_order(write, monkeypatch, tmp_path):
+    monkeypatch.delenv("BIVLM_BASE_MODELS", raising=False)
+    monkeypatch.setenv("MODELS", "/data/models")
+    lines = base_models_file().read_text().splitlines()
+    example = lines[lines.index("# models:") : lines.index("format: 1")]
+    file = tmp_path / "example.yaml"
+    file.write_text("\n".join(["format: 1", *(line.removeprefix("# ") for line in example)]))
+    assert [entry.kind for entry in load_base_models(file)] == ["hub", "hub", "folder", "s3"]
 
 
 def test_a_list_of_all_three_kinds(write, monkeypatch):

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bivlm.calibration import CalibrationSettings, freeze_samples, load_held_out, load_samples, open_calibration
+from bivlm.calibration import (
+    CalibrationSettings,
+    freeze_samples,
+    held_out_samples,
+    load_held_out,
+    load_samples,
+    open_calibration,
+)
 from bivlm.errors import InputError
 from bivlm.reference import calibration_samples
 
@@ -178,3 +185,22 @@ def test_a_folder_frozen_without_held_out_samples_is_no_calibration_set(tmp_path
     (frozen.folder / "held_out.jsonl").unlink()
     with pytest.raises(InputError, match=r"held_out\.jsonl: no such file"):
         open_calibration(frozen.folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "64 held-out samples of the reference scenes"),
+        ({"source": "/data/mine", "held_out": 5}, "5 held-out samples of /data/mine"),
+        (
+            {"source": "hf:owner/name", "text_share": 0.5, "text_source": "talk.jsonl"},
+            "64 held-out samples of hf:owner/name and texts of talk.jsonl",
+        ),
+        (
+            {"text_share": 0.5, "text_source": "reference"},
+            "64 held-out samples of the reference scenes and texts of the reference generator",
+        ),
+    ],
+)
+def test_the_samples_that_the_divergence_is_measured_on_have_a_name(given, said):
+    assert held_out_samples(CalibrationSettings(**given).model_dump(mode="json")) == said

@@ -1,10 +1,13 @@
 """A gate's decision: every bound with the figure found, and nothing passed that was not measured."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bivlm.errors import InputError
+from bivlm.evaluation.chance import AtChance
 from bivlm.evaluation.paired import LargestLoss
 from bivlm.gate import Figures, decide
 from bivlm.gate_settings import GateSettings
@@ -83,6 +86,17 @@ def test_too_few_questions_do_not_pass_and_the_reason_says_how_many_would_do():
     (reason,) = decision.refused_by
     assert reason.endswith("52.71: more than the 2 that may be lost; too few questions to tell: answered alike, about "
                            "150 would do")  # fmt: skip
+
+
+def test_a_set_on_which_full_precision_is_at_chance_is_refused_if_the_gate_rests_on_it():
+    """Nothing was lost on it, and nothing could be."""
+    nothing = AtChance(task="open", n=1000, accuracy=0.0, chance=26.1)
+    found = replace(figures(open=loss(0.0, 0.5, fell=0.0), choice=loss()), at_chance=[nothing])
+    decision = decide(gate(accuracy={"largest_loss": 2.0}), found)
+    assert decision.refused_by == (f"accuracy on {nothing}",)
+    assert "full precision scores 0.0 %, chance is 26.1 %: these questions do not measure" in decision.refused_by[0]
+    assert decide(gate(accuracy={"largest_loss": 2.0, "benchmarks": ["choice"]}), found).passed
+    assert decide(gate(bits={"linears": 3.0}), found).passed
 
 
 def test_only_the_benchmarks_that_are_named_count():

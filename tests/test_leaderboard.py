@@ -24,6 +24,7 @@ from bivlm.leaderboard import (
     mean_accuracy,
     method_label,
     pareto_front,
+    ranks_of,
     relative_error,
     shannon_bound,
 )
@@ -239,11 +240,15 @@ def test_markdown_is_one_table_with_full_precision_first_and_chance_last():
         "choice": "80.0",
         "open": "60.0",
         "KL": "0.250",
+        "rank A/K": "1/1",
         "error": "0.1250",
         "× Shannon": f"{0.125 / 2 ** (-2 * 2.087):.2f}",
         "front": "AKE",
     }
     assert dict(zip(table[0], table[4], strict=True))["front"] == "KE"  # no more accurate than with fewer bits
+    assert lines[-1].startswith("Bits a weight") and lines[-1].endswith(
+        "× Shannon: the error over 2^(−2 × stored bits)."
+    )
     assert dict(zip(table[0], table[-1], strict=True))["accuracy"] == "17.5"
 
 
@@ -302,3 +307,37 @@ def test_the_terminal_leaves_many_benchmarks_to_the_files(capsys):
     printed = capsys.readouterr().out
     assert "bivlm-6-hessian-feedback-finish" in printed
     assert max(map(len, printed.splitlines())) <= 100
+
+
+@given(_PLACES)
+@settings(deadline=None)
+def test_the_rank_is_one_more_than_the_recipes_of_no_more_bits_that_lose_less(places):
+    entries = [
+        entry(f"r{number}", bits, kl=float(lost), error=0.1, accuracy=accuracies(100 - other, 100 - other))
+        for number, (bits, lost, other) in enumerate(places)
+    ]
+    found = made(entries) if entries else None
+    for number, (bits, lost, other) in enumerate(places):
+        ranks = ranks_of(found, f"r{number}")
+        assert ranks["kl"] - 1 == sum(b <= bits and kl < lost for b, kl, _ in places)
+        assert ranks["accuracy"] - 1 == sum(b <= bits and o < other for b, _, o in places)
+
+
+def test_what_the_kl_was_measured_on_stands_in_every_form_of_the_board(capsys):
+    samples = "64 held-out samples of /data/mine"
+    found = board([entry()], FULL, model=MODEL, chance=CHANCE, measured_on=samples)
+    print_board(found)
+    assert f"KL to full precision in nats a token, on {samples}." in " ".join(capsys.readouterr().out.split())
+    assert f"KL to full precision in nats a token, on {samples}." in as_markdown(found)
+    assert fingerprint(found) != fingerprint(made([entry()]))
+
+
+def test_a_board_says_on_which_sets_full_precision_is_not_above_chance(capsys):
+    full = FullPrecision(bits=16, model_bits=16.02, accuracy=accuracies(24.0, 93.0))
+    found = board([entry()], full, model=MODEL, chance=CHANCE)
+    said = "reference:choice: full precision scores 24.0 %, chance is 25.0 %: these questions do not measure this model"
+    assert as_markdown(found).startswith(f"Warning: {said}; name its own benchmark in `evaluation`, e.g. vqa:FOLDER.\n")
+    print_board(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"warning: {said}" in printed and "reference:open: full" not in printed
+    assert "Warning" not in as_markdown(made([entry()]))

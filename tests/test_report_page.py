@@ -60,6 +60,8 @@ EVALUATION = {
         "set:b": {"n": 250, "metrics": {"accuracy": 81.5}, "ci95": [76.0, 86.0]},
     },
     "kl": 0.26912,
+    "measured_on": "64 held-out samples of /data/<b>mine",
+    "at_chance": [{"task": "set:<b>", "n": 250, "accuracy": 24.0, "chance": 25.0}],
 }
 POINTS = [
     {"label": EVIL, "stored_bits": 2.5, "accuracy": {"set:a": 84.5, "set:b": 81.5}, "kl": 0.27, "this_run": True},
@@ -139,7 +141,13 @@ def test_accuracies_stand_beside_their_intervals_and_change(page):
     assert page.row("set:a") == ["250", "25.0", "90.0", "86.0 to 94.0", "84.5", "80.2 to 88.0", "−5.5"]
     assert page.row("set:b") == ["250", "50.0", "80.0", "75.0 to 85.0", "81.5", "76.0 to 86.0", "+1.5"]
     assert page.row("mean") == ["–", "–", "85.0", "–", "83.0", "–", "−2.0"]
-    assert "0.2691 nats a token" in page.text
+    assert "64 held-out samples of /data/<b>mine: 0.2691 nats a token" in page.text
+    assert "KL to full precision: 0.269 nats a token, on 64 held-out samples of /data/<b>mine." in page.text
+
+
+def test_it_says_where_full_precision_is_not_above_chance(page):
+    assert "Full precision is not above chance on 1 of 2 benchmarks." in page.text
+    assert "set:<b>: full precision scores 24.0 %, chance is 25.0 %: these questions do not measure" in page.text
 
 
 def test_every_layer_is_in_the_table_with_its_figures(page):

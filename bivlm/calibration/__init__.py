@@ -5,13 +5,14 @@ are written in; `drawing` chooses and mixes; `frozen` writes and reads the folde
 """
 
 from bivlm.calibration.frozen import CalibrationSet, freeze_samples, load_held_out, load_samples, open_calibration
-from bivlm.calibration.settings import CalibrationSettings, TokenWeights
+from bivlm.calibration.settings import CalibrationSettings, TokenWeights, held_out_samples
 
 __all__ = [
     "CalibrationSet",
     "CalibrationSettings",
     "TokenWeights",
     "freeze_samples",
+    "held_out_samples",
     "load_held_out",
     "load_samples",
     "open_calibration",

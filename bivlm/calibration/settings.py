@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -139,6 +140,16 @@ class CalibrationSettings(BaseModel):
     def selection(self) -> dict[str, Any]:
         """What determines the samples, ready for JSON; settings that are None are left out."""
         return self.model_dump(mode="json", exclude={"tokens", "inputs"}, exclude_none=True)
+
+
+def held_out_samples(calibration: Mapping[str, Any]) -> str:
+    """Say which samples the KL to full precision is measured on: "64 held-out samples of the reference scenes".
+
+    `calibration` is that of a recipe, as JSON.
+    """
+    source, texts = calibration["source"], calibration.get("text_source")
+    said = f"{calibration['held_out']} held-out samples of {'the reference scenes' if source == REFERENCE else source}"
+    return said + (f" and texts of {'the reference generator' if texts == REFERENCE else texts}" if texts else "")
 
 
 def _is_hub(info: ValidationInfo, key: str) -> bool:

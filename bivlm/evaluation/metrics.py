@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -93,6 +95,14 @@ def bootstrap_means(
         drawn = random.integers(len(total), size=shape)
         means.append(total[drawn].sum(1) / asked[drawn].sum(1))
     return 100 * np.concatenate(means)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of a share of n (J. of the American Statistical Association 22, 1927)."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return middle - half, middle + half
 
 
 def _middle(figures: np.ndarray) -> tuple[float, float]:

@@ -20,6 +20,7 @@ A prediction is right if it equals an answer, both lower-cased, stripped of whit
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -99,6 +100,14 @@ class VqaFolder(Benchmark):
                 choices=asked.choices,
                 category=asked.category,
             )
+
+    def chance(self) -> float:
+        """Return the percent that a random letter scores, and to open questions the best constant answer."""
+        letters = sum(1 / len(asked.choices) for asked in self.questions if asked.choices)
+        accepted = Counter(
+            said for asked in self.questions if not asked.choices for said in set(map(plain, asked.answers))
+        )
+        return 100.0 * (letters + max(accepted.values(), default=0)) / len(self.questions)
 
     def score(self, sample: VqaSample, prediction: str) -> float:
         return float(plain(prediction) in {plain(answer) for answer in sample.answers})

@@ -165,11 +165,14 @@ def bits_and_error(layers: Sequence[dict[str, Any]]) -> Figure:
 
 
 @styled()
-def accuracy_against_bits(points: Sequence[dict[str, Any]], chance: dict[str, float] | None = None) -> Figure:
+def accuracy_against_bits(
+    points: Sequence[dict[str, Any]], chance: dict[str, float] | None = None, measured_on: str | None = None
+) -> Figure:
     """Accuracy in percent, of every task and their mean, over the stored bits of the compressed linears (log axis).
 
     The line joins the models that no smaller one beats. A point that lacks one of the tasks has no mean. `chance`, in
-    percent by task, is drawn as thin dashed lines. The point of "this_run" has a ring and a bold label.
+    percent by task, is drawn as thin dashed lines. The point of "this_run" has a ring and a bold label. `measured_on`
+    names the samples that the KL in the labels is measured on.
     """
     title = "Accuracy over stored bits"
     known = [
@@ -212,7 +215,8 @@ def accuracy_against_bits(points: Sequence[dict[str, Any]], chance: dict[str, fl
     dots(axes, rings, (INK, "o"), markersize=20, fillstyle="none", markeredgewidth=1.2, label="_this run")
     axes.set_ylim(max(axes.get_ylim()[0], -4), min(axes.get_ylim()[1], 104))
     plain_ticks(axes.xaxis, LogLocator(base=2))
-    axes.set_xlabel("stored bits a weight of the compressed linears, log axis")
+    said = f"\nKL in nats a token, on {one_line(measured_on, 90)}" if measured_on else ""
+    axes.set_xlabel(f"stored bits a weight of the compressed linears, log axis{said}")
     axes.set_ylabel("accuracy, %")
     _label_columns(axes, known)
     figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3)

@@ -77,6 +77,7 @@ def quality_against_bits(board: Mapping[str, Any]) -> Figure:
         axes.set_ylabel(name)
         axes.xaxis.set_tick_params(labelbottom=True)
     accuracy, divergence, error = panels
+    divergence.set_title(one_line(f"KL on {board['measured_on']}", 100), loc="left", fontsize=8)
     _draw_intervals(accuracy, entries)
     _draw_reference_lines(accuracy, board)
     _draw_shannon(error)

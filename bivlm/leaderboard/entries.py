@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bivlm.compression import LayerBits
 from bivlm.errors import InputError
-from bivlm.evaluation.metrics import CONFIDENCE
+from bivlm.evaluation.metrics import wilson
 
 Loss = Literal["accuracy", "kl", "relative_error"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
@@ -161,16 +161,8 @@ def mean_accuracy(results: Iterable[Accuracy]) -> dict[str, Any]:
     mean = fmean(result.accuracy for result in results)
     below = above = 0.0
     for result in results:
-        low, high = _wilson(result.accuracy / 100, result.n)
+        low, high = wilson(result.accuracy / 100, result.n)
         below += (result.accuracy - min(100 * low, result.ci95[0])) ** 2
         above += (max(100 * high, result.ci95[1]) - result.accuracy) ** 2
     reach_below, reach_above = math.sqrt(below) / len(results), math.sqrt(above) / len(results)
     return {"accuracy": mean, "ci95": [max(mean - reach_below, 0.0), min(mean + reach_above, 100.0)]}
-
-
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval (Journal of the American Statistical Association 22, 1927)."""
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return middle - half, middle + half

@@ -1,4 +1,4 @@
-"""The board: every recipe by its stored bits, and which of them nothing beats."""
+"""The board: every recipe by its stored bits, its ranks, and which of them no other recipe dominates."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from bivlm.errors import InputError
+from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.identity import digest
 from bivlm.leaderboard.entries import LOSSES, Entry, FullPrecision, Loss, mean_accuracy
 
@@ -42,10 +43,11 @@ def board(
     *,
     model: Mapping[str, Any],
     chance: Mapping[str, float | None] | None = None,
+    measured_on: str = "held-out samples",
 ) -> dict[str, Any]:
     """The board as a record ready for JSON, the same whatever the order of `entries`::
 
-        {"format": 1, "model": model, "questions": {task: n},
+        {"format": 1, "model": model, "questions": {task: n}, "measured_on": measured_on,
          "full_precision": {"bits", "model_bits", "accuracy": {task: {"n", "accuracy", "ci95"}}, "mean_accuracy"},
          "chance": {"accuracy": {task: percent or None}, "mean": percent or None},
          "entries": [{"number", "recipe", "method", "finish", "needs_calibration", "bits", "model_bits",
@@ -55,7 +57,8 @@ def board(
 
     Entries stand by rising stored bits, numbered from 1, those that failed by name. `seconds` is the only part that
     changes when the same work is done again: `fingerprint` leaves it out. `model` says which one it is, as
-    ``{"id", "revision", "sha256"}``, and a ``"name"`` for people; `chance` is in percent by task.
+    ``{"id", "revision", "sha256"}``, and a ``"name"`` for people; `chance` is in percent by task; `measured_on` names
+    the samples of the KL.
 
     Raises `InputError` if there is no entry, two have one recipe name, or one was asked other questions than full
     precision.
@@ -71,6 +74,7 @@ def board(
         "format": FORMAT,
         "model": dict(model),
         "questions": {task: result.n for task, result in full_precision.accuracy.items()},
+        "measured_on": measured_on,
         "full_precision": full_precision.model_dump(mode="json") | {"mean_accuracy": mean},
         "chance": {"accuracy": levels, "mean": None if None in levels.values() else fmean(levels.values())},
         "entries": [{"number": number, **_row(entry, tasks)} for number, entry in enumerate(measured, start=1)],
@@ -95,6 +99,24 @@ def fingerprint(board: Mapping[str, Any]) -> str:
 def fronts_of(board: Mapping[str, Any], recipe: str) -> list[Loss]:
     """The losses of whose Pareto front the recipe is a member."""
     return [loss for loss in LOSSES if recipe in board["pareto"][loss]]
+
+
+def ranks_of(board: Mapping[str, Any], recipe: str) -> dict[Loss, int]:
+    """Return the recipe's rank by each loss among those that store no more bits: 1 if none of them loses less."""
+    losses = {
+        each["recipe"]: {"accuracy": 100 - each["mean_accuracy"]["accuracy"], **{k: each[k] for k in LOSSES[1:]}}
+        for each in board["entries"]
+    }
+    bits = {each["recipe"]: each["bits"]["stored"] for each in board["entries"]}
+    rivals = [losses[other] for other in losses if bits[other] <= bits[recipe]]
+    return {loss: 1 + sum(rival[loss] < losses[recipe][loss] for rival in rivals) for loss in LOSSES}
+
+
+def not_above_chance(board: Mapping[str, Any]) -> list[AtChance]:
+    """The benchmarks on which full precision is not above chance."""
+    found = board["full_precision"]["accuracy"]
+    figures = {task: {**each, "metrics": {"accuracy": each["accuracy"]}} for task, each in found.items()}
+    return at_chance(figures, board["chance"]["accuracy"])
 
 
 def _check(entries: Sequence[Entry], full_precision: FullPrecision) -> None:

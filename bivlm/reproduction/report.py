@@ -51,15 +51,26 @@ def as_table(paper: Published, table: str, columns: Mapping[str, Mapping[str, An
     return pd.DataFrame(rows)
 
 
-def as_markdown(paper: Published, tables: Sequence[str], columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """The tables as Markdown: each score as measured, and behind it in brackets as published."""
+def as_markdown(
+    paper: Published,
+    tables: Sequence[str],
+    columns: Mapping[str, Mapping[str, Any]],
+    measured_on: str = "held-out samples",
+) -> str:
+    """The tables as Markdown: each score as measured, and behind it in brackets as published.
+
+    `measured_on` names the samples of the KL. The ``warnings`` of full precision stand above the tables.
+    """
     lines = [f"# {paper.id}: the paper's tables", ""]
     lines += [
         "Scores are measured on the stored checkpoints; in brackets as published (arXiv 2509.18763v1). Bits a weight "
         "of the linears that a column packs, as the method's paper counts them (nominal) and as bytes in the files "
-        "(stored); of the whole model's files (model). KL to full precision in nats a token.",
+        "(stored); of the whole model's files (model). KL to full precision in nats a token, on "
+        f"{measured_on}.",
         "",
     ]
+    for said in columns.get(FULL_PRECISION, {}).get("warnings", ()):
+        lines += [f"Warning: {said}.", ""]
     for table in tables:
         frame = as_table(paper, table, columns)
         headings = ["column", "nominal", "stored", "model", "KL", *SCORES.values()]

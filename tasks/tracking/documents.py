@@ -10,7 +10,7 @@ from mlflow.entities import RunTag
 from prefect import task
 
 from bivlm import figures
-from bivlm.checkpoint import LINEAGE
+from bivlm.checkpoint import LINEAGE, REPORT
 from bivlm.identity import digest, file_digest
 from bivlm.lineage import read_lineage
 from tasks.naming import slug
@@ -20,6 +20,7 @@ from tasks.steps import Done
 from tasks.tracking.run import BASE_TAG, NOTE_TAG, ROLE_TAG, Tracking
 
 BENCHMARKS_TAG = "bivlm.benchmarks"
+SAMPLES_TAG = "bivlm.calibration.sha256"  # of a run and a version; those that the KL is measured on are among them
 DOCUMENTS_TAG = "bivlm.documents"
 RUNS_READ = 1000
 
@@ -30,10 +31,13 @@ def benchmarks_digest(evaluations: dict[str, Done]) -> str:
 
 
 @task(name="other-compressions", **OVER_NETWORK)
-def other_points(tracking: Tracking, base_sha256: str, evaluations: dict[str, Done]) -> list[dict[str, Any]]:
+def other_points(
+    tracking: Tracking, base_sha256: str, evaluations: dict[str, Done], samples: Done
+) -> list[dict[str, Any]]:
     """Stored bits, accuracy and KL of other finished compressions of this base model that answered the same questions.
 
-    The latest of every recipe, as `bivlm.figures.accuracy_against_bits` draws them.
+    The latest of every recipe, as `bivlm.figures.accuracy_against_bits` draws them. A KL that was measured on other
+    samples than `samples` is left out.
     """
     if not evaluations:
         return []
@@ -42,7 +46,7 @@ def other_points(tracking: Tracking, base_sha256: str, evaluations: dict[str, Do
     runs = tracking.client.search_runs(
         [tracking.experiment_id], condition, max_results=RUNS_READ, order_by=["attributes.start_time DESC"]
     )
-    latest = {}
+    latest, sha256 = {}, samples.record.figures["sha256"]
     for run in runs:
         metrics = run.data.metrics
         accuracy = {task: metrics.get(f"packed/{slug(task)}/accuracy") for task in evaluations}
@@ -52,7 +56,7 @@ def other_points(tracking: Tracking, base_sha256: str, evaluations: dict[str, Do
                 "label": label,
                 "stored_bits": metrics["bits/linears/stored"],
                 "accuracy": accuracy,
-                "kl": metrics.get("kl"),
+                "kl": metrics.get("kl") if run.data.tags.get(SAMPLES_TAG) == sha256 else None,
                 "this_run": False,
             }
             latest.setdefault(label, point)
@@ -67,10 +71,11 @@ def log_documents(
     layers: list[dict[str, Any]],
     points: list[dict[str, Any]],
     chance: dict[str, float],
+    measured_on: str | None,
 ) -> None:
-    """The page and the lineage record that lie in `folder`, every figure and a description, on the parent run."""
+    """The page and the records that lie in `folder`, every figure and a description, on the parent run."""
     client = tracking.client
-    files = [Path(folder) / name for name in (PAGE, LINEAGE)]
+    files = [Path(folder) / name for name in (PAGE, LINEAGE, REPORT)]
     state = digest([file_digest(file) for file in files])
     if client.get_run(tracking.run_id).data.tags.get(DOCUMENTS_TAG) == state:
         return
@@ -82,18 +87,21 @@ def log_documents(
     client.log_batch(tracking.run_id, tags=[RunTag(tag, str(value)) for tag, value in said.items()])
     for file in files:
         client.log_artifact(tracking.run_id, str(file))
-    for name, figure in _figures(layers, points, chance):
+    for name, figure in _figures(layers, points, chance, measured_on):
         client.log_text(tracking.run_id, figures.svg(figure), f"figures/{name}.svg")
     # Last, because it says that all of the above is there.
     client.set_tag(tracking.run_id, DOCUMENTS_TAG, state)
 
 
 def _figures(
-    layers: list[dict[str, Any]], points: list[dict[str, Any]], chance: dict[str, float]
+    layers: list[dict[str, Any]],
+    points: list[dict[str, Any]],
+    chance: dict[str, float],
+    measured_on: str | None,
 ) -> Iterator[tuple[str, Any]]:
     yield "weight_histogram", figures.weight_histogram(layers)
     yield "kl_per_layer", figures.kl_per_layer(layers)
     yield "error_by_p_max", figures.error_by_p_max(layers)
     yield "bits_and_error", figures.bits_and_error(layers)
     if points:
-        yield "accuracy_against_bits", figures.accuracy_against_bits(points, chance)
+        yield "accuracy_against_bits", figures.accuracy_against_bits(points, chance, measured_on)

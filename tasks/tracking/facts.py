@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bivlm.evaluation.chance import AtChance
 from bivlm.gate import Decision
 from bivlm.lineage import Lineage, stage_hashes
 from bivlm.recipe import Recipe
 from tasks.naming import slug
 from tasks.steps import Done
-from tasks.tracking.record import PACKED_TAG
+from tasks.tracking.documents import SAMPLES_TAG
+from tasks.tracking.record import CHANCE_TAG, LONGEST, PACKED_TAG, chance_in_words
 from tasks.tracking.run import Tracking
 
 GATE_TAG = "bivlm.gate"  # passed | refused | not decided; a recipe without a gate has none
@@ -26,7 +28,7 @@ MADE_TAG = "bivlm.made"
 STAGE_PREFIX = "bivlm.stage."
 ACCURACY_PREFIX = "bivlm.accuracy."
 LINEARS_TAG, MODEL_BITS_TAG, KL_TAG = "bivlm.bits.linears", "bivlm.bits.model", "bivlm.kl"
-LONGEST = 4000  # of the 5,000 characters that the registry's columns have
+KL_SAMPLES_TAG = "bivlm.kl.samples"  # what the KL was measured on, in words
 
 
 def facts_of(
@@ -42,7 +44,7 @@ def facts_of(
         EXPERIMENT_TAG: tracking.experiment_id,
         BASE_MODEL_TAG: base_model_id,
         CALIBRATION_TAG: f"{samples['source']}, {samples['samples']} samples",
-        f"{CALIBRATION_TAG}.sha256": samples["sha256"],
+        SAMPLES_TAG: samples["sha256"],
         PACKED_TAG: lineage.packed.sha256,
         MADE_TAG: lineage.created,
         LINEARS_TAG: f"{bits['linears']['stored']:.3f}",
@@ -56,6 +58,8 @@ def scores_of(lineage: Lineage, evaluation: dict[str, Any] | None, questions: st
     scores = {ASKED_TAG: questions, **_stage_tags(lineage.evaluations)}
     if evaluation is not None:
         scores[KL_TAG] = f"{evaluation['kl']:.4g}"
+        scores[KL_SAMPLES_TAG] = evaluation["measured_on"][:LONGEST]
+        scores[CHANCE_TAG] = chance_in_words([AtChance(**found) for found in evaluation["at_chance"]])
         for benchmark, packed in evaluation["packed"].items():
             before = evaluation["full_precision"][benchmark]["metrics"]["accuracy"]
             loss = evaluation["loss"][benchmark]

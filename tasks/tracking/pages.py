@@ -22,6 +22,7 @@ from tasks.tracking.facts import (
     CALIBRATION_TAG,
     EXPERIMENT_TAG,
     GATE_TAG,
+    KL_SAMPLES_TAG,
     KL_TAG,
     LINEARS_TAG,
     MADE_TAG,
@@ -30,7 +31,7 @@ from tasks.tracking.facts import (
     REASONS_TAG,
     STAGE_PREFIX,
 )
-from tasks.tracking.record import PACKED_TAG
+from tasks.tracking.record import CHANCE_TAG, NONE, PACKED_TAG
 from tasks.tracking.registry import CANDIDATE, CHAMPION, MODEL_TAG, is_absent, version_at, versions_of, versions_where
 from tasks.tracking.run import BASE_ID_TAG, BASE_TAG, NOT_RECORDED, NOTE_TAG, TRIGGER_TAG
 
@@ -125,7 +126,8 @@ def version_page(model: RegisteredModel, version: ModelVersion) -> str:
         ),
         ("stored bits", f"{_text(tags.get(LINEARS_TAG))} in the linears, {_text(tags.get(MODEL_BITS_TAG))} in all"),
         *((f"accuracy, {_text(benchmark)}", _text(figures)) for benchmark, figures in _accuracies(tags)),
-        ("KL", f"{_text(tags[KL_TAG])} nats a token" if KL_TAG in tags else "not evaluated"),
+        *([("not above chance", _text(tags[CHANCE_TAG]))] if at_chance(tags) else []),
+        ("KL", _divergence(tags)),
         ("gate", _gate(tags)),
     ]
     documents = ", ".join(
@@ -224,7 +226,7 @@ def mean_accuracy(tags: Mapping[str, str]) -> str:
     if not found:
         return "-"
     packed, before = (sum(float(match[role]) for match in found) / len(found) for role in ("packed", "before"))
-    return f"{packed:.1f} of {before:.1f} %"
+    return f"{packed:.1f} of {before:.1f} %{' (not above chance)' * at_chance(tags)}"
 
 
 def _accuracies(tags: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -261,6 +263,18 @@ def _gate(tags: Mapping[str, str]) -> str:
     if decided is None:
         return "the recipe has none"
     return f"{_text(decided)}: {_text(tags.get(REASONS_TAG, 'the run was cut off before'))}"
+
+
+def _divergence(tags: Mapping[str, str]) -> str:
+    if KL_TAG not in tags:
+        return "not evaluated"
+    samples = tags.get(KL_SAMPLES_TAG)  # versions of before it was written down have none
+    return f"{_text(tags[KL_TAG])} nats a token, on {'held-out samples' if samples is None else _text(samples)}"
+
+
+def at_chance(tags: Mapping[str, str]) -> bool:
+    """Whether full precision is not above chance on one of the benchmarks that a version was asked."""
+    return tags.get(CHANCE_TAG, NONE) != NONE
 
 
 def passed(tags: Mapping[str, str]) -> bool:

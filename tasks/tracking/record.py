@@ -6,22 +6,27 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from prefect import task
 
+from bivlm.evaluation.chance import AtChance
 from bivlm.identity import digest
 from tasks.naming import slug
 from tasks.policy import OVER_NETWORK
 from tasks.steps import Done, open_workspace
-from tasks.tracking.documents import BENCHMARKS_TAG, benchmarks_digest
+from tasks.tracking.documents import BENCHMARKS_TAG, SAMPLES_TAG, benchmarks_digest
 from tasks.tracking.run import REQUEST_TAG, ROLE_TAG, Tracking, find_run
 
 PACKED_TAG = "bivlm.packed.sha256"
+CHANCE_TAG = "bivlm.not_above_chance"  # of a run and a version: the sentences of `AtChance`, or none
+NONE = "none"
+LONGEST = 4000  # of the 5,000 characters that the registry's columns have
 SUBJECT_TAG = "bivlm.evaluated"  # checkpoint and benchmark of an evaluation
 _ATTEMPTS = 5  # at what others write down at the same moment
 
@@ -63,7 +68,7 @@ def calibration_data(calibration: Done) -> LoggedData:
 def log_compression(
     tracking: Tracking, report: dict[str, Any], packed_sha256: str, calibration: Done, model_id: str
 ) -> None:
-    """Bits, layers, report and calibration set on the parent run; metrics belong to the logged model, too."""
+    """Bits, layers, recipe and calibration set on the parent run; metrics belong to the logged model, too."""
     client, run = tracking.client, tracking.client.get_run(tracking.run_id)
     if run.data.tags.get(PACKED_TAG) == packed_sha256:
         return
@@ -83,7 +88,6 @@ def log_compression(
     _log_metrics(client, tracking.run_id, metrics, model_id=model_id)
     data = DatasetInput(calibration_data(calibration).entity(), [InputTag("mlflow.data.context", "calibration")])
     log_inputs(client, tracking.run_id, [data])
-    client.log_text(tracking.run_id, json.dumps(report, indent=2, ensure_ascii=False), "compression_report.json")
     client.log_text(tracking.run_id, json.dumps(report["recipe"], indent=2, ensure_ascii=False), "recipe.json")
     if "mlflow.loggedArtifacts" not in run.data.tags:  # log_table appends to a table that is there
         client.log_table(tracking.run_id, _layer_table(report["layers"]), "layers.json")
@@ -128,10 +132,16 @@ def log_comparison(
     divergence: Done,
     calibration: Done,
     model_id: str,
+    at_chance: Sequence[AtChance],
 ) -> None:
     """What the parent run says at a glance: accuracies of both models, and the divergence (linked to the model)."""
     client = tracking.client
-    client.set_tag(tracking.run_id, BENCHMARKS_TAG, benchmarks_digest(packed))
+    tags = {
+        BENCHMARKS_TAG: benchmarks_digest(packed),
+        SAMPLES_TAG: calibration.record.figures["sha256"],
+        CHANCE_TAG: chance_in_words(at_chance),
+    }
+    client.log_batch(tracking.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     metrics = {
         f"{role}/{slug(benchmark)}/accuracy": done.record.figures["metrics"]["accuracy"]
         for role, evaluations in (("full_precision", full_precision), ("packed", packed))
@@ -140,6 +150,11 @@ def log_comparison(
     log_new_metrics(client, tracking.run_id, metrics)
     kl = {"kl": divergence.record.figures["kl"]}
     log_new_metrics(client, tracking.run_id, kl, model_id=model_id, data=calibration_data(calibration))
+
+
+def chance_in_words(found: Sequence[AtChance]) -> str:
+    """Return the value of `CHANCE_TAG`."""
+    return "; ".join(map(str, found))[:LONGEST] or NONE
 
 
 def log_inputs(

@@ -25,13 +25,20 @@ _FIGURES = ("accuracy", "loss", "loss_low", "loss_high")
 
 
 @task(name="log-sweep", **OVER_NETWORK)
-def log_sweep(rows: Sequence[Mapping[str, Any]], files: str, workspace: str, parent: Tracking | None = None) -> str:
+def log_sweep(
+    rows: Sequence[Mapping[str, Any]],
+    files: str,
+    workspace: str,
+    parent: Tracking | None = None,
+    warnings: Sequence[str] = (),
+) -> str:
     """A child run a cell with its accuracies and losses, the folder `files` as artifacts; returns the parent's id.
 
-    Without a `parent` there is one for the sweep. What is there already is not logged again.
+    Without a `parent` there is one for the sweep, whose description has the `warnings`. What is there already is not
+    logged again.
     """
     client, experiment = open_experiment(open_workspace(workspace))
-    run_id = parent.run_id if parent is not None else _own_run(client, experiment, rows)
+    run_id = parent.run_id if parent is not None else _own_run(client, experiment, rows, warnings)
     condition = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`{ROLE_TAG}` = 'pruned'"
     runs = client.search_runs([experiment], condition, max_results=50_000)
     known = {run.data.tags.get(CELL_TAG): run for run in runs}
@@ -44,16 +51,17 @@ def log_sweep(rows: Sequence[Mapping[str, Any]], files: str, workspace: str, par
     return run_id
 
 
-def _own_run(client: MlflowClient, experiment: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _own_run(client: MlflowClient, experiment: str, rows: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> str:
     same = digest([dict(row) for row in rows])
     found = find_run(client, experiment, {SWEEP_TAG: same})
     if found is not None:
         return found.info.run_id
     models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    note = f"Tokens dropped from the prompts of {models}; child runs hold the cells, `{FOLDER}/` the tables."
     tags = {
         ROLE_TAG: "pruning sweep",
         SWEEP_TAG: same,
-        NOTE_TAG: f"Tokens dropped from the prompts of {models}; child runs hold the cells, `{FOLDER}/` the tables.",
+        NOTE_TAG: " ".join([note, *(f"Warning: {said}." for said in warnings)]),
         "mlflow.source.name": "bivlm sweep",
     }
     return client.create_run(experiment, run_name=f"pruning sweep · {models}"[:250], tags=tags).info.run_id

@@ -33,6 +33,24 @@ def test_two_checkpoints_are_compared_on_the_same_questions(tiny_llava, packed_l
     assert f"questions: {tmp_path}, test, revision of the folder" in printed
 
 
+def test_a_model_at_chance_is_named_beside_what_was_lost_against_it(tiny_llava, packed_llava, tmp_path, capsys):
+    """The random model says neither yes nor no."""
+    task = f"mme:{write_set('mme', tmp_path)}"
+    arguments = ["evaluate", "--model", str(packed_llava), "--against", str(tiny_llava), "--task", task]
+    assert cli.main([*arguments, "--json"]) == cli.DONE
+    record = json.loads(capsys.readouterr().out)
+    assert record["chance"] == 50.0
+    (found,) = record["at_chance"]
+    assert (found["task"], found["n"], found["chance"], found["model"]) == (task, 6, 50.0, str(tiny_llava))
+    assert found["accuracy"] == record["against"]["metrics"]["accuracy"]
+    assert cli.main(arguments) == cli.DONE
+    printed = capsys.readouterr().out
+    assert f"warning: {task}: {tiny_llava} scores" in printed and "50.00" in printed
+    alone = ["evaluate", "--model", str(packed_llava), "--task", task]
+    assert cli.main(alone) == cli.DONE
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_terminal_sees_how_many_questions_are_answered(tiny_llava, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
     monkeypatch.setenv("TERM", "xterm")

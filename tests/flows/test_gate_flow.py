@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -11,7 +13,9 @@ from prefect.states import StateType
 
 from bivlm.bits import bits_of
 from bivlm.errors import GateNotPassed, InputError
+from bivlm.evaluation import evaluate, load_benchmark, load_model
 from bivlm.lineage import read_lineage
+from bivlm.pushing import package
 from flows import cli
 from flows.commands import NOT_PASSED
 
@@ -37,10 +41,36 @@ def run_of(compression, number):
     return compression.client.get_run(version(compression, number).run_id)
 
 
+@pytest.fixture(scope="session")
+def mastered(compressed, questions, tmp_path_factory) -> str:
+    """The four questions once more; what the tiny model answers, in full precision and packed, is right."""
+    folder = shutil.copytree(questions, tmp_path_factory.mktemp("mastered") / "mastered")
+    asked = load_benchmark(f"vqa:{questions}")
+    said = [evaluate(*load_model(each), asked).outcomes["prediction"] for each in (compressed.model, compressed.output)]
+    lines = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for line, answers in zip(lines, zip(*said, strict=True), strict=True):
+        line["answers"] = list(dict.fromkeys(answers))
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return f"vqa:{folder}"
+
+
+@pytest.fixture
+def new_fit_compression(new_compression, mastered):
+    """As `new_compression`, with questions that the tiny model answers above chance."""
+
+    def make(place):
+        compression = new_compression(place)
+        compression.recipe["evaluation"] = [mastered]
+        return compression
+
+    return make
+
+
 @pytest.fixture(scope="module")
-def promoted(new_compression, tmp_path_factory):
+def promoted(new_compression, mastered, tmp_path_factory):
     """The tiny model with a gate that it has passed; look, do not touch."""
     compression = new_compression(tmp_path_factory.mktemp("promoted"))
+    compression.recipe["evaluation"] = [mastered]
     gated(compression, PASSES, {"linears": 16.0}, trigger="ci makers/models run 12")
     return compression
 
@@ -97,9 +127,11 @@ def test_an_identical_request_keeps_champion_history_and_pages(promoted):
     promoted.results.pop()
 
 
-def test_a_candidate_that_does_not_pass_ends_red_and_the_champion_stays(new_compression, tmp_path, capsys, monkeypatch):
+def test_a_candidate_that_does_not_pass_ends_red_and_the_champion_stays(
+    new_fit_compression, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "200")
-    compression = new_compression(tmp_path)
+    compression = new_fit_compression(tmp_path)
     gated(compression, PASSES)
     with pytest.raises(
         GateNotPassed, match=r"with 95 % confidence at most .*: more than the 2 that may be lost"
@@ -137,6 +169,52 @@ def test_a_candidate_that_does_not_pass_ends_red_and_the_champion_stays(new_comp
     assert "was champion until" in version(compression, 2).description
 
 
+def test_a_gate_refuses_a_set_on_which_full_precision_is_at_chance_and_everything_says_so(
+    new_fit_compression, new_compression, questions, tmp_path, capsys, monkeypatch
+):
+    """The random model answers none of the four questions: nothing is lost, and nothing is known."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    compression = new_fit_compression(tmp_path)
+    gated(compression, PASSES)
+    compression.recipe["evaluation"] = [f"vqa:{questions}"]
+    said = (
+        f"vqa:{questions}: full precision scores 0.0 %, chance is 50.0 %: these questions do not measure this model; "
+        "name its own benchmark in `evaluation`, e.g. vqa:FOLDER"
+    )
+    with pytest.raises(GateNotPassed) as red:
+        gated(compression, PASSES)
+    assert f"accuracy on {said}; version 1 stays champion" in str(red.value)
+    assert aliases(compression) == {"candidate": 2, "champion": 1}
+
+    result = red.value.result
+    assert said in result["warnings"]
+    assert result["warnings"] == compression.report()["warnings"]
+    (found,) = result["evaluation"]["at_chance"]
+    assert (found["task"], found["n"], found["accuracy"], found["chance"]) == (f"vqa:{questions}", 4, 0.0, 50.0)
+    page = (compression.output / "report.html").read_text()
+    assert said in page and "Full precision is not above chance on 1 of 1 benchmarks" in page
+    tags, run = version(compression, 2).tags, run_of(compression, 2).data
+    assert tags["bivlm.not_above_chance"] == run.tags["bivlm.not_above_chance"] == said
+    assert said in run.tags["mlflow.note.content"]
+    logged = compression.client.download_artifacts(version(compression, 2).run_id, "compression_report.json", tmp_path)
+    assert json.loads(Path(logged).read_text()) == compression.report()
+    assert "full precision scores 0.0 %" in version(compression, 2).description
+    assert "not above chance" in compression.client.get_registered_model(NAME).description
+    source = Path(compression.recipe["calibration"]["source"])
+    assert tags["bivlm.kl.samples"] == f"2 held-out samples of {source}"
+    assert version(compression, 1).tags["bivlm.not_above_chance"] == "none"
+
+    card = package(compression.output, "owner/name").card
+    assert f"- vqa:{questions.name}: full precision scores 0.0 %, chance is 50.0 %" in card
+    assert f"on 2 held-out samples of {source.name}, which calibration has not seen." in card
+    assert str(questions) not in card and str(source) not in card
+
+    assert cli.main(["compress", *compression.arguments()]) == NOT_PASSED
+    printed = capsys.readouterr().out
+    assert f"warning: {said}" in printed and f"gate: accuracy on {said}" in printed
+    assert f"nats a token, on 2 held-out samples of {source}" in printed
+
+
 def _flow_runs():
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
     from prefect.client.schemas.sorting import FlowRunSort
@@ -148,8 +226,8 @@ def _flow_runs():
 
 
 @pytest.mark.slow
-def test_a_gate_goes_forwards_only(new_compression, tmp_path):
-    compression = new_compression(tmp_path)
+def test_a_gate_goes_forwards_only(new_fit_compression, tmp_path):
+    compression = new_fit_compression(tmp_path)
     first, second = {"largest_loss": 100.0}, {"largest_loss": 99.0}
     gated(compression, first)
     assert gated(compression, second)["gate"]["previous"] == 1
@@ -186,8 +264,8 @@ def test_a_compression_without_a_gate_moves_no_champion(compressed):
 
 
 @pytest.mark.slow
-def test_a_decision_after_fewer_questions_does_not_take_the_place_of_one_after_more(new_compression, tmp_path):
-    compression = new_compression(tmp_path)
+def test_a_decision_after_fewer_questions_does_not_take_the_place_of_one_after_more(new_fit_compression, tmp_path):
+    compression = new_fit_compression(tmp_path)
     bound = {"largest_loss": 60.0}  # four questions without a change leave 53 points, one leaves 95
     gated(compression, bound)
     with pytest.raises(GateNotPassed, match="version 1 stays champion"):

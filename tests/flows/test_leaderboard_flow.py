@@ -71,6 +71,20 @@ def test_a_recipe_that_cannot_be_carried_out_is_listed_with_the_reason(board_of)
     assert "no.such.layer" in failed["reason"]
 
 
+def test_the_board_names_the_samples_of_its_kl_and_the_sets_on_which_the_model_is_at_chance(board_of, tmp_path, capsys):
+    recipe = board_of.place.recipe
+    samples = f"2 held-out samples of {recipe['calibration']['source']}"
+    result = board_of({"plain": whole(METHODS["plain"])})
+    assert f"KL in nats a token, on {samples}" in capsys.readouterr().err
+    assert result["board"]["measured_on"] == samples
+    (task,) = recipe["evaluation"]
+    assert result["board"]["chance"]["accuracy"] == {task: 50.0}
+    written = (tmp_path / "out" / "board.md").read_text()
+    assert written.startswith(f"Warning: {task}: full precision scores 0.0 %, chance is 50.0 %: these questions do not")
+    run = board_of.place.client.get_run(result["run_id"])
+    assert run.data.tags["mlflow.note.content"].startswith(f"Warning: {task}: full precision")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

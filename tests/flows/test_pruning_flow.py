@@ -153,10 +153,13 @@ def test_the_commands(swept, tmp_path, questions, capsys):
     said = capsys.readouterr().out
     assert "one: language, attention; accuracy in percent, without pruning" in said
     assert "75 %" in said
+    # Two questions, one of which is answered by a constant.
+    assert f"warning: vqa:{questions}: one scores 0.0 %, chance is 50.0 %: these questions do not measure" in said
     assert cli.main(["redundancy", *arguments, "--tolerance", "1%", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["found"]
     assert found["tolerance"] == 1.0
     assert "not resolvable with 2 questions" in found["in_words"]
+    assert [(each["task"], each["chance"]) for each in found["at_chance"]] == [(f"vqa:{questions}", 50.0)]
     both = [*arguments, "--task", f"vqa:{questions}", "reference:choice"]
     assert cli.main(["redundancy", *both, "--tolerance", "50%"]) == 0
     said = capsys.readouterr().out

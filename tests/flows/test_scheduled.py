@@ -8,6 +8,7 @@ import yaml
 
 from bivlm.checkpoint import Checkpoint
 from flows.scheduled import SomeFailed, nightly_flow, weekly_flow
+from flows.watching import watch_flow
 
 
 def test_the_night_makes_what_is_not_made_once_and_tells_of_what_it_could_not(listed, tmp_path):
@@ -20,6 +21,16 @@ def test_the_night_makes_what_is_not_made_once_and_tells_of_what_it_could_not(li
     write_list(tmp_path, [troubled, {"model": listed[1], "recipes": ["small"]}])
     with pytest.raises(SomeFailed, match=r"1 failed:\n  .*no such folder"):
         nightly_flow(**night)
+
+
+def test_an_empty_list_is_a_sentence_that_names_the_file(listed, tmp_path, caplog):
+    write_list(tmp_path, [])
+    said = f"no base models are watched; write them into {tmp_path / 'list.yaml'}"
+    for flow, made in ((nightly_flow, "versions"), (weekly_flow, "boards"), (watch_flow, "emitted")):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="prefect.flow_runs"):
+            assert not flow(settled_seconds=0)[made]
+        assert [record.message for record in caplog.records].count(said) == 1
 
 
 @pytest.mark.slow

@@ -89,6 +89,20 @@ def test_a_version_leads_to_all_that_made_it(client):
     assert client.get_logged_model(version.tags["bivlm.model_id"]).tags["mlflow.note.content"] == text
 
 
+def test_a_version_says_what_its_kl_was_measured_on_and_where_full_precision_is_at_chance(client):
+    base = base_model(client, "first")
+    said = {"bivlm__kl": "0.2083", "bivlm__kl__samples": "64 held-out samples of /data/my_own"}
+    register(client, "model-small", base, **said, bivlm__not_above_chance="none")
+    register(client, "model-small", base, **said, bivlm__not_above_chance="open: full precision scores 0.0 %")
+    register(client, "model-small", base, bivlm__kl="0.2083")  # of before either was written down
+    write_pages(client, "model-small")
+    first, second, old = (page(client, "model-small", number) for number in (1, 2, 3))
+    assert "0.2083 nats a token, on 64 held-out samples of /data/my\\_own" in first and "above chance" not in first
+    assert "| not above chance\u00a0\u00a0 | open: full precision scores 0.0 %" in second
+    assert "0.2083 nats a token, on held-out samples" in old and "above chance" not in old
+    assert page(client, "model-small").count("85.0 of 95.0 % (not above chance)") == 1
+
+
 def test_the_runs_description_begins_with_where_its_version_stands_and_keeps_the_rest(client):
     register(client, "model-small", base_model(client, "first"), bivlm__gate="passed")
     run_id = client.get_model_version("model-small", "1").run_id
