@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bivlm.methods import MethodSettings
+from bivlm.untrusted import short
 
 Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 
@@ -62,4 +63,4 @@ def _checked(settings: MethodSettings, changes: dict[str, Any]) -> MethodSetting
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(["candidates", *map(str, first["loc"])])
-        raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}") from None
+        raise ValueError(f"{place}: {first['msg']}, found {short(first['input'])}") from None

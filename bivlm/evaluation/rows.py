@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bivlm.errors import InputError
-from bivlm.image_folders import check_text, decode_picture, short
+from bivlm.image_folders import check_text, decode_picture
+from bivlm.untrusted import short
 
 HUB = "hub"
 ARGUMENT = "hub|OWNER/NAME|FOLDER"

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from bivlm.untrusted import short
+
 Place = Literal["vision", "input", "language", "text", "joint"]
 Score = Literal["attention", "last_token", "divprune", "cdpruner", "random", "uniform"]
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -139,7 +141,8 @@ class SweepSettings(BaseModel):
                 raise ValueError("masses: expected the place 'language' and the score attention or last_token")
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}") from None
+            place, found = ".".join(map(str, first["loc"])), short(first["input"])
+            raise ValueError(f"{place}: {first['msg']}, found {found}") from None
         return self
 
     def cells(self) -> list[PruningSettings]:
