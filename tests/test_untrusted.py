@@ -177,12 +177,12 @@ def test_a_pattern_has_a_limit_of_time():
     assert matching(r".*\.\d\.self_attn.*", names, "f") == set(names[:10])
     slow = r"(?:(?=(.+)(.+)(.+)(.+)(.+))|.)*(?:\1|\2|\3|\4|\5|[a-z_.0-9])*\1{20}proj"
     for pattern in ("(a+)+$", "(.*)*x", r"(\w+\s?)+!", slow):
-        began = time.monotonic()
+        began = time.process_time()
         try:
             assert matching(pattern, ["a" * 40 + "?", *names], "f") == set()
         except InputError as error:
             assert f"more than {MATCH_SECONDS} seconds" in str(error)
-        assert time.monotonic() - began < 2 * MATCH_SECONDS
+        assert time.process_time() - began < 2 * MATCH_SECONDS
 
 
 @pytest.mark.parametrize(
