@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from bivlm.checkpoint import LINEAGE, Checkpoint, anatomy, digest_of_files
+from bivlm.checkpoint.reading import refuse_links_out_of
 from bivlm.checkpoint.resolving import cached_model
 from bivlm.checkpoint.tensor_file import tensor_chunks
 from bivlm.errors import InputError
@@ -126,6 +127,7 @@ def read_lineage(folder: str | Path) -> Lineage:
     file = Path(folder) / LINEAGE
     if not file.exists():
         raise InputError(f"{file}: the file is missing; expected the folder of a packed checkpoint")
+    refuse_links_out_of([file], Path(folder))
     lineage = parse_model(Lineage, read_bytes(file, RECORD.max_bytes), file, "a lineage record")
     if lineage.format != FORMAT:
         raise InputError(f"{file}: format {lineage.format}, this code reads {FORMAT}; update bivlm")

@@ -18,7 +18,7 @@ from pydantic import BaseModel, JsonValue
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT, Checkpoint
-from bivlm.checkpoint.reading import CONFIG, WEIGHTS, WEIGHTS_INDEX, is_licence_name, is_side_name
+from bivlm.checkpoint.reading import CONFIG, WEIGHTS, WEIGHTS_INDEX, is_licence_name, is_side_name, refuse_links_out_of
 from bivlm.errors import InputError
 from bivlm.hub_errors import hub_error
 from bivlm.identity import digest, file_digest
@@ -165,6 +165,7 @@ def _push(package: Package, repository: str, private: bool, branch: str) -> Push
 
 def _report(folder: Path, lineage: Lineage) -> dict[str, Any]:
     file = folder / REPORT
+    refuse_links_out_of([file], folder)
     report = parse_model(_Report, read_bytes(file, RECORD.max_bytes), file, "the report of a compression")
     expected = {
         "base model": (report.base_model.sha256, lineage.base_model.sha256),

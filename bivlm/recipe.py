@@ -28,7 +28,7 @@ from bivlm.methods import MethodSettings, method
 from bivlm.pruning import RecipePruning
 from bivlm.search_settings import SearchSettings
 from bivlm.tables import RecipeTables
-from bivlm.untrusted import MAX_YAML_BYTES, parse_yaml, read_bytes, short
+from bivlm.untrusted import MAX_YAML_BYTES, parse_yaml, place_of, read_bytes, short
 
 __all__ = [
     "COMPONENTS",
@@ -43,6 +43,7 @@ __all__ = [
 
 Component = Literal["vision", "adaptor", "language"]
 COMPONENTS: tuple[str, ...] = get_args(Component)
+_PROBLEMS = 20  # that a message lists
 
 
 def _settings(settings: Any) -> MethodSettings:
@@ -190,8 +191,10 @@ def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {_explained(e)}" for e in error.errors()]
-        raise InputError("\n".join([f"{source} is not valid:", *lines])) from None
+        problems = error.errors()
+        lines = [f"  {place_of(each)}: {_explained(each)}" for each in problems[:_PROBLEMS]]
+        more = [f"  and {len(problems) - _PROBLEMS} more"] if len(problems) > _PROBLEMS else []
+        raise InputError("\n".join([f"{source} is not valid:", *lines, *more])) from None
 
 
 def _explained(error: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -174,9 +174,13 @@ def parse_model(model: type[Model], data: bytes | str, source: object, what: str
 def first_problem(error: ValidationError) -> str:
     """Return the first of pydantic's complaints in a line: the key, what is wrong and what was found."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part)[:_SHOWN] for part in first["loc"]) or "(top)"
     found = "" if first["type"] == "missing" else f", found {short(first['input'])}"
-    return f"{place}: {first['msg']}{found}"
+    return f"{place_of(first)}: {first['msg']}{found}"
+
+
+def place_of(problem: Mapping[str, Any]) -> str:
+    """Return the path of the key that one of pydantic's complaints is about."""
+    return ".".join(str(part)[:_SHOWN] for part in problem["loc"]) or "(top)"
 
 
 def read_yaml(file: Path) -> Any:
@@ -197,10 +201,11 @@ def parse_yaml(data: bytes | str, source: object) -> Any:
     except RecursionError:
         _too_deep(source)
     except yaml.YAMLError as error:
-        raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{source}: not valid YAML: {in_a_line(error)}") from None
     # A tag on a value of another form (``!!int x``) fails inside of PyYAML's constructors, each in its own way.
     except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise InputError(f"{source}: not valid YAML: a value is not what its tag or form says ({error})") from None
+        said = in_a_line(error)
+        raise InputError(f"{source}: not valid YAML: a value is not what its tag or form says ({said})") from None
     _check(value, source, RECORD)
     return value
 
@@ -241,6 +246,11 @@ def short(value: Any) -> str:
         if len(text) > _SHOWN:
             return text[: _SHOWN - 3] + "..."
     return text
+
+
+def in_a_line(error: Exception) -> str:
+    """Return what another library says of an input, cut to a line of at most 500 characters."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 class _Loader(yaml.SafeLoader):

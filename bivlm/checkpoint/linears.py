@@ -23,7 +23,7 @@ from bivlm.families import Family, families, family
 from bivlm.methods import method
 from bivlm.packing.container import read_header
 from bivlm.remote_code import remote_code_allowed
-from bivlm.untrusted import matching, short
+from bivlm.untrusted import in_a_line, matching, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -250,7 +250,7 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         model_type = checkpoint.config.get("model_type") or ""
         if model_type not in families():
             family(model_type)  # says which there are
-        said = " ".join(str(error).split())[:500] or type(error).__name__
+        said = in_a_line(error)
         raise InputError(f"checkpoint {checkpoint.folder}: its config makes no image-text model: {said}") from error
 
 

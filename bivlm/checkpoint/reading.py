@@ -75,8 +75,10 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"checkpoint {folder}: no such folder")
+        refuse_links_out_of([folder / CONFIG], folder)
         config = _read_config(folder / CONFIG)
         files = _weight_files(folder)
+        refuse_links_out_of(files, folder)
         entries: dict[str, TensorEntry] = {}
         for file in files:
             for entry in read_entries(file):
@@ -88,7 +90,7 @@ class Checkpoint:
                 raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {file}; it is not there")
         carried = _carried_modules(config, folder / CONFIG)
         checkpoint = cls(folder, config, dict(sorted(entries.items())), modules or carried)
-        _refuse_links_out_of([folder / CONFIG, *files, *checkpoint.side_files, *checkpoint.licence_files], folder)
+        refuse_links_out_of([*checkpoint.side_files, *checkpoint.licence_files], folder)
         return checkpoint
 
     @property
@@ -210,6 +212,7 @@ def code_maps(folder: Path) -> Iterator[Any]:
     """Yield every ``auto_map`` in a config in `folder`; raises `InputError` naming a config that cannot be read."""
     for name in _CODE_CONFIGS:
         if (folder / name).exists():
+            refuse_links_out_of([folder / name], folder)
             yield from auto_maps(read_object(folder / name, MODEL_CONFIG))
 
 
@@ -253,6 +256,7 @@ def _indexed_tensors(folder: Path) -> list[tuple[str, str]]:
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).exists() or not index.exists():
         return []
+    refuse_links_out_of([index], folder)
     return list(_weight_map(read_object(index, MODEL_CONFIG), index).items())
 
 
@@ -286,17 +290,21 @@ def _inside(file: str) -> bool:
     )
 
 
-def _refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
-    """What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may.
+def refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
+    """Raise `InputError` naming a file that is a link out of `folder`; to be called before it is read.
 
-    In the hub's cache a snapshot's files are links to the blobs of their repository.
+    What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may. In the
+    hub's cache a snapshot's files are links to the blobs of their repository.
     """
     place = folder.resolve()
     allowed = [place]
     if place.parent.name == "snapshots":
         allowed.append((place.parent.parent / "blobs").resolve())
     for file in files:
-        target = file.resolve()
+        try:
+            target = file.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is none
+            raise InputError(f"{file}: cannot be read ({error})") from None
         if not any(target.is_relative_to(each) for each in allowed):
             raise InputError(f"{file}: a link to {target}, outside the folder; copy the file into it")
 

@@ -15,6 +15,7 @@ from bivlm.checkpoint import Checkpoint
 from bivlm.errors import InputError
 from bivlm.remote_code import code_refused, remote_code_allowed
 from bivlm.samples import VqaSample
+from bivlm.untrusted import in_a_line
 
 Progress = Callable[[int, int], None]
 
@@ -58,7 +59,7 @@ def load_processor(folder: str | Path) -> ProcessorMixin:
     except Exception as error:
         if not code and "trust_remote_code" in str(error):
             raise code_refused(folder, "its processor or tokenizer is code of its own (auto_map)") from error
-        said = str(error) or type(error).__name__
+        said = in_a_line(error)
         raise InputError(f"model {folder}: expected a processor beside the weights: {said}") from error
     if not isinstance(processor, ProcessorMixin):
         found = type(processor).__name__
