@@ -165,6 +165,8 @@ def _push(package: Package, repository: str, private: bool, branch: str) -> Push
 
 def _report(folder: Path, lineage: Lineage) -> dict[str, Any]:
     file = folder / REPORT
+    if not file.exists():
+        raise InputError(f"{file}: the file is missing; compress it again")
     refuse_links_out_of([file], folder)
     report = parse_model(_Report, read_bytes(file, RECORD.max_bytes), file, "the report of a compression")
     expected = {
