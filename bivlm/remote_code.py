@@ -14,9 +14,9 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from bivlm.checkpoint.reading import CONFIG, auto_maps, code_maps
+from bivlm.checkpoint.reading import CONFIG, auto_maps, code_maps, read_config
 from bivlm.errors import InputError
-from bivlm.untrusted import MODEL_CONFIG, read_object
+from bivlm.untrusted import short
 
 VARIABLE = "BIVLM_TRUST_REMOTE_CODE"
 OPTION = "--trust-remote-code"
@@ -89,7 +89,7 @@ def code_needed(folder: str | Path) -> str | None:
     from transformers import __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
-    config = read_object(Path(folder) / CONFIG, MODEL_CONFIG)
+    config = read_config(Path(folder) / CONFIG)
     kernels = sorted(_kernels(config))
     if kernels:
         return f"its config asks for an attention kernel from the hub ({kernels[0]})"
@@ -98,8 +98,8 @@ def code_needed(folder: str | Path) -> str | None:
     model_type = config.get("model_type")
     if _maps(config) and model_type not in KNOWN:
         return (
-            f"transformers {__version__} has no image-text model of model_type {model_type!r}, and its config asks "
-            "for code of its own (auto_map)"
+            f"transformers {__version__} has no image-text model of model_type {short(model_type)}, and its config "
+            "asks for code of its own (auto_map)"
         )
     return None
 
@@ -109,12 +109,12 @@ def unknown_architecture(folder: str | Path) -> str | None:
     from transformers import __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
-    config = read_object(Path(folder) / CONFIG, MODEL_CONFIG)
+    config = read_config(Path(folder) / CONFIG)
     model_type = config.get("model_type")
     if model_type in KNOWN or any(name == _AUTO_MODEL for name, _ in _references(Path(folder))):
         return None
     brings = " and the code it brings makes none" if _maps(config) else ""
-    return f"transformers {__version__} has no image-text model of model_type {model_type!r}{brings}"
+    return f"transformers {__version__} has no image-text model of model_type {short(model_type)}{brings}"
 
 
 def shown(folder: str | Path) -> str:

@@ -235,7 +235,8 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     from transformers.initialization import no_init_weights
 
     code = remote_code_allowed(checkpoint.folder)
-    _check_counts(checkpoint.config, max(len(checkpoint.entries), _FEW_LAYERS), str(checkpoint.folder / CONFIG))
+    described = {key: part for key, part in checkpoint.config.items() if key != "quantization_config"}
+    _check_counts(described, max(len(checkpoint.entries), _FEW_LAYERS), str(checkpoint.folder / CONFIG))
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=code)
         if hasattr(config, "quantization_config"):

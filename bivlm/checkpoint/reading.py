@@ -76,7 +76,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise InputError(f"checkpoint {folder}: no such folder")
         refuse_links_out_of([folder / CONFIG], folder)
-        config = _read_config(folder / CONFIG)
+        config = read_config(folder / CONFIG)
         files = _weight_files(folder)
         refuse_links_out_of(files, folder)
         entries: dict[str, TensorEntry] = {}
@@ -309,8 +309,8 @@ def refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
             raise InputError(f"{file}: a link to {target}, outside the folder; copy the file into it")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """The config, with what is read of it here checked; the model's own class checks the rest."""
+def read_config(file: Path) -> dict[str, Any]:
+    """Return what config.json says, with what is read of it here checked; the model's own class checks the rest."""
     config = read_object(file, MODEL_CONFIG)
     for key, kind, valid in (("model_type", str, "text"), ("quantization_config", dict, "an object")):
         if config.get(key) is not None and not isinstance(config[key], kind):

@@ -91,6 +91,6 @@ def family(model_type: str) -> Family:
         return families()[model_type]
     except KeyError:
         raise InputError(
-            f"unknown architecture: model_type {model_type!r}; known are {', '.join(sorted(families()))}. "
+            f"unknown architecture: model_type {short(model_type)}; known are {', '.join(sorted(families()))}. "
             f"A recipe may say with '{MODULES_KEY}' which of its modules are {', '.join(COMPONENTS)}"
         ) from None
