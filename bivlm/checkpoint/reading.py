@@ -42,7 +42,7 @@ _CODE_CONFIGS = (
     "video_preprocessor_config.json",
     "tokenizer_config.json",
 )
-_GENERATE = "custom_generate"  # whose generate.py takes the place of a trusted model's own
+GENERATE = "custom_generate"  # whose generate.py takes the place of a trusted model's own
 _NOT_SIDE_FILES = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, "pytorch_model.bin.index.json", "trainer_state.json"}
 _LICENCES = ("license", "licence", "notice", "use_policy")
 
@@ -122,7 +122,7 @@ class Checkpoint:
         """What is read beside config and weights: tokenizer, processor, chat templates, generation config, own code."""
         templates = (self.folder / TEMPLATES).glob("*.jinja")
         files = [file for file in self.folder.iterdir() if is_side_name(file.name)]
-        code = [*self.folder.glob("*.py"), *(self.folder / _GENERATE).glob("*.py")] if names_code(self.folder) else ()
+        code = [*self.folder.glob("*.py"), *(self.folder / GENERATE).glob("*.py")] if names_code(self.folder) else ()
         return sorted(file for file in (*files, *templates, *code) if file.is_file())
 
     @cached_property
@@ -205,7 +205,7 @@ def is_licence_name(name: str) -> bool:
 
 def names_code(folder: Path) -> bool:
     """Whether transformers would take code from files in `folder` if it were trusted: `code_maps`, or ``generate``."""
-    return next(code_maps(folder), None) is not None or (folder / _GENERATE / "generate.py").is_file()
+    return next(code_maps(folder), None) is not None or (folder / GENERATE / "generate.py").is_file()
 
 
 def code_maps(folder: Path) -> Iterator[Any]:
