@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +23,7 @@ from bivlm.identity import canonical_json, digest
 from bivlm.names import check_revision, is_commit, is_sha256
 from bivlm.recipe import Recipe, load_recipe, shipped_recipes
 from bivlm.stores.location import cache_folder, is_s3_model
+from bivlm.untrusted import read_yaml
 
 LIST_VARIABLE = "BIVLM_BASE_MODELS"  # the list's file
 PLACES_VARIABLE = "BIVLM_MODELS"  # folders and S3 prefixes whose models may be asked for by name, with commas
@@ -182,10 +182,7 @@ def base_models_file() -> Path:
 def load_base_models(file: str | Path | None = None) -> tuple[Watched, ...]:
     """The entries of the list (default: `base_models_file`); raises `InputError` naming the file and the key."""
     file = Path(file) if file is not None else base_models_file()
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: cannot be read as YAML: {error}") from None
+    data = read_yaml(file)
     if not isinstance(data, dict):
         raise InputError(f"{file}: expected a mapping with format and models, found {type(data).__name__}")
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bivlm.checkpoint import TABLES_KEY, Checkpoint, Linear, TensorEntry, anatomy
 from bivlm.checkpoint.tensor_file import header_text
+from bivlm.errors import InputError
 from bivlm.packing import FormatBits, format_bits
 
 
@@ -42,6 +43,8 @@ def bits_of(folder: str | Path) -> dict[str, Any]:
     parameters = sum(
         packed_weights.get(name, entry.numel if entry.is_floating else 0) for name, entry in checkpoint.entries.items()
     )
+    if not parameters:
+        raise InputError(f"checkpoint {folder}: holds no parameters")
     file_bytes = sum(file.stat().st_size for file in checkpoint.weight_files)
     return {
         "linears": _per_weight(cost for group in costs.values() for cost in group) if costs else None,

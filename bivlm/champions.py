@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from bivlm.errors import InputError
+from bivlm.untrusted import parse_model
 
 PREFIX = "bivlm.move."  # of the key that a move is kept by; its number and some random letters follow
 LONGEST = 500  # characters of who and why, as said by hand
@@ -47,12 +48,7 @@ def moves_of(tags: Mapping[str, str]) -> dict[str, Move]:
     found = {}
     for key, value in tags.items():
         if key.startswith(PREFIX):
-            try:
-                found[key] = Move.model_validate_json(value)
-            except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"])) or "(top)"
-                raise InputError(f"tag {key}: not a move of a champion: {place}: {first['msg']}") from None
+            found[key] = parse_model(Move, value, f"tag {key}", "a move of a champion")
     # Two of one number were made at once on two machines.
     return dict(sorted(found.items(), key=lambda item: (item[0].removeprefix(PREFIX).split("-")[0], item[1].when)))
 

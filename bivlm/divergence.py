@@ -32,6 +32,7 @@ from bivlm.errors import InputError
 from bivlm.identity import digest
 from bivlm.logits import not_finite, unusable
 from bivlm.samples import Conversation
+from bivlm.untrusted import parse_json
 
 MAX_POSITIONS = 32
 FORMAT = "bivlm-log-probabilities-1"
@@ -162,8 +163,8 @@ class StoredLogProbabilities:
     def __init__(self, file: str | Path, conversations: int) -> None:
         """Raises `InputError` for another file, or one of another number of conversations."""
         self._file, self._stored = Path(file), _open(Path(file))
-        self._digests = json.loads(self._stored.metadata()["tokens_sha256"])
-        if len(self._digests) != conversations:
+        self._digests = parse_json(self._stored.metadata().get("tokens_sha256", ""), file)
+        if not isinstance(self._digests, list) or len(self._digests) != conversations:
             raise InputError(
                 f"{file}: holds {len(self._digests)} conversations, expected the {conversations} to compare"
             )

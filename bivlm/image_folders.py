@@ -6,7 +6,6 @@ paths are relative to the folder and must not leave it, neither by ``..`` nor th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 from bivlm.errors import InputError
 from bivlm.pictures import check_picture
+from bivlm.untrusted import SAMPLES, parse_json, short
 
 FILE_NAME = "data.jsonl"
 TEXT = "a string that is not empty"
@@ -36,7 +36,8 @@ class Line:
         """Raises `InputError` on a key that is missing or not known."""
         for key in required:
             if key not in self.values:
-                raise InputError(f"{self.file}, line {self.number}: key {key!r} is missing, found {list(self.values)}")
+                found = short(list(self.values))
+                raise InputError(f"{self.file}, line {self.number}: key {key!r} is missing, found {found}")
         for key in self.values:
             if key not in required + optional:
                 self.complain(key, self.values[key], f"one of the keys {', '.join(required + optional)}")
@@ -116,12 +117,6 @@ def read_lines(folder: Path, file_name: str = FILE_NAME) -> Iterator[Line]:
         raise InputError(f"{file}: found no line, expected one JSON object a line")
 
 
-def short(value: Any) -> str:
-    """`repr` of a value, cut so that a message stays readable."""
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
 def _decode(file: Path, number: int, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -130,17 +125,7 @@ def _decode(file: Path, number: int, content: bytes) -> str:
 
 
 def _parse(file: Path, number: int, text: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InputError(f"{file}, line {number}: key {key!r} stands there twice, expected once")
-        return dict(pairs)
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{file}, line {number}: not a JSON object ({error}), found {short(text.strip())}") from None
+    value = parse_json(text, f"{file}, line {number}", SAMPLES)
     if not isinstance(value, dict):
         raise InputError(f"{file}, line {number}: found {short(value)}, expected a JSON object")
     return value

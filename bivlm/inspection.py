@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bivlm.checkpoint import Anatomy, Checkpoint, Linear, anatomy
+from bivlm.errors import InputError
 from bivlm.families import COMPONENTS, Modules
 from bivlm.packing import unpack
 from bivlm.statistics import LayerStatistics
@@ -40,8 +41,10 @@ def inspect(folder: str | Path, *, statistics: bool = True, modules: Modules | N
     parts = anatomy(checkpoint)
     own = [*parts.linears, *_packed_tokens(parts, checkpoint)]
     parameters = sum(_own_size(linear) for linear in own) + sum(t.parameters for t in parts.left_alone)
+    if not parameters:
+        raise InputError(f"checkpoint {folder}: holds no parameters")
     return {
-        "model_type": checkpoint.config["model_type"],
+        "model_type": checkpoint.config.get("model_type", "unknown"),
         "quantization": (checkpoint.quantization or {}).get("quant_method"),
         "parameters": parameters,
         "components": _components(parts, checkpoint, parameters),

@@ -13,17 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from bivlm.checkpoint import LINEAGE, Checkpoint, anatomy, digest_of_files
+from bivlm.checkpoint.reading import refuse_links_out_of
 from bivlm.checkpoint.resolving import cached_model
 from bivlm.checkpoint.tensor_file import tensor_chunks
 from bivlm.errors import InputError
 from bivlm.identity import digest
+from bivlm.untrusted import RECORD, parse_model, read_bytes, short
 from bivlm.workspace import MissingObject, StepRecord, Workspace, WorkspaceError
 
 FORMAT = 1
 PACK_STAGE, ALLOCATION_STAGE, SEARCH_STAGE, TABLES_STAGE = "pack", "allocation", "block search", "tables"
+# Under a budget of bits, or after a search, a layer's settings are chosen by a step that says which.
+_CHOOSING = (ALLOCATION_STAGE, SEARCH_STAGE)
 
 State = Literal["holds", "broken", "not checked"]
 
@@ -76,6 +80,38 @@ class Lineage(BaseModel):
     trigger: str | None = None
     steps: dict[str, StepRecord]
 
+    @field_validator("recipe")
+    @classmethod
+    def _has_settings(cls, recipe: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        """Only what is read of it again: recipes of other versions have other keys."""
+        if not isinstance(recipe.get("name"), str):
+            raise ValueError(f"name: expected text, found {short(recipe.get('name'))}")
+        for key in ("components", "tables"):
+            if not isinstance(found := recipe.get(key) or {}, dict):
+                raise ValueError(f"{key}: expected settings by name, found {short(found)}")
+        for component, settings in (recipe.get("components") or {}).items():
+            if not isinstance(settings, dict) or not isinstance(settings.get("method"), str):
+                raise ValueError(f"components.{component}: expected settings with a method, found {short(settings)}")
+        asked = recipe.get("evaluation") or []
+        if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
+            raise ValueError(f"evaluation: expected names of benchmarks, found {short(asked)}")
+        return recipe
+
+    @field_validator("code")
+    @classmethod
+    def _has_version(cls, code: dict[str, str | bool]) -> dict[str, str | bool]:
+        if "version" not in code:
+            raise ValueError("version: the key is missing")
+        return code
+
+    @field_validator("steps")
+    @classmethod
+    def _say_what_they_chose(cls, steps: dict[str, StepRecord]) -> dict[str, StepRecord]:
+        for key, step in steps.items():
+            if step.stage in _CHOOSING and not isinstance(found := step.figures.get("settings"), dict):
+                raise ValueError(f"{key}.figures.settings: expected settings by layer, found {short(found)}")
+        return steps
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -89,16 +125,10 @@ class Finding:
 def read_lineage(folder: str | Path) -> Lineage:
     """The record in the folder of a packed checkpoint; raises `InputError` naming the file and what is wrong."""
     file = Path(folder) / LINEAGE
-    try:
-        data = file.read_bytes()
-    except OSError:
-        raise InputError(f"{file}: the file is missing; expected the folder of a packed checkpoint") from None
-    try:
-        lineage = Lineage.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "(top)"
-        raise InputError(f"{file}: not a lineage record: {place}: {first['msg']}") from None
+    if not file.exists():
+        raise InputError(f"{file}: the file is missing; expected the folder of a packed checkpoint")
+    refuse_links_out_of([file], Path(folder))
+    lineage = parse_model(Lineage, read_bytes(file, RECORD.max_bytes), file, "a lineage record")
     if lineage.format != FORMAT:
         raise InputError(f"{file}: format {lineage.format}, this code reads {FORMAT}; update bivlm")
     return lineage
@@ -191,6 +221,8 @@ def _packed_tensors(lineage: Lineage, folder: Path) -> Finding:
             problems.append(f"{name} is packed, and has no steps")
         elif name not in checkpoint.packed:
             problems.append(f"{name} has steps, and is not packed")
+        elif name not in disk_names:
+            problems.append(f"{name} is packed, and the model has no such layer")
         else:
             sha = hashlib.sha256()
             for chunk in tensor_chunks(checkpoint.entries[disk_names[name]]):
@@ -205,10 +237,8 @@ def _packed_tensors(lineage: Lineage, folder: Path) -> Finding:
 def _recipe(lineage: Lineage) -> Finding:
     found = digest(lineage.recipe)
     problems = [] if found == lineage.recipe_sha256 else [f"sha256 {found}, recorded {lineage.recipe_sha256}"]
-    settings = list(lineage.recipe.get("components", {}).values())
-    # Under a budget of bits, or after a search, a layer's settings are chosen by a step that says which.
-    choosing = (ALLOCATION_STAGE, SEARCH_STAGE)
-    chosen = [each.figures["settings"] for each in lineage.steps.values() if each.stage in choosing]
+    settings = list((lineage.recipe.get("components") or {}).values())
+    chosen = [each.figures["settings"] for each in lineage.steps.values() if each.stage in _CHOOSING]
     of_tables = list((lineage.recipe.get("tables") or {}).values())
     for name, steps in lineage.layers.items():
         plan, packed = (lineage.steps.get(steps.get(stage, "")) for stage in ("plan", PACK_STAGE))
@@ -234,7 +264,8 @@ def _links(lineage: Lineage) -> Finding:
     for record in lineage.steps.values():
         known.update(reference.sha256 for reference in record.outputs.values())
         # Sets of files have one hash over all of them among the figures: samples, questions.
-        known.update(value for key, value in record.figures.items() if key.endswith("sha256"))
+        hashes = (value for key, value in record.figures.items() if key.endswith("sha256"))
+        known.update(value for value in hashes if isinstance(value, str))
     problems = [
         f"{record.stage} step {key}: its input {name} ({value}) is made by no step"
         for key, record in lineage.steps.items()

@@ -11,11 +11,15 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from pydantic import BaseModel, ValidationError
 
 from bivlm.calibration import held_out_samples
+from bivlm.checkpoint import LINEAGE
+from bivlm.errors import InputError
 from bivlm.evaluation.chance import set_of
 from bivlm.lineage import Lineage
+from bivlm.untrusted import MODEL_CONFIG, first_problem, parse_yaml, read_bytes, short
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -79,6 +83,24 @@ _CODE = """
 The base model comes with code of its own, which is here too and runs when the model is loaded: read it."""
 
 
+class _Metrics(BaseModel):
+    accuracy: float
+
+
+class _Score(BaseModel):
+    """Of a step that asked a benchmark's questions."""
+
+    n: int
+    ci95: tuple[float, float]
+    metrics: _Metrics
+
+
+class _Divergence(BaseModel):
+    """Of a step that compared logits."""
+
+    kl: float
+
+
 def model_card(report: Mapping[str, Any], lineage: Lineage, name: str, licence_files: Sequence[str] = ()) -> str:
     """The card's text, header included.
 
@@ -135,9 +157,13 @@ def licence_of(folder: str | Path) -> dict[str, str]:
 
     A card that cannot be read says nothing: it is prose for people.
     """
+    file = Path(folder) / CARD
     try:
-        data = metadata_load(Path(folder) / CARD) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        header = REGEX_YAML_BLOCK.search(read_bytes(file, MODEL_CONFIG.max_bytes).decode("utf-8-sig"))
+        data = parse_yaml(header[2], file) if header else {}
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(data, dict):
         return {}
     return {key: data[key] for key in LICENCE_KEYS if isinstance(data.get(key), str)}
 
@@ -178,6 +204,9 @@ def _scores(lineage: Lineage, recipe: Mapping[str, Any], at_chance: Sequence[str
     figures = {name: lineage.steps[key].figures for name, key in lineage.evaluations.items()}
     benchmarks = [name.removeprefix(_PACKED) for name in figures if name.startswith(_PACKED)]
     benchmarks = [name for name in benchmarks if name != _HELD_OUT]
+    for name in benchmarks:
+        asked = [role + name for role in (_FULL, _PACKED) if role + name in figures]
+        figures |= {each: _checked(each, figures, _Score) for each in asked}
     if not benchmarks:
         yield "It was not evaluated."
         return
@@ -195,11 +224,19 @@ def _scores(lineage: Lineage, recipe: Mapping[str, Any], at_chance: Sequence[str
         yield "Full precision is not above chance everywhere:"
         yield ""
         yield from (f"- {said}" for said in at_chance)
-    divergence = figures.get(_PACKED + _HELD_OUT)
-    if divergence is not None:
+    if _PACKED + _HELD_OUT in figures:
+        divergence = _checked(_PACKED + _HELD_OUT, figures, _Divergence)
         yield ""
         kl, samples = f"{divergence['kl']:.3g} nats a token", held_out_samples(_placeless(recipe["calibration"]))
         yield f"KL divergence from full precision: {kl}, on {samples}, which calibration has not seen."
+
+
+def _checked(name: str, figures: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """Return the figures of one step that are shown; raises `InputError` naming one that is not of its kind."""
+    try:
+        return kind.model_validate(figures[name]).model_dump()
+    except ValidationError as error:
+        raise InputError(f"{LINEAGE}: figures of {short(name)}: {first_problem(error)}") from None
 
 
 def _accuracy(found: Mapping[str, Any] | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +14,17 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
+from pydantic import BaseModel, JsonValue
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT, Checkpoint
-from bivlm.checkpoint.reading import CONFIG, WEIGHTS, WEIGHTS_INDEX, is_licence_name, is_side_name
+from bivlm.checkpoint.reading import CONFIG, WEIGHTS, WEIGHTS_INDEX, is_licence_name, is_side_name, refuse_links_out_of
 from bivlm.errors import InputError
 from bivlm.hub_errors import hub_error
-from bivlm.identity import file_digest
+from bivlm.identity import digest, file_digest
 from bivlm.lineage import Lineage, read_lineage, verify_folder
 from bivlm.model_card import CARD, model_card
+from bivlm.untrusted import RECORD, parse_model, read_bytes, short
 
 BRANCH = "main"
 # What a run leaves beside the checkpoint that others may want to see; nothing in it is needed to load the model.
@@ -46,6 +47,22 @@ class Package:
     @property
     def names(self) -> list[str]:
         return sorted({*self.files, CARD})
+
+
+class _BaseModel(BaseModel):
+    sha256: str
+
+
+class _Report(BaseModel):
+    """What is read of compression_report.json."""
+
+    base_model: _BaseModel
+    recipe: dict[str, JsonValue]
+    recipe_sha256: str
+    code_version: str
+    bits: dict[str, JsonValue]
+    warnings: list[str]
+    licence: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,19 +165,24 @@ def _push(package: Package, repository: str, private: bool, branch: str) -> Push
 
 def _report(folder: Path, lineage: Lineage) -> dict[str, Any]:
     file = folder / REPORT
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); compress it again") from None
+    if not file.exists():
+        raise InputError(f"{file}: the file is missing; compress it again")
+    refuse_links_out_of([file], folder)
+    report = parse_model(_Report, read_bytes(file, RECORD.max_bytes), file, "the report of a compression")
     expected = {
-        "base model": (report["base_model"]["sha256"], lineage.base_model.sha256),
-        "recipe": (report["recipe_sha256"], lineage.recipe_sha256),
-        "bits": (report["bits"], bits_of(folder)),
+        "base model": (report.base_model.sha256, lineage.base_model.sha256),
+        "recipe": (digest(report.recipe), report.recipe_sha256, lineage.recipe_sha256),
+        "bits": (report.bits, bits_of(folder)),
     }
-    for what, (found, wanted) in expected.items():
-        if found != wanted:
-            raise InputError(f"{file}: is about another {what} than the checkpoint beside it: {found}, not {wanted}")
-    return report
+    for what, (*found, wanted) in expected.items():
+        if any(each != wanted for each in found):
+            said = short(next(each for each in found if each != wanted))
+            raise InputError(
+                f"{file}: is about another {what} than the checkpoint beside it: {said}, not {short(wanted)}"
+            )
+    if report.bits["linears"] is None:
+        raise InputError(f"{file}: bits.linears: the checkpoint packs no linear layer, so there is nothing to show")
+    return report.model_dump()
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:

@@ -7,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -29,6 +28,7 @@ from bivlm.methods import MethodSettings, method
 from bivlm.pruning import RecipePruning
 from bivlm.search_settings import SearchSettings
 from bivlm.tables import RecipeTables
+from bivlm.untrusted import MAX_YAML_BYTES, parse_yaml, place_of, read_bytes, short
 
 __all__ = [
     "COMPONENTS",
@@ -43,19 +43,20 @@ __all__ = [
 
 Component = Literal["vision", "adaptor", "language"]
 COMPONENTS: tuple[str, ...] = get_args(Component)
+_PROBLEMS = 20  # that a message lists
 
 
 def _settings(settings: Any) -> MethodSettings:
     if isinstance(settings, MethodSettings):
         return settings
     if not isinstance(settings, dict) or "method" not in settings:
-        raise ValueError(f"expected a method's settings with the key 'method', found {settings!r}")
+        raise ValueError(f"expected a method's settings with the key 'method', found {short(settings)}")
     try:
         chosen = method(settings["method"]) if isinstance(settings["method"], str) else None
     except InputError as error:
         raise ValueError(str(error)) from None
     if chosen is None:
-        raise ValueError(f"'method' must be the name of a method, found {settings['method']!r}")
+        raise ValueError(f"'method' must be the name of a method, found {short(settings['method'])}")
     return chosen.Settings.model_validate(settings)
 
 
@@ -174,32 +175,13 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     """
     shipped = shipped_recipes()
     if str(name_or_file) in shipped:
-        source, text = f"recipe {name_or_file}", _shipped_text(str(name_or_file))
-    else:
-        path = Path(name_or_file)
-        if not path.is_file():
-            raise InputError(f"recipe {str(name_or_file)!r}: no such file, and not one of {', '.join(shipped)}")
-        try:
-            source, text = f"recipe {path}", path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"recipe {path}: not a UTF-8 text file ({error})") from None
-    try:
-        data = yaml.load(text, _OnceLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{source}: not valid YAML: {error}") from None
-    return parse_recipe(data, source)
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice: YAML lets the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=True)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
-        return mapping
+        source = f"recipe {name_or_file}"
+        return parse_recipe(parse_yaml(_shipped_text(str(name_or_file)), source), source)
+    path = Path(name_or_file)
+    if not path.exists():
+        raise InputError(f"recipe {short(str(name_or_file))}: no such file, and not one of {', '.join(shipped)}")
+    source = f"recipe {path}"
+    return parse_recipe(parse_yaml(read_bytes(path, MAX_YAML_BYTES), source), source)
 
 
 def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
@@ -209,8 +191,10 @@ def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {_explained(e)}" for e in error.errors()]
-        raise InputError("\n".join([f"{source} is not valid:", *lines])) from None
+        problems = error.errors()
+        lines = [f"  {place_of(each)}: {_explained(each)}" for each in problems[:_PROBLEMS]]
+        more = [f"  and {len(problems) - _PROBLEMS} more"] if len(problems) > _PROBLEMS else []
+        raise InputError("\n".join([f"{source} is not valid:", *lines, *more])) from None
 
 
 def _explained(error: Mapping[str, Any]) -> str:
@@ -218,13 +202,8 @@ def _explained(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return "the key is missing"
     message = "not a key that is known here" if error["type"] == "extra_forbidden" else error["msg"]
-    return f"{message}, found {_short(error['input'])}"
+    return f"{message}, found {short(error['input'])}"
 
 
 def _shipped_text(name: str) -> str:
     return (resources.files("bivlm") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

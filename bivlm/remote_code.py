@@ -7,7 +7,6 @@ a run starts, and workers elsewhere, decide as the command did.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from bivlm.checkpoint.reading import CODE_CONFIGS, CONFIG
+from bivlm.checkpoint.reading import CONFIG, auto_maps, code_maps, read_config
 from bivlm.errors import InputError
+from bivlm.untrusted import short
 
 VARIABLE = "BIVLM_TRUST_REMOTE_CODE"
 OPTION = "--trust-remote-code"
@@ -54,7 +54,8 @@ def remote_code_allowed(folder: str | Path) -> bool:
     named, or if it takes code from another repository, which no revision pins.
     """
     folder = Path(folder)
-    foreign = sorted({reference.split("--")[0] for _, reference in _references(folder) if "--" in reference})
+    named_elsewhere = (reference for _, reference in _references(folder) if "--" in reference or "/" in reference)
+    foreign = sorted({_place(reference) for reference in named_elsewhere})
     named = _is_named(folder)
     if foreign and (named or code_needed(folder)):
         raise InputError(
@@ -88,7 +89,7 @@ def code_needed(folder: str | Path) -> str | None:
     from transformers import __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
-    config = _json(Path(folder) / CONFIG)
+    config = read_config(Path(folder) / CONFIG)
     kernels = sorted(_kernels(config))
     if kernels:
         return f"its config asks for an attention kernel from the hub ({kernels[0]})"
@@ -97,8 +98,8 @@ def code_needed(folder: str | Path) -> str | None:
     model_type = config.get("model_type")
     if _maps(config) and model_type not in KNOWN:
         return (
-            f"transformers {__version__} has no image-text model of model_type {model_type!r}, and its config asks "
-            "for code of its own (auto_map)"
+            f"transformers {__version__} has no image-text model of model_type {short(model_type)}, and its config "
+            "asks for code of its own (auto_map)"
         )
     return None
 
@@ -108,12 +109,12 @@ def unknown_architecture(folder: str | Path) -> str | None:
     from transformers import __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
-    config = _json(Path(folder) / CONFIG)
+    config = read_config(Path(folder) / CONFIG)
     model_type = config.get("model_type")
     if model_type in KNOWN or any(name == _AUTO_MODEL for name, _ in _references(Path(folder))):
         return None
     brings = " and the code it brings makes none" if _maps(config) else ""
-    return f"transformers {__version__} has no image-text model of model_type {model_type!r}{brings}"
+    return f"transformers {__version__} has no image-text model of model_type {short(model_type)}{brings}"
 
 
 def shown(folder: str | Path) -> str:
@@ -141,43 +142,40 @@ def _hub_id(folder: Path) -> str | None:
 
 def _references(folder: Path) -> Iterator[tuple[str, str]]:
     """(auto class, ``file.Class``) of every class of its own that a config in `folder` names."""
-    for name in CODE_CONFIGS:
-        if (folder / name).is_file():
-            yield from _mapped(_json(folder / name))
+    for auto_map in code_maps(folder):
+        # Of a tokenizer it may be a list by itself.
+        for auto_class, reference in auto_map.items() if isinstance(auto_map, dict) else [("", auto_map)]:
+            yield from ((auto_class, each) for each in _texts(reference))
 
 
-def _mapped(value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        auto_map = value.get("auto_map")
-        if isinstance(auto_map, dict):
-            for auto_class, reference in auto_map.items():
-                # Of tokenizers a list: the slow class and the fast one, either None.
-                several = reference if isinstance(reference, list) else [reference]
-                yield from ((auto_class, each) for each in several if isinstance(each, str))
-        for part in value.values():
-            yield from _mapped(part)
+def _texts(value: Any) -> Iterator[str]:
+    """A class, or several: a tokenizer's slow and fast one in a list, an image processor's by backend."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _maps(value: Any) -> bool:
-    return isinstance(value, dict) and ("auto_map" in value or any(_maps(part) for part in value.values()))
+    return next(auto_maps(value), None) is not None
 
 
 def _kernels(value: Any, key: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for name, part in value.items():
             yield from _kernels(part, name if name in _ATTENTION else key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _kernels(part, key)
     elif key in _ATTENTION and isinstance(value, str) and "/" in value:
         yield value
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _place(reference: str) -> str:
+    """The repository that a reference names, or the file in another folder."""
+    repository, separator, _ = reference.partition("--")
+    return repository if separator else f"{reference.rpartition('.')[0]}.py"
 
 
 def _in_brackets(files: Sequence[str]) -> str:

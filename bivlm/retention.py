@@ -7,7 +7,6 @@ that is still in progress.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bivlm.errors import InputError
+from bivlm.untrusted import parse_object
 from bivlm.workspace import FRESH_SECONDS, StepRecord
 
 # What was used this recently stays, whatever anybody asks for: a step that is found again says so once in
@@ -131,11 +131,12 @@ def lineage_steps(data: bytes, source: str) -> dict[str, StepRecord]:
     Nothing else of the record is looked at, so that an older or a newer one is read as well. Raises `InputError` naming
     `source` for one whose steps cannot be read: what it needs is then not known.
     """
+    unreadable = f"{source}: not a lineage record whose steps can be read"
+    content = parse_object(data, unreadable)
     try:
-        content = json.loads(data)
         steps = {key: StepRecord.model_validate(record) for key, record in content["steps"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, ValidationError) as error:
-        raise InputError(f"{source}: not a lineage record whose steps can be read ({type(error).__name__})") from None
+        raise InputError(f"{unreadable} ({type(error).__name__})") from None
     wrong = next((key for key, record in steps.items() if record.key != key), None)
     if not steps or wrong is not None:
         found = "no step" if wrong is None else f"step {wrong}, which has another key"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from math import prod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bivlm.methods import MethodSettings
+from bivlm.untrusted import short
 
+_MOST_COMBINATIONS = 10_000
 Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 
 
@@ -37,6 +40,8 @@ class SearchSettings(BaseModel):
     def _lists_to_tuples(cls, value: Any) -> Any:
         if not isinstance(value, dict) or not all(isinstance(values, list | tuple) for values in value.values()):
             raise ValueError("expected lists of values by setting, for example {clip: [1.0, 0.9]}")
+        if (count := prod(len(values) for values in value.values())) > _MOST_COMBINATIONS:
+            raise ValueError(f"expected at most {_MOST_COMBINATIONS:,} combinations of values, found {short(count)}")
         return {key: tuple(values) for key, values in value.items()}
 
     def offered(self, settings: MethodSettings) -> list[MethodSettings]:
@@ -62,4 +67,4 @@ def _checked(settings: MethodSettings, changes: dict[str, Any]) -> MethodSetting
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(["candidates", *map(str, first["loc"])])
-        raise ValueError(f"{place}: {first['msg']}, found {first['input']!r}") from None
+        raise ValueError(f"{place}: {first['msg']}, found {short(first['input'])}") from None

@@ -12,7 +12,6 @@ compressions.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -20,13 +19,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest, file_digest
 from bivlm.names import is_sha256
 from bivlm.scratch import scratch_folder
 from bivlm.stores import Entry, Store, open_store
+from bivlm.untrusted import parse_object
 
 _SHA256 = r"^[0-9a-f]{64}$"
 OBJECTS, STEPS, USED, DOOMED = "objects", "steps", "used", "doomed"
@@ -218,10 +218,10 @@ class Workspace:
         if data is None:
             return None
         try:
-            content = json.loads(data)
+            content = parse_object(data, self.url)
             checksum = content.pop("checksum")
             return content if digest(content) == checksum else None
-        except (ValueError, KeyError, TypeError, AttributeError, InputError):
+        except (InputError, KeyError):
             return None
 
     def put_state(self, name: str, content: dict[str, Any]) -> None:
@@ -263,12 +263,12 @@ class Workspace:
 def parse_record(data: bytes, key: str) -> StepRecord | None:
     """The record that `data` holds of step `key`; None if it is damaged or that of another step."""
     try:
-        content = json.loads(data)
+        content = parse_object(data, step_name(key))
         checksum = content.pop("checksum")
         if digest(content) != checksum:
             return None
         record = StepRecord.model_validate(content)
-    except (ValueError, KeyError, TypeError, AttributeError, InputError):
+    except (InputError, KeyError, ValidationError):
         return None
     return record if record.key == key else None
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from bivlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,17 +18,15 @@ def modules_from(recipe: str | None, file: Path | None) -> Modules | None:
     """
     from bivlm.families import MODULES_KEY, parse_modules
     from bivlm.recipe import load_recipe
+    from bivlm.untrusted import read_yaml
 
     if recipe is not None:
         return load_recipe(recipe).modules
     if file is None:
         return None
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; expected names of modules by vision, adaptor and language") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid YAML: {error}") from None
+    if not file.exists():
+        raise InputError(f"{file}: no such file; expected names of modules by vision, adaptor and language")
+    data = read_yaml(file)
     if isinstance(data, dict) and list(data) == [MODULES_KEY]:  # as it stands in a recipe
         data = data[MODULES_KEY]
     return parse_modules(data, str(file))

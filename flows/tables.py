@@ -199,7 +199,9 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     chain = Table("", Column(overflow="fold"), title=f"lineage of {name}", show_header=False)  # hashes whole
     base, code = lineage.base_model, lineage.code
     commit = f", commit {code['commit']}{' (changed)' if code.get('changed') else ''}" if "commit" in code else ""
-    samples = lineage.steps[lineage.calibration].identity["recipe"] if lineage.calibration in lineage.steps else {}
+    calibration = lineage.steps.get(lineage.calibration)
+    drawn = calibration.identity.get("recipe") if calibration else None
+    samples = drawn if isinstance(drawn, dict) else {}
     stages = Counter(stage for steps in lineage.layers.values() for stage in steps)
     _row(chain, "base model", f"{base.id}, revision {base.revision or 'none (a folder)'}\nsha256 {base.sha256}")
     _row(chain, "recipe", f"{lineage.recipe.get('name')}\nsha256 {lineage.recipe_sha256}")

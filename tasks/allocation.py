@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from bivlm.identity import canonical_json, step_identity
 from bivlm.lineage import ALLOCATION_STAGE
 from bivlm.methods.base import CurvePoint
 from bivlm.statistics import LayerStatistics
+from bivlm.untrusted import parse_json
 from tasks import saliency
 from tasks.layers import Layer, do_layers
 from tasks.policy import OVER_NETWORK
@@ -62,7 +62,7 @@ def allocate_bits(
         layer.name: Choices(
             layer.weights,
             _importance(layer, curvature),
-            [CurvePoint(**point) for point in json.loads(store.read(files[layer.name]))],
+            [CurvePoint(**point) for point in parse_json(store.read(files[layer.name]), f"{FILE} of {layer.name}")],
         )
         for layer in layers
     }

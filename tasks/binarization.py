@@ -13,6 +13,7 @@ from bivlm.compression import pack_layer
 from bivlm.identity import step_identity
 from bivlm.inputs import SiteStatistics
 from bivlm.methods import LayerPlan
+from bivlm.untrusted import parse_model
 from bivlm.workspace import Reference, Workspace
 from tasks import grouping
 from tasks.layers import Layer, do_layers, open_base
@@ -43,7 +44,7 @@ def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
         return step_identity(STAGE, layer.method.version, inputs, None, exact=False)
 
     def pack(layer: Layer, folder: Path) -> dict[str, Any]:
-        plan = LayerPlan.model_validate_json(store.read(_planned(layer)))
+        plan = parse_model(LayerPlan, store.read(_planned(layer)), f"plan of {layer.name}", "a plan")
         weight = checkpoint.read(layer.disk_name, layer.weight_sha256)
         packed, record = pack_layer(weight, plan, layer.name, _inputs(layer, store))
         (folder / FILE).write_bytes(memoryview(packed.numpy()))

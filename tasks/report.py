@@ -11,6 +11,7 @@ from typing import Any
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT
+from bivlm.errors import InputError
 from bivlm.evaluation.chance import AtChance, set_of
 from bivlm.identity import digest
 from bivlm.leaderboard import relative_error
@@ -18,6 +19,7 @@ from bivlm.model_card import licence_of
 from bivlm.recipe import Recipe
 from bivlm.report_page import render
 from bivlm.stores.folder import write_atomically
+from bivlm.untrusted import read_object
 from tasks.checkpoint import Base
 from tasks.layers import Layer
 from tasks.steps import Done
@@ -93,12 +95,13 @@ def _write(report: dict[str, Any], output: str) -> None:
 def earlier_report(output: str, base: Base, recipe: Recipe) -> dict[str, Any] | None:
     """The report in `output` if it is about this base model, recipe and code; else None."""
     try:
-        report = json.loads((Path(output) / REPORT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        report = read_object(Path(output) / REPORT)
+    except InputError:
         return None
     expected = {"format": FORMAT, "recipe_sha256": digest(recipe.canonical()), "code_version": code_version()}
-    same = isinstance(report, dict) and all(report.get(key) == value for key, value in expected.items())
-    return report if same and report.get("base_model", {}).get("sha256") == base.sha256 else None
+    same = all(report.get(key) == value for key, value in expected.items())
+    of = report.get("base_model")
+    return report if same and isinstance(of, dict) and of.get("sha256") == base.sha256 else None
 
 
 def in_a_sentence(report: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
@@ -129,7 +132,7 @@ def write_page(
 
     A page that is there already stays if it says the same.
     """
-    lineage = json.loads((Path(output) / LINEAGE).read_text(encoding="utf-8"))
+    lineage = read_object(Path(output) / LINEAGE)
     # The steps stay in the record: there are hundreds.
     shown = {key: value for key, value in lineage.items() if key not in ("format", "recipe", "layers", "steps")}
     page = render(report, shown, evaluation, points, layers, chance=chance).encode()

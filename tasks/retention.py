@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from bivlm.checkpoint import LINEAGE
 from bivlm.errors import InputError
 from bivlm.identity import canonical_json, digest
 from bivlm.retention import Collectable, Inventory, Needed, collectable, lineage_steps
+from bivlm.untrusted import parse_object, short
 from bivlm.workspace import Workspace
 from tasks.policy import OVER_NETWORK
 from tasks.steps import open_workspace
@@ -147,7 +147,10 @@ def _registries(workspace: Workspace) -> dict[str, str]:
     found = {}
     for entry in workspace.store.entries(REGISTRIES):
         if entry.name.endswith(".json") and (data := workspace.store.read_bytes(entry.name)) is not None:
-            found[Path(entry.name).stem] = json.loads(data)["uri"]
+            uri = parse_object(data, f"{workspace.url}: {entry.name}").get("uri")
+            if not isinstance(uri, str):
+                raise InputError(f"{workspace.url}: {entry.name}: uri: expected text, found {short(uri)}")
+            found[Path(entry.name).stem] = uri
     return found
 
 

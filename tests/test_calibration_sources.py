@@ -176,7 +176,7 @@ def test_too_few_usable_entries_are_told_with_what_was_lost(llava, tmp_path):
         ("{}", "found {}, expected a list of conversations"),
         ("[]", r"found \[\], expected a list"),
         ("[1]", "entry 1: found 1, expected a JSON object"),
-        ("[{", "not a JSON file"),
+        ("[{", "not valid JSON"),
     ],
 )
 def test_a_file_that_holds_no_conversations_is_refused(tmp_path, content, message):

@@ -92,6 +92,12 @@ def test_a_move_that_somebody_has_edited_is_named():
         moves_of({"bivlm.move.000001-a": "{}"} | {"bivlm.move.000001-a": '{"kind": "gate", "from": 1}'})
 
 
+@pytest.mark.parametrize("text", ["", "[" * 5000, "9" * 5000, '{"to": 1, "to": 2}', "NaN", "[]", '"x"'])
+def test_a_move_that_is_none_is_named(text):
+    with pytest.raises(InputError, match=r"tag bivlm\.move\.000001-a: not a move of a champion: "):
+        moves_of({"bivlm.move.000001-a": text})
+
+
 @pytest.mark.parametrize("text", ["", "  ", "two\nlines", "x" * (LONGEST + 1), "\x1b[31mred"])
 def test_a_reason_that_nobody_can_read_is_refused(text):
     with pytest.raises(InputError, match=r"--why .*expected one line"):

@@ -213,3 +213,17 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path):
     (tmp_path / "twice.yaml").write_text("name: twice\nformat: 1\nformat: 1\n")
     with pytest.raises(InputError, match="the key 'format' is given twice"):
         load_recipe(tmp_path / "twice.yaml")
+
+
+def test_more_combinations_than_could_be_tried_are_refused():
+    values = [1.0] * 100
+    search = {"candidates": {"clip": values, "p_max": values, "groups": values, "alpha": values}}
+    recipe = {"name": "r", "format": 1, "components": {"vision": {"method": "bivlm"}}, "search": search}
+    with pytest.raises(InputError, match=r"search.candidates: .*at most 10,000 combinations of values, found 1000"):
+        parse_recipe(recipe)
+
+
+def test_of_many_mistakes_the_first_twenty_are_listed():
+    recipe = {"name": "r", "format": 1, "components": {"vision": {"method": "bivlm"}}, "evaluation": [1] * 1000}
+    with pytest.raises(InputError, match=r"evaluation\.1\d: .*\n  and 98\d more$"):
+        parse_recipe(recipe)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from bivlm.image_folders import check_text, short
+from bivlm.image_folders import check_text
+from bivlm.untrusted import short
 
 PLACEHOLDER = "<image>"  # LLaVA's mark of where the picture stands; the chat template puts it there anew
 _USERS = ("human", "user")

@@ -21,9 +21,9 @@ from bivlm.calibration.settings import HUB, CalibrationSettings
 from bivlm.calibration.sources import Entry, Source, attempt, images_folder, picture_in
 from bivlm.errors import InputError
 from bivlm.hub_data import commit_of
-from bivlm.image_folders import short
 from bivlm.pictures import decode_picture, open_picture
 from bivlm.samples import Conversation
+from bivlm.untrusted import short
 
 # By these names columns are found that the recipe does not name, the first one that is there.
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png")

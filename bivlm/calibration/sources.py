@@ -10,7 +10,6 @@ next one can take its place and the loss be counted.
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from typing import Any
 from bivlm.calibration.exchanges import UnusableError, first_exchange
 from bivlm.calibration.settings import HUB, REFERENCE, TEXT_SUFFIXES, CalibrationSettings
 from bivlm.errors import InputError
-from bivlm.image_folders import FILE_NAME, Line, find_picture, read_lines, short
+from bivlm.image_folders import FILE_NAME, Line, find_picture, read_lines
 from bivlm.pictures import open_picture
 from bivlm.samples import Conversation
+from bivlm.untrusted import SAMPLES, read_json, short
 
 Entry = Conversation | UnusableError
 
@@ -137,10 +137,7 @@ def _read(path: Path) -> list[Line]:
     """The objects of a ``.jsonl`` file, or of the list in a ``.json`` file; a line's number is then its place there."""
     if path.suffix.lower() == ".jsonl":
         return list(read_lines(path.parent, path.name))
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file: {error}") from None
+    values = read_json(path, SAMPLES)
     if not isinstance(values, list) or not values:
         raise InputError(f"{path}: found {short(values)}, expected a list of conversations")
     for number, value in enumerate(values, start=1):

@@ -9,20 +9,21 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from bivlm.checkpoint.conversion import expert_names
 from bivlm.checkpoint.members import members_of
-from bivlm.checkpoint.reading import QUANT_METHOD, Checkpoint
+from bivlm.checkpoint.reading import CONFIG, QUANT_METHOD, Checkpoint
 from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry, same_values
 from bivlm.errors import InputError
 from bivlm.families import Family, families, family
 from bivlm.methods import method
 from bivlm.packing.container import read_header
 from bivlm.remote_code import remote_code_allowed
+from bivlm.untrusted import in_a_line, matching, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bivlm.recipe import Recipe
+
+_MAX_PATTERN = 500  # characters of an entry of ``keep``; names of layers are shorter
+_COUNT = re.compile(r"(layers?|depths?|blocks|experts)$")  # what a config calls the number of some modules
+_FEW_LAYERS = 256  # made in a second or two, whatever the weights are
 
 
 @dataclass(frozen=True)
@@ -204,17 +209,13 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
     Raises `InputError` for a pattern that matches no linear, a component without linears, a tied head that nothing
     keeps, an expert's matrix where the recipe has to run it as a layer, and a recipe that chooses nothing.
     """
-    patterns = [_matcher(pattern, linears) for pattern in recipe.keep]
+    spared = set().union(*(_matched(pattern, linears) for pattern in recipe.keep))
     for component in recipe.components:
         if not any(linear.component == component for linear in linears):
             raise InputError(
                 f"recipe {recipe.name}: components.{component}: the model has no linear layer in it; leave it out"
             )
-    chosen = [
-        linear
-        for linear in linears
-        if linear.component in recipe.components and not any(pattern.fullmatch(linear.name) for pattern in patterns)
-    ]
+    chosen = [linear for linear in linears if linear.component in recipe.components and linear.name not in spared]
     for linear in chosen:
         if linear.tied_to is not None:
             raise InputError(
@@ -247,23 +248,28 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises `InputError` for a config that makes no model, and for an unknown architecture that is none for images.
     """
     # Imported here because they bring in the model zoo, which takes seconds.
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
     code = remote_code_allowed(checkpoint.folder)
+    described = {key: part for key, part in checkpoint.config.items() if key != "quantization_config"}
+    _check_counts(described, max(len(checkpoint.entries), _FEW_LAYERS), str(checkpoint.folder / CONFIG))
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"), no_init_weights():
             return AutoModelForImageTextToText.from_config(config, trust_remote_code=code)
-    # A config that leaves out what its class needs fails somewhere in the model's own code; a tower may need a package.
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
-        model_type = checkpoint.config.get("model_type", "")
+    except InputError:
+        raise
+    # A config that its class cannot use fails somewhere in the model's own code, in whatever way; a tower may need a
+    # package. Nothing of ours runs here, and nothing but the config decides.
+    except Exception as error:
+        model_type = checkpoint.config.get("model_type") or ""
         if model_type not in families():
             family(model_type)  # says which there are
-        raise InputError(f"checkpoint {checkpoint.folder}: its config makes no image-text model: {error}") from error
+        said = in_a_line(error)
+        raise InputError(f"checkpoint {checkpoint.folder}: its config makes no image-text model: {said}") from error
 
 
 def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, LoadedName]:
@@ -358,6 +364,8 @@ def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkp
         found, dtype = entry.shape, DTYPES.get(entry.dtype)
     if found != shape:
         raise InputError(f"{disk_name}: shape {found} on disk, {shape} by the config")
+    if 0 in shape:
+        raise InputError(f"{disk_name}: shape {shape}, expected at least one row and one column")
     if dtype is None:
         raise InputError(f"{disk_name}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
     return dtype
@@ -401,13 +409,16 @@ def _kind(model: PreTrainedModel, members: Family, goal: LoadedName) -> str:
     return kind if tensor_name == "weight" else f"{kind}.{tensor_name}"
 
 
-def _matcher(pattern: str, linears: list[Linear]) -> re.Pattern[str]:
+def _matched(pattern: str, linears: list[Linear]) -> set[str]:
+    """Names of the linears that an entry of ``keep`` names; raises `InputError` if there is none."""
     names = [linear.name for linear in linears]
-    try:
-        matcher = re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else re.escape(pattern))
-    except re.error as error:
-        raise InputError(f"recipe: keep: {pattern!r} is not a regular expression: {error}") from None
-    if not any(matcher.fullmatch(name) for name in names):
+    if len(pattern) > _MAX_PATTERN:
+        raise InputError(f"recipe: keep: {short(pattern)}: expected at most {_MAX_PATTERN} characters")
+    if pattern.startswith("re:"):
+        found = matching(pattern.removeprefix("re:"), names, f"recipe: keep: {pattern!r}")
+    else:
+        found = {name for name in names if name == pattern}
+    if not found:
         wanted = pattern.removeprefix("re:")
         same_end = [name for name in names if name.rpartition(".")[2] == wanted.rpartition(".")[2]]
         examples = (same_end or difflib.get_close_matches(wanted, names, n=3, cutoff=0))[:3]
@@ -415,4 +426,16 @@ def _matcher(pattern: str, linears: list[Linear]) -> re.Pattern[str]:
             f"recipe: keep: {pattern!r} matches no linear layer of the model; names are as in the loaded model, "
             f"for example {', '.join(examples)}"
         )
-    return matcher
+    return found
+
+
+def _check_counts(value: Any, most: int, place: str) -> None:
+    """Raise `InputError` for a config with more layers than the weights can be of: making them would never end."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if type(part) is int and _COUNT.search(key) and part > most:
+                raise InputError(f"{place}.{key}: found {part}, the weights are of {most} tensors or fewer")
+            _check_counts(part, most, f"{place}.{key}")
+    elif isinstance(value, list):
+        for part in value:
+            _check_counts(part, most, place)

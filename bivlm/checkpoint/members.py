@@ -11,6 +11,7 @@ from torch import nn
 
 from bivlm.errors import InputError
 from bivlm.families import MODULES_KEY, Family, Modules, families, family
+from bivlm.untrusted import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,8 @@ def unknown(model: PreTrainedModel) -> str:
     lines = [f"  {count:>4} x {name} {shape[0]} x {shape[1]}" for (name, shape), count in linears.items()]
     return "\n".join(
         [
-            f"unknown architecture: model_type {model.config.model_type!r}; known are {', '.join(sorted(families()))}.",
+            f"unknown architecture: model_type {short(model.config.model_type)}; "
+            f"known are {', '.join(sorted(families()))}.",
             "Name its modules in the recipe, for example",
             f"  {_EXAMPLE}",
             f"{type(model).__name__} has these linear layers (# stands for a number, shapes are outputs x inputs):",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from bivlm.checkpoint.tensor_file import TensorEntry, digest_file, read_entries,
 from bivlm.errors import InputError
 from bivlm.families import MODULES_KEY, Modules, parse_modules
 from bivlm.identity import file_digest
+from bivlm.untrusted import MODEL_CONFIG, parse_object, read_object, short
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -35,7 +35,14 @@ SHARDS_AT_ONCE = min(4, os.cpu_count() or 1)
 _SIDE_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe"}
 TEMPLATES = "additional_chat_templates"
 # Where a checkpoint names classes of its own, in files that lie beside these.
-CODE_CONFIGS = (CONFIG, "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_CODE_CONFIGS = (
+    CONFIG,
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+)
+GENERATE = "custom_generate"  # whose generate.py takes the place of a trusted model's own
 _NOT_SIDE_FILES = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, "pytorch_model.bin.index.json", "trainer_state.json"}
 _LICENCES = ("license", "licence", "notice", "use_policy")
 
@@ -68,8 +75,10 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"checkpoint {folder}: no such folder")
-        config = _read_json(folder / CONFIG)
+        refuse_links_out_of([folder / CONFIG], folder)
+        config = read_config(folder / CONFIG)
         files = _weight_files(folder)
+        refuse_links_out_of(files, folder)
         entries: dict[str, TensorEntry] = {}
         for file in files:
             for entry in read_entries(file):
@@ -81,7 +90,7 @@ class Checkpoint:
                 raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {file}; it is not there")
         carried = _carried_modules(config, folder / CONFIG)
         checkpoint = cls(folder, config, dict(sorted(entries.items())), modules or carried)
-        _refuse_links_out_of([folder / CONFIG, *files, *checkpoint.side_files, *checkpoint.licence_files], folder)
+        refuse_links_out_of([*checkpoint.side_files, *checkpoint.licence_files], folder)
         return checkpoint
 
     @property
@@ -98,7 +107,10 @@ class Checkpoint:
         quantization = self.quantization or {}
         if quantization.get("quant_method") != QUANT_METHOD:
             return {}
-        return check_quantization(quantization.get("format"), quantization.get("packed"), self.folder / CONFIG)
+        config, tables = self.folder / CONFIG, quantization.get(TABLES_KEY, [])
+        if not isinstance(tables, list) or not all(isinstance(name, str) for name in tables):
+            raise InputError(f"{config}: quantization_config: {TABLES_KEY}: expected names, found {short(tables)}")
+        return check_quantization(quantization.get("format"), quantization.get("packed"), config)
 
     @cached_property
     def weight_files(self) -> list[Path]:
@@ -109,9 +121,9 @@ class Checkpoint:
     def side_files(self) -> list[Path]:
         """What is read beside config and weights: tokenizer, processor, chat templates, generation config, own code."""
         templates = (self.folder / TEMPLATES).glob("*.jinja")
-        files = [file for file in self.folder.iterdir() if is_side_name(file.name) and file.is_file()]
-        code = self.folder.glob("*.py") if names_code(self.folder) else ()
-        return sorted([*files, *templates, *code])
+        files = [file for file in self.folder.iterdir() if is_side_name(file.name)]
+        code = [*self.folder.glob("*.py"), *(self.folder / GENERATE).glob("*.py")] if names_code(self.folder) else ()
+        return sorted(file for file in (*files, *templates, *code) if file.is_file())
 
     @cached_property
     def licence_files(self) -> list[Path]:
@@ -173,9 +185,11 @@ def digest_of_files(digests: Mapping[str, str]) -> str:
 def check_quantization(format: Any, packed: Any, source: str | Path) -> dict[str, int]:
     """`packed`, the lengths by linear; raises `InputError` naming `source` for an unknown format or bad lengths."""
     if format != FORMAT:
-        raise InputError(f"{source}: quantization_config: format {format!r}, this code reads {FORMAT}; update bivlm")
+        found = short(format)
+        raise InputError(f"{source}: quantization_config: format {found}, this code reads {FORMAT}; update bivlm")
     if not isinstance(packed, dict) or not all(type(length) is int and length > 0 for length in packed.values()):
-        raise InputError(f"{source}: quantization_config: packed: expected a byte length by linear, found {packed!r}")
+        found = short(packed)
+        raise InputError(f"{source}: quantization_config: packed: expected a byte length by linear, found {found}")
     return packed
 
 
@@ -190,9 +204,27 @@ def is_licence_name(name: str) -> bool:
 
 
 def names_code(folder: Path) -> bool:
-    """Whether a config in `folder` names classes that transformers would take from files beside it (``auto_map``)."""
-    configs = (folder / name for name in CODE_CONFIGS)
-    return any(b'"auto_map"' in config.read_bytes() for config in configs if config.is_file())
+    """Whether transformers would take code from files in `folder` if it were trusted: `code_maps`, or ``generate``."""
+    return next(code_maps(folder), None) is not None or (folder / GENERATE / "generate.py").is_file()
+
+
+def code_maps(folder: Path) -> Iterator[Any]:
+    """Yield every ``auto_map`` in a config in `folder`; raises `InputError` naming a config that cannot be read."""
+    for name in _CODE_CONFIGS:
+        if (folder / name).exists():
+            refuse_links_out_of([folder / name], folder)
+            yield from auto_maps(read_object(folder / name, MODEL_CONFIG))
+
+
+def auto_maps(value: Any) -> Iterator[Any]:
+    """Yield what every ``auto_map`` in a parsed config says, however deep it is; null counts as an empty one."""
+    if isinstance(value, dict):
+        if "auto_map" in value:
+            yield value["auto_map"] or {}
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from auto_maps(part)
 
 
 def _carried_modules(config: dict[str, Any], source: Path) -> Modules | None:
@@ -224,16 +256,13 @@ def _indexed_tensors(folder: Path) -> list[tuple[str, str]]:
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).exists() or not index.exists():
         return []
-    return list(_weight_map(_read_json(index), index).items())
+    refuse_links_out_of([index], folder)
+    return list(_weight_map(read_object(index, MODEL_CONFIG), index).items())
 
 
 def indexed_files(data: bytes, source: str) -> list[str]:
     """The files of weights that an index of shards names, sorted; raises `InputError` naming `source`."""
-    try:
-        index = json.loads(data)
-    except ValueError as error:
-        raise InputError(f"{source}: not valid JSON ({error})") from None
-    return sorted(set(_weight_map(index if isinstance(index, dict) else {}, source).values()))
+    return sorted(set(_weight_map(parse_object(data, source, MODEL_CONFIG), source).values()))
 
 
 def _weight_map(index: dict[str, Any], source: Path | str) -> dict[str, str]:
@@ -242,7 +271,8 @@ def _weight_map(index: dict[str, Any], source: Path | str) -> dict[str, str]:
         raise InputError(f"{source}: expected a mapping 'weight_map' from tensors to files")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _inside(file):
-            raise InputError(f"{source}: tensor {name} is said to be in {file!r}, which is not a file of this folder")
+            found = short(file)
+            raise InputError(f"{source}: tensor {name} is said to be in {found}, which is not a file of this folder")
     return weight_map
 
 
@@ -260,28 +290,33 @@ def _inside(file: str) -> bool:
     )
 
 
-def _refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
-    """What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may.
+def refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
+    """Raise `InputError` naming a file that is a link out of `folder`; to be called before it is read.
 
-    In the hub's cache a snapshot's files are links to the blobs of their repository.
+    What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may. In the
+    hub's cache a snapshot's files are links to the blobs of their repository.
     """
     place = folder.resolve()
     allowed = [place]
     if place.parent.name == "snapshots":
         allowed.append((place.parent.parent / "blobs").resolve())
     for file in files:
-        target = file.resolve()
+        try:
+            target = file.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is none
+            raise InputError(f"{file}: cannot be read ({error})") from None
         if not any(target.is_relative_to(each) for each in allowed):
             raise InputError(f"{file}: a link to {target}, outside the folder; copy the file into it")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: the file is missing") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+def read_config(file: Path) -> dict[str, Any]:
+    """Return what config.json says, with what is read of it here checked; the model's own class checks the rest."""
+    config = read_object(file, MODEL_CONFIG)
+    for key, kind, valid in (("model_type", str, "text"), ("quantization_config", dict, "an object")):
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise InputError(f"{file}: {key}: expected {valid}, found {short(config[key])}")
+    if "configuration_files" in config:
+        raise InputError(
+            f"{file}: configuration_files: transformers would read another config than this one; expected no such key"
+        )
+    return config

@@ -27,6 +27,7 @@ from bivlm.checkpoint.downloading import LargeFile, download_large, repository_f
 from bivlm.checkpoint.pickles import pickle_names, pickles_refused
 from bivlm.checkpoint.reading import (
     CONFIG,
+    GENERATE,
     TEMPLATES,
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -151,15 +152,16 @@ def _is_small(name: str) -> bool:
 
 
 def _side_names(names: Sequence[str], folder: Path) -> list[str]:
-    """What goes with the weights; code only if a config in `folder` names some."""
-    code = names_code(folder)
+    """What goes with the weights; code only if a config in `folder` names some, or the model has a ``generate``."""
+    code = names_code(folder) or f"{GENERATE}/generate.py" in names
     found = [
         name
         for name in names
         if "/" not in name
         and (name in (CONFIG, CARD) or is_side_name(name) or is_licence_name(name) or (code and name.endswith(".py")))
     ]
-    return [*found, *(name for name in names if name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja"))]
+    ends = {TEMPLATES: ".jinja"} | ({GENERATE: ".py"} if code else {})
+    return [*found, *(name for name in names if name.endswith(ends.get(name.rpartition("/")[0], "/")))]
 
 
 def _weight_names(names: Sequence[str], folder: Path) -> list[str]:

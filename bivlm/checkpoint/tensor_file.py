@@ -21,8 +21,11 @@ from typing import Any, BinaryIO
 import torch
 
 from bivlm.errors import InputError
+from bivlm.untrusted import Kind, open_file, parse_object, short
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_HEADER = Kind(MAX_HEADER_BYTES)
+_MAX_DIMENSIONS = 64  # torch's own limit
 CHUNK_BYTES = 16 << 20
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -81,18 +84,14 @@ def read_entries(file: Path) -> list[TensorEntry]:
 
     Raises `InputError` naming the file if it is absent, cut short, or no safetensors file.
     """
+    with open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise InputError(f"{file}: not a safetensors file or cut short ({size} bytes, header of {length})")
+        header = parse_object(stream.read(length), f"{file}: its header is not a safetensors header", _HEADER)
+    header.pop("__metadata__", None)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise InputError(f"{file}: not a safetensors file or cut short ({size} bytes, header of {length})")
-            text = stream.read(length)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise InputError(f"{file}: the file is missing") from None
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
         entries = [_entry(name, record, file, data=8 + length) for name, record in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: its header is not a safetensors header ({error!r})") from None
@@ -256,13 +255,16 @@ def _compact(value: Any) -> str:
 
 def _entry(name: str, record: dict[str, Any], file: Path, data: int) -> TensorEntry:
     begin, end = record["data_offsets"]
-    shape = tuple(record["shape"])
+    shape = record["shape"]
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not isinstance(record["dtype"], str):
+        raise ValueError(f"{name}: dtype {short(record['dtype'])} and shape {short(shape)}")
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-        raise ValueError(f"{name}: offsets {record['data_offsets']} and shape {record['shape']}")
-    entry = TensorEntry(name, file, record["dtype"], shape, data + begin, end - begin, data)
+        raise ValueError(f"{name}: offsets {short(record['data_offsets'])} and shape {short(shape)}")
+    entry = TensorEntry(name, file, record["dtype"], tuple(shape), data + begin, end - begin, data)
     dtype = DTYPES.get(entry.dtype)
-    if dtype is not None and entry.nbytes != entry.numel * dtype.itemsize:
-        raise ValueError(f"{name}: {entry.nbytes} bytes for {entry.dtype} of shape {entry.shape}")
+    # Of a dtype that is not known, a number takes a bit or more.
+    if entry.numel > 8 * entry.nbytes or (dtype is not None and entry.nbytes != entry.numel * dtype.itemsize):
+        raise ValueError(f"{name}: {entry.nbytes} bytes for {entry.dtype} of shape {short(entry.shape)}")
     return entry
 
 

@@ -26,6 +26,7 @@ from bivlm.families import MODULES_KEY
 from bivlm.neighbours import neighbours_up_to
 from bivlm.packing import open_packed
 from bivlm.stores.folder import flush_folder, writable_folder
+from bivlm.untrusted import MODEL_CONFIG, read_object
 
 Packed = Callable[[], torch.Tensor] | Path
 
@@ -120,10 +121,9 @@ def _check_packed(packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> Non
 
 def _is_ours(folder: Path) -> bool:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        quantization = read_object(folder / CONFIG, MODEL_CONFIG).get("quantization_config")
+    except InputError:
         return False
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 

@@ -23,6 +23,7 @@ from bivlm.errors import InputError
 from bivlm.logits import LogitsWatch
 from bivlm.remote_code import code_refused, remote_code_allowed
 from bivlm.samples import VqaSample
+from bivlm.untrusted import in_a_line
 
 Progress = Callable[[int, int], None]
 
@@ -62,10 +63,12 @@ def load_processor(folder: str | Path) -> ProcessorMixin:
     code = remote_code_allowed(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=code)
-    except (OSError, ValueError) as error:
+    # Configs that its classes cannot use fail somewhere in their code, in whatever way; nothing of ours runs here.
+    except Exception as error:
         if not code and "trust_remote_code" in str(error):
             raise code_refused(folder, "its processor or tokenizer is code of its own (auto_map)") from error
-        raise InputError(f"model {folder}: expected a processor beside the weights: {error}") from error
+        said = in_a_line(error)
+        raise InputError(f"model {folder}: expected a processor beside the weights: {said}") from error
     if not isinstance(processor, ProcessorMixin):
         found = type(processor).__name__
         raise InputError(f"model {folder}: expected a processor for pictures and text, found {found}")

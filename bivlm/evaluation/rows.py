@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bivlm.errors import InputError
-from bivlm.image_folders import check_text, short
+from bivlm.image_folders import check_text
 from bivlm.pictures import clipped_rgb, decode_picture
+from bivlm.untrusted import short
 
 HUB = "hub"
 ARGUMENT = "hub|OWNER/NAME|FOLDER"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from bivlm.errors import InputError
+from bivlm.untrusted import short
 
 COMPONENTS = ("vision", "adaptor", "language")
 MODULES_KEY = "modules"  # in a recipe, and in the quantization config of a packed checkpoint
@@ -60,16 +62,16 @@ def parse_modules(value: Any, source: str = MODULES_KEY) -> Modules:
     that is there twice, and for a map without a language or vision module.
     """
     if not isinstance(value, Mapping):
-        raise InputError(f"{source}: expected names of modules by {', '.join(COMPONENTS)}, found {value!r}")
+        raise InputError(f"{source}: expected names of modules by {', '.join(COMPONENTS)}, found {short(value)}")
     modules: Modules = {}
     for component, names in value.items():
         if component not in COMPONENTS:
-            raise InputError(f"{source}: {component!r}: expected one of {', '.join(COMPONENTS)}")
+            raise InputError(f"{source}: {short(component)}: expected one of {', '.join(COMPONENTS)}")
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-            raise InputError(f"{source}.{component}: expected a list of module names, found {names!r}")
+            raise InputError(f"{source}.{component}: expected a list of module names, found {short(names)}")
         modules[component] = list(names)
     every = [name for names in modules.values() for name in names]
-    if twice := next((name for name in every if every.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(every).items() if count > 1), None):
         raise InputError(f"{source}: {twice} is named twice")
     if missing := next((component for component in ("vision", "language") if not modules.get(component)), None):
         raise InputError(f"{source}.{missing}: expected at least one module")
@@ -89,6 +91,6 @@ def family(model_type: str) -> Family:
         return families()[model_type]
     except KeyError:
         raise InputError(
-            f"unknown architecture: model_type {model_type!r}; known are {', '.join(sorted(families()))}. "
+            f"unknown architecture: model_type {short(model_type)}; known are {', '.join(sorted(families()))}. "
             f"A recipe may say with '{MODULES_KEY}' which of its modules are {', '.join(COMPONENTS)}"
         ) from None

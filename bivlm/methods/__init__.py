@@ -8,6 +8,7 @@ from functools import cache
 
 from bivlm.errors import InputError
 from bivlm.methods.base import CurvePoint, LayerPlan, Method, MethodSettings, Quantized
+from bivlm.untrusted import short
 
 __all__ = ["CurvePoint", "LayerPlan", "Method", "MethodSettings", "Quantized", "method", "methods"]
 
@@ -25,4 +26,4 @@ def method(name: str) -> Method:
     try:
         return methods()[name]
     except KeyError:
-        raise InputError(f"method {name!r} is not known; valid methods: {', '.join(sorted(methods()))}") from None
+        raise InputError(f"method {short(name)} is not known; valid methods: {', '.join(sorted(methods()))}") from None

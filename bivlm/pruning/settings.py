@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from bivlm.untrusted import short
 
 Place = Literal["vision", "input", "language", "text", "joint"]
 Score = Literal["attention", "last_token", "divprune", "cdpruner", "random", "uniform"]
@@ -23,6 +26,7 @@ SCORES_AT: dict[Place, tuple[Score, ...]] = {
 }
 
 
+_MOST_CELLS = 10_000  # of a sweep
 PRUNING_KEY = "pruning"  # in a packed checkpoint's quantization config
 
 
@@ -128,6 +132,10 @@ class SweepSettings(BaseModel):
 
     @model_validator(mode="after")
     def _all_can_be(self) -> SweepSettings:
+        layers = self.layers.values() if isinstance(self.layers, dict) else [self.layers]
+        parts = (self.places, self.scores, max(layers, key=len, default=()), self.shares + self.masses)
+        if (count := prod(len(part) or 1 for part in parts)) > _MOST_CELLS:
+            raise ValueError(f"expected at most {_MOST_CELLS:,} cells, found {count:,}")
         if isinstance(self.layers, dict) and (without := sorted(set(self.places) - {"input"} - set(self.layers))):
             raise ValueError(f"layers: expected layers for every place, found none for {', '.join(without)}")
         for place in self.places:
@@ -139,7 +147,8 @@ class SweepSettings(BaseModel):
                 raise ValueError("masses: expected the place 'language' and the score attention or last_token")
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {first['input']!r}") from None
+            place, found = ".".join(map(str, first["loc"])), short(first["input"])
+            raise ValueError(f"{place}: {first['msg']}, found {found}") from None
         return self
 
     def cells(self) -> list[PruningSettings]:

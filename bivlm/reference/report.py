@@ -18,6 +18,7 @@ from bivlm.evaluation.reference_sets import chance
 from bivlm.reference import CHECKPOINT, QUESTION_SETS
 from bivlm.reference.catalogue import ATTRIBUTES, creatures
 from bivlm.reference.model_card import write_card
+from bivlm.untrusted import read_object
 
 
 def evaluate_sets(model, processor, limit: int | None = None) -> dict[str, Evaluation]:
@@ -77,7 +78,7 @@ def _card_facts(checkpoint: Path, model: nn.Module) -> dict:
     log = checkpoint / "training.json"
     training = ""
     if log.exists():
-        run = json.loads(log.read_text())
+        run = read_object(log)
         hours = f"{run['steps']:,} joint steps in {run['hours']:.1f} hours on {run['device']}"
         training = f"These weights: {hours}. {run.get('note', '')}".strip()
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from typing import Any
@@ -78,11 +77,12 @@ def who_asks() -> str:
 
 def _parameter(text: str) -> tuple[str, Any]:
     from bivlm.errors import InputError
+    from bivlm.untrusted import parse_json
 
     key, separator, value = text.partition("=")
     try:
         if key and separator:
-            return key, json.loads(value)
-    except ValueError:
+            return key, parse_json(value, key)
+    except InputError:
         pass
     raise InputError(f"--set {text!r}: expected KEY=JSON, as questions=100 or output='\"/data/out\"'")

@@ -68,10 +68,10 @@ def test_an_option_that_is_its_own_letter_is_clear(write_folder):
 
 
 MALFORMED = {
-    "not JSON": (b'{"image": ', "not a JSON object"),
+    "not JSON": (b'{"image": ', "not valid JSON"),
     "no object": (b"[1]", "expected a JSON object"),
     "not UTF-8": (b'{"image": "\xff"}', "not UTF-8"),
-    "key twice": (b'{"image": "a", "image": "b"}', "key 'image' stands there twice"),
+    "key twice": (b'{"image": "a", "image": "b"}', "the key 'image' is given twice"),
     "no image": ({"question": "?", "answers": ["x"]}, "key 'image' is missing"),
     "no question": ({"image": "blue.jpg", "answers": ["x"]}, "key 'question' is missing"),
     "no answers": ({"image": "blue.jpg", "question": "?"}, "key 'answers' is missing"),

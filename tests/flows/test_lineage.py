@@ -1,6 +1,7 @@
 """The lineage record of a compression, and what its verification finds."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from bivlm.errors import InputError
 from bivlm.lineage import Lineage, find_workspace, read_lineage, verify
 from flows.cli import main
 from flows.commands import BAD_INPUT, DONE, NOT_PASSED
+from flows.tables import print_lineage
 
 LINKS = ["packed files", "packed weights", "recipe", "step keys", "links", "base model", "workspace"]
 
@@ -142,6 +144,81 @@ def test_a_record_that_cannot_be_read_is_named(compressed_copy, content, message
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(InputError, match=f"lineage.json: .*{message}"):
         read_lineage(compressed_copy.output)
+
+
+ODD = {
+    "components": (("recipe", "components"), ["x"], "recipe: .*components: expected settings by name"),
+    "a component": (("recipe", "components", "vision"), 3, "components.vision: expected settings with a method"),
+    "a method": (("recipe", "components", "vision"), {"method": [1]}, "components.vision: expected settings"),
+    "tables": (("recipe", "tables"), "x", "tables: expected settings by name"),
+    "evaluation": (("recipe", "evaluation"), 3, "evaluation: expected names of benchmarks"),
+    "a name": (("recipe", "name"), None, "name: expected text"),
+    "code": (("code",), {}, "code: .*version: the key is missing"),
+    "layers": (("layers",), [], "layers: Input should be an object"),
+    "a hash": (("packed", "sha256"), 7, "packed.sha256: Input should be a valid string, found 7"),
+    "large": (("format",), 10**400, "expected a number below 1e308"),
+    "base model": (("base_model",), None, "base_model: Input should be"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_record_is_refused_by_file_and_key(compressed_copy, what, capsys):
+    place, value, message = ODD[what]
+
+    def change(record):
+        for key in place[:-1]:
+            record = record[key]
+        record[place[-1]] = value
+
+    rewrite(compressed_copy, change)
+    assert main(["lineage", str(compressed_copy.output)]) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert re.search(f"lineage.json: not a lineage record: .*{message}", said) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["allocation", "block search"])
+def test_a_step_that_chose_settings_has_to_say_which(compressed_copy, stage):
+    def change(record):
+        next(iter(record["steps"].values()))["identity"]["stage"] = stage
+
+    rewrite(compressed_copy, change)
+    with pytest.raises(InputError, match=r"figures\.settings: expected settings by layer, found None"):
+        read_lineage(compressed_copy.output)
+
+
+def test_a_record_that_is_nested_deep_is_refused(compressed_copy):
+    path = compressed_copy.output / "lineage.json"
+    deep = '"trigger": ' + "[" * 500 + "]" * 500 + ', "x":'
+    path.write_text(path.read_text().replace('"trigger":', deep, 1))
+    with pytest.raises(InputError, match=r"lineage\.json: not a lineage record: nested too deep"):
+        read_lineage(compressed_copy.output)
+
+
+def test_odd_inputs_and_figures_of_steps_are_broken_links_and_nothing_worse(compressed_copy):
+    def change(record):
+        for number, step in enumerate(record["steps"].values()):
+            step["identity"]["inputs"] = [None, [1], "x" * 64, {"a": {"b": "0" * 64}}][number % 4]
+            step["identity"]["recipe"] = [[], "x", 3, None][number % 4]
+            step["figures"]["sha256"] = [[1], {"a": 1}, None, 3][number % 4]
+
+    rewrite(compressed_copy, change)
+    lineage = read_lineage(compressed_copy.output)
+    found = {finding.subject: finding.state for finding in verify(lineage, compressed_copy.output)}
+    assert (found["recipe"], found["step keys"], found["links"]) == ("broken", "broken", "broken")
+    print_lineage("it", lineage, [])
+
+
+def test_a_packed_name_that_is_no_layer_of_the_model_is_said(compressed_copy):
+    def change(record):
+        record["layers"]["model.nothing"] = next(iter(record["layers"].values()))
+
+    config = json.loads((compressed_copy.output / "config.json").read_text())
+    config["quantization_config"]["packed"]["model.nothing"] = 100
+    (compressed_copy.output / "config.json").write_text(json.dumps(config))
+    rewrite(compressed_copy, change)
+    findings = verify(read_lineage(compressed_copy.output), compressed_copy.output)
+    weights = next(finding for finding in findings if finding.subject == "packed weights")
+    assert "model.nothing is packed, and the model has no such layer" in weights.detail
 
 
 def test_a_record_of_a_later_format_is_refused(compressed_copy):

@@ -218,7 +218,7 @@ DAMAGES = {
     ),
     "an added file": (lambda folder: (folder / "added.json").write_text("{}"), "added.json was not there"),
     "no lineage": (lambda folder: (folder / "lineage.json").unlink(), "lineage.json: the file is missing"),
-    "no report": (lambda folder: (folder / "compression_report.json").unlink(), "compression_report.json: cannot be"),
+    "no report": (lambda folder: (folder / "compression_report.json").unlink(), "report.json: the file is missing"),
     "bits that are not so": (lambda folder: lower_the_bits(folder), "is about another bits than"),
 }
 

@@ -192,6 +192,72 @@ def test_code_of_another_repository_is_refused_even_when_named(marked, marks):
         remote_code_allowed(marked)
 
 
+def test_code_in_a_folder_below_is_refused_even_when_named(marked, marks):
+    change(marked / "config.json", auto_map={"AutoConfig": "below/configuration.Config"})
+    trust([str(marked)])
+    with pytest.raises(InputError, match=r"takes code from below/configuration\.py, which its own revision"):
+        remote_code_allowed(marked)
+
+
+def test_code_of_another_repository_is_seen_in_a_list_too(marked, marks):
+    change(marked / "tokenizer_config.json", auto_map=["maker/other--slow.Tokenizer", None])
+    trust([str(marked)])
+    with pytest.raises(InputError, match="takes code from maker/other"):
+        remote_code_allowed(marked)
+
+
+SPELLINGS = {
+    "as usual": ("config.json", '"auto_map": {"AutoConfig": "marking.C"}'),
+    "with an escape": ("config.json", '"auto\\u005fmap": {"AutoConfig": "marking.C"}'),
+    "in a list of parts": ("config.json", '"parts": [{"auto\\u005fmap": {}}]'),
+    "null": ("processor_config.json", '"\\u0061uto_map": null'),
+    "of pictures": ("preprocessor_config.json", '"auto_map": {"AutoImageProcessor": "marking.C"}'),
+    "of films": ("video_preprocessor_config.json", '"auto_map": {"AutoVideoProcessor": "marking.C"}'),
+    "of a tokenizer": ("tokenizer_config.json", '"auto_map": ["marking.C", null]'),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_code_is_in_the_digest_however_its_name_is_written(spelling, tiny_llava, tmp_path):
+    name, text = SPELLINGS[spelling]
+    folder = shutil.copytree(tiny_llava, tmp_path / "spelled")
+    (folder / "marking.py").write_text(MARKING)
+    assert "marking.py" not in Checkpoint.open(folder).digests().files
+    before = (folder / name).read_text().rstrip().removesuffix("}").rstrip() if (folder / name).exists() else "{"
+    (folder / name).write_text(f"{before}{',' if before != '{' else ''} {text}}}")
+    digests = Checkpoint.open(folder).digests()
+    assert "marking.py" in digests.files
+    (folder / "marking.py").write_text(MARKING + "# another line")
+    assert Checkpoint.open(folder).digest() != digests.sha256
+
+
+def test_a_generate_of_its_own_is_in_the_digest(tiny_llava, tmp_path, marks):
+    """transformers runs it for a model that is trusted, whatever its configs say."""
+    folder = shutil.copytree(tiny_llava, tmp_path / "generating")
+    (folder / "custom_generate").mkdir()
+    code = f"{MARKING}\n\nmark('generate')\n\n\ndef generate(model, *arguments, **options):\n    return None\n"
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    load_model(folder)
+    assert marks() == []
+    trust([str(folder)])
+    load_model(folder)
+    assert marks() == ["generate"]
+    digests = Checkpoint.open(folder).digests()
+    assert "custom_generate/generate.py" in digests.files
+    (folder / "custom_generate" / "generate.py").write_text(code + "# another line")
+    assert Checkpoint.open(folder).digest() != digests.sha256
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json", "marking.py"])
+def test_a_link_out_of_the_folder_is_refused_before_it_is_read(name, marked, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (marked / name).rename(outside / name)
+    (marked / name).symlink_to(outside / name)
+    with pytest.raises(InputError, match=rf"{name}: a link to {outside}/{name}, outside the folder"):
+        Checkpoint.open(marked)
+
+
 @pytest.mark.parametrize("name", ["nothing", "./nothing/here", "a/b/c", "/absolute"])
 def test_a_name_that_can_be_none_is_refused(name, marks):
     with pytest.raises(InputError, match=r"--trust-remote-code .*: no such folder, and not a hub id"):

@@ -127,6 +127,18 @@ def test_a_record_with_a_flipped_bit_is_the_same_record_or_none(tmp_path):
     assert workspace.step(KEY) == record
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "3", "[" * 5000, '{"a":' * 5000, "9" * 5000, "NaN", '{"checksum": []}', "{}", "\xff"]
+)
+def test_an_odd_record_or_state_is_none(tmp_path, content):
+    workspace = Workspace.open(tmp_path)
+    workspace.finish_step(StepRecord(identity=IDENTITY, seconds=0.5))
+    workspace.put_state("watched", {"a": 1})
+    (tmp_path / "steps" / f"{KEY}.json").write_text(content, encoding="latin-1")
+    (tmp_path / "state" / "watched.json").write_text(content, encoding="latin-1")
+    assert (workspace.step(KEY), workspace.record(KEY), workspace.state("watched")) == (None, None, None)
+
+
 def test_a_step_cannot_be_finished_before_its_outputs_are_stored(workspace):
     missing = Reference(sha256="0" * 64, nbytes=3)
     with pytest.raises(WorkspaceError, match="'shard' of pack is not stored"):
