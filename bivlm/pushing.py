@@ -18,7 +18,15 @@ from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_i
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT, Checkpoint
-from bivlm.checkpoint.reading import CONFIG, WEIGHTS, WEIGHTS_INDEX, is_licence_name, is_side_name
+from bivlm.checkpoint.outputs import PAGE, SWEEP, extra_files
+from bivlm.checkpoint.reading import (
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    is_licence_name,
+    is_side_name,
+    refuse_links_out_of,
+)
 from bivlm.errors import InputError
 from bivlm.hub_errors import hub_error
 from bivlm.identity import file_digest
@@ -26,8 +34,6 @@ from bivlm.lineage import Lineage, read_lineage, verify_folder
 from bivlm.model_card import CARD, model_card
 
 BRANCH = "main"
-# What a run leaves beside the checkpoint that others may want to see; nothing in it is needed to load the model.
-_EXTRAS = ("report.html", "pruning")
 _NEW = {".gitattributes", CARD}  # what a repository has when it was just made, licences apart
 
 
@@ -80,6 +86,7 @@ def package(folder: str | Path, name: str) -> Package:
         raise InputError(f"{folder}: not what its {LINEAGE} says, so it is not pushed; compress it again\n{said}")
     report = _report(folder, lineage)
     files = {path.relative_to(folder).as_posix(): path for path in _files(checkpoint)}
+    refuse_links_out_of(files.values(), folder)
     licences = [path.name for path in checkpoint.licence_files]
     return Package(lineage, report, files, model_card(report, lineage, name, licences))
 
@@ -171,13 +178,12 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     yield from (folder / name for name in (CONFIG, REPORT, LINEAGE))
     if not (folder / WEIGHTS).exists():
         yield folder / WEIGHTS_INDEX
-    for name in _EXTRAS:
-        yield from (path for path in (folder / name, *(folder / name).rglob("*")) if path.is_file())
+    yield from extra_files(folder)
 
 
 def _of_a_checkpoint(name: str) -> bool:
     """Whether a file of this name belongs to a packed checkpoint, so that an earlier one left it."""
-    records = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, *_EXTRAS}
+    records = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, PAGE, SWEEP}
     if name.split("/")[0] in records:
         return True
     return "/" not in name and (name.endswith((".safetensors", ".py")) or is_side_name(name) or is_licence_name(name))

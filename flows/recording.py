@@ -54,7 +54,7 @@ def record(
     chance = {
         name: level for name, benchmark in request.benchmarks.items() if (level := benchmark.chance()) is not None
     }
-    write_page(request.output, report, figures, drawn, points, chance)
+    write_page(packed.folder, report, figures, drawn, points, chance)
 
     model_id = tracking.log_model(tracked, base, recipe, packed.folder, packed.sha256)
     # In the order in which MLflow's page shows the metrics: what it can do, then what it costs.
@@ -68,7 +68,7 @@ def record(
         for done in results.packed.values():
             tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
     description = tracking.note(base, recipe, tracked.trigger, in_a_sentence(report, figures))
-    tracking.log_documents(tracked, request.output, description, drawn, points, chance)
+    tracking.log_documents(tracked, packed.folder, description, drawn, points, chance)
     asked = tracking.questions_asked(recipe, results is not None, request.questions)
     facts = tracking.facts_of(tracked, lineage, samples, report, base_id)
     name, version = tracking.register(

@@ -68,8 +68,10 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"checkpoint {folder}: no such folder")
+        refuse_links_out_of([folder / CONFIG, folder / WEIGHTS, folder / WEIGHTS_INDEX], folder)
         config = _read_json(folder / CONFIG)
         files = _weight_files(folder)
+        refuse_links_out_of(files, folder)
         entries: dict[str, TensorEntry] = {}
         for file in files:
             for entry in read_entries(file):
@@ -81,7 +83,7 @@ class Checkpoint:
                 raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {file}; it is not there")
         carried = _carried_modules(config, folder / CONFIG)
         checkpoint = cls(folder, config, dict(sorted(entries.items())), modules or carried)
-        _refuse_links_out_of([folder / CONFIG, *files, *checkpoint.side_files, *checkpoint.licence_files], folder)
+        refuse_links_out_of([*checkpoint.side_files, *checkpoint.licence_files], folder)
         return checkpoint
 
     @property
@@ -241,12 +243,13 @@ def _weight_map(index: dict[str, Any], source: Path | str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{source}: expected a mapping 'weight_map' from tensors to files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _inside(file):
+        if not isinstance(file, str) or not is_inside(file):
             raise InputError(f"{source}: tensor {name} is said to be in {file!r}, which is not a file of this folder")
     return weight_map
 
 
-def _inside(file: str) -> bool:
+def is_inside(file: str) -> bool:
+    """Whether a name from a record is that of a file in the record's own folder or below it."""
     # Judged by the text: in the hub's cache the files themselves are links to a folder beside this one.
     path = PurePosixPath(file)
     drive = PureWindowsPath(file).drive
@@ -260,19 +263,25 @@ def _inside(file: str) -> bool:
     )
 
 
-def _refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
-    """What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may.
+def refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
+    """Raise `InputError` naming one of `files` that is a link out of `folder`, or is there and no file (a pipe, say).
 
-    In the hub's cache a snapshot's files are links to the blobs of their repository.
+    What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may. In the
+    hub's cache a snapshot's files are links to the blobs of their repository.
     """
     place = folder.resolve()
     allowed = [place]
     if place.parent.name == "snapshots":
         allowed.append((place.parent.parent / "blobs").resolve())
     for file in files:
-        target = file.resolve()
+        try:
+            target = file.resolve()
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{file}: a link that leads nowhere ({error})") from None
         if not any(target.is_relative_to(each) for each in allowed):
             raise InputError(f"{file}: a link to {target}, outside the folder; copy the file into it")
+        if target.exists() and not target.is_file():
+            raise InputError(f"{file}: expected a file, found something else")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
