@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+from bivlm.checkpoint.reading import refuse_links_out_of
 from bivlm.lineage import Lineage
 
 CARD = "README.md"
@@ -131,6 +132,7 @@ def licence_of(folder: str | Path) -> dict[str, str]:
     A card that cannot be read says nothing: it is prose for people.
     """
     try:
+        refuse_links_out_of([Path(folder) / CARD], Path(folder))
         data = metadata_load(Path(folder) / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}

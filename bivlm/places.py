@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -43,8 +44,8 @@ def output_folder(text: str | Path) -> Path:
             raise ValueError("no path")
         path = Path(text).expanduser().absolute()
         path = path.resolve() if ".." in path.parts else path
-        os.fsencode(path)
-        os.path.lexists(path)
+        with suppress(FileNotFoundError):
+            path.lstat()
     except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop of links, a NUL
         raise InputError(f"output {str(text)!r}: expected a folder on this machine ({error})") from None
     return path

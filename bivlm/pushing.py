@@ -18,7 +18,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_i
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT, Checkpoint
-from bivlm.checkpoint.outputs import PAGE, SWEEP, extra_files
+from bivlm.checkpoint.outputs import LISTING, PAGE, RECORDS, SWEEP, extra_files, names_in
 from bivlm.checkpoint.reading import (
     CONFIG,
     WEIGHTS,
@@ -79,14 +79,14 @@ def package(folder: str | Path, name: str) -> Package:
     checkpoint = Checkpoint.open(folder)
     if not checkpoint.packed:
         raise InputError(f"{folder}: not a packed checkpoint; expected the output of `bivlm compress`")
+    files = {path.relative_to(folder).as_posix(): path for path in _files(checkpoint)}
+    refuse_links_out_of(files.values(), folder)
     lineage = read_lineage(folder)
     broken = [finding for finding in verify_folder(lineage, folder) if finding.state == "broken"]
     if broken:
         said = "\n".join(f"  {finding.subject}: {finding.detail}" for finding in broken)
         raise InputError(f"{folder}: not what its {LINEAGE} says, so it is not pushed; compress it again\n{said}")
     report = _report(folder, lineage)
-    files = {path.relative_to(folder).as_posix(): path for path in _files(checkpoint)}
-    refuse_links_out_of(files.values(), folder)
     licences = [path.name for path in checkpoint.licence_files]
     return Package(lineage, report, files, model_card(report, lineage, name, licences))
 
@@ -94,7 +94,7 @@ def package(folder: str | Path, name: str) -> Package:
 def push(package: Package, repository: str, *, private: bool = False, branch: str | None = None) -> Pushed:
     """Make the repository if it is missing, and `branch` (default main), and commit what it does not have yet.
 
-    Files of an earlier packed checkpoint that this one does not have are deleted in the same commit; other files stay.
+    Files of an earlier push that this checkpoint does not have are deleted in the same commit; other files stay.
     Raises `InputError` for a name, token or right that is not good enough, for a repository that holds something else
     than a packed checkpoint, and for `private` where it is public. `ConnectionError` where trying again may help; what
     was uploaded then need not be again.
@@ -132,7 +132,7 @@ def _push(package: Package, repository: str, private: bool, branch: str) -> Push
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     _check_ours(repository, branch, there)
     written = [name for name in package.names if not _same(package, name, there.get(name))]
-    deleted = sorted(name for name in there.keys() - set(package.names) if _of_a_checkpoint(name))
+    deleted = sorted((there.keys() - set(package.names)) & _pushed_before(api, repository, info.sha, there))
     commit = info.sha
     if written or deleted:
         operations = [CommitOperationAdd(name, package.content(name)) for name in written]
@@ -179,6 +179,15 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     if not (folder / WEIGHTS).exists():
         yield folder / WEIGHTS_INDEX
     yield from extra_files(folder)
+    if (folder / LISTING).exists():
+        yield folder / LISTING
+
+
+def _pushed_before(api: HfApi, repository: str, commit: str, there: Mapping[str, RepoFile]) -> set[str]:
+    """The files that an earlier push brought, as its listing says; by their names where there is none."""
+    if LISTING not in there:
+        return set(filter(_of_a_checkpoint, there))
+    return RECORDS | names_in(Path(api.hf_hub_download(repository, LISTING, revision=commit)).read_bytes())
 
 
 def _of_a_checkpoint(name: str) -> bool:

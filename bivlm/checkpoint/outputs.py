@@ -40,7 +40,7 @@ from bivlm.stores.folder import flush_folder, writable_folder, write_atomically
 LISTING = ".bivlm-files"
 PAGE = "report.html"
 SWEEP = "pruning"  # the folder of a recipe's sweep
-_RECORDS = {REPORT, LINEAGE, PAGE, LISTING}
+RECORDS = {REPORT, LINEAGE, PAGE, LISTING}  # of every run, and in no listing
 _OF_SWEEP = re.compile(
     rf"{SWEEP}/(sweep\.csv|adaptive\.csv|baselines\.json|losses\.svg|accuracy\.svg|tables/[^/]+\.csv)"
 )
@@ -97,7 +97,7 @@ def own_files(folder: Path) -> set[str]:
     A link in the place of one is the user's, and so is whatever lies behind a link.
     """
     listed = listing(folder)
-    names = (_recorded(folder) if listed is None else listed) | _RECORDS
+    names = (_recorded(folder) if listed is None else listed) | RECORDS
     names |= {file.name for file in folder.iterdir() if _CUT_OFF.fullmatch(file.name)}
     return {name for name in names if _is_plain(folder, name)}
 
@@ -123,15 +123,19 @@ def listing(folder: Path) -> set[str] | None:
     """Return the names that `folder` lists as bivlm's; None if it lists none."""
     if not _is_plain(folder, LISTING):
         return None
-    lines = (folder / LISTING).read_text(encoding="utf-8", errors="replace").splitlines()
-    return {name for name in lines if is_inside(name)}
+    return names_in((folder / LISTING).read_bytes())
+
+
+def names_in(listing: bytes) -> set[str]:
+    """Return the names in the bytes of a listing that are names of files below its folder."""
+    return {name for name in listing.decode(errors="replace").split("\n") if is_inside(name)}
 
 
 def list_files(folder: Path, names: Iterable[str]) -> None:
     """Add `names` to those that `folder` lists as bivlm's."""
     listed = listing(folder)
     before = listed if listed is not None else own_files(folder)
-    lines = sorted({*before, *(name for name in names if is_inside(name))} - _RECORDS)
+    lines = sorted({*before, *(name for name in names if is_inside(name))} - RECORDS)
     write_atomically(folder / LISTING, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
 
 
@@ -291,8 +295,8 @@ def _is_read(name: str, folder: Path) -> bool:
     first, *rest = PurePosixPath(name).parts
     if rest or _is_folder(folder / name):
         filled = rest or any((folder / name).iterdir())
-        return (first == TEMPLATES and filled) or (not rest and name in _RECORDS | {CONFIG, WEIGHTS_INDEX})
-    known = _RECORDS | {CONFIG, WEIGHTS_INDEX, TEMPLATES, SWEEP}
+        return (first == TEMPLATES and filled) or (not rest and name in RECORDS | {CONFIG, WEIGHTS_INDEX})
+    known = RECORDS | {CONFIG, WEIGHTS_INDEX, TEMPLATES, SWEEP}
     return name in known or name.endswith((".safetensors", ".py")) or is_side_name(name) or is_licence_name(name)
 
 
