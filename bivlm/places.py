@@ -44,7 +44,7 @@ def output_folder(text: str | Path) -> Path:
             raise ValueError("no path")
         path = Path(text).expanduser().absolute()
         path = path.resolve() if ".." in path.parts else path
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()
     except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop of links, a NUL
         raise InputError(f"output {str(text)!r}: expected a folder on this machine ({error})") from None
