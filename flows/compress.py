@@ -144,7 +144,7 @@ def compress_flow(
     # that write one folder would report on each other's files.
     request_digest = tracking.request_digest(base, chosen_recipe)
     same_request = store.local / "locks" / f"{request_digest}.lock"
-    same_output = cache_folder() / "locks" / f"output-{digest(output)[:32]}.lock"
+    same_output = cache_folder() / "locks" / f"output-{digest(str(Path(output).resolve()))[:32]}.lock"
     with (
         in_use(store),
         one_at_a_time(same_request, wait),

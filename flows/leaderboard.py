@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -56,7 +57,7 @@ def leaderboard_flow(
     check_places(written, [model], workspace, loaded)
     check_names(place, BOARD_FILES)
     for each in outputs:
-        check_replaceable(each)
+        check_replaceable(each, Path(model) if Path(model).is_dir() else None)
     workspace = workspace or default_workspace()
     console = Console(stderr=True)
     results: dict[str, dict[str, Any]] = {}

@@ -28,7 +28,6 @@ from bivlm.checkpoint.reading import (
     TEMPLATES,
     WEIGHTS,
     WEIGHTS_INDEX,
-    Checkpoint,
     is_inside,
     is_licence_name,
     is_side_name,
@@ -48,10 +47,10 @@ _CUT_OFF = re.compile(r"\.partial-[0-9a-f]{16}")  # see `bivlm.stores.folder.tem
 _LONGEST_STEM = 200  # bytes; a name has at most 255, and those beside an output are longer than its own
 
 
-def check_replaceable(output: Path, base: Checkpoint | None = None) -> None:
+def check_replaceable(output: Path, base: Path | None = None) -> None:
     """Raise `InputError` unless a new output may take the place of the folder `output`.
 
-    `base` is the checkpoint that will be packed: a file that it has with the same bytes is no loss.
+    `base` is the folder of the checkpoint that will be packed: a file that it has with the same bytes is no loss.
     """
     if not output.name:
         raise InputError(f"output {output}: expected a folder with a name of its own")
@@ -67,22 +66,24 @@ def check_replaceable(output: Path, base: Checkpoint | None = None) -> None:
             if os.path.lexists(place) and not _is_left(place):
                 raise InputError(f"{place}: needed beside the output, and not made by bivlm; move it or choose another")
         if os.path.lexists(left) and os.path.lexists(output):
-            _refuse_clashes(_clashes(left, output, own_files(left)), left, output)
+            _refuse_clashes(_clashes(left, output, _expendable(left, output)), left, output)
         for present in (place for place in (left, output) if place.is_dir() and any(place.iterdir())):
             if present == output and not _has_our_config(output):
                 raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
             if not os.access(present, os.W_OK | os.X_OK):
                 raise InputError(f"output {output}: cannot be written to")
-            refuse_what_would_be_read(present, base)
+            _refuse_what_would_be_read(present, base)
     except OSError as error:
         raise InputError(f"output {output}: cannot be used: {error.strerror}") from error
     writable_folder(output.parent, f"folder of the output {output.name}:")
 
 
-def refuse_what_would_be_read(folder: Path, base: Checkpoint | None = None) -> None:
-    """Raise `InputError` naming files in `folder` that are not bivlm's and that a checkpoint is read with."""
-    own = own_files(folder)
-    names = [name for name in _foreign(folder, own) if _is_read(name, folder) and not _is_in(base, name, folder)]
+def _refuse_what_would_be_read(folder: Path, other: Path | None) -> None:
+    """Raise `InputError` naming files in `folder` that are not bivlm's and that a checkpoint is read with.
+
+    What the folder `other` has with the same bytes would be no loss.
+    """
+    names = [name for name in _foreign(folder, _expendable(folder, other)) if _is_read(name, folder)]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise InputError(
@@ -218,8 +219,8 @@ def replace(output: Path, new: Path) -> None:
     settle(output)
     left = earlier_of(output)
     if os.path.lexists(output):
-        refuse_what_would_be_read(output)
-        _refuse_clashes(_clashes(output, new, own_files(output)), output, new)
+        _refuse_what_would_be_read(output, new)
+        _refuse_clashes(_clashes(output, new, _expendable(output, new)), output, new)
         output.rename(left)
         try:
             new.rename(output)
@@ -235,7 +236,7 @@ def replace(output: Path, new: Path) -> None:
 def _carry_over(left: Path, output: Path) -> None:
     """Move what is not bivlm's from `left` into `output`, and then remove `left` with the files that are."""
     # Said before the first of them goes: without it, after a kill, what remains would pass for the user's.
-    list_files(left, own_files(left))
+    list_files(left, _expendable(left, output))
     own = own_files(left)
     _refuse_clashes(list(_move(left, output, "", own)), left, output)
     for name in own - {LISTING}:
@@ -300,11 +301,13 @@ def _is_read(name: str, folder: Path) -> bool:
     return name in known or name.endswith((".safetensors", ".py")) or is_side_name(name) or is_licence_name(name)
 
 
-def _is_in(base: Checkpoint | None, name: str, folder: Path) -> bool:
-    if base is None or not _is_plain(folder, name):
-        return False
-    copied = {file.relative_to(base.folder).as_posix(): file for file in (*base.side_files, *base.licence_files)}
-    return name in copied and cmp(copied[name], folder / name, shallow=False)
+def _expendable(folder: Path, other: Path | None) -> set[str]:
+    """The files in `folder` that are bivlm's, and those that `other` has with the same bytes, which are no loss."""
+    own = own_files(folder)
+    if other is None:
+        return own
+    alike = (name for name in _foreign(folder, own) if _is_plain(folder, name) and (other / name).is_file())
+    return own | {name for name in alike if cmp(folder / name, other / name, shallow=False)}
 
 
 def _recorded(folder: Path) -> set[str]:

@@ -100,7 +100,7 @@ def check_output(checkpoint: Checkpoint, output: str | Path) -> None:
     output = output_folder(output)
     refuse_overlaps([output_place(output), base_place(checkpoint.folder)])
     for place in (output, unfinished_of(output)):
-        check_replaceable(place, checkpoint)
+        check_replaceable(place, checkpoint.folder)
 
 
 def _check_packed(packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> None:

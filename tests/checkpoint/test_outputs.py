@@ -175,6 +175,26 @@ def test_what_would_be_read_as_a_part_of_the_new_output_is_refused_by_name(tmp_p
     assert contents(tmp_path) == before
 
 
+def test_a_file_that_the_new_output_has_with_the_same_bytes_is_no_loss(tmp_path):
+    """What an earlier version left when it was killed has neither listing nor record."""
+    output = make_output(tmp_path / "out", "same", listed=False)
+    (output / "lineage.json").unlink()
+    with pytest.raises(InputError, match="not of the earlier output"):
+        check_replaceable(output)
+    base = make_output(tmp_path / "base", "same", listed=False)
+    shutil.rmtree(base / "additional_chat_templates")
+    shutil.rmtree(output / "additional_chat_templates")
+    check_replaceable(output, base)
+    (output / "notes.md").write_text("mine")
+    replace(output, make_output(tmp_path / "new", "same"))
+    assert contents(output).keys() == {*OURS, *RECORDS, ".bivlm-files", "notes.md"}
+    assert not outputs.earlier_of(output).exists()
+    (output / "NOTICE").write_text("mine")
+    (base / "NOTICE").write_text("another")
+    with pytest.raises(InputError, match="NOTICE: not of the earlier output"):
+        check_replaceable(output, base)
+
+
 def test_a_link_in_the_place_of_a_file_of_ours_is_the_users(tmp_path):
     output = make_output(tmp_path / "out", "old")
     (tmp_path / "mine.json").write_text("mine")
