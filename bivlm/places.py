@@ -58,7 +58,7 @@ def refuse_overlaps(places: Sequence[Place]) -> None:
             if outer.replaced:
                 said = f"{outer.role} {outer.path}: overlaps the {inner.role} {inner.path}, and is replaced as a whole"
             else:
-                said = f"{inner.role} {inner.path}: overlaps the {outer.role} {outer.path}, which is kept as it is"
+                said = f"{inner.role} {inner.path}: overlaps the {outer.role} {outer.path}, where nothing else may lie"
             raise InputError(f"{said}: choose folders side by side")
 
 
