@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from filecmp import cmp
 from pathlib import Path, PurePosixPath
 
@@ -238,6 +238,9 @@ def _carry_over(left: Path, output: Path) -> None:
     # Said before the first of them goes: without it, after a kill, what remains would pass for the user's.
     list_files(left, _expendable(left, output))
     own = own_files(left)
+    for name in (f"{SWEEP}/tables", SWEEP, TEMPLATES):  # emptied by a run that was killed here
+        with suppress(OSError):
+            (left / name).rmdir()
     _refuse_clashes(list(_move(left, output, "", own)), left, output)
     for name in own - {LISTING}:
         (left / name).unlink()
