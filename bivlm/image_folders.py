@@ -106,6 +106,9 @@ def read_lines(folder: Path, file_name: str = FILE_NAME) -> Iterator[Line]:
         raise InputError(f"{folder}: no such folder; expected a folder with pictures and {file_name}")
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected one JSON object a line")
+    # A file that the user named may be a link; one that was found by its name in a folder is the folder's.
+    if file_name == FILE_NAME and not file.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{file}: a link to {file.resolve()}, outside the folder; copy the file into it")
     lines = 0
     with file.open("rb") as stream:
         for number, content in enumerate(stream, start=1):

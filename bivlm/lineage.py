@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from bivlm.checkpoint import LINEAGE, Checkpoint, anatomy, digest_of_files
@@ -21,6 +22,7 @@ from bivlm.checkpoint.resolving import cached_model
 from bivlm.checkpoint.tensor_file import tensor_chunks
 from bivlm.errors import InputError
 from bivlm.identity import digest
+from bivlm.stores.location import default_workspace, is_s3_model
 from bivlm.untrusted import RECORD, parse_model, read_bytes, short
 from bivlm.workspace import MissingObject, StepRecord, Workspace, WorkspaceError
 
@@ -169,13 +171,22 @@ def verify_folder(lineage: Lineage, folder: str | Path) -> list[Finding]:
 
 
 def find_workspace(location: str) -> Workspace | None:
-    """The workspace at `location` if it can be reached; looking makes no folder and asks for no credentials."""
-    if not location.startswith("s3://") and not Path(location).is_dir():
-        return None
+    """The workspace at `location` if it can be reached; nothing is written there."""
     try:
-        return Workspace.open(location)
+        return Workspace.look_into(location)
     except (InputError, OSError):
         return None
+
+
+def own_workspace(lineage: Lineage) -> Workspace | None:
+    """The workspace that the record names if it is this machine's own (`default_workspace`), to be read only.
+
+    A record may come from anybody. Any other place that it names is not looked into: that alone would send a signed
+    request to a stranger's bucket.
+    """
+    own = default_workspace()
+    own = own.rstrip("/") if own.startswith("s3://") else str(Path(own).expanduser().absolute())
+    return find_workspace(own) if own == lineage.workspace else None
 
 
 def _finding(subject: str, problems: list[str], holds: str) -> Finding:
@@ -304,20 +315,30 @@ def _base_model(lineage: Lineage) -> Finding:
 
 
 def _find_base(base: BaseModelFiles) -> Path | None:
+    # The record may come from anybody: what it names is looked at if it is a usable name, and never fetched.
     if base.revision is None:
-        return Path(base.id) if Path(base.id).is_dir() else None
+        try:
+            return Path(base.id) if Path(base.id).is_dir() else None
+        except OSError:
+            return None
     if base.id.startswith("s3://"):
+        if not is_s3_model(base.id):
+            return None
         from bivlm.checkpoint.s3_models import cached_copy
 
         return cached_copy(base.id, base.revision)
-    return cached_model(base.id, base.revision)
+    try:
+        return cached_model(base.id, base.revision)
+    except HFValidationError:
+        return None
 
 
 def _workspace(lineage: Lineage, workspace: Workspace | None) -> list[Finding]:
     """Whether the workspace holds every step's record as it is here, and the bytes of every output."""
     subject = "workspace"
     if workspace is None:
-        return [Finding(subject, "not checked", f"{lineage.workspace} cannot be opened here")]
+        said = f"{lineage.workspace} was not given, or cannot be opened here; say --workspace {lineage.workspace}"
+        return [Finding(subject, "not checked", said)]
     problems, absent, held = [], 0, 0
     for key, record in lineage.steps.items():
         stored = workspace.record(key)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from bivlm.calibration import held_out_samples
 from bivlm.checkpoint import LINEAGE
+from bivlm.checkpoint.reading import refuse_links_out_of
 from bivlm.errors import InputError
 from bivlm.evaluation.chance import set_of
 from bivlm.lineage import Lineage
@@ -159,6 +160,7 @@ def licence_of(folder: str | Path) -> dict[str, str]:
     """
     file = Path(folder) / CARD
     try:
+        refuse_links_out_of([file], Path(folder))
         header = REGEX_YAML_BLOCK.search(read_bytes(file, MODEL_CONFIG.max_bytes).decode("utf-8-sig"))
         data = parse_yaml(header[2], file) if header else {}
     except (OSError, ValueError):

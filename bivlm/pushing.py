@@ -18,7 +18,15 @@ from pydantic import BaseModel, JsonValue
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT, Checkpoint
-from bivlm.checkpoint.reading import CONFIG, WEIGHTS, WEIGHTS_INDEX, is_licence_name, is_side_name, refuse_links_out_of
+from bivlm.checkpoint.outputs import LISTING, PAGE, RECORDS, SWEEP, extra_files, names_in
+from bivlm.checkpoint.reading import (
+    CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    is_licence_name,
+    is_side_name,
+    refuse_links_out_of,
+)
 from bivlm.errors import InputError
 from bivlm.hub_errors import hub_error
 from bivlm.identity import digest, file_digest
@@ -27,8 +35,6 @@ from bivlm.model_card import CARD, model_card
 from bivlm.untrusted import RECORD, parse_model, read_bytes, short
 
 BRANCH = "main"
-# What a run leaves beside the checkpoint that others may want to see; nothing in it is needed to load the model.
-_EXTRAS = ("report.html", "pruning")
 _NEW = {".gitattributes", CARD}  # what a repository has when it was just made, licences apart
 
 
@@ -90,13 +96,14 @@ def package(folder: str | Path, name: str) -> Package:
     checkpoint = Checkpoint.open(folder)
     if not checkpoint.packed:
         raise InputError(f"{folder}: not a packed checkpoint; expected the output of `bivlm compress`")
+    files = {path.relative_to(folder).as_posix(): path for path in _files(checkpoint)}
+    refuse_links_out_of(files.values(), folder)
     lineage = read_lineage(folder)
     broken = [finding for finding in verify_folder(lineage, folder) if finding.state == "broken"]
     if broken:
         said = "\n".join(f"  {finding.subject}: {finding.detail}" for finding in broken)
         raise InputError(f"{folder}: not what its {LINEAGE} says, so it is not pushed; compress it again\n{said}")
     report = _report(folder, lineage)
-    files = {path.relative_to(folder).as_posix(): path for path in _files(checkpoint)}
     licences = [path.name for path in checkpoint.licence_files]
     return Package(lineage, report, files, model_card(report, lineage, name, licences))
 
@@ -104,7 +111,7 @@ def package(folder: str | Path, name: str) -> Package:
 def push(package: Package, repository: str, *, private: bool = False, branch: str | None = None) -> Pushed:
     """Make the repository if it is missing, and `branch` (default main), and commit what it does not have yet.
 
-    Files of an earlier packed checkpoint that this one does not have are deleted in the same commit; other files stay.
+    Files of an earlier push that this checkpoint does not have are deleted in the same commit; other files stay.
     Raises `InputError` for a name, token or right that is not good enough, for a repository that holds something else
     than a packed checkpoint, and for `private` where it is public. `ConnectionError` where trying again may help; what
     was uploaded then need not be again.
@@ -142,7 +149,7 @@ def _push(package: Package, repository: str, private: bool, branch: str) -> Push
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     _check_ours(repository, branch, there)
     written = [name for name in package.names if not _same(package, name, there.get(name))]
-    deleted = sorted(name for name in there.keys() - set(package.names) if _of_a_checkpoint(name))
+    deleted = sorted((there.keys() - set(package.names)) & _pushed_before(api, repository, info.sha, there))
     commit = info.sha
     if written or deleted:
         operations = [CommitOperationAdd(name, package.content(name)) for name in written]
@@ -193,13 +200,21 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
     yield from (folder / name for name in (CONFIG, REPORT, LINEAGE))
     if not (folder / WEIGHTS).exists():
         yield folder / WEIGHTS_INDEX
-    for name in _EXTRAS:
-        yield from (path for path in (folder / name, *(folder / name).rglob("*")) if path.is_file())
+    yield from extra_files(folder)
+    if (folder / LISTING).exists():
+        yield folder / LISTING
+
+
+def _pushed_before(api: HfApi, repository: str, commit: str, there: Mapping[str, RepoFile]) -> set[str]:
+    """The files that an earlier push brought, as its listing says; by their names where there is none."""
+    if LISTING not in there:
+        return set(filter(_of_a_checkpoint, there))
+    return RECORDS | names_in(Path(api.hf_hub_download(repository, LISTING, revision=commit)).read_bytes())
 
 
 def _of_a_checkpoint(name: str) -> bool:
     """Whether a file of this name belongs to a packed checkpoint, so that an earlier one left it."""
-    records = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, *_EXTRAS}
+    records = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, PAGE, SWEEP}
     if name.split("/")[0] in records:
         return True
     return "/" not in name and (name.endswith((".safetensors", ".py")) or is_side_name(name) or is_licence_name(name))

@@ -27,7 +27,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         # Another worker may be removing the same folder, hence the tolerance.
         with suppress(FileNotFoundError):
             # One that was just made has no lock yet, hence the day.
-            if time.time() - left.stat().st_mtime > _LEFT_AFTER_SECONDS:
+            if time.time() - left.lstat().st_mtime > _LEFT_AFTER_SECONDS:
                 _remove_if_left(left)
     with tempfile.TemporaryDirectory(dir=parent) as place, FileLock(Path(place) / _LOCK, thread_local=False):
         folder = Path(place) / _WORK
@@ -36,5 +36,9 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 
 def _remove_if_left(place: Path) -> None:
+    if place.is_symlink() or not (place / _LOCK).is_file():
+        with suppress(OSError):  # one that was killed before its lock is empty; anything else is not ours
+            place.rmdir()
+        return
     with suppress(Timeout), FileLock(place / _LOCK, timeout=0, thread_local=False):
         shutil.rmtree(place, ignore_errors=True)

@@ -102,6 +102,11 @@ class Workspace:
         """The workspace at a folder (made if missing) or ``s3://bucket/prefix``; raises `InputError` naming it."""
         return cls(open_store(location))
 
+    @classmethod
+    def look_into(cls, location: str | Path) -> Workspace:
+        """The workspace at `location`, to be read only: nothing is made or tried there; raises `InputError`."""
+        return cls(open_store(location, look_only=True))
+
     @property
     def url(self) -> str:
         """What opens this workspace again, on any machine that can reach it."""

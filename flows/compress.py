@@ -12,12 +12,14 @@ from rich.console import Console
 
 from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
 from bivlm.collection import in_use
-from bivlm.errors import GateNotPassed, InputError
+from bivlm.errors import GateNotPassed
 from bivlm.evaluation import Benchmark
 from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
+from bivlm.places import check_places, output_folder, output_place
 from bivlm.pruning import PRUNING_KEY
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
+from bivlm.remote_code import remote_code_allowed, trust
 from bivlm.stores.location import cache_folder, default_workspace
 from bivlm.turns import one_machine_at_a_time
 from bivlm.workspace import Workspace
@@ -107,9 +109,8 @@ def compress_flow(
     """
     chosen_runner = parse_runner(runner, workers)
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
-    if not output or "://" in output:
-        raise InputError(f"output {output!r}: expected a folder on this machine")
-    output = str(Path(output).expanduser().absolute())
+    output = str(output_folder(output))
+    check_places([output_place(Path(output))], [model], workspace, [chosen_recipe])
     store = Workspace.open(workspace or default_workspace())
     refuse_what_cannot_be_decided(chosen_recipe, evaluate)
     names = chosen_recipe.evaluation if evaluate else ()
@@ -143,7 +144,7 @@ def compress_flow(
     # that write one folder would report on each other's files.
     request_digest = tracking.request_digest(base, chosen_recipe)
     same_request = store.local / "locks" / f"{request_digest}.lock"
-    same_output = cache_folder() / "locks" / f"output-{digest(output)[:32]}.lock"
+    same_output = cache_folder() / "locks" / f"output-{digest(str(Path(output).resolve()))[:32]}.lock"
     with (
         in_use(store),
         one_at_a_time(same_request, wait),
@@ -210,7 +211,9 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
             request.output,
             store.url,
         )
-        report = earlier_report(request.output, base, recipe) if packed.step.reused else None
+        if remote_code_allowed(base.model.folder):  # it came along, byte for byte
+            trust([packed.folder])
+        report = earlier_report(packed.folder, base, recipe) if packed.step.reused else None
         if report is None:
             report = write_report(
                 base,
@@ -219,7 +222,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
                 done.shards,
                 request.tables,
                 done.tables,
-                request.output,
+                packed.folder,
                 seconds=time.perf_counter() - started_at,
                 peak_memory_bytes=peak_bytes(),
                 runner=request.runner.described,
@@ -234,6 +237,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
         if swept is not None:
             sweep_both(request, tracked, packed, progress.publish)
         report, registered = record(request, tracked, done, samples, packed, report, results, measured)
+        checkpoint.put_in_place(packed, request.output)
         gate, refused = decide_at_the_end(recipe, tracked, registered, report, results, store.url)
         progress.advance(tracking.STAGE)
     result = {

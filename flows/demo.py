@@ -24,18 +24,24 @@ _HEADINGS = {"perception": "per-\ncep-\ntion", "cognition": "cog-\nni-\ntion"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compress, evaluate and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows.demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", default="demo", type=Path, metavar="DIR", help="folder for all that the demo makes")
+    parser.add_argument("--output", default="demo", metavar="DIR", help="folder for all that the demo makes")
     parser.add_argument(
         "--questions", default=QUESTIONS, type=int, metavar="N", help="questions of every set (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
-    output = options.output.absolute()
+    from bivlm.errors import InputError
+    from bivlm.places import output_folder
+
+    try:
+        output = output_folder(options.output)
+    except InputError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
     # Nothing that is configured on this machine shall change what the demo does.
     for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.pop(name, None)
     os.environ["PREFECT_HOME"] = str(output / "prefect")
     quieten()
-    from bivlm.errors import InputError
     from bivlm.stores.folder import writable_folder
 
     results = {}

@@ -12,6 +12,7 @@ from bivlm.errors import InputError
 from bivlm.estimate import LIBRARIES, Machine, Work, check_fits, estimate, probe_all
 from bivlm.evaluation import load_benchmark
 from bivlm.methods import method
+from bivlm.places import check_places, output_folder, output_place
 from bivlm.recipe import Recipe, load_recipe
 from bivlm.stores.location import default_workspace
 from bivlm.tables import chosen_tables
@@ -50,6 +51,7 @@ def told(
     """
     chosen_recipe, chosen_runner = load_recipe(recipe), parse_runner(runner, workers)
     names: Sequence[str] = chosen_recipe.evaluation if evaluate else ()
+    check_places([output_place(output_folder(output))], [model], workspace, [chosen_recipe])
     checkpoint = Checkpoint.open(resolve_model(model, revision).folder, chosen_recipe.modules)
     check_output(checkpoint, output)
     answers = 2 * sum(len(load_benchmark(name, questions)) for name in names)

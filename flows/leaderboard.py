@@ -11,13 +11,16 @@ from prefect import flow
 from rich.console import Console
 
 from bivlm.calibration import held_out_samples
+from bivlm.checkpoint.outputs import check_names, check_replaceable
 from bivlm.errors import GateNotPassed, InputError
 from bivlm.finish_settings import FinishSettings
 from bivlm.leaderboard import board, fingerprint
+from bivlm.places import Place, check_places, output_folder, output_place
 from bivlm.recipe import Recipe, load_recipe
 from bivlm.stores.location import default_workspace
 from flows.compress import compress_flow
 from tasks.leaderboard import (
+    BOARD_FILES,
     entry_of,
     failed_entry,
     full_precision_of,
@@ -48,7 +51,13 @@ def leaderboard_flow(
     """
     loaded = [finished(load_recipe(name)) if finish else load_recipe(name) for name in recipes]
     _check(loaded)
-    place = Path(output).expanduser().absolute()
+    place = output_folder(output)
+    outputs = [place / recipe.name for recipe in loaded]
+    written = [Place("board", place, written=True), *map(output_place, outputs)]
+    check_places(written, [model], workspace, loaded)
+    check_names(place, BOARD_FILES)
+    for each in outputs:
+        check_replaceable(each, Path(model) if Path(model).is_dir() else None)
     workspace = workspace or default_workspace()
     console = Console(stderr=True)
     measured_on = held_out_samples(loaded[0].canonical()["calibration"])

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from bivlm.checkpoint import Checkpoint, resolve_model
+from bivlm.checkpoint.outputs import check_names, list_files
 from bivlm.collection import in_use
 from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark, load_benchmark
@@ -22,6 +22,7 @@ from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.paired import Loss
 from bivlm.families import Modules
+from bivlm.places import Place, check_places, output_folder
 from bivlm.pruning import PruningSettings, SweepSettings
 from bivlm.pruning.redundancy import find_redundancy
 from bivlm.stores.location import default_workspace
@@ -56,6 +57,9 @@ def sweep_flow(
     caller can mend, layers out of range among it, before the first question is asked.
     """
     settings = parse_sweep(sweep)
+    place = output_folder(output)
+    check_places([Place("output", place, written=True)], models, workspace)
+    check_names(place, pruning.NAMES)
     store = Workspace.open(workspace or default_workspace())
     asked = {name: evaluation.open_benchmark(name, settings.questions) for name in benchmarks}
     if not asked:
@@ -63,16 +67,16 @@ def sweep_flow(
     device, subjects = choose_device(), [subject_of(model, revision, modules) for model in models]
     if len({subject.label for subject in subjects}) < len(subjects):
         raise InputError(f"models: two are called alike ({', '.join(s.label for s in subjects)}); rename their folders")
-    place = str(Path(output).expanduser().absolute())
     stages = questions_of_sweep(settings, asked.values(), len(subjects))
     progress = FlowProgress(stages, Console(stderr=True, quiet=quiet), "pruning sweep")
     with in_use(store), progress, shown_by(progress):
         limit = settings.questions
         swept = sweep_all(subjects, settings, benchmarks, limit, device, store.url, progress.publish)
-    pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, place)
+    names = pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, str(place))
+    list_files(place, names)
     warnings = [str(AtChance(**each)) for each in swept.at_chance]
-    run_id = log_sweep(swept.rows, place, store.url, warnings=warnings)
-    return {"output": place, **vars(swept), "run_id": run_id}
+    run_id = log_sweep(swept.rows, str(place), names, store.url, warnings=warnings)
+    return {"output": str(place), **vars(swept), "run_id": run_id}
 
 
 @flow(name="redundancy", flow_run_name="redundancy-{model}", persist_result=False)

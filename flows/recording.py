@@ -55,7 +55,7 @@ def record(
     drawn = layers_for_figures(report, done.layers, measured)
     points = points_for_figures(base, recipe, report, figures, others)
     chance = {name: level for name, level in (results.chance if results else {}).items() if level is not None}
-    write_page(request.output, report, figures, drawn, points, chance)
+    write_page(packed.folder, report, figures, drawn, points, chance)
 
     model_id = tracking.log_model(tracked, base, recipe, packed.folder, packed.sha256)
     # In the order in which MLflow's page shows the metrics: what it can do, then what it costs.
@@ -71,7 +71,7 @@ def record(
             tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
     description = tracking.note(base, recipe, tracked.trigger, in_a_sentence(report, figures))
     measured_on = results.measured_on if results else None
-    tracking.log_documents(tracked, request.output, description, drawn, points, chance, measured_on)
+    tracking.log_documents(tracked, packed.folder, description, drawn, points, chance, measured_on)
     asked = tracking.questions_asked(recipe, results is not None, request.questions)
     facts = tracking.facts_of(tracked, lineage, samples, report, base_id)
     name, version = tracking.register(

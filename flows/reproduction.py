@@ -12,8 +12,10 @@ from prefect import flow
 from rich.console import Console
 
 from bivlm.calibration import held_out_samples
+from bivlm.checkpoint.outputs import check_names, check_replaceable, list_files
 from bivlm.errors import InputError
 from bivlm.evaluation.chance import AtChance
+from bivlm.places import Place, check_places, output_folder, output_place
 from bivlm.reproduction import FULL_PRECISION, TABLES, as_markdown, as_table, published, recipe_set, scores_of
 from bivlm.stores.folder import write_atomically
 from flows.compress import compress_flow
@@ -49,7 +51,13 @@ def reproduce_flow(
         if table not in TABLES:
             raise InputError(f"tables: found {table!r}, expected some of {', '.join(TABLES)}")
     recipes = recipe_set(paper, tables, tasks, calibration)
-    place = Path(output).expanduser().absolute()
+    place = output_folder(output)
+    outputs = [place / column for column in recipes]
+    written = [Place("reproduction", place, written=True), *map(output_place, outputs)]
+    check_places(written, [checkpoint or paper.id], workspace, recipes.values())
+    check_names(place, _names(tables))
+    for each in outputs:
+        check_replaceable(each)
     console = Console(stderr=True)
     measured_on = held_out_samples(next(iter(recipes.values())).canonical()["calibration"])
     console.print(f"KL in nats a token, on {measured_on}", highlight=False, markup=False, soft_wrap=True)
@@ -121,3 +129,8 @@ def _write(
     place.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_atomically(place / name, lambda file, text=text: file.write(text.encode()))
+    list_files(place, texts)
+
+
+def _names(tables: Sequence[str]) -> list[str]:
+    return ["reproduction.json", "reproduction.md", *(f"{table}.csv" for table in tables)]

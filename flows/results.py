@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bivlm.calibration import held_out_samples
+from bivlm.checkpoint.outputs import SWEEP, list_files
 from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.pruning import PruningSettings
 from flows.pruning import sweep_all
@@ -16,8 +17,6 @@ from tasks.steps import Done
 
 if TYPE_CHECKING:
     from flows.compress import Request
-
-SWEEP_FOLDER = "pruning"  # in the packed checkpoint's
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,7 @@ def sweep_both(
     limit = sweep.questions if sweep.questions is not None else request.questions
     names, workspace = list(request.benchmarks), request.store.url
     swept = sweep_all(subjects, sweep, names, limit, request.device, workspace, publish)
-    files = str(Path(request.output) / SWEEP_FOLDER)
-    pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, files)
-    tracking.log_sweep(swept.rows, files, workspace, tracked)
+    files = str(Path(packed.folder) / SWEEP)
+    names = pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, files)
+    list_files(Path(packed.folder), (f"{SWEEP}/{name}" for name in names))
+    tracking.log_sweep(swept.rows, files, names, workspace, tracked)

@@ -253,6 +253,8 @@ class Servers:
     def _make_cluster(self, data: Path, user: dict[str, Any]) -> None:
         """An empty PostgreSQL cluster; under another name until it is whole, because initdb may be killed."""
         partial = self.folder / "postgres.partial"
+        if partial.exists() and any(partial.iterdir()) and not (partial / "base").is_dir():
+            raise ServerTrouble(f"{partial}: not left by initdb; move it, or choose another folder")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         give(partial, user)

@@ -23,10 +23,12 @@ from bivlm.checkpoint import (
     resolve_model,
     write_packed_checkpoint,
 )
+from bivlm.checkpoint.outputs import replace, settle, unfinished_of
 from bivlm.errors import InputError
 from bivlm.families import MODULES_KEY, Modules
 from bivlm.identity import digest, step_identity
 from bivlm.names import is_sha256
+from bivlm.places import output_folder
 from tasks import binarization
 from tasks.policy import OVER_NETWORK
 from tasks.progress import advance
@@ -81,7 +83,7 @@ def resolve_base(model: str, revision: str | None, output: str, modules: Modules
 
 @dataclass(frozen=True)
 class PackedCheckpoint:
-    """A packed checkpoint in its folder; its step is `reused` if it already lay there, byte for byte."""
+    """A packed checkpoint in a folder; its step is `reused` if it already lay there, byte for byte."""
 
     folder: str
     sha256: str
@@ -98,7 +100,13 @@ def write_checkpoint(
     output: str,
     workspace: str,
 ) -> PackedCheckpoint:
-    """The packed checkpoint in the folder `output`; written only if what lies there is not already it."""
+    """Return the packed checkpoint, in `output` if it lies there already, else beside it.
+
+    There it waits for `put_in_place`, so that a run which fails leaves no output that looks finished.
+    """
+    place = output_folder(output)
+    waiting = unfinished_of(place)
+    settle(place)
     store = open_workspace(workspace)
     references = {name: done.record.outputs[binarization.FILE] for name, done in shards.items()}
     if base.modules:
@@ -111,25 +119,32 @@ def write_checkpoint(
         exact=True,
     )
     record = store.step(digest(identity))
-    files = _digests_at(output, base) if record is not None else {}
-    if record is not None and digest_of_files(files) == record.figures["sha256"]:
-        advance(STAGE)
-        return PackedCheckpoint(output, record.figures["sha256"], files, Done(record, reused=True))
+    for folder in (place, waiting) if record is not None else ():
+        files = _digests_at(folder, base)
+        if digest_of_files(files) == record.figures["sha256"]:
+            advance(STAGE)
+            return PackedCheckpoint(str(folder), record.figures["sha256"], files, Done(record, reused=True))
     started = time.perf_counter()
     packed = {name: store.fetch(reference) for name, reference in references.items()}
-    write_packed_checkpoint(base.open(), packed, chosen, output, quantization_config)
-    digests = Checkpoint.open(output).digests()
+    write_packed_checkpoint(base.open(), packed, chosen, waiting, quantization_config)
+    digests = Checkpoint.open(waiting).digests()
     step = finish(store, identity, {}, {"sha256": digests.sha256}, time.perf_counter() - started)
     advance(STAGE)
-    return PackedCheckpoint(output, digests.sha256, digests.files, step)
+    return PackedCheckpoint(str(waiting), digests.sha256, digests.files, step)
 
 
-def _digests_at(output: str, base: Base) -> dict[str, str]:
-    """The files of the checkpoint packed from `base` in a folder; none if it cannot be read or would not load."""
-    if not Path(output).is_dir():
+def put_in_place(packed: PackedCheckpoint, output: str) -> None:
+    """Give the checkpoint its place at `output`, once everything about it is recorded; see `outputs.replace`."""
+    if packed.folder != output:
+        replace(Path(output), Path(packed.folder))
+
+
+def _digests_at(folder: Path, base: Base) -> dict[str, str]:
+    """Return the files of the checkpoint packed from `base` in a folder; none if it cannot be read or loaded."""
+    if not folder.is_dir():
         return {}
     try:
-        check_loads(base.open(), Path(output))
-        return Checkpoint.open(output).digests().files
+        check_loads(base.open(), folder)
+        return Checkpoint.open(folder).digests().files
     except InputError:
         return {}

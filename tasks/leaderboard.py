@@ -10,6 +10,7 @@ from typing import Any
 from mlflow.entities import Metric
 from prefect import task
 
+from bivlm.checkpoint.outputs import list_files
 from bivlm.errors import InputError
 from bivlm.figures import quality_against_bits, svg
 from bivlm.leaderboard import Accuracy, Entry, FullPrecision, as_csv, as_markdown, fingerprint, method_label
@@ -20,6 +21,7 @@ from tasks.steps import open_workspace
 from tasks.tracking.run import NOTE_TAG, ROLE_TAG, open_experiment
 
 BOARD, MARKDOWN, CSV, FIGURE = "board.json", "board.md", "board.csv", "board.svg"
+BOARD_FILES = (BOARD, MARKDOWN, CSV, FIGURE)
 BOARD_TAG = "bivlm.board"
 
 
@@ -80,6 +82,7 @@ def write_board(board: Mapping[str, Any], output: str) -> None:
     }
     for name, text in texts.items():
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+    list_files(folder, texts)
 
 
 @task(name="log-board", **OVER_NETWORK)
@@ -96,7 +99,7 @@ def log_board(board: dict[str, Any], output: str, workspace: str) -> str:
     name = f"leaderboard · {board['model']['name']} · {len(board['entries'])} recipes"
     tags = {ROLE_TAG: "leaderboard", NOTE_TAG: as_markdown(board)[:5000], "mlflow.source.name": "bivlm leaderboard"}
     run = client.create_run(experiment, run_name=name, tags=tags)
-    for file in (BOARD, MARKDOWN, CSV, FIGURE):
+    for file in BOARD_FILES:
         client.log_artifact(run.info.run_id, str(Path(output) / file))
     metrics = [
         Metric(f"{entry['recipe']}/{key}", value, run.info.start_time, 0)

@@ -204,14 +204,19 @@ def adaptive_row(
     return row | {"n": sum(done.record.figures["n"] for done in plain.values())}
 
 
+# Of every sweep; some have ``adaptive.csv``, and all have tables under names of their own.
+NAMES = ("sweep.csv", "baselines.json", "losses.svg", "accuracy.svg")
+
+
 def write_sweep(
     rows: Sequence[Mapping[str, Any]],
     adaptive: Sequence[Mapping[str, Any]],
     baselines: Mapping[str, Mapping[str, float]],
     output: str,
-) -> None:
-    """The sweep in the folder `output`: all rows, the paper's tables, heat maps of the loss, accuracy over shares.
+) -> list[str]:
+    """Write the sweep into the folder `output` and return the names of its files.
 
+    They are all rows, the paper's tables, heat maps of the loss and accuracy over shares.
     `baselines` are accuracies without pruning, in percent by model and benchmark; `adaptive` are of `adaptive_row`.
     """
     folder = Path(output)
@@ -231,6 +236,7 @@ def write_sweep(
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+    return list(texts)
 
 
 def loss_of(plain: Mapping[str, Done], found: Mapping[str, Done], workspace: str) -> Loss | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT
+from bivlm.checkpoint.outputs import PAGE
 from bivlm.errors import InputError
 from bivlm.evaluation.chance import AtChance, set_of
 from bivlm.identity import digest
@@ -25,7 +26,6 @@ from tasks.layers import Layer
 from tasks.steps import Done
 from tasks.tables import Table
 
-PAGE = "report.html"
 FORMAT = 3
 OTHERS = 8  # compressions that one picture compares with: the labels of more would leave it no room
 

@@ -75,7 +75,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"checkpoint {folder}: no such folder")
-        refuse_links_out_of([folder / CONFIG], folder)
+        refuse_links_out_of([folder / CONFIG, folder / WEIGHTS, folder / WEIGHTS_INDEX], folder)
         config = read_config(folder / CONFIG)
         files = _weight_files(folder)
         refuse_links_out_of(files, folder)
@@ -270,13 +270,14 @@ def _weight_map(index: dict[str, Any], source: Path | str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{source}: expected a mapping 'weight_map' from tensors to files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _inside(file):
+        if not isinstance(file, str) or not is_inside(file):
             found = short(file)
             raise InputError(f"{source}: tensor {name} is said to be in {found}, which is not a file of this folder")
     return weight_map
 
 
-def _inside(file: str) -> bool:
+def is_inside(file: str) -> bool:
+    """Whether a name from a record is that of a file in the record's own folder or below it."""
     # Judged by the text: in the hub's cache the files themselves are links to a folder beside this one.
     path = PurePosixPath(file)
     drive = PureWindowsPath(file).drive
@@ -291,7 +292,7 @@ def _inside(file: str) -> bool:
 
 
 def refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
-    """Raise `InputError` naming a file that is a link out of `folder`; to be called before it is read.
+    """Raise `InputError` naming one of `files` that is a link out of `folder`, or is there and no file (a pipe, say).
 
     What lies in the folder is copied, and goes into registries and to hubs: nothing else of this machine may. In the
     hub's cache a snapshot's files are links to the blobs of their repository.
@@ -307,6 +308,8 @@ def refuse_links_out_of(files: Iterable[Path], folder: Path) -> None:
             raise InputError(f"{file}: cannot be read ({error})") from None
         if not any(target.is_relative_to(each) for each in allowed):
             raise InputError(f"{file}: a link to {target}, outside the folder; copy the file into it")
+        if target.exists() and not target.is_file():
+            raise InputError(f"{file}: expected a file, found something else")
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -13,6 +13,14 @@ import numpy as np
 import torch
 
 from bivlm.checkpoint.linears import Linear, skeleton
+from bivlm.checkpoint.outputs import (
+    check_replaceable,
+    fresh_partial,
+    list_files,
+    replace,
+    settle,
+    unfinished_of,
+)
 from bivlm.checkpoint.reading import CONFIG, FORMAT, QUANT_METHOD, WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from bivlm.checkpoint.tensor_file import (
     CHUNK_BYTES,
@@ -25,8 +33,8 @@ from bivlm.errors import InputError
 from bivlm.families import MODULES_KEY
 from bivlm.neighbours import neighbours_up_to
 from bivlm.packing import open_packed
-from bivlm.stores.folder import flush_folder, writable_folder
-from bivlm.untrusted import MODEL_CONFIG, read_object
+from bivlm.places import base_place, output_folder, output_place, refuse_overlaps
+from bivlm.stores.folder import flush_folder
 
 Packed = Callable[[], torch.Tensor] | Path
 
@@ -51,14 +59,15 @@ def write_packed_checkpoint(
 
     One tensor is in memory at a time. The folder is built beside `output` under a temporary name, compared with the
     model that is to be loaded from it, and put in its place by renaming: neither half a checkpoint nor one that does
-    not load is ever seen, and an earlier output stays until then. The same input gives the same bytes. Raises
-    `InputError` if `output` holds anything but an earlier packed checkpoint, if the base is quantized already, if a
-    packed weight is damaged or not its linear's, or if `from_pretrained` would refuse the result.
+    not load is ever seen, and an earlier output stays until then. The same input gives the same bytes. Of an earlier
+    output only bivlm's own files go, see `bivlm.checkpoint.outputs`. Raises `InputError` as `check_output`, if a packed
+    weight is damaged or not its linear's, or if `from_pretrained` would refuse the result.
     """
-    output = Path(output).absolute()
+    output = output_folder(output)
     check_output(checkpoint, output)
     _check_packed(packed, chosen)
-    partial = _fresh_folder(output.with_name(f".{output.name}.partial"))
+    settle(output)
+    partial = fresh_partial(output)
     spool = partial / ".packed"
     spool.mkdir()
     try:
@@ -72,9 +81,10 @@ def write_packed_checkpoint(
         _write_config(checkpoint, quantization_config, lengths, partial)
         for name, content in (extra_files or {}).items():
             _write_new(partial, name, content)
+        list_files(partial, (file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file()))
         flush_folder(partial)
         check_loads(checkpoint, partial)
-        _replace(output, partial)
+        replace(output, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -82,24 +92,18 @@ def write_packed_checkpoint(
 
 
 def check_output(checkpoint: Checkpoint, output: str | Path) -> None:
-    """Whether `checkpoint` may be packed into the folder `output`: to be asked before hours of work.
+    """Raise `InputError` unless `checkpoint` may be packed into the folder `output`: to be called before hours of work.
 
-    Raises `InputError` if the base is quantized already, or if `output` overlaps it, is no folder, or holds anything
-    but an earlier packed checkpoint.
+    It may not if the base is quantized already, or if `output` overlaps it, is no folder, or holds anything but an
+    earlier packed checkpoint and files that can lie beside one (`bivlm.checkpoint.outputs`).
     """
     if checkpoint.quantization is not None:
         method = checkpoint.quantization.get("quant_method")
         raise InputError(f"checkpoint {checkpoint.folder}: already quantized ({method}); expected full precision")
-    output = Path(output).absolute()
-    base = checkpoint.folder.resolve()
-    if output.resolve() == base or output.resolve() in base.parents or base in output.resolve().parents:
-        raise InputError(f"output {output}: overlaps the base checkpoint {base}; choose a folder of its own")
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise InputError(f"output {output}: exists and is not a folder")
-    if output.is_dir() and any(output.iterdir()) and not _is_ours(output):
-        raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
-    # The packed checkpoint is made beside its place.
-    writable_folder(output.parent, f"folder of the output {output.name}:")
+    output = output_folder(output)
+    refuse_overlaps([output_place(output), base_place(checkpoint.folder)])
+    for place in (output, unfinished_of(output)):
+        check_replaceable(place, checkpoint.folder)
 
 
 def check_loads(base: Checkpoint, folder: Path) -> None:
@@ -117,21 +121,6 @@ def _check_packed(packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> Non
     if names != set(packed):
         differing = sorted(names ^ set(packed))
         raise InputError(f"chosen linears and packed weights differ in {', '.join(differing[:3])} ({len(differing)})")
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        quantization = read_object(folder / CONFIG, MODEL_CONFIG).get("quantization_config")
-    except InputError:
-        return False
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
-
-
-def _fresh_folder(folder: Path) -> Path:
-    # A fixed name: what a killed run left behind is cleared by the next one instead of piling up.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _spooled(linear: Linear, packed: Packed, spool: Path) -> Path:
@@ -226,17 +215,6 @@ def _file_chunks(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk
-
-
-def _replace(output: Path, partial: Path) -> None:
-    """Put `partial` in the place of `output`; an earlier output stays whole until the new one is."""
-    earlier = output.with_name(f".{output.name}.earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if output.exists():
-        output.rename(earlier)
-    partial.rename(output)
-    flush_folder(output.parent)
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _sync_file(file: Path) -> None:

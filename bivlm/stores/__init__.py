@@ -74,9 +74,10 @@ class Store(ABC):
         """
 
 
-def open_store(location: str | Path) -> Store:
+def open_store(location: str | Path, look_only: bool = False) -> Store:
     """The store at a folder (made if it is missing) or at ``s3://bucket/prefix``.
 
+    With `look_only` nothing is written to find out whether that can be done, and a folder must be there already.
     Raises `InputError` naming the location if it cannot be one.
     """
     # Each store is imported when it is asked for, so that a folder never needs boto3.
@@ -88,4 +89,4 @@ def open_store(location: str | Path) -> Store:
         raise InputError(f"workspace {without_credentials(str(location))}: expected a folder or s3://bucket/prefix")
     from bivlm.stores.folder import FolderStore
 
-    return FolderStore(Path(location))
+    return FolderStore(Path(location), look_only)

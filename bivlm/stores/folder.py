@@ -17,8 +17,12 @@ from bivlm.stores import Entry, Store
 class FolderStore(Store):
     """Files written beside their place, flushed to disk and renamed into it, so that a killed writer leaves nothing."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = writable_folder(folder.expanduser().absolute(), "workspace")
+    def __init__(self, folder: Path, look_only: bool = False) -> None:
+        self._folder = folder.expanduser().absolute()
+        if not look_only:
+            writable_folder(self._folder, "workspace")
+        elif not self._folder.is_dir():
+            raise InputError(f"workspace {self._folder}: no such folder")
         self.url = str(self._folder)
 
     @property

@@ -15,7 +15,11 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
         "lineage", help="where a packed checkpoint comes from, and whether what is stored is still that"
     )
     lineage.add_argument("model", metavar="DIR_OR_VERSION", help="a folder, or NAME/VERSION or NAME@ALIAS in MLflow")
-    lineage.add_argument("--workspace", metavar="DIR_OR_URL", help="where its steps are (default: as it was recorded)")
+    lineage.add_argument(
+        "--workspace",
+        metavar="DIR_OR_URL",
+        help="where its steps are (default: the recorded one, if it is this machine's own)",
+    )
     lineage.add_argument("--json", action="store_true", help="print one JSON object")
     lineage.set_defaults(run=_lineage)
     return [lineage]
@@ -24,14 +28,16 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
 def _lineage(options: argparse.Namespace) -> int:
     import tempfile
 
-    from bivlm.lineage import find_workspace, read_lineage, verify
+    from bivlm.lineage import own_workspace, read_lineage, verify
+    from bivlm.workspace import Workspace
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(options.model)
         if not folder.is_dir():
             folder = _downloaded(options.model, options.workspace, Path(place))
         lineage = read_lineage(folder)
-        findings = verify(lineage, folder, find_workspace(options.workspace or lineage.workspace))
+        place = Workspace.look_into(options.workspace) if options.workspace else own_workspace(lineage)
+        findings = verify(lineage, folder, place)
     if options.json:
         print_json({"lineage": lineage.model_dump(mode="json"), "findings": [vars(finding) for finding in findings]})
     else:

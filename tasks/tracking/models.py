@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from prefect import task
 
 from bivlm.champions import now
+from bivlm.checkpoint.outputs import own_copy
 from bivlm.identity import digest
 from bivlm.recipe import Recipe
 from tasks.checkpoint import Base
@@ -40,11 +41,11 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
             return model.model_id
         tracking.client.delete_logged_model(model.model_id)  # an attempt that was killed while it logged
     # MLflow ends the run that it logs a model in; the parent goes on.
-    with fluent(tracking.uri), mlflow.start_run(run_id=tracking.run_id):
+    with own_copy(Path(folder)) as copy, fluent(tracking.uri), mlflow.start_run(run_id=tracking.run_id):
         logged = mlflow.pyfunc.log_model(
             name=registered_name(base.model, recipe.name),
             python_model=str(SERVED_MODEL),
-            artifacts={"checkpoint": folder},
+            artifacts={"checkpoint": str(copy)},
             signature=_signature(),
             pip_requirements=[f"bivlm=={code_version()}"],
             params={"recipe": recipe.name, "recipe_sha256": digest(recipe.canonical())},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow import MlflowClient
@@ -27,15 +28,16 @@ _FIGURES = ("accuracy", "loss", "loss_low", "loss_high")
 @task(name="log-sweep", **OVER_NETWORK)
 def log_sweep(
     rows: Sequence[Mapping[str, Any]],
-    files: str,
+    folder: str,
+    names: Sequence[str],
     workspace: str,
     parent: Tracking | None = None,
     warnings: Sequence[str] = (),
 ) -> str:
-    """A child run a cell with its accuracies and losses, the folder `files` as artifacts; returns the parent's id.
+    """Log a child run for each cell with its accuracies and losses; return the id of the parent run.
 
-    Without a `parent` there is one for the sweep, whose description has the `warnings`. What is there already is not
-    logged again.
+    The artifacts are the files `names` in `folder`, and nothing else that lies there. Without a `parent` there is one
+    for the sweep, whose description has the `warnings`. What is there already is not logged again.
     """
     client, experiment = open_experiment(open_workspace(workspace))
     run_id = parent.run_id if parent is not None else _own_run(client, experiment, rows, warnings)
@@ -45,7 +47,9 @@ def log_sweep(
     for values, of_cell in groupby(rows, key=lambda row: tuple(row[key] for key in _CELL)):
         cell = dict(zip(_CELL, values, strict=True))
         _log_cell(client, experiment, run_id, cell, list(of_cell), known)
-    client.log_artifacts(run_id, files, FOLDER)
+    for name in names:
+        below = PurePosixPath(FOLDER, name).parent
+        client.log_artifact(run_id, str(Path(folder) / name), below.as_posix())
     if parent is None:
         client.set_terminated(run_id)
     return run_id

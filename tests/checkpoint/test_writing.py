@@ -11,6 +11,7 @@ from raw_codec import pack_raw
 from safetensors.torch import load_file
 
 from bivlm.checkpoint import Checkpoint, linears, select, write_packed_checkpoint
+from bivlm.checkpoint.outputs import fresh_partial
 from bivlm.errors import InputError
 from bivlm.packing import container
 
@@ -66,7 +67,7 @@ def test_the_folder_holds_config_weights_side_files_licence_and_extra_files(base
     finally:
         licence.unlink()
     names = {file.name for file in output.iterdir()}
-    assert names == {"config.json", "model.safetensors", "LICENSE", "report.json"} | SIDE_FILES
+    assert names == {".bivlm-files", "config.json", "model.safetensors", "LICENSE", "report.json"} | SIDE_FILES
     assert all((output / name).read_bytes() == (base.folder / name).read_bytes() for name in SIDE_FILES)
     assert (output / "report.json").read_bytes() == b"{}"
 
@@ -146,8 +147,8 @@ def test_a_failure_leaves_the_earlier_output_and_no_rest(base, chosen, packed, t
 
 
 def test_the_rest_of_a_killed_run_is_cleared(base, chosen, packed, tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
+    left = fresh_partial(tmp_path / "out")
+    (left / "model.safetensors").write_bytes(b"half")
     write_packed_checkpoint(base, packed, chosen, tmp_path / "out", {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 

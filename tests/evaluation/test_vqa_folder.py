@@ -114,6 +114,14 @@ def test_a_malformed_line_is_named_with_key_value_and_valid_form(write_folder, c
         _load(folder, limit=1)
 
 
+def test_questions_that_are_a_link_out_of_the_folder_are_refused(write_folder):
+    folder = write_folder(GOOD)
+    (folder / "data.jsonl").rename(folder.parent / "secret")
+    (folder / "data.jsonl").symlink_to(folder.parent / "secret")
+    with pytest.raises(InputError, match=r"data\.jsonl: a link to .*secret, outside the folder"):
+        load_benchmark(f"vqa:{folder}")
+
+
 def test_a_link_out_of_the_folder_is_refused(write_folder):
     folder = write_folder({**GOOD, "image": "link.png"})
     Image.new("RGB", (4, 4)).save(folder.parent / "secret.png")

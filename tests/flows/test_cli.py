@@ -81,15 +81,22 @@ def bad_recipe(change):
     return arguments
 
 
+def an_output_of_another_kind(compression):
+    compression.output.mkdir()
+    (compression.output / "thesis.tex").write_text("mine")
+    return {}
+
+
 BAD_INPUT = {
     "no such model": (lambda c: {"model": str(c.place / "nothing")}, "nothing"),
-    "a folder without a checkpoint": (lambda c: {"model": str(c.workspace)}, "config.json"),
+    "a folder without a checkpoint": (lambda c: {"model": c.recipe["calibration"]["source"]}, "config.json"),
     "no such recipe": (lambda c: {"recipe": "nonesuch"}, "nonesuch"),
     "an unknown key": (bad_recipe(lambda r: r["components"]["vision"].update(grups=2)), "grups"),
     "a keep that matches nothing": (bad_recipe(lambda r: r.update(keep=["lm_haed"])), "lm_haed"),
     "an unknown benchmark": (bad_recipe(lambda r: r.update(evaluation=["mme:all"])), "mme:all"),
     "too few calibration samples": (bad_recipe(lambda r: r["calibration"].update(samples=9)), "calibration.samples"),
-    "an output that is not empty": (lambda c: {"output": str(c.place)}, "not empty"),
+    "an output that is not empty": (an_output_of_another_kind, "not empty"),
+    "an output around the workspace": (lambda c: {"output": str(c.place)}, "overlaps the workspace"),
     "the model as output": (lambda c: {"output": str(c.model)}, "overlaps"),
     "a workspace that is a file": (lambda c: {"workspace": str(c.recipe_file())}, "not a folder"),
 }

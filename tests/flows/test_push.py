@@ -129,14 +129,76 @@ def test_only_what_changed_is_sent_and_what_went_is_deleted(writer, packed):
     push(package(packed, "me/packed"), "me/packed")
     repository = writer.repositories["me/packed"]
     before = files_of(repository)
-    # As an earlier push of the same model in shards would have left it, and a file of the owner's own.
-    stale = {**before, "model-00001-of-00002.safetensors": b"old", "picture.png": b"mine", "LICENSE": b"an older one"}
+    # As an earlier push of the same model in shards would have left it, and files of the owner's own.
+    shard, mine = "model-00001-of-00002.safetensors", {"picture.png": b"mine", "requirements.txt": b"mine"}
+    listing = before[".bivlm-files"] + shard.encode() + b"\n"
+    stale = {**before, shard: b"old", **mine, "LICENSE": b"an older one", ".bivlm-files": listing}
     repository.commit(stale, "by hand")
     writer.requests.clear()
     pushed = push(package(packed, "me/packed"), "me/packed")
-    assert (pushed.written, pushed.deleted) == (["LICENSE"], ["model-00001-of-00002.safetensors"])
-    assert files_of(repository) == {**before, "picture.png": b"mine"}
+    assert (pushed.written, pushed.deleted) == ([".bivlm-files", "LICENSE"], [shard])
+    assert files_of(repository) == {**before, **mine}
     assert not writer.asked("PUT", "/upload/")
+
+
+def test_what_an_earlier_version_pushed_is_known_by_its_names(writer, packed):
+    push(package(packed, "me/packed"), "me/packed")
+    repository = writer.repositories["me/packed"]
+    stale = {**files_of(repository), "model-00001-of-00002.safetensors": b"old", "picture.png": b"mine"}
+    del stale[".bivlm-files"]
+    repository.commit(stale, "by hand")
+    assert push(package(packed, "me/packed"), "me/packed").deleted == ["model-00001-of-00002.safetensors"]
+
+
+LINKS = {
+    "the page": "report.html",
+    "a file of a sweep": "pruning/sweep.csv",
+    "a table of a sweep": "pruning/tables/a.csv",
+    "the folder of a sweep": "pruning",
+    "the tables of a sweep": "pruning/tables",
+    "a licence": "LICENSE",
+    "the record": "lineage.json",
+    "the report": "compression_report.json",
+    "the listing": ".bivlm-files",
+    "the tokenizer": "tokenizer.json",
+    "the weights": "model.safetensors",
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_a_link_out_of_the_folder_is_not_published(packed, tmp_path, case):
+    place = packed / LINKS[case]
+    elsewhere = tmp_path / "elsewhere"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_file():
+        shutil.move(place, elsewhere)  # with the very bytes that belong there
+    else:
+        elsewhere.mkdir() if not place.suffix else elsewhere.write_text("secret")
+    place.symlink_to(elsewhere)
+    with pytest.raises(InputError, match=f"{place.name}: a link to .*elsewhere, outside the folder"):
+        package(packed, "me/packed")
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(packed):
+    for name in ("report.html", "pruning/sweep.csv", "config.json", "model.safetensors"):
+        (packed / name).parent.mkdir(exist_ok=True)
+        held = (packed / name).read_bytes() if (packed / name).exists() else None
+        (packed / name).unlink(missing_ok=True)
+        os.mkfifo(packed / name)
+        with pytest.raises(InputError, match=f"{name.rpartition('/')[2]}: expected a file"):
+            package(packed, "me/packed")
+        (packed / name).unlink()
+        if held is not None:
+            (packed / name).write_bytes(held)
+
+
+def test_what_the_user_put_beside_the_checkpoint_is_not_published(packed):
+    before = package(packed, "me/packed").names
+    for name in (".git/config", "notes.md", "adapter/weights.bin", "pruning/notes.md"):
+        (packed / name).parent.mkdir(exist_ok=True)
+        (packed / name).write_text("mine")
+    (packed / "linked").symlink_to("/etc")
+    assert package(packed, "me/packed").names == before
 
 
 def test_a_branch_is_made_and_main_is_left_alone(writer, packed):

@@ -22,7 +22,7 @@ def logged(tmp_path, monkeypatch):
     (tmp_path / "files" / "sweep.csv").write_text("x")
 
     def log():
-        parent = log_sweep.fn(ROWS, str(tmp_path / "files"), workspace.url)
+        parent = log_sweep.fn(ROWS, str(tmp_path / "files"), ["sweep.csv"], workspace.url)
         client = MlflowClient()
         runs = client.search_runs([client.get_run(parent).info.experiment_id])
         return [run for run in runs if run.data.tags["bivlm.role"] == "pruned"]

@@ -251,6 +251,22 @@ with scratch_folder(Path(sys.argv[1])) as folder:
             assert left.exists() == (hours < 24)
 
 
+def test_what_others_put_among_the_folders_of_steps_stays(tmp_path):
+    scratch = tmp_path / "scratch"
+    (scratch / "mine").mkdir(parents=True)
+    (scratch / "mine" / "file").write_text("mine")
+    (scratch / "notes.md").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "lock").touch()
+    (scratch / "link").symlink_to(tmp_path / "elsewhere")
+    for path in scratch.iterdir():
+        os.utime(path, (0, 0), follow_symlinks=False)
+    with Workspace.open(tmp_path).scratch():
+        pass
+    assert sorted(path.name for path in scratch.rglob("*")) == ["file", "link", "mine", "notes.md"]
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["lock"]
+
+
 @pytest.mark.parametrize("location", ["s3://", "s3:///prefix", "s3://Not_A_Bucket"])
 def test_what_is_not_an_s3_location_is_refused(location):
     with pytest.raises(InputError, match="expected s3://bucket"):

@@ -1,0 +1,367 @@
+"""The output folder: which files in it are bivlm's, and how a new output takes the place of an earlier one.
+
+A packed checkpoint lists its own files in ``.bivlm-files``, one name a line. Nothing else is ever removed: whatever
+else lies in the folder is moved into the new output. What would be read there as a part of the new checkpoint, such as
+a tokenizer file of another model, is refused before any work.
+
+A new output is made beside its place and renamed into it. Links are moved as links and never followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from filecmp import cmp
+from pathlib import Path, PurePosixPath
+
+from bivlm.checkpoint.reading import (
+    CONFIG,
+    LINEAGE,
+    QUANT_METHOD,
+    REPORT,
+    TEMPLATES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    is_inside,
+    is_licence_name,
+    is_side_name,
+    weights_of_index,
+)
+from bivlm.errors import InputError
+from bivlm.stores.folder import flush_folder, writable_folder, write_atomically
+
+LISTING = ".bivlm-files"
+PAGE = "report.html"
+SWEEP = "pruning"  # the folder of a recipe's sweep
+RECORDS = {REPORT, LINEAGE, PAGE, LISTING}  # of every run, and in no listing
+_OF_SWEEP = re.compile(
+    rf"{SWEEP}/(sweep\.csv|adaptive\.csv|baselines\.json|losses\.svg|accuracy\.svg|tables/[^/]+\.csv)"
+)
+_CUT_OFF = re.compile(r"\.partial-[0-9a-f]{16}")  # see `bivlm.stores.folder.temporary_beside`
+_LONGEST_STEM = 200  # bytes; a name has at most 255, and those beside an output are longer than its own
+
+
+def check_replaceable(output: Path, base: Path | None = None) -> None:
+    """Raise `InputError` unless a new output may take the place of the folder `output`.
+
+    `base` is the folder of the checkpoint that will be packed: a file that it has with the same bytes is no loss.
+    """
+    if not output.name:
+        raise InputError(f"output {output}: expected a folder with a name of its own")
+    try:
+        left = earlier_of(output)
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise InputError(f"output {output}: exists and is not a folder")
+        if os.path.ismount(output):
+            raise InputError(
+                f"output {output}: a disk is mounted there, which cannot be replaced; choose a folder in it"
+            )
+        for place in (left, _partial_of(output), _beside(output, "copy")):
+            if os.path.lexists(place) and not _is_left(place):
+                raise InputError(f"{place}: needed beside the output, and not made by bivlm; move it or choose another")
+        if os.path.lexists(left) and os.path.lexists(output):
+            _refuse_clashes(_clashes(left, output, _expendable(left, output)), left, output)
+        for present in (place for place in (left, output) if place.is_dir() and any(place.iterdir())):
+            if present == output and not _has_our_config(output):
+                raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
+            if not os.access(present, os.W_OK | os.X_OK):
+                raise InputError(f"output {output}: cannot be written to")
+            _refuse_what_would_be_read(present, base)
+    except OSError as error:
+        raise InputError(f"output {output}: cannot be used: {error.strerror}") from error
+    writable_folder(output.parent, f"folder of the output {output.name}:")
+
+
+def _refuse_what_would_be_read(folder: Path, other: Path | None) -> None:
+    """Raise `InputError` naming files in `folder` that are not bivlm's and that a checkpoint is read with.
+
+    What the folder `other` has with the same bytes would be no loss.
+    """
+    names = [name for name in _foreign(folder, _expendable(folder, other)) if _is_read(name, folder)]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise InputError(
+            f"output {folder}: {', '.join(names[:3])}{more}: not of the earlier output, and would be read as a part of "
+            "the new one; move it elsewhere, or choose a new folder"
+        )
+
+
+def own_files(folder: Path) -> set[str]:
+    """Return the names, with forward slashes, of the files in `folder` that bivlm wrote.
+
+    A link in the place of one is the user's, and so is whatever lies behind a link.
+    """
+    listed = listing(folder)
+    names = (_recorded(folder) if listed is None else listed) | RECORDS
+    names |= {file.name for file in folder.iterdir() if _CUT_OFF.fullmatch(file.name)}
+    return {name for name in names if _is_plain(folder, name)}
+
+
+def extra_files(folder: Path) -> Iterator[Path]:
+    """Return what a run leaves beside a checkpoint for people to see: the page, and the files of a sweep.
+
+    Links in their places are returned, too, for `refuse_links_out_of`; none is followed.
+    """
+    page, sweep = folder / PAGE, folder / SWEEP
+    if os.path.lexists(page):
+        yield page
+    if sweep.is_symlink():
+        yield sweep
+        return
+    for place, folders, files in os.walk(sweep):
+        for path in (Path(place) / name for name in sorted([*folders, *files])):
+            if _OF_SWEEP.fullmatch(path.relative_to(folder).as_posix()) or path.is_symlink():
+                yield path
+
+
+def listing(folder: Path) -> set[str] | None:
+    """Return the names that `folder` lists as bivlm's; None if it lists none."""
+    if not _is_plain(folder, LISTING):
+        return None
+    return names_in((folder / LISTING).read_bytes())
+
+
+def names_in(listing: bytes) -> set[str]:
+    """Return the names in the bytes of a listing that are names of files below its folder."""
+    return {name for name in listing.decode(errors="replace").split("\n") if is_inside(name)}
+
+
+def list_files(folder: Path, names: Iterable[str]) -> None:
+    """Add `names` to those that `folder` lists as bivlm's."""
+    listed = listing(folder)
+    before = listed if listed is not None else own_files(folder)
+    lines = sorted({*before, *(name for name in names if is_inside(name))} - RECORDS)
+    write_atomically(folder / LISTING, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+
+
+def check_names(folder: Path, names: Iterable[str]) -> None:
+    """Raise `InputError` if `folder` has files of these `names` that bivlm did not write: they would be overwritten."""
+    there = [name for name in names if os.path.lexists(folder / name)]
+    listed = listing(folder)
+    # A folder of before there was a listing has all of them.
+    if listed is None and set(there) == set(names):
+        return
+    if strangers := [name for name in there if name not in (listed or ())]:
+        raise InputError(
+            f"output {folder}: {', '.join(strangers)}: not made by bivlm, and would be overwritten; move it elsewhere, "
+            "or choose a new folder"
+        )
+
+
+@contextmanager
+def own_copy(folder: Path) -> Iterator[Path]:
+    """Give a folder with bivlm's files of `folder` alone; it lies beside it, and is made of hard links if possible."""
+    place = _fresh(_beside(folder, "copy"))
+    try:
+        copy = place / "checkpoint"
+        for name in sorted(own_files(folder)):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (copy / name).hardlink_to(folder / name)
+            except OSError:
+                shutil.copyfile(folder / name, copy / name, follow_symlinks=False)
+        yield copy
+    finally:
+        shutil.rmtree(place)
+
+
+def fresh_partial(output: Path) -> Path:
+    """Make the empty folder beside `output` in which the new one is built; what a killed run left there is removed."""
+    return _fresh(_partial_of(output))
+
+
+def _fresh(partial: Path) -> Path:
+    if os.path.lexists(partial):
+        if not _is_left(partial):
+            raise InputError(f"{partial}: needed beside the output, and not made by bivlm; move it or choose another")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    (partial / LISTING).touch()
+    return partial
+
+
+def unfinished_of(output: Path) -> Path:
+    """Return the folder beside `output` where a checkpoint waits until its run has evaluated and recorded it."""
+    return _beside(output, "unfinished")
+
+
+def earlier_of(output: Path) -> Path:
+    """Return the name that an earlier output has for a moment, while it is replaced."""
+    return _beside(output, "earlier")
+
+
+def settle(output: Path) -> None:
+    """Finish, or undo, a replacement in which a run was killed; do nothing if there was none."""
+    left = earlier_of(output)
+    if not os.path.lexists(left):
+        return
+    if not _is_left(left):
+        raise InputError(f"{left}: needed beside the output, and not made by bivlm; move it or choose another")
+    if os.path.lexists(output):
+        _carry_over(left, output)
+    else:
+        left.rename(output)
+
+
+def replace(output: Path, new: Path) -> None:
+    """Put the folder `new` in the place of `output`, and into it what is not bivlm's of the one that was there.
+
+    Killed at any point, the next run finds either output whole, and whatever is not bivlm's in it or in the folder
+    beside it, from where `settle` moves it. Raises `InputError`, with nothing changed, for a file that was added
+    meanwhile and would be read as a part of the new output.
+    """
+    settle(output)
+    left = earlier_of(output)
+    if os.path.lexists(output):
+        _refuse_what_would_be_read(output, new)
+        _refuse_clashes(_clashes(output, new, _expendable(output, new)), output, new)
+        output.rename(left)
+        try:
+            new.rename(output)
+        except BaseException:
+            left.rename(output)
+            raise
+    else:
+        new.rename(output)
+    flush_folder(output.parent)
+    settle(output)
+
+
+def _carry_over(left: Path, output: Path) -> None:
+    """Move what is not bivlm's from `left` into `output`, and then remove `left` with the files that are."""
+    # Said before the first of them goes: without it, after a kill, what remains would pass for the user's.
+    list_files(left, _expendable(left, output))
+    own = own_files(left)
+    for name in (f"{SWEEP}/tables", SWEEP, TEMPLATES):  # emptied by a run that was killed here
+        with suppress(OSError):
+            (left / name).rmdir()
+    _refuse_clashes(list(_move(left, output, "", own)), left, output)
+    for name in own - {LISTING}:
+        (left / name).unlink()
+    folders = {parent.as_posix() for name in own for parent in PurePosixPath(name).parents} - {"."}
+    for name in sorted(folders, reverse=True):
+        (left / name).rmdir()
+    (left / LISTING).unlink()
+    left.rmdir()
+
+
+def _move(left: Path, output: Path, prefix: str, own: set[str]) -> Iterator[str]:
+    """Move what is not in `own`; return the names for which there is no room."""
+    for name in list(_foreign(left, own, prefix)):
+        source, target = left / name, output / name
+        if not os.path.lexists(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
+        elif _is_folder(source) and _is_folder(target):
+            kept = list(_move(left, output, f"{name}/", own))
+            if not kept:
+                source.rmdir()
+            yield from kept
+        else:
+            yield name
+
+
+def _clashes(left: Path, output: Path, own: set[str], prefix: str = "") -> list[str]:
+    """The names for which `_move` would find no room."""
+    found = []
+    for name in _foreign(left, own, prefix):
+        if os.path.lexists(output / name):
+            both = _is_folder(left / name) and _is_folder(output / name)
+            found += _clashes(left, output, own, f"{name}/") if both else [name]
+    return found
+
+
+def _refuse_clashes(names: list[str], left: Path, output: Path) -> None:
+    if names:
+        raise InputError(f"{left}: {', '.join(names[:3])}: kept, because {output} has the same; move it elsewhere")
+
+
+def _foreign(folder: Path, own: set[str], prefix: str = "") -> Iterator[str]:
+    """Names in `folder` that are not in `own`: a folder once, unless some of what lies in it is."""
+    for entry in sorted(os.scandir(folder / prefix), key=lambda entry: entry.name):
+        name = f"{prefix}{entry.name}"
+        if name in own:
+            continue
+        if entry.is_dir(follow_symlinks=False) and any(each.startswith(f"{name}/") for each in own):
+            yield from _foreign(folder, own, f"{name}/")
+        else:
+            yield name
+
+
+def _is_read(name: str, folder: Path) -> bool:
+    """Whether something of this name in a packed checkpoint's folder is taken for a part of it."""
+    first, *rest = PurePosixPath(name).parts
+    if rest or _is_folder(folder / name):
+        filled = rest or any((folder / name).iterdir())
+        return (first == TEMPLATES and filled) or (not rest and name in RECORDS | {CONFIG, WEIGHTS_INDEX})
+    known = RECORDS | {CONFIG, WEIGHTS_INDEX, TEMPLATES, SWEEP}
+    return name in known or name.endswith((".safetensors", ".py")) or is_side_name(name) or is_licence_name(name)
+
+
+def _expendable(folder: Path, other: Path | None) -> set[str]:
+    """The files in `folder` that are bivlm's, and those that `other` has with the same bytes, which are no loss."""
+    own = own_files(folder)
+    if other is None:
+        return own
+    alike = (name for name in _foreign(folder, own) if _is_plain(folder, name) and (other / name).is_file())
+    return own | {name for name in alike if cmp(folder / name, other / name, shallow=False)}
+
+
+def _recorded(folder: Path) -> set[str]:
+    """What an output of before there was a listing says that it is made of."""
+    if not _has_our_config(folder):
+        return set()
+    names = {CONFIG, WEIGHTS_INDEX}
+    try:
+        names |= {WEIGHTS} if (folder / WEIGHTS).exists() else set(weights_of_index(folder))
+        names |= {name for name in json.loads((folder / LINEAGE).read_bytes())["packed"]["files"] if is_inside(name)}
+    except (InputError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # one that was cut off before its record; or no record
+    return names | {file.relative_to(folder).as_posix() for file in extra_files(folder)}
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether a folder beside an output was left by a killed run; of an empty one nothing would be lost."""
+    return _is_folder(folder) and (not any(folder.iterdir()) or _is_plain(folder, LISTING) or _has_our_config(folder))
+
+
+def _has_our_config(folder: Path) -> bool:
+    if not _is_plain(folder, CONFIG):
+        return False
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _is_plain(folder: Path, name: str) -> bool:
+    """Whether `name` is a file in `folder`, neither a link nor behind one."""
+    place = folder / name
+    try:
+        between = [parent for parent in place.parents if parent != folder and parent.is_relative_to(folder)]
+        return stat.S_ISREG(place.lstat().st_mode) and not any(parent.is_symlink() for parent in between)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _partial_of(output: Path) -> Path:
+    return _beside(output, "partial")
+
+
+def _beside(output: Path, kind: str) -> Path:
+    stem = output.name
+    if len(os.fsencode(stem)) > _LONGEST_STEM:
+        stem = hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]
+    return output.with_name(f".{stem}.{kind}")
