@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.quiet import hide_loading_bars, quieten
+from flows.terminal import run_command
 
 RECIPES = ("bivlm-paper", "bivlm-1bit", "bivlm")  # the last one's page shows all three
 QUESTIONS = 250
@@ -28,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--questions", default=QUESTIONS, type=int, metavar="N", help="questions of every set (default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    return run_command(lambda: _demo(parser.parse_args(arguments)))
+
+
+def _demo(options: argparse.Namespace) -> int:
     output = options.output.absolute()
     # Nothing that is configured on this machine shall change what the demo does.
     for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow
 from rich.console import Console
 
-from bivlm.errors import GateNotPassed, InputError
+from bivlm.errors import GateNotPassed, InputError, describe
 from bivlm.evaluation import load_benchmark
 from bivlm.finish_settings import FinishSettings
 from bivlm.leaderboard import board, fingerprint
@@ -69,7 +69,7 @@ def leaderboard_flow(
             if not is_the_recipes(error):
                 raise
             entries.append(failed_entry(recipe, error))
-            said = f"failed: {error};"
+            said = f"failed: {describe(error)};"
         else:
             results[recipe.name] = result
             entries.append(entry_of(recipe, result))

@@ -11,7 +11,7 @@ from typing import Any
 from prefect import flow
 from rich.console import Console
 
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.reproduction import FULL_PRECISION, TABLES, as_markdown, as_table, published, recipe_set, scores_of
 from bivlm.stores.folder import write_atomically
 from flows.compress import compress_flow
@@ -67,8 +67,8 @@ def reproduce_flow(
         except Exception as error:
             if not is_the_recipes(error):
                 raise
-            columns[column] = {"failed": str(error)}
-            said = f"failed: {error};"
+            columns[column] = {"failed": describe(error)}
+            said = f"failed: {describe(error)};"
         else:
             columns[column] = _packed(result)
             columns.setdefault(FULL_PRECISION, _full_precision(result))

@@ -17,8 +17,8 @@ from boto3.exceptions import S3UploadFailedError
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from bivlm.addresses import without_credentials
 from bivlm.errors import InputError
-from bivlm.names import without_credentials
 from bivlm.stores import Entry, Store
 from bivlm.stores.folder import temporary_beside
 from bivlm.stores.location import cache_folder

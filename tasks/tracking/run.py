@@ -17,9 +17,9 @@ from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
 from prefect import task
 
+from bivlm.addresses import without_credentials
 from bivlm.errors import InputError
 from bivlm.identity import digest
-from bivlm.names import without_credentials
 from bivlm.recipe import Recipe
 from bivlm.workspace import Workspace
 from tasks.checkpoint import Base

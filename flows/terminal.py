@@ -1,0 +1,101 @@
+"""Standard output and error of a command: closed, full, of another encoding, or with nobody who reads them."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Return the exit code of `command`, or 1 and a sentence on stderr if its output cannot be written."""
+    _prepare_streams()
+    try:
+        code = command()
+    except SystemExit:  # of argparse, after a usage message or a help page
+        if (error := unwritten_output()) is None:
+            raise
+    else:
+        if (error := unwritten_output()) is None:
+            return code
+    print(cannot_be_written(error), file=sys.stderr)
+    return 1
+
+
+def cannot_be_written(error: OSError) -> str:
+    """Return the sentence that says why there is no output."""
+    return f"bivlm: the output cannot be written: {error.strerror}"
+
+
+class _Forgiving(io.TextIOWrapper):
+    """A stderr that cannot be written to fails nothing: whoever could be told of it does not read it."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def _prepare_streams() -> None:
+    """Open closed standard streams to nowhere, and let the others take any character.
+
+    A closed descriptor would be given to the next file that is opened, a database for instance, and whatever a library
+    prints would be written into it. Characters that the encoding lacks are printed as escapes, such as ``\\xb1``.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - stays open to the end
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if type(sys.stderr) is io.TextIOWrapper:  # not what a test has put there
+        raw = io.FileIO(sys.stderr.fileno(), "w", closefd=False)
+        sys.stderr = _Forgiving(raw, sys.stderr.encoding, "backslashreplace", line_buffering=True, write_through=True)
+
+
+def unwritten_output() -> OSError | None:
+    """Flush stdout, and give it up if it cannot take what was printed, as with a full disk.
+
+    Returns why it cannot; None if it took everything, or if its reader has seen enough, as with ``| head``.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _give_up(sys.stdout.fileno())
+    except OSError as error:
+        _give_up(sys.stdout.fileno())
+        return error
+    return None
+
+
+def nobody_reads() -> bool:
+    """Whether our output goes to a pipe whose reader has seen enough, as with ``| head``; it is then given up."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)  # what is wrong with it is told in any case; flushing would only tell if something is left
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    _give_up(output)
+    return True
+
+
+def _give_up(descriptor: int) -> None:
+    """Let what is still to be written there, by the end of the interpreter at the latest, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
