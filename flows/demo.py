@@ -80,9 +80,9 @@ def _compress(recipe: str, output: Path, questions: int) -> dict[str, Any]:
 
 
 def _print(results: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
+    from flows.tables import print_table
 
-    Console().print(_table(results))
+    print_table(_table(results))
     last = results[RECIPES[-1]]
     print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision,")
     print("mean over the tokens of held-out replies. Seconds and memory: the compression.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class _Forgiving(io.TextIOWrapper):
 
 
 def _prepare_streams() -> None:
-    """Open closed standard streams to nowhere, and let the others take any character.
+    """Open closed standard streams to nowhere, let the others take any character, ignore a width that is none.
 
     A closed descriptor would be given to the next file that is opened, a database for instance, and whatever a library
     prints would be written into it. Characters that the encoding lacks are printed as escapes, such as ``\\xb1``.
@@ -60,6 +61,9 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - stays open to the end
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]*", os.environ.get(name, "1")):
+            del os.environ[name]
     if type(sys.stderr) is io.TextIOWrapper:  # not what a test has put there
         raw = io.FileIO(sys.stderr.fileno(), "w", closefd=False)
         sys.stderr = _Forgiving(raw, sys.stderr.encoding, "backslashreplace", line_buffering=True, write_through=True)
