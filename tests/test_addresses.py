@@ -16,7 +16,9 @@ from bivlm.names import check_address
 _CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/@#?%&=:+!$~._-"
 SECRETS = st.text(_CHARACTERS, min_size=4, max_size=40)
 SCHEMES = st.sampled_from(["http", "https", "s3", "postgresql", "postgresql+psycopg2", "mysql", "tcp", "ray", "HTTPS"])
-PARAMETERS = st.sampled_from(["X-Amz-Signature", "token", "access_token", "password", "X-Amz-Credential", "sig", "apikey"])
+PARAMETERS = st.sampled_from(
+    ["X-Amz-Signature", "token", "access_token", "password", "X-Amz-Credential", "sig", "apikey"]
+)
 PATHS = st.sampled_from(["", "/", "/api", "/bucket/prefix", "/x?y=z", "?x=y"])
 
 

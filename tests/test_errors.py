@@ -35,7 +35,10 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
         (TimeoutError(), "TimeoutError, without a message of its own"),
         (concurrent.futures.CancelledError(), "CancelledError, without a message of its own"),
         (caused(RuntimeError(None), TimeoutError("no lock")), "RuntimeError, caused by TimeoutError: no lock"),
-        (caused(ValueError(" "), caused(OSError(), KeyError("x"))), "ValueError, caused by KeyError: key 'x' not found"),
+        (
+            caused(ValueError(" "), caused(OSError(), KeyError("x"))),
+            "ValueError, caused by KeyError: key 'x' not found",
+        ),
         (ValueError("no https://me:a/b@host/x"), "ValueError: no https://host/x"),
     ],
 )

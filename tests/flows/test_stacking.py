@@ -74,7 +74,7 @@ EVALUATION = {
 
 
 def bits(_):
-    by_component = {name: BITS for name in ("vision", "adaptor", "language")}
+    by_component = dict.fromkeys(("vision", "adaptor", "language"), BITS)
     tables.print_bits({"linears": BITS, "by_component": by_component, "tables": None, "model": BITS})
     return ["1,234,567,890"] * 5 + ["2.062"] * 5 + ["1.988"] * 5 + ["2.281"] * 5
 
