@@ -7,8 +7,9 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -29,6 +30,28 @@ def run_command(command: Callable[[], int]) -> int:
 def cannot_be_written(error: OSError) -> str:
     """Return the sentence that says why there is no output."""
     return f"bivlm: the output cannot be written: {error.strerror}"
+
+
+class _Output(io.TextIOWrapper):
+    """A stdout that remembers why it could not be written to: argparse, for one, does not tell."""
+
+    failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._remembering():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._remembering():
+            super().flush()
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 class _Forgiving(io.TextIOWrapper):
@@ -64,9 +87,21 @@ def _prepare_streams() -> None:
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[1-9][0-9]*", os.environ.get(name, "1")):
             del os.environ[name]
-    if type(sys.stderr) is io.TextIOWrapper:  # not what a test has put there
-        raw = io.FileIO(sys.stderr.fileno(), "w", closefd=False)
-        sys.stderr = _Forgiving(raw, sys.stderr.encoding, "backslashreplace", line_buffering=True, write_through=True)
+    sys.stdout, sys.stderr = _as(_Output, sys.stdout), _as(_Forgiving, sys.stderr)
+
+
+def _as(kind: type[io.TextIOWrapper], stream: TextIO) -> TextIO:
+    """The same stream as `kind`, unless it is not Python's own, as in a test."""
+    if type(stream) is not io.TextIOWrapper:
+        return stream
+    stream.flush()
+    return kind(
+        stream.buffer,
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def unwritten_output() -> OSError | None:
@@ -74,14 +109,14 @@ def unwritten_output() -> OSError | None:
 
     Returns why it cannot; None if it took everything, or if its reader has seen enough, as with ``| head``.
     """
+    failure = getattr(sys.stdout, "failure", None)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        _give_up(sys.stdout.fileno())
     except OSError as error:
+        failure = error
+    if failure is not None:
         _give_up(sys.stdout.fileno())
-        return error
-    return None
+    return None if isinstance(failure, BrokenPipeError) else failure
 
 
 def nobody_reads() -> bool:

@@ -4,7 +4,7 @@ import sqlite3
 import string
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine
 
@@ -77,6 +77,7 @@ NAMES = st.text(string.ascii_letters + " ?#%:@&=+;,'\"\\äß猫~", min_size=1, m
 )
 
 
+@settings(deadline=None, max_examples=40)
 @given(NAMES)
 @example("a?b")
 @example("a?mode=ro#x")
