@@ -27,7 +27,7 @@ from flows.commands import (
     trigger,
 )
 from flows.quiet import quieten
-from flows.terminal import cannot_be_written, nobody_reads, run_command, unwritten_output
+from flows.terminal import nobody_reads, run_command, unwritten_output
 
 # In the order in which ``bivlm --help`` lists their commands.
 _MODULES = (
@@ -91,8 +91,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return DONE
         if isinstance(error, OSError) and unwritten_output() is not None:
-            print(cannot_be_written(error), file=sys.stderr)
-            return FAILED
+            return FAILED  # `run_command` says so
         if not _is_outside(error):
             print(text_without_credentials(traceback.format_exc().rstrip()), file=sys.stderr)
         print(f"bivlm {options.command}: failed: {describe(error)}", file=sys.stderr)

@@ -23,13 +23,8 @@ def run_command(command: Callable[[], int]) -> int:
     else:
         if (error := unwritten_output()) is None:
             return code
-    print(cannot_be_written(error), file=sys.stderr)
+    print(f"bivlm: the output cannot be written: {error.strerror}", file=sys.stderr)
     return 1
-
-
-def cannot_be_written(error: OSError) -> str:
-    """Return the sentence that says why there is no output."""
-    return f"bivlm: the output cannot be written: {error.strerror}"
 
 
 class _Output(io.TextIOWrapper):
@@ -78,30 +73,24 @@ def _prepare_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    for name in ("stdout", "stderr"):
+    for name, kind in (("stdout", _Output), ("stderr", _Forgiving)):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - stays open to the end
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        else:
+            setattr(sys, name, _as(kind, stream))
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[1-9][0-9]*", os.environ.get(name, "1")):
             del os.environ[name]
-    sys.stdout, sys.stderr = _as(_Output, sys.stdout), _as(_Forgiving, sys.stderr)
 
 
 def _as(kind: type[io.TextIOWrapper], stream: TextIO) -> TextIO:
-    """The same stream as `kind`, unless it is not Python's own, as in a test."""
+    """Return the same stream as `kind` that takes any character, unless it is not Python's own, as in a test."""
     if type(stream) is not io.TextIOWrapper:
         return stream
     stream.flush()
-    return kind(
-        stream.buffer,
-        stream.encoding,
-        stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
+    lines, through = stream.line_buffering, stream.write_through
+    return kind(stream.buffer, stream.encoding, "backslashreplace", line_buffering=lines, write_through=through)
 
 
 def unwritten_output() -> OSError | None:

@@ -54,7 +54,7 @@ def as_plain_folder(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("make", [as_module, as_package, as_plain_folder])
 @pytest.mark.parametrize("names", [("tasks",), ("flows",), ("bivlm", "flows", "tasks", "benchmarks")])
-@pytest.mark.parametrize("path", [".", "", None, ":/nonexistent"])
+@pytest.mark.parametrize("path", [".", None, ":/nonexistent"])
 def test_a_users_own_modules_hide_none_of_ours(make, names, path, folder):
     for name in names:
         make(folder, name)
@@ -110,39 +110,55 @@ def test_the_installed_command_starts_here():
 
 
 FULL = "bivlm: the output cannot be written: No space left on device\n"
+OUTPUTS = [
+    (">/dev/full", 1, FULL),
+    (">/dev/full 2>/dev/full", 1, ""),
+    ("2>/dev/full", 0, ""),
+    (">&-", 0, ""),
+    ("2>&-", 0, ""),
+    ("<&- >&- 2>&-", 0, ""),
+    ("| head -c 1 >/dev/null; exit ${PIPESTATUS[0]}", 0, ""),
+]
+
+
+def printing(text: str, *, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command that runs `text`, with stdout and stderr as every command has them, and nothing else imported."""
+    script = "import sys; from flows.terminal import run_command; sys.exit(run_command(lambda: exec(sys.argv[1]) or 0))"
+    own = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    own |= {"PYTHONPATH": str(ROOT)} | environment
+    line = ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, "-c", script, text]
+    return subprocess.run(line, env=own, capture_output=True, text=True, errors="replace", check=False, timeout=60)
 
 
 @pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
-@pytest.mark.parametrize(
-    ("arguments", "shell", "code", "told"),
-    [
-        (["--help"], ">/dev/full", 1, FULL),
-        (["bits"], ">/dev/full", 1, FULL),
-        (["bits", "--json"], ">/dev/full", 1, FULL),
-        (["inspect", "--model"], ">/dev/full", 1, FULL),
-        (["bits"], ">/dev/full 2>/dev/full", 1, ""),
-        (["bits"], "2>/dev/full", 0, ""),
-        (["bits"], ">&-", 0, ""),
-        (["bits"], "2>&-", 0, ""),
-        (["bits"], "<&- >&- 2>&-", 0, ""),
-        (["--nonesuch"], "2>/dev/full", 2, ""),
-        (["bits", "--json"], "| head -c 1 >/dev/null; exit ${PIPESTATUS[0]}", 0, ""),
-    ],
-)
-def test_an_output_that_cannot_be_written_is_told_in_one_sentence(
-    arguments, shell, code, told, buffered, folder, compressed
-):
-    wanted = [str(compressed.output)] if arguments[0] in ("bits", "inspect") else []
-    done = command(*arguments, *wanted, folder=folder, shell=shell, PYTHONUNBUFFERED=buffered)
+@pytest.mark.parametrize(("shell", "code", "told"), OUTPUTS)
+def test_an_output_that_cannot_be_written_is_told_in_one_sentence(shell, code, told, buffered):
+    # As argparse, which says nothing of it, and as rich.
+    silent = "try: print('x' * 20)\nexcept OSError: pass\nprint('y', file=sys.stderr)"
+    done = printing(silent, shell=shell, PYTHONUNBUFFERED=buffered)
+    assert (done.returncode, done.stderr.replace("y\n", "")) == (code, told)
+
+
+@pytest.mark.parametrize(("shell", "code", "told"), OUTPUTS)
+def test_a_help_page_that_cannot_be_written_is_told_in_one_sentence(shell, code, told, folder):
+    done = command("--help", folder=folder, shell=shell)
     assert (done.returncode, done.stderr) == (code, told)
 
 
-def test_bad_input_keeps_its_code_where_nobody_can_be_told(folder):
-    done = command("bits", "nothing", folder=folder, shell="2>/dev/full")
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["a table", "JSON"])
+@pytest.mark.parametrize(("shell", "code", "told"), OUTPUTS)
+def test_figures_that_cannot_be_written_are_told_in_one_sentence(shell, code, told, options, folder, compressed):
+    done = command("bits", str(compressed.output), *options, folder=folder, shell=shell)
+    assert (done.returncode, done.stderr) == (code, told)
+
+
+def test_bad_usage_keeps_its_code_where_nobody_can_be_told(folder):
+    done = command("--nonesuch", folder=folder, shell="2>/dev/full")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
-def test_a_closed_output_is_given_to_no_other_file(folder, compressed):
+def test_a_closed_output_is_given_to_no_other_file(folder):
     """The next file that is opened would get its number, and be written into by whatever a library prints."""
     script = "import os, sys; from flows.terminal import run_command; "
     script += "run_command(lambda: [os.write(3, str(open('x', 'w').fileno()).encode()), 0][1])"
@@ -165,17 +181,37 @@ TERMINALS = [
 ]
 
 
+ODD = "a ± b – 猫 \udcff"
+TABLE = f"""
+from rich.table import Table
+from flows.commands import print_json
+from flows.stacking import show
+table = Table("name", "figure", title={ODD!a})
+table.add_row({ODD!a}, "12.345")
+show(table)
+print({ODD!a})
+print({ODD!a}, file=sys.stderr)
+print("JSON")
+print_json({{"name": {ODD!a}}})
+"""
+
+
 @pytest.mark.parametrize("terminal", TERMINALS, ids=str)
-def test_an_odd_terminal_gets_every_figure(terminal, folder, compressed):
+def test_an_odd_terminal_gets_every_figure(terminal):
+    done = printing(TABLE, **terminal)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    table, _, text = done.stdout.partition("JSON\n")
+    assert "12.345" in table.split()
+    assert json.loads(text) == {"name": ODD}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminal", TERMINALS, ids=str)
+def test_a_command_works_in_an_odd_terminal(terminal, folder, compressed):
     from bivlm.bits import bits_of
 
-    odd = compressed.place.parent / f"{compressed.place.name} ± – 猫"
-    if not odd.exists():
-        odd.symlink_to(compressed.output)
-    done = command("bits", str(odd), folder=folder, **terminal)
+    done = command("bits", str(compressed.output), folder=folder, **terminal)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{bits_of(compressed.output)['linears']['stored']:.3f}" in done.stdout.split()
-    done = command("bits", str(odd), "--json", folder=folder, **terminal)
-    assert json.loads(done.stdout) == bits_of(compressed.output)
-    done = command("bits", str(odd / "± – 猫"), folder=folder, **terminal)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("bivlm bits: ")
+    done = command("bits", str(folder / "± – 猫"), folder=folder, **terminal)
+    assert done.returncode == 2 and done.stderr.startswith("bivlm bits: ") and "Traceback" not in done.stderr
