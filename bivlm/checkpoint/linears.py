@@ -18,7 +18,7 @@ from bivlm.checkpoint.conversion import expert_names
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import QUANT_METHOD, Checkpoint
 from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.families import Family, families, family
 from bivlm.methods import method
 from bivlm.packing.container import read_header
@@ -246,7 +246,9 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         model_type = checkpoint.config.get("model_type", "")
         if model_type not in families():
             family(model_type)  # says which there are
-        raise InputError(f"checkpoint {checkpoint.folder}: its config makes no image-text model: {error}") from error
+        raise InputError(
+            f"checkpoint {checkpoint.folder}: its config makes no image-text model: {describe(error)}"
+        ) from error
 
 
 def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, LoadedName]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 import bivlm  # noqa: F401  registers the quantization method, so that packed checkpoints load
 from bivlm.chat import encode, render_prompt
 from bivlm.checkpoint import Checkpoint
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.remote_code import code_refused, remote_code_allowed
 from bivlm.samples import VqaSample
 
@@ -57,7 +57,7 @@ def load_processor(folder: str | Path) -> ProcessorMixin:
     except (OSError, ValueError) as error:
         if not code and "trust_remote_code" in str(error):
             raise code_refused(folder, "its processor or tokenizer is code of its own (auto_map)") from error
-        raise InputError(f"model {folder}: expected a processor beside the weights: {error}") from error
+        raise InputError(f"model {folder}: expected a processor beside the weights: {describe(error)}") from error
     if not isinstance(processor, ProcessorMixin):
         found = type(processor).__name__
         raise InputError(f"model {folder}: expected a processor for pictures and text, found {found}")
