@@ -1,6 +1,6 @@
 """`bivlm compress` of the reference model beside processes that keep the machine busy: how it ends, and after how long.
 
-    python -m benchmarks.busy [--processes 8] [--timeout MINUTES]
+    python -m benchmarks.busy [--processes 8] [--questions N] [--timeout MINUTES]
 
 Prints one JSON object: exit code, seconds, load before and after, and the last line on stderr where the run failed.
 """
@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from bivlm.reference import CHECKPOINT
 
@@ -25,12 +27,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.busy", description=__doc__.partition("\n")[0])
     parser.add_argument("--processes", type=int, default=8, metavar="N", help="busy processes (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=60, metavar="MINUTES", help="give up (default: %(default)s)")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=50,
+        metavar="N",
+        help="of a benchmark, 0: none (default: %(default)s)",
+    )
     options = parser.parse_args()
     before = os.getloadavg()[0]
     busy = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(options.processes)]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            found = _compress(folder, 60 * options.timeout)
+            found = _compress(folder, 60 * options.timeout, options.questions)
     finally:
         for process in busy:
             process.kill()
@@ -42,19 +51,25 @@ def main() -> int:
     return 0 if found["exit_code"] == 0 or (told and not found["said"].endswith(": None")) else 1
 
 
-def _compress(folder: str, seconds: float) -> dict[str, object]:
+def _compress(folder: str, seconds: float, questions: int) -> dict[str, object]:
     command = [sys.executable, "-m", "flows.cli", "compress", "--model", str(CHECKPOINT), "--recipe", "bivlm"]
-    command += ["--output", f"{folder}/packed", "--workspace", f"{folder}/workspace", "--questions", "50"]
+    command += ["--output", f"{folder}/packed", "--workspace", f"{folder}/workspace"]
+    command += ["--questions", str(questions)] if questions else ["--no-evaluate"]
     own = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     own |= {"PREFECT_HOME": f"{folder}/prefect"}  # its first database is made meanwhile, as on a new machine
     started = time.perf_counter()
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=seconds, check=False)
-    lines = done.stderr.strip().splitlines()
-    return {
-        "exit_code": done.returncode,
-        "seconds": round(time.perf_counter() - started),
-        "said": lines[-1] if done.returncode and lines else "",
-    }
+    with Path(folder, "log").open("w+") as log:
+        process = subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # as Ctrl-C: it ends its server, too
+            process.wait()
+            code = None
+        log.seek(0)
+        lines = log.read().strip().splitlines()
+    said = lines[-1] if code and lines else ""
+    return {"exit_code": code, "seconds": round(time.perf_counter() - started), "said": said}
 
 
 if __name__ == "__main__":
