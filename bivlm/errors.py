@@ -18,8 +18,8 @@ class InputError(ValueError):
     ends with exit code 2. Addresses in the message are shown without credentials.
     """
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(text_without_credentials(message))
+    def __init__(self, message: object = "") -> None:
+        super().__init__(text_without_credentials(str(message)))
 
 
 class GateNotPassed(Exception):
