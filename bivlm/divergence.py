@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from bivlm.chat import encode, render_dialogue, render_prompt
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.identity import digest
 from bivlm.logits import not_finite, unusable
 from bivlm.samples import Conversation
@@ -202,7 +202,7 @@ def _open(file: Path) -> safe_open:
     try:
         stored = safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: expected log-probabilities written by reference_logits: {error}") from None
+        raise InputError(f"{file}: expected log-probabilities written by reference_logits: {describe(error)}") from None
     found = (stored.metadata() or {}).get("format")
     if found != FORMAT:
         raise InputError(f"{file}: expected the format {FORMAT!r} of log-probabilities, found {found!r}")

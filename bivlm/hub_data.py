@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.names import check_commit, check_revision
 
 _OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}  # no room for a file, or no right to it
@@ -47,7 +47,7 @@ def hub_asked(otherwise: str, wanted: str, unreachable: str) -> Iterator[None]:
         raise
     except (httpx2.HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSALS:
-            raise InputError(f"{otherwise}, and the hub gives no data set {wanted}: {error}") from error
+            raise InputError(f"{otherwise}, and the hub gives no data set {wanted}: {describe(error)}") from error
         if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
             raise
-        raise ConnectionError(f"{unreachable} the data set {wanted}: {error}") from error
+        raise ConnectionError(f"{unreachable} the data set {wanted}: {describe(error)}") from error

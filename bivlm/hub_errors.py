@@ -12,7 +12,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from bivlm.errors import InputError
+from bivlm.addresses import without_credentials
+from bivlm.errors import InputError, describe
 
 _LOGIN = "`hf auth login`, or set HF_TOKEN"
 
@@ -38,7 +39,9 @@ def hub_error(
     if isinstance(reason, httpx2.UnsupportedProtocol):
         return InputError(f"HF_ENDPOINT: found {constants.ENDPOINT!r}, expected an address that begins with https://")
     if not isinstance(reason, HfHubHTTPError):
-        return ConnectionError(f"{sought} the hub at {constants.ENDPOINT} cannot be reached: {_line(reason)}")
+        return ConnectionError(
+            f"{sought} the hub at {without_credentials(constants.ENDPOINT)} cannot be reached: {_line(reason)}"
+        )
     status = reason.response.status_code
     said = reason.response.headers.get("X-Error-Message") or reason.server_message or _line(reason)
     if isinstance(reason, GatedRepoError):
@@ -83,5 +86,5 @@ def _who(status: int) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of its message, or its type where it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of its description."""
+    return describe(error).splitlines()[0]

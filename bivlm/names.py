@@ -1,9 +1,10 @@
-"""Names that come from outside, before they become part of a path, and addresses before they are shown."""
+"""Names that come from outside, before they become part of a path or an address."""
 
 from __future__ import annotations
 
 import re
 
+from bivlm.addresses import without_credentials
 from bivlm.errors import InputError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -36,8 +37,16 @@ def check_commit(commit: object, what: str) -> str:
     return str(commit)
 
 
-def without_credentials(address: str) -> str:
-    """`address` without the user name and password that it may hold: for people, files and logs."""
-    scheme, separator, rest = address.partition("://")
-    place, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{place.rpartition('@')[2]}{slash}{path}"
+def check_address(address: str, variable: str) -> str:
+    """Return the http(s) `address` that `variable` holds.
+
+    Raises `InputError` naming `variable` for an @ after the host: of a user or password that is not percent-encoded,
+    whose parts every client would take for a host and a port, and print.
+    """
+    _, *after = re.split(r"[/?#]", address.partition("://")[2], maxsplit=1)
+    if "@" in "".join(after):
+        raise InputError(
+            f"{variable} {without_credentials(address)}: found an @ after the host; expected user and password "
+            "percent-encoded (/ as %2F, ? as %3F, # as %23, @ as %40)"
+        )
+    return address

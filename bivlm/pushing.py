@@ -16,6 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
 from pydantic import BaseModel, JsonValue
 
+from bivlm.addresses import without_credentials
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT, Checkpoint
 from bivlm.checkpoint.outputs import LISTING, PAGE, RECORDS, SWEEP, extra_files, names_in
@@ -167,7 +168,9 @@ def _push(package: Package, repository: str, private: bool, branch: str) -> Push
             except ValueError as error:  # the hub's judgement of the card's header
                 raise InputError(f"push to {repository}: {error}") from error
         commit = done.oid
-    return Pushed(repository, branch, commit, f"{constants.ENDPOINT}/{repository}", written, deleted)
+    return Pushed(
+        repository, branch, commit, f"{without_credentials(constants.ENDPOINT)}/{repository}", written, deleted
+    )
 
 
 def _report(folder: Path, lineage: Lineage) -> dict[str, Any]:

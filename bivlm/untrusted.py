@@ -24,7 +24,7 @@ import regex
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 
 MAX_DEPTH = 64
 MAX_YAML_BYTES = 256 << 10
@@ -201,7 +201,7 @@ def parse_yaml(data: bytes | str, source: object) -> Any:
     except RecursionError:
         _too_deep(source)
     except yaml.YAMLError as error:
-        raise InputError(f"{source}: not valid YAML: {in_a_line(error)}") from None
+        raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     # A tag on a value of another form (``!!int x``) fails inside of PyYAML's constructors, each in its own way.
     except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         said = in_a_line(error)
@@ -249,8 +249,8 @@ def short(value: Any) -> str:
 
 
 def in_a_line(error: Exception) -> str:
-    """Return what another library says of an input, cut to a line of at most 500 characters."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    """Return what another library says of an input, see `describe`, as a line of at most 500 characters."""
+    return " ".join(describe(error).split())[:500]
 
 
 class _Loader(yaml.SafeLoader):

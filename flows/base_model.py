@@ -18,7 +18,7 @@ from bivlm.base_models import (
     listed_if_any,
     named_recipe,
 )
-from bivlm.errors import GateNotPassed, InputError
+from bivlm.errors import GateNotPassed, InputError, describe
 from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
 from flows.compress import compress_flow
@@ -113,15 +113,15 @@ def on_base_model_flow(
     except GateNotPassed as error:
         if error.result is not None:
             log.info("%s", in_short(error.result))
-        remember_answer(ended_now(answer, "gate not passed", str(error)), store.url)
+        remember_answer(ended_now(answer, "gate not passed", describe(error)), store.url)
         raise
     except InputError as error:
         if answer is not None:
-            remember_answer(ended_now(answer, "bad input", str(error)), store.url)
+            remember_answer(ended_now(answer, "bad input", describe(error)), store.url)
         raise
     except Exception as error:
         if answer is not None:
-            remember_answer(ended_now(answer, None, f"{type(error).__name__}: {error}"), store.url)
+            remember_answer(ended_now(answer, None, describe(error)), store.url)
         raise
     tracked = result["mlflow"]
     version = f"{tracked['registered_model']}/{tracked['version']}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-import select
+import errno
 import signal
 import sys
 import threading
@@ -28,6 +27,7 @@ from flows.commands import (
     trigger,
 )
 from flows.quiet import quieten
+from flows.terminal import nobody_reads, run_command, unwritten_output
 
 # In the order in which ``bivlm --help`` lists their commands.
 _MODULES = (
@@ -46,15 +46,25 @@ _MODULES = (
 _EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 bad input or usage, 3 a gate or a lineage check was not passed"
 
 
+# Libraries whose exceptions tell of a server, a network or its settings: nothing of ours to correct, so no trace.
+_OUTSIDE = {"botocore", "boto3", "httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3"}
+_OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    Bad input is told in one message on stderr. Of any other failure the whole trace is shown, because it is ours to
-    mend.
+    Bad input, and trouble outside of this program, are told in one message on stderr. Of any other failure the whole
+    trace is shown, because it is a defect. Output that cannot be written is a failure, unless its reader has gone.
     """
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     quieten()
-    from bivlm.errors import InputError
+    from bivlm.addresses import text_without_credentials
+    from bivlm.errors import InputError, describe
 
     if threading.current_thread() is threading.main_thread():
         # As Ctrl-C: what was started is ended in order, the temporary server included.
@@ -67,42 +77,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trust(options.trust_remote_code)
         return options.run(options)
     except InputError as error:
-        print(f"bivlm {options.command}: {error}", file=sys.stderr)
+        print(f"bivlm {options.command}: {describe(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"bivlm {options.command}: interrupted; run it again to go on from where it was", file=sys.stderr)
         return FAILED
     except SystemExit as error:
-        if isinstance(
-            error.__context__, BrokenPipeError
-        ):  # rich's: nobody reads its tables any more, as with ``| head``
+        # rich's: nobody reads its tables any more, as with ``| head``
+        if isinstance(error.__context__, BrokenPipeError):
             return DONE
         raise
-    except ConnectionError as error:  # nothing of ours to mend, so no trace
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+    except BaseException as error:  # also what Prefect stops a run with, and work that was cancelled
+        if isinstance(error, BrokenPipeError) and nobody_reads():
             return DONE
-        print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)
-        return FAILED
-    except Exception as error:
-        # This very class is raised by bivlm alone, of a model that gives NaN: the sentence says all.
-        if type(error) is not ArithmeticError:
-            traceback.print_exc()
-        print(f"bivlm {options.command}: failed: {error}", file=sys.stderr)
+        if isinstance(error, OSError) and unwritten_output() is not None:
+            return FAILED  # `run_command` says so
+        # ArithmeticError itself is raised by bivlm alone, of a model that gives NaN: the sentence says all.
+        if not _is_outside(error) and type(error) is not ArithmeticError:
+            print(text_without_credentials(traceback.format_exc().rstrip()), file=sys.stderr)
+        print(f"bivlm {options.command}: failed: {describe(error)}", file=sys.stderr)
         return FAILED
 
 
-def _nobody_reads() -> bool:
-    """Whether our output goes to a pipe whose reader has seen enough, as with ``| head``; it is then given up."""
-    try:
-        output = sys.stdout.fileno()
-    except (OSError, ValueError):  # no file
-        return False
-    poll = select.poll()
-    poll.register(output, 0)  # what is wrong with it is told in any case; flushing would only tell if something is left
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
+def _is_outside(error: BaseException) -> bool:
+    """Whether it tells of a server, a network, a disk or a limit of this machine."""
+    known = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in _OUTSIDE
+    # Without a number it does not come from the system: somebody has written a sentence.
+    return known or (isinstance(error, OSError) and error.errno in {None, *_OF_THIS_MACHINE})
 
 
 def _parser() -> argparse.ArgumentParser:

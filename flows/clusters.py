@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bivlm.errors import InputError
+from bivlm.addresses import text_without_credentials
+from bivlm.errors import InputError, describe
 
 if TYPE_CHECKING:
     from prefect.task_runners import TaskRunner
@@ -73,7 +74,10 @@ def _checked(runner: Runner, count: int) -> int:
 
 
 def _no_answer(runner: Runner, error: Exception, start: str) -> ConnectionError:
-    return ConnectionError(f"runner {runner}: no answer ({error}); start it ({start}), or leave the address out")
+    shown = text_without_credentials(str(runner))
+    return ConnectionError(
+        f"runner {shown}: no answer ({describe(error)}); start it ({start}), or leave the address out"
+    )
 
 
 def _threads(runner: Runner) -> dict[str, str]:

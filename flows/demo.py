@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.quiet import hide_loading_bars, quieten
+from flows.terminal import run_command
 
 RECIPES = ("bivlm-paper", "bivlm-1bit", "bivlm")  # the last one's page shows all three
 QUESTIONS = 250
@@ -28,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--questions", default=QUESTIONS, type=int, metavar="N", help="questions of every set (default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    return run_command(lambda: _demo(parser.parse_args(arguments)))
+
+
+def _demo(options: argparse.Namespace) -> int:
     from bivlm.errors import InputError
     from bivlm.places import output_folder
 
@@ -82,9 +86,9 @@ def _compress(recipe: str, output: Path, questions: int) -> dict[str, Any]:
 
 
 def _print(results: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
+    from flows.tables import print_table
 
-    Console().print(_table(results))
+    print_table(_table(results))
     last = results[RECIPES[-1]]
     print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision on")
     print(f"{last['evaluation']['measured_on']}. Seconds and memory: the compression.")

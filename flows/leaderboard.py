@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bivlm.calibration import held_out_samples
 from bivlm.checkpoint.outputs import check_names, check_replaceable
-from bivlm.errors import GateNotPassed, InputError
+from bivlm.errors import GateNotPassed, InputError, describe
 from bivlm.finish_settings import FinishSettings
 from bivlm.leaderboard import board, fingerprint
 from bivlm.places import Place, check_places, output_folder, output_place
@@ -80,7 +80,7 @@ def leaderboard_flow(
             if not is_the_recipes(error):
                 raise
             entries.append(failed_entry(recipe, error))
-            said = f"failed: {error};"
+            said = f"failed: {describe(error)};"
         else:
             results[recipe.name] = result
             entries.append(entry_of(recipe, result))

@@ -10,7 +10,7 @@ _SETTINGS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",  # on a machine that is busy with other work
     "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "critical",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -20,12 +20,15 @@ _SETTINGS = {
 
 
 def quieten() -> None:
-    """Let Prefect, MLflow and transformers speak only when something is wrong.
+    """Let Prefect, MLflow and transformers speak only when something is wrong, and reach this machine without a proxy.
 
     To be called before any of them is imported.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    from bivlm.addresses import keep_loopback_direct  # takes transformers with it
+
+    keep_loopback_direct()
     # MLflow advises an input example and type hints; the model has a signature, which says the same.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.pyfunc")
 

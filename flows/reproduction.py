@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bivlm.calibration import held_out_samples
 from bivlm.checkpoint.outputs import check_names, check_replaceable, list_files
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.evaluation.chance import AtChance
 from bivlm.places import Place, check_places, output_folder, output_place
 from bivlm.reproduction import FULL_PRECISION, TABLES, as_markdown, as_table, published, recipe_set, scores_of
@@ -80,8 +80,8 @@ def reproduce_flow(
         except Exception as error:
             if not is_the_recipes(error):
                 raise
-            columns[column] = {"failed": str(error)}
-            said = f"failed: {error};"
+            columns[column] = {"failed": describe(error)}
+            said = f"failed: {describe(error)};"
         else:
             columns[column] = _packed(result)
             columns.setdefault(FULL_PRECISION, _full_precision(result))

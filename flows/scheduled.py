@@ -17,7 +17,7 @@ from bivlm.base_models import (
     outputs_folder,
     recipe_source,
 )
-from bivlm.errors import GateNotPassed
+from bivlm.errors import GateNotPassed, describe
 from bivlm.stores.location import default_workspace
 from bivlm.workspace import Workspace
 from flows.base_model import on_base_model_flow
@@ -70,9 +70,9 @@ def nightly_flow(
             if error.result is None:  # it was told on the night when it was made
                 get_run_logger().warning("%s", error)
             else:
-                failed[_words(revision)] = str(error)
+                failed[_words(revision)] = describe(error)
         except Exception as error:  # told below, all together; the run of its own has the trace
-            failed[_words(revision)] = str(error) or type(error).__name__
+            failed[_words(revision)] = describe(error)
         else:
             versions[_words(revision)] = result["version"]
     _raise_if(failed)
@@ -118,7 +118,7 @@ def weekly_flow(
                 finish=finish,
             )
         except Exception as error:  # as above
-            failed[model] = str(error) or type(error).__name__
+            failed[model] = describe(error)
         else:
             boards[f"{model} at {revision[:12]}"] = result["output"]
     _raise_if(failed)

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from flows.stacking import show
+
 if TYPE_CHECKING:
     from bivlm.lineage import Finding, Lineage
 
@@ -115,8 +117,8 @@ def print_board(board: dict[str, Any]) -> None:
     for number, recipe, *cells in rows:
         name = "\n".join(wrap(recipe, 20)) if end > begin else recipe  # at its hyphens
         _row(table, number, name, *(cell.replace(" ± ", "±") for cell in cells))
-    console = Console(width=max(Console().width, 100))
-    console.print(table)
+    show(table, piped=100)
+    console = Console()
     asked = ", ".join(f"{n:,} of {task}" for task, n in board["questions"].items())
     console.print(escape(f"Questions: {asked}. {explanation(board)}"), highlight=False)
     for found in not_above_chance(board):
@@ -278,8 +280,8 @@ def _row(table: Table, *cells: Any) -> None:
 
 
 def print_whole(table: Table) -> None:
-    """However narrow the terminal: names and hashes are there to be copied, and half a one is none."""
-    Console(width=1000).print(table)
+    """Print it with a line a row where it goes to no terminal: names and hashes are there to be copied."""
+    show(table, piped=1000)
 
 
 def in_short(result: dict[str, Any]) -> str:
@@ -302,5 +304,5 @@ def in_short(result: dict[str, Any]) -> str:
 
 
 def print_table(table: Table) -> None:
-    """As wide as the terminal."""
-    Console().print(table)
+    """Print it as wide as the terminal; no figure is ever cut."""
+    show(table)

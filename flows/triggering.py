@@ -37,8 +37,10 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.utilities.urls import url_for
 
-from bivlm.errors import GateNotPassed, InputError
+from bivlm.addresses import without_credentials
+from bivlm.errors import GateNotPassed, InputError, describe
 from bivlm.identity import digest
+from bivlm.names import check_address
 from flows.progress import PAGE_KEY
 
 _LOGS = 200  # of one answer
@@ -139,7 +141,8 @@ def follow(
                 raise
             if time.monotonic() - answered > patience_seconds:
                 raise ConnectionError(
-                    f"Prefect's server has not answered for {patience_seconds:.0f} s ({error}); the run may go on"
+                    f"Prefect's server has not answered for {patience_seconds:.0f} s ({describe(error)}); "
+                    "the run may go on"
                 ) from error
         if timeout_seconds is not None and time.monotonic() - begun > timeout_seconds:
             raise TimeoutError(f"flow run {run_id} has not ended within {timeout_seconds:.0f} s; it goes on")
@@ -192,6 +195,7 @@ def _asking() -> Iterator[SyncPrefectClient]:
     """A client, whose refusals are told as what the caller can mend."""
     if not PREFECT_API_URL.value():
         raise InputError("PREFECT_API_URL is not set; expected the address of Prefect's API, as https://HOST/api")
+    check_address(PREFECT_API_URL.value(), "PREFECT_API_URL")
     try:
         with get_client(sync_client=True) as client:
             yield client
@@ -199,14 +203,18 @@ def _asking() -> Iterator[SyncPrefectClient]:
         status = error.response.status_code
         if status in (401, 403):
             raise InputError(
-                f"{PREFECT_API_URL.value()} refuses (HTTP {status}): expected PREFECT_API_KEY or, with a server of "
+                f"{_server()} refuses (HTTP {status}): expected PREFECT_API_KEY or, with a server of "
                 "one's own, PREFECT_API_AUTH_STRING"
             ) from None
         if status in (409, 422):
             raise InputError(f"the parameters are refused: {_detail(error.response)}") from None
         raise
     except httpx.TransportError as error:
-        raise ConnectionError(f"no Prefect server answers at {PREFECT_API_URL.value()}: {error}") from error
+        raise ConnectionError(f"no Prefect server answers at {_server()}: {describe(error)}") from error
+
+
+def _server() -> str:
+    return without_credentials(PREFECT_API_URL.value())
 
 
 def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
@@ -216,7 +224,7 @@ def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
         return client.read_deployment_by_name(name)
     except ObjectNotFound:
         raise InputError(
-            f"deployment {name}: not on the server at {PREFECT_API_URL.value()}; `prefect deploy --all` puts it there"
+            f"deployment {name}: not on the server at {_server()}; `prefect deploy --all` puts it there"
         ) from None
 
 

@@ -55,6 +55,12 @@ _SOCKET_NAME_LIMIT = 107  # bytes, Linux
 # What of our own environment no server is to see: it is configured by the folder alone.
 _OURS = ("PREFECT_", "MLFLOW_", "_MLFLOW_", "AWS_", "PG", "RCLONE_", "BIVLM_")
 
+# They ask one another, on this machine, where no proxy leads to.
+_PROXIES = {"http_proxy", "https_proxy", "all_proxy"}
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# In a shell, and for programs other than `bivlm`, which sees to it by itself.
+_NO_PROXY = 'export NO_PROXY="127.0.0.1,localhost,::1${NO_PROXY:+,$NO_PROXY}"; export no_proxy="$NO_PROXY"\n'
+
 Start = tuple[list[str], dict[str, str], dict[str, Any]]  # command, environment, options of Popen
 
 
@@ -294,14 +300,16 @@ class Servers:
     def _write_environments(self) -> None:
         for name, variables in (("env", self.environment), ("admin.env", self.admin_environment)):
             lines = [f"export {key}={shlex.quote(value)}\n" for key, value in variables.items()]
-            write_privately(self.folder / name, "".join(lines))
+            write_privately(self.folder / name, "".join(lines) + _NO_PROXY)
 
     def _launch(self, name: str) -> None:
         command, environment, options = getattr(self, f"_{name}")()
         port = self._settings.ports[name]
         if answers(port):
             raise ServerTrouble(f"{name}: port {port} is taken by another program; expected --port {name}=A_FREE_ONE")
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(_OURS)}
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith(_OURS) and key.lower() not in _PROXIES
+        }
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -333,7 +341,7 @@ class Servers:
             return done.returncode == 0
         page = {"s3": "/", "mlflow": "/health", "prefect": "/api/ready"}[name]
         try:
-            with urllib.request.urlopen(f"{self.address(name)}{page}", timeout=5) as answer:
+            with _DIRECT.open(f"{self.address(name)}{page}", timeout=5) as answer:
                 return answer.status == 200
         except urllib.error.HTTPError:
             return name == "s3"  # which refuses whatever is not signed

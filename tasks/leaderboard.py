@@ -11,7 +11,7 @@ from mlflow.entities import Metric
 from prefect import task
 
 from bivlm.checkpoint.outputs import list_files
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.figures import quality_against_bits, svg
 from bivlm.leaderboard import Accuracy, Entry, FullPrecision, as_csv, as_markdown, fingerprint, method_label
 from bivlm.recipe import Recipe
@@ -50,7 +50,7 @@ def entry_of(recipe: Recipe, result: Mapping[str, Any]) -> Entry:
 
 def failed_entry(recipe: Recipe, reason: BaseException) -> Entry:
     """The entry of a recipe that could not be carried out."""
-    return Entry(**_known(recipe), failed=str(reason) or type(reason).__name__)
+    return Entry(**_known(recipe), failed=describe(reason))
 
 
 def full_precision_of(result: Mapping[str, Any]) -> FullPrecision:

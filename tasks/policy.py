@@ -23,6 +23,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from bivlm.errors import GateNotPassed, InputError
+from bivlm.stores.s3 import is_busy
 
 T = TypeVar("T")
 
@@ -56,6 +57,8 @@ def is_passing(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, InputError | GateNotPassed):
             return False
+        if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, botocore.exceptions.ClientError):
+            error = error.__context__  # what it says in words only
         if isinstance(error, _CONNECTION) or _busy_answer(error):
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -104,8 +107,7 @@ def halves(items: Sequence[T]) -> Iterator[Sequence[T]]:
 
 def _busy_answer(error: BaseException) -> bool:
     if isinstance(error, botocore.exceptions.ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return status in _BUSY or error.response.get("Error", {}).get("Code") in {"SlowDown", "RequestTimeout"}
+        return is_busy(error)
     if isinstance(error, requests.exceptions.HTTPError | httpx.HTTPStatusError | httpx2.HTTPStatusError):
         return error.response is not None and error.response.status_code in _BUSY
     # By name, so that tasks that do not track anything need not import MLflow; a locked SQLite file comes this way.

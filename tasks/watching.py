@@ -15,7 +15,7 @@ from prefect import get_run_logger, task
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from bivlm.base_models import Revision, Watched, model_slug
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.revisions import Listing, Look, folder_listing, hub_revision, models_of, s3_listing, settle
 from tasks.policy import OVER_NETWORK, is_passing
 from tasks.steps import open_workspace
@@ -96,8 +96,8 @@ def _note_trouble(seen: Seen, model: str, error: Exception) -> None:
     """Whatever it is: one model's trouble must not hide the others. What nobody foresaw is logged with its trace."""
     expected = isinstance(error, InputError | OSError) or is_passing(error)
     if not expected:
-        get_run_logger().error("%s: %s", model, error, exc_info=error)
-    seen.troubled[model] = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
+        get_run_logger().error("%s: %s", model, describe(error), exc_info=error)
+    seen.troubled[model] = describe(error)
 
 
 def _revision(

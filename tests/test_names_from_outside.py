@@ -21,7 +21,7 @@ from bivlm.checkpoint.resolving import cached_model
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.errors import InputError
 from bivlm.hub_data import commit_of
-from bivlm.names import check_revision, is_sha256, without_credentials
+from bivlm.names import check_revision, is_sha256
 from bivlm.recipe import parse_recipe
 from bivlm.stores import open_store
 from bivlm.untrusted import _Loader
@@ -242,11 +242,6 @@ def test_credentials_in_the_address_of_a_workspace_are_not_repeated(url):
     with pytest.raises(InputError) as refused:
         open_store(url)
     assert "s3cr3t" not in str(refused.value)
-
-
-def test_an_address_is_shown_without_credentials():
-    assert without_credentials("https://me:s3cr3t@host:4200/api?x=1") == "https://host:4200/api?x=1"
-    assert without_credentials("http://host/api@x") == "http://host/api@x"
 
 
 @pytest.mark.parametrize(

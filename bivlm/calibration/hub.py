@@ -19,7 +19,7 @@ from PIL import Image
 from bivlm.calibration.exchanges import UnusableError, caption_exchange, first_exchange, pair_exchange
 from bivlm.calibration.settings import HUB, CalibrationSettings
 from bivlm.calibration.sources import Entry, Source, attempt, images_folder, picture_in
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.hub_data import commit_of
 from bivlm.pictures import decode_picture, open_picture
 from bivlm.samples import Conversation
@@ -123,7 +123,7 @@ class _DataSet:
             except StopIteration:
                 return
             except (DatasetsError, ValueError) as error:  # damaged files among them
-                raise InputError(f"{self.name}: cannot be read: {error}") from error
+                raise InputError(f"{self.name}: cannot be read: {describe(error)}") from error
             number += 1
             yield attempt(f"{self.name}, row {number} as drawn", lambda row=row: read(row))
 
@@ -142,7 +142,7 @@ def _open(source: str, prefix: str, revision: str | None, subset: str | None, sp
     try:
         splits = datasets.load_dataset(path, subset, revision=commit, streaming=True)
     except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
-        raise InputError(f"{key}: cannot open {source!r} as a data set: {error}") from error
+        raise InputError(f"{key}: cannot open {source!r} as a data set: {describe(error)}") from error
     if split is None:
         split = "train" if len(splits) > 1 else next(iter(splits))
     if split not in splits:
@@ -158,7 +158,7 @@ def _with_columns(name: str, rows: datasets.IterableDataset, commit: str | None)
     try:
         first = next(iter(rows), {})
     except (DatasetsError, ValueError) as error:
-        raise InputError(f"{name}: cannot be read: {error}") from error
+        raise InputError(f"{name}: cannot be read: {describe(error)}") from error
     return _DataSet(name, rows, tuple(first), commit)
 
 

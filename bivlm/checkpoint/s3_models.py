@@ -8,22 +8,20 @@ only if the prefix was still in it when the last byte had come.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
 from filelock import FileLock
 
+from bivlm.addresses import without_credentials
 from bivlm.checkpoint.reading import CONFIG, WEIGHTS, WEIGHTS_INDEX, indexed_files
 from bivlm.errors import InputError
 from bivlm.identity import digest
 from bivlm.stores.folder import temporary_beside
 from bivlm.stores.location import cache_folder, is_s3_model
-from bivlm.stores.s3 import ABSENT, REFUSED, error_code, s3_client
+from bivlm.stores.s3 import s3_client, s3_trouble
 
 SCHEME = "s3://"
 
@@ -80,7 +78,7 @@ def what_is_missing(listing: S3Listing) -> str:
         return f"neither {WEIGHTS} nor {WEIGHTS_INDEX}"
     bucket, prefix = _parts(listing.url)
     try:
-        with _refusals_told(listing.url):
+        with s3_trouble(_cannot_read(listing.url)):
             data = s3_client().get_object(Bucket=bucket, Key=prefix + WEIGHTS_INDEX)["Body"].read()
         files = indexed_files(data, f"{listing.url}/{WEIGHTS_INDEX}")
     except InputError as error:
@@ -95,7 +93,7 @@ def fetch_model(url: str, revision: str | None = None) -> tuple[Path, str]:
     Raises `InputError` if the prefix is not (or no longer) in the state `revision`, or holds no model.
     """
     if not is_s3_model(url):
-        raise InputError(f"model {url!r}: expected s3://bucket/prefix")
+        raise InputError(f"model {without_credentials(url)!r}: expected s3://bucket/prefix")
     if revision is not None and (copy := cached_copy(url, revision)) is not None:
         return copy, revision
     listing = list_prefix(url)
@@ -139,7 +137,7 @@ def _copy(listing: S3Listing, folder: Path) -> None:
         if path.is_file() and path.stat().st_size == each.size:
             continue  # from an attempt that was cut short: a file gets its name when it is whole
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(path) as temporary, _refusals_told(listing.url):
+        with temporary_beside(path) as temporary, s3_trouble(_cannot_read(listing.url)):
             client.download_file(bucket, prefix + name, str(temporary))
             temporary.replace(path)
     if list_prefix(listing.url).revision != listing.revision:
@@ -167,20 +165,9 @@ def _parts(url: str) -> tuple[str, str]:
 
 
 def _pages(url: str, **request: Any) -> Any:
-    with _refusals_told(url):
+    with s3_trouble(_cannot_read(url)):
         yield from s3_client().get_paginator("list_objects_v2").paginate(**request)
 
 
-@contextmanager
-def _refusals_told(url: str) -> Iterator[None]:
-    """What S3 refuses, or has no longer, as `InputError`."""
-    try:
-        yield
-    except ClientError as error:
-        if error_code(error) in REFUSED | ABSENT:
-            raise InputError(f"model {url}: cannot be read: {error}") from error
-        raise
-    except BotoCoreError as error:
-        if type(error).__name__ in ("NoCredentialsError", "NoRegionError", "PartialCredentialsError"):
-            raise InputError(f"model {url}: {error}") from error
-        raise
+def _cannot_read(url: str) -> str:
+    return f"model {without_credentials(url)}: cannot be read"

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import pyarrow.parquet as pq
 from PIL import Image
 
-from bivlm.errors import InputError
+from bivlm.errors import InputError, describe
 from bivlm.image_folders import check_text
 from bivlm.pictures import clipped_rgb, decode_picture
 from bivlm.untrusted import short
@@ -122,7 +122,7 @@ class Rows:
             except StopIteration:
                 return
             except (ValueError, OSError) as error:
-                raise InputError(f"{self.place}: cannot be read: {error}") from error
+                raise InputError(f"{self.place}: cannot be read: {describe(error)}") from error
             yield Row(self.place, number, values)
             number += 1
 
@@ -197,7 +197,7 @@ def _saved(task: str, folder: Path, layout: Layout, source: dict[str, str | None
     try:
         data = datasets.load_from_disk(str(folder))
     except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
-        raise InputError(f"{task}: cannot open {folder} as a saved data set: {error}") from error
+        raise InputError(f"{task}: cannot open {folder} as a saved data set: {describe(error)}") from error
     split = str(data.split) if data.split is not None else None
     if split is not None and split not in layout.splits:
         raise InputError(f"{task}: found split {split}, expected {layout.splits[0]}")
@@ -251,7 +251,7 @@ def _parquet_files(task: str, path: str, commit: str | None, layout: Layout) -> 
     except InputError:
         raise
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
-        raise InputError(f"{task}: cannot open {path} as a data set: {error}") from error
+        raise InputError(f"{task}: cannot open {path} as a data set: {describe(error)}") from error
     split = next((split for split in layout.splits if split in found), None)
     if split is None:
         raise InputError(f"{task}: no split {layout.splits[0]}, found {', '.join(map(str, found)) or 'none'}")
@@ -294,4 +294,4 @@ def _opened(place: str, file: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (ValueError, OSError) as error:
-        raise InputError(f"{place}: cannot read {file.name} as a parquet file: {error}") from error
+        raise InputError(f"{place}: cannot read {file.name} as a parquet file: {describe(error)}") from error

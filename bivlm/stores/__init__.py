@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bivlm.addresses import without_credentials
 from bivlm.errors import InputError
-from bivlm.names import without_credentials
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ more, and returns the exit code.
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -14,5 +15,6 @@ NOT_PASSED = 3  # a recipe's gate, or the check of a lineage record: all was don
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON object on stdout, with escapes for what its encoding may lack."""
+    escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, indent=2, ensure_ascii=escaped, allow_nan=False))

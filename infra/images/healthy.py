@@ -7,7 +7,7 @@ import urllib.request
 
 def main(url: str, *statuses: str) -> int:
     try:
-        with urllib.request.urlopen(url, timeout=4) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=4) as answer:
             status = answer.status
     except urllib.error.HTTPError as error:
         status = error.code

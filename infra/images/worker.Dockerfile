@@ -14,7 +14,7 @@ ARG TORCH_INDEX=""
 COPY constraints.txt ./
 RUN pip install -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 
-COPY pyproject.toml README.md LICENSE prefect.yaml ./
+COPY pyproject.toml README.md LICENSE prefect.yaml bivlm_command.py ./
 COPY bivlm ./bivlm
 COPY tasks ./tasks
 COPY flows ./flows

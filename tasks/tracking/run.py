@@ -17,9 +17,10 @@ from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
 from prefect import task
 
+from bivlm.addresses import sqlite_address, without_credentials
 from bivlm.errors import InputError
 from bivlm.identity import digest
-from bivlm.names import without_credentials
+from bivlm.names import check_address
 from bivlm.recipe import Recipe
 from bivlm.workspace import Workspace
 from tasks.checkpoint import Base
@@ -69,6 +70,8 @@ def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
     if _is_server(uri):
         return uri, None
     if workspace.url.startswith("s3://"):
+        if {"?", "#"} & set(workspace.url):  # MLflow would read an address up to there
+            raise InputError(f"workspace {workspace.url}: found ? or #, which MLflow cannot store artifacts below")
         return uri, f"{workspace.url}/mlflow-artifacts"
     return uri, (workspace.local / "mlflow-artifacts").as_uri()
 
@@ -84,9 +87,9 @@ def _database_in(folder: Path) -> str:
         if not file.exists():
             unfinished = folder / ".mlflow.db.partial"
             unfinished.unlink(missing_ok=True)
-            MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments(max_results=1)
+            MlflowClient(tracking_uri=sqlite_address(unfinished)).search_experiments(max_results=1)
             unfinished.rename(file)
-    return f"sqlite:///{file}"
+    return sqlite_address(file)
 
 
 def _take_password_out_of_address() -> None:
@@ -95,7 +98,7 @@ def _take_password_out_of_address() -> None:
     As part of the address they stand in its error messages, and from there in logs and in Prefect's states.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    found = urlsplit(uri) if _is_server(uri) else None
+    found = urlsplit(check_address(uri, "MLFLOW_TRACKING_URI")) if _is_server(uri) else None
     if found is None or found.username is None:
         return
     os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(found.username)

@@ -128,7 +128,7 @@ def test_a_run_that_fails_ends_with_code_1_and_its_trace(monkeypatch, capsys, co
     assert cli.main(["bits", str(compressed.output)]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
-    assert "bivlm bits: failed: the disk is gone" in err
+    assert "bivlm bits: failed: RuntimeError: the disk is gone" in err
 
 
 def test_the_recipes_that_are_shipped_are_known_by_name(capsys):
