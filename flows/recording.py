@@ -50,7 +50,7 @@ def record(
     )
     figures = results.figures() if results else None
     if results is not None:
-        report = with_at_chance(report, results.at_chance(), request.output)
+        report = with_at_chance(report, results.at_chance(), packed.folder)
     others = tracking.other_points(tracked, base.sha256, results.packed, samples) if results else []
     drawn = layers_for_figures(report, done.layers, measured)
     points = points_for_figures(base, recipe, report, figures, others)

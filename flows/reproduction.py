@@ -18,6 +18,7 @@ from bivlm.evaluation.chance import AtChance
 from bivlm.places import Place, check_places, output_folder, output_place
 from bivlm.reproduction import FULL_PRECISION, TABLES, as_markdown, as_table, published, recipe_set, scores_of
 from bivlm.stores.folder import write_atomically
+from bivlm.untrusted import read_object
 from flows.compress import compress_flow
 from flows.leaderboard import is_the_recipes
 
@@ -89,7 +90,7 @@ def reproduce_flow(
         line = f"{number:>3} of {len(recipes)}  {column:<28} {said}  {time.perf_counter() - started:4.0f} s"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
         _write(place, paper.name, tables, columns, asked)
-    found = json.loads((place / "reproduction.json").read_text(encoding="utf-8"))
+    found = read_object(place / "reproduction.json")
     return found | {"output": str(place), "tables": list(tables)}
 
 

@@ -35,6 +35,7 @@ from bivlm.checkpoint.reading import (
 )
 from bivlm.errors import InputError
 from bivlm.stores.folder import flush_folder, writable_folder, write_atomically
+from bivlm.untrusted import MODEL_CONFIG, read_object
 
 LISTING = ".bivlm-files"
 PAGE = "report.html"
@@ -63,7 +64,7 @@ def check_replaceable(output: Path, base: Path | None = None) -> None:
                 f"output {output}: a disk is mounted there, which cannot be replaced; choose a folder in it"
             )
         for place in (left, _partial_of(output), _beside(output, "copy")):
-            if os.path.lexists(place) and not _is_left(place):
+            if os.path.lexists(place) and not _is_ours(place):
                 raise InputError(f"{place}: needed beside the output, and not made by bivlm; move it or choose another")
         if os.path.lexists(left) and os.path.lexists(output):
             _refuse_clashes(_clashes(left, output, _expendable(left, output)), left, output)
@@ -178,7 +179,7 @@ def fresh_partial(output: Path) -> Path:
 
 def _fresh(partial: Path) -> Path:
     if os.path.lexists(partial):
-        if not _is_left(partial):
+        if not _is_ours(partial):
             raise InputError(f"{partial}: needed beside the output, and not made by bivlm; move it or choose another")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
@@ -201,7 +202,7 @@ def settle(output: Path) -> None:
     left = earlier_of(output)
     if not os.path.lexists(left):
         return
-    if not _is_left(left):
+    if not _is_ours(left):
         raise InputError(f"{left}: needed beside the output, and not made by bivlm; move it or choose another")
     if os.path.lexists(output):
         _carry_over(left, output)
@@ -213,12 +214,14 @@ def replace(output: Path, new: Path) -> None:
     """Put the folder `new` in the place of `output`, and into it what is not bivlm's of the one that was there.
 
     Killed at any point, the next run finds either output whole, and whatever is not bivlm's in it or in the folder
-    beside it, from where `settle` moves it. Raises `InputError`, with nothing changed, for a file that was added
-    meanwhile and would be read as a part of the new output.
+    beside it, from where `settle` moves it. Raises `InputError`, with nothing changed, for a folder that is no output
+    and was made there meanwhile, and for a file that was added and would be read as a part of the new output.
     """
     settle(output)
     left = earlier_of(output)
     if os.path.lexists(output):
+        if not _is_ours(output):
+            raise InputError(f"output {output}: made by something else meanwhile; move it, the new one is in {new}")
         _refuse_what_would_be_read(output, new)
         _refuse_clashes(_clashes(output, new, _expendable(output, new)), output, new)
         output.rename(left)
@@ -326,8 +329,8 @@ def _recorded(folder: Path) -> set[str]:
     return names | {file.relative_to(folder).as_posix() for file in extra_files(folder)}
 
 
-def _is_left(folder: Path) -> bool:
-    """Whether a folder beside an output was left by a killed run; of an empty one nothing would be lost."""
+def _is_ours(folder: Path) -> bool:
+    """Whether bivlm made a folder at or beside an output; of an empty one nothing would be lost."""
     return _is_folder(folder) and (not any(folder.iterdir()) or _is_plain(folder, LISTING) or _has_our_config(folder))
 
 
@@ -335,10 +338,9 @@ def _has_our_config(folder: Path) -> bool:
     if not _is_plain(folder, CONFIG):
         return False
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        quantization = read_object(folder / CONFIG, MODEL_CONFIG).get("quantization_config")
+    except (InputError, OSError):
         return False
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 

@@ -23,6 +23,8 @@ from bivlm.untrusted import MODEL_CONFIG, parse_object, read_object, short
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+# With peft installed transformers loads the base model that this names, and the adapter over it; without, neither.
+ADAPTER = "adapter_config.json"
 REPORT = "compression_report.json"
 LINEAGE = "lineage.json"
 QUANT_METHOD = "bivlm"
@@ -76,6 +78,11 @@ class Checkpoint:
         if not folder.is_dir():
             raise InputError(f"checkpoint {folder}: no such folder")
         refuse_links_out_of([folder / CONFIG, folder / WEIGHTS, folder / WEIGHTS_INDEX], folder)
+        if (folder / ADAPTER).exists():
+            raise InputError(
+                f"checkpoint {folder}: has an adapter ({ADAPTER}), which is no part of its weights; merge it into "
+                "them, or move it elsewhere"
+            )
         config = read_config(folder / CONFIG)
         files = _weight_files(folder)
         refuse_links_out_of(files, folder)

@@ -145,3 +145,10 @@ def test_an_odd_processor_is_refused_by_the_name_of_its_folder(name, content, fo
         load_processor(folder)
     except InputError as error:
         assert str(folder) in str(error)
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder):
+    """transformers would load another base model for it if peft is installed, and pass it over otherwise."""
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    with pytest.raises(InputError, match=r"has an adapter \(adapter_config.json\).*merge it"):
+        Checkpoint.open(folder)
