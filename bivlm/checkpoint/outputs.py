@@ -10,7 +10,6 @@ A new output is made beside its place and renamed into it. Links are moved as li
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -323,8 +322,8 @@ def _recorded(folder: Path) -> set[str]:
     names = {CONFIG, WEIGHTS_INDEX}
     try:
         names |= {WEIGHTS} if (folder / WEIGHTS).exists() else set(weights_of_index(folder))
-        names |= {name for name in json.loads((folder / LINEAGE).read_bytes())["packed"]["files"] if is_inside(name)}
-    except (InputError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        names |= {name for name in read_object(folder / LINEAGE)["packed"]["files"] if is_inside(name)}
+    except (InputError, OSError, KeyError, TypeError):
         pass  # one that was cut off before its record; or no record
     return names | {file.relative_to(folder).as_posix() for file in extra_files(folder)}
 
