@@ -13,7 +13,7 @@ _OF_A_FILE = re.compile(r"(?:file|sqlite(?:\+\w+)?):///", re.IGNORECASE)
 _SECRET_PARAMETER = re.compile(
     r"[?&;#][^=?&;#\s]*(?:sig|token|passw|pwd|secret|credential|key|auth)[^=?&;#\s]*=", re.IGNORECASE
 )
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -66,8 +66,9 @@ def keep_loopback_direct(environment: MutableMapping[str, str] = os.environ) -> 
     To be called before any HTTP client is made. Without a proxy in the environment nothing is set: on some systems a
     lone ``NO_PROXY`` would switch off the proxies of the system's settings.
     """
-    if not any(environment.get(name) or environment.get(name.upper()) for name in _PROXIES):
+    if not any(environment.get(name) or environment.get(name.upper()) for name in PROXIES):
         return
     known = [each.strip() for name in ("NO_PROXY", "no_proxy") for each in environment.get(name, "").split(",")]
-    hosts = ",".join(dict.fromkeys([*filter(None, known), *_LOOPBACK]))
+    # A * means every host, and only where it stands alone.
+    hosts = "*" if "*" in known else ",".join(dict.fromkeys([*filter(None, known), *_LOOPBACK]))
     environment |= {"NO_PROXY": hosts, "no_proxy": hosts}

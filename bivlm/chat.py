@@ -19,7 +19,7 @@ def render_prompt(processor: ProcessorMixin, user: str, *, image: bool | int = T
 
     `image` is how many pictures there are; without any it is the text alone. The template gets the turn as a list of
     parts, or, if it cannot write that, as a string: the image placeholder once a picture, a line break, the text.
-    Raises `InputError` naming the template when it fails, or writes another number of placeholders or not the text;
+    Raises `InputError` naming the template when it fails, writes another number of placeholders or leaves out a text;
     when there is none; and when the text holds the image placeholder of the model.
     """
     return _render(processor, user, None, int(image))
@@ -82,7 +82,7 @@ def _render(processor: ProcessorMixin, user: str, assistant: str | None, picture
         except Exception as error:  # the template is a program of the checkpoint's, and may fail in any way
             problem = f"it fails with {type(error).__name__}: {_cut(str(error))}"
         else:
-            problem = _problem(processor, turns, written, user, pictures)
+            problem = _problem(processor, turns, written, (user, assistant), pictures)
         if problem is None:
             return written
         problems.append(f"given {form}, {problem}")
@@ -108,18 +108,31 @@ def _forms(
 
 
 def _problem(
-    processor: ProcessorMixin, turns: list[dict[str, Any]], written: str, user: str, pictures: int
+    processor: ProcessorMixin,
+    turns: list[dict[str, Any]],
+    written: str,
+    texts: tuple[str, str | None],
+    pictures: int,
 ) -> str | None:
     """What is wrong with what the template made of the turns; None if it is what it should be."""
     lists = [turn["content"] for turn in turns if isinstance(turn["content"], list)]
     if any(text in written for each in lists for text in (str(each), json.dumps(each, ensure_ascii=False))):
         return f"it prints them as they are: {_cut(repr(written))}"
-    if " ".join(user.split()) not in " ".join(written.split()):  # templates trim
+    user, assistant = texts
+    if _spaced(user) not in _spaced(written):
         return f"it leaves out the text {_cut(repr(user))}: {_cut(repr(written))}"
     token = getattr(processor, "image_token", None)
     if isinstance(token, str) and (found := written.count(token)) != pictures:
         return f"it writes {token} {found} times, expected {pictures}: {_cut(repr(written))}"
+    # A template may leave out the reasoning before a reply.
+    if assistant is not None and _spaced(assistant.rpartition("</think>")[2]) not in _spaced(written):
+        return f"it leaves out the reply {_cut(repr(assistant))}: {_cut(repr(written))}"
     return None
+
+
+def _spaced(text: str) -> str:
+    """The text with one space for any white space, which templates trim."""
+    return " ".join(text.split())
 
 
 def _cut(text: str) -> str:

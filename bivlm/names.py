@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
+from importlib.util import find_spec
 
-from bivlm.addresses import without_credentials
+from bivlm.addresses import PROXIES, without_credentials
 from bivlm.errors import InputError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -50,3 +53,20 @@ def check_address(address: str, variable: str) -> str:
             "percent-encoded (/ as %2F, ? as %3F, # as %23, @ as %40)"
         )
     return address
+
+
+def check_proxies(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `InputError` naming a proxy variable that HTTP clients, which read it in any case, cannot use."""
+    for name in (*PROXIES, *(each.upper() for each in PROXIES)):
+        address = environment.get(name, "")
+        scheme, separator, _ = address.partition("://")
+        if not separator or scheme.lower() in ("http", "https"):
+            continue
+        shown = without_credentials(address)
+        if scheme.lower() not in ("socks5", "socks5h"):
+            raise InputError(f"{name} {shown}: expected an address with http://, https://, socks5:// or socks5h://")
+        if find_spec("socksio") is None:
+            raise InputError(
+                f"{name} {shown}: SOCKS needs the package socksio; expected `pip install socksio`, or a proxy with "
+                "http://"
+            )

@@ -35,6 +35,8 @@ def trust(names: Sequence[str]) -> None:
     for name in names:
         if Path(name).is_dir():
             name = str(Path(name).resolve())
+            if os.pathsep in name:
+                raise InputError(f"{OPTION} {name!r}: found {os.pathsep!r}, which separates names; move the folder")
         elif name.count("/") != 1 or not all(name.split("/")) or name.startswith((".", "~")):
             raise InputError(f"{OPTION} {name!r}: no such folder, and not a hub id of the form owner/name")
         known.append(name)

@@ -31,6 +31,7 @@ MAX_YAML_BYTES = 256 << 10
 MAX_YAML_NODES = 50_000  # with every alias written out
 MATCH_SECONDS = 2  # of a core: a busy machine does not count
 _MAX_REPEATS = 10_000
+_MERGE = "tag:yaml.org,2002:merge"
 _SHOWN = 120  # characters of a value in a message
 
 # What a path itself can be guilty of. Other errors of the system (a disk, a network) are no fault of the input.
@@ -268,9 +269,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # Before what is merged (``<<``) is put among them: a key of its own goes before a merged one.
+        own = [key for key, _ in node.value if key.tag != _MERGE]
         mapping = super().construct_mapping(node, deep=True)
         seen: set[Hashable] = set()
-        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+        for key in (self.construct_object(key, deep=True) for key in own):
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {short(key)} is given twice", node.start_mark

@@ -25,7 +25,7 @@ from prefect.settings import (
 
 from bivlm.addresses import sqlite_address, without_credentials
 from bivlm.errors import describe
-from bivlm.names import check_address
+from bivlm.names import check_address, check_proxies
 
 OWNER_VARIABLE = "BIVLM_OWNER"  # in the environment of a temporary server: the process that it belongs to
 _TEMPORARY_SERVER = "PREFECT__SERVER_EPHEMERAL"  # Prefect's own mark
@@ -43,6 +43,7 @@ def temporary_server() -> Iterator[None]:
     if the configured server does not answer, or a temporary one does not within
     ``PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS``.
     """
+    check_proxies()
     if server := PREFECT_API_URL.value():
         _check_that_it_answers(server)
         yield
@@ -122,10 +123,15 @@ def _is_up(server: Any, deadline: float) -> bool:
                 each.status == psutil.CONN_LISTEN and each.laddr.port == server.port
                 for each in process.net_connections("tcp")
             )
-            if listening and httpx.get(f"{server.api_url}/health", timeout=left).status_code == httpx.codes.OK:
+            if listening and _answers(server.api_url, left):
                 return True
         time.sleep(0.1)
     return False
+
+
+def _answers(api_url: str, seconds: float) -> bool:
+    # On this machine: never through a proxy, whatever the environment says.
+    return httpx.get(f"{api_url}/health", timeout=seconds, trust_env=False).status_code == httpx.codes.OK
 
 
 def _free_port() -> int:

@@ -40,7 +40,7 @@ from prefect.utilities.urls import url_for
 from bivlm.addresses import without_credentials
 from bivlm.errors import GateNotPassed, InputError, describe
 from bivlm.identity import digest
-from bivlm.names import check_address
+from bivlm.names import check_address, check_proxies
 from flows.progress import PAGE_KEY
 
 _LOGS = 200  # of one answer
@@ -196,6 +196,7 @@ def _asking() -> Iterator[SyncPrefectClient]:
     if not PREFECT_API_URL.value():
         raise InputError("PREFECT_API_URL is not set; expected the address of Prefect's API, as https://HOST/api")
     check_address(PREFECT_API_URL.value(), "PREFECT_API_URL")
+    check_proxies()
     try:
         with get_client(sync_client=True) as client:
             yield client

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine
 
 from bivlm.addresses import keep_loopback_direct, sqlite_address, text_without_credentials, without_credentials
 from bivlm.errors import InputError
-from bivlm.names import check_address
+from bivlm.names import check_address, check_proxies
 
 # Without letters of the hosts below, so that a part of a secret in the output comes from the secret.
 _CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/@#?%&=:+!$~._-"
@@ -104,9 +104,30 @@ def test_an_ordinary_path_has_the_address_that_it_always_had(tmp_path):
         ({"NO_PROXY": "example.org"}, None),
         ({"HTTP_PROXY": "http://proxy"}, "127.0.0.1,localhost,::1"),
         ({"all_proxy": "x", "NO_PROXY": "a, b", "no_proxy": "c,localhost"}, "a,b,c,localhost,127.0.0.1,::1"),
+        ({"all_proxy": "x", "NO_PROXY": "*", "no_proxy": "c"}, "*"),
     ],
 )
 def test_a_proxy_is_not_for_this_machine(before, hosts):
     environment = dict(before)
     keep_loopback_direct(environment)
     assert environment == before | ({} if hosts is None else {"NO_PROXY": hosts, "no_proxy": hosts})
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "http_proxy"])
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("socks5://me:secret@127.0.0.1:9", r"socks5://127.0.0.1:9: SOCKS needs the package socksio"),
+        ("socks://127.0.0.1:9", "expected an address with http://"),
+    ],
+)
+def test_a_proxy_that_no_client_can_use_is_named(name, address, message, monkeypatch):
+    monkeypatch.setattr("bivlm.names.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=f"^{name} .*{message}") as refusal:
+        check_proxies({name: address})
+    assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1:3128", "http://proxy:3128", "HTTPS://proxy"])
+def test_other_proxies_are_left_to_the_clients(address):
+    check_proxies({"ALL_PROXY": address})

@@ -129,6 +129,24 @@ def test_a_template_for_plain_strings_gets_the_placeholder_and_the_text(loaded, 
     assert loaded[0](**inputs).logits.isfinite().all()
 
 
+def test_a_template_that_leaves_out_a_reply_in_parts_gets_it_as_a_string(loaded):
+    template = CHAT_TEMPLATE.replace(
+        "{% for part",
+        "{% if message['content'] is string %}{{ message['content'] }}{% elif message['role'] == 'user' %}{% for part",
+    ).replace("{% endfor %}{% if message", "{% endfor %}{% endif %}{% if message")
+    assert render_dialogue(with_template(loaded[1], template), "Is it?", "a long reply").count("a long reply") == 1
+    silent = template.replace("{{ message['content'] }}", "")
+    with pytest.raises(InputError, match="it leaves out the text 'a long reply'"):
+        render_dialogue(with_template(loaded[1], silent), "Is it?", "a long reply")
+
+
+def test_a_template_may_leave_out_the_reasoning_before_a_reply(loaded):
+    template = CHAT_TEMPLATE.replace("part['text']", "part['text'].split('</think>')[-1]")
+    assert template != CHAT_TEMPLATE
+    rendered = render_dialogue(with_template(loaded[1], template), "Is it?", "<think>hm</think>no")
+    assert "hm" not in rendered and "no" in rendered
+
+
 def test_a_template_may_take_the_reply_alone_as_a_string(loaded):
     template = CHAT_TEMPLATE.replace(
         "{% for part", "{% if message['role'] == 'assistant' %}{{ message['content'] }}{% else %}{% for part"

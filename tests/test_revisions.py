@@ -241,7 +241,7 @@ def test_an_index_that_is_not_one_is_told(s3_location):  # noqa: F811
     bucket, _, prefix = s3_location.removeprefix("s3://").partition("/")
     for name, body in (("config.json", b"{}"), ("model.safetensors.index.json", b"[1]")):
         boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/x/{name}", Body=body)
-    assert "expected a mapping 'weight_map'" in what_is_missing(list_prefix(f"{s3_location}/x"))
+    assert "expected a JSON object, found [1]" in what_is_missing(list_prefix(f"{s3_location}/x"))
 
 
 def test_an_object_that_goes_between_two_requests_is_told(s3_location, sharded_llava, monkeypatch):  # noqa: F811

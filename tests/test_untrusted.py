@@ -155,6 +155,14 @@ def test_aliases_and_merges_within_bounds_are_read():
     assert parse_yaml(text, "f") == {"a": {"x": 1}, "b": {"x": 1, "y": "2026-01-01"}, "c": [{"x": 1}] * 2}
 
 
+def test_a_key_goes_before_the_merged_one_and_the_first_of_two_merges_before_the_second():
+    text = "a: &a {x: 1, y: 1}\nb: &b {x: 2, z: 2}\nc: {<<: *a, x: 3}\nd: {<<: [*a, *b]}\ne: {y: 4, <<: *b}"
+    merged = {"c": {"x": 3, "y": 1}, "d": {"x": 1, "y": 1, "z": 2}, "e": {"x": 2, "y": 4, "z": 2}}
+    assert parse_yaml(text, "f") == {"a": {"x": 1, "y": 1}, "b": {"x": 2, "z": 2}} | merged
+    with pytest.raises(InputError, match="'x' is given twice"):
+        parse_yaml("a: &a {x: 1}\nb: {<<: *a, x: 2, x: 3}", "f")
+
+
 @pytest.mark.parametrize("value", [None, True, 1, 1.5, "a'b", b"b", [], [1, "2"], (1,), (1, 2), {"a": {"b": [1]}}, {}])
 def test_a_short_value_is_shown_as_python_does(value):
     assert short(value) == repr(value)

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from bivlm.recipe import Recipe
 
 _MAX_PATTERN = 500  # characters of an entry of ``keep``; names of layers are shorter
-_COUNT = re.compile(r"(layers?|depths?|blocks|experts)$")  # what a config calls the number of some modules
+_COUNT = re.compile(r"(layers?|depths?|blocks|(experts))$")  # what a config calls the number of some modules
 _FEW_LAYERS = 256  # made in a second or two, whatever the weights are
+_FEW_EXPERTS = 4096  # most are rows of one parameter and take no time
 
 
 @dataclass(frozen=True)
@@ -433,7 +434,8 @@ def _check_counts(value: Any, most: int, place: str) -> None:
     """Raise `InputError` for a config with more layers than the weights can be of: making them would never end."""
     if isinstance(value, dict):
         for key, part in value.items():
-            if type(part) is int and _COUNT.search(key) and part > most:
+            count = _COUNT.search(key)
+            if type(part) is int and count and part > (most if count[2] is None else max(most, _FEW_EXPERTS)):
                 raise InputError(f"{place}.{key}: found {part}, the weights are of {most} tensors or fewer")
             _check_counts(part, most, f"{place}.{key}")
     elif isinstance(value, list):

@@ -34,7 +34,6 @@ from bivlm.packing.lookup import lookup
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,
-    count_from,
     count_symbols,
     pack_symbols,
     radix,
@@ -146,7 +145,7 @@ class QuantileCodec(Codec):
             }
         )
         planes = _planes(contents.packed, contents.header, alphabet)
-        check_symbols(contents, planes, alphabet, n, "symbols")
+        found = check_symbols(contents, planes, alphabet, n, "symbols", None if sparse else 2 * groups)
         if sparse:
             contents.padding(5, salient * extra_bits, "levels")
             positions = check_positions(contents, 3, salient, rice)
@@ -156,7 +155,6 @@ class QuantileCodec(Codec):
                 contents.require(highest < 1 << salient_bits, fault)
         else:
             contents.inside("Rice parameter", rice, range(1))
-            found = count_from(planes, alphabet, n, 2 * groups)
             contents.require(found == salient, f"{found} symbols of salient weights, expected {salient}")
         scales, centres = np.split(contents.section(0)[_PARAMETERS.size :], [2 * groups])
         group = contents.largest_half(scales, "group scales", exponent)

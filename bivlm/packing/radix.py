@@ -116,10 +116,18 @@ def count_symbols(planes: list[torch.Tensor], alphabet: int, columns: int) -> np
     return counts
 
 
-def check_symbols(contents: Contents, planes: list[torch.Tensor], alphabet: int, columns: int, what: str) -> None:
-    """Raise `InputError` unless `planes` hold what `pack_symbols` writes of (M, columns) symbols below `alphabet`.
+def check_symbols(
+    contents: Contents,
+    planes: list[torch.Tensor],
+    alphabet: int,
+    columns: int,
+    what: str,
+    first: int | None = None,
+) -> int:
+    """Return how many symbols are `first` or more (`first` above 0; without it 0), after checking all of them.
 
-    That is words that symbols make, and zeros where a row's last word and bytes are not full.
+    Raises `InputError` unless `planes` hold what `pack_symbols` writes of (M, columns) symbols below `alphabet`: words
+    that symbols make, and zeros where a row's last word and bytes are not full.
     """
     code = radix(alphabet)
     words = code.row_words(columns)
@@ -131,26 +139,25 @@ def check_symbols(contents: Contents, planes: list[torch.Tensor], alphabet: int,
         contents.require(int(ends.max()) < 1 << width, f"{what}: bits behind the end of a row are set, expected zeros")
         last += ends << shift
         shift += width
-    rest = columns % code.per_word or code.per_word
+    rest, limit = columns % code.per_word or code.per_word, code.symbols**code.per_word
     largest = int(last.max())
-    if code.symbols**code.per_word < 1 << code.bits:
-        for chunk in _word_chunks(planes, code, words):
-            largest_word = int(chunk.max())
-            contents.require(
-                largest_word < code.symbols**code.per_word,
-                f"{what}: word {largest_word}, expected one of {code.per_word} symbols below {alphabet}",
-            )
     contents.require(
         largest < code.symbols**rest, f"{what}: symbols behind the end of a row are {largest}, expected zeros"
     )
-
-
-def count_from(planes: list[torch.Tensor], alphabet: int, columns: int, first: int) -> int:
-    """Count the symbols of a checked, packed (M, columns) matrix that are `first` or more; `first` is above 0."""
-    code = radix(alphabet)
-    table = (_word_symbols(code.symbols, code.per_word, code.bits) >= first).sum(-1, dtype=torch.uint8)
-    chunks = _word_chunks(planes, code, code.row_words(columns))
-    return sum(int(table[chunk.to(torch.int32)].sum(dtype=torch.int64)) for chunk in chunks)
+    found = 0
+    if first is None and limit == 1 << code.bits:
+        return found
+    counts = None
+    if first is not None:
+        counts = (_word_symbols(code.symbols, code.per_word, code.bits) >= first).sum(-1, dtype=torch.uint8)
+    for chunk in _word_chunks(planes, code, words):
+        largest = int(chunk.max())
+        contents.require(
+            largest < limit, f"{what}: word {largest}, expected one of {code.per_word} symbols below {alphabet}"
+        )
+        if counts is not None:
+            found += int(counts[chunk.to(torch.int32)].sum(dtype=torch.int64))
+    return found
 
 
 def _word_chunks(planes: list[torch.Tensor], code: Radix, words: int) -> Iterator[torch.Tensor]:

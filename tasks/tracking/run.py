@@ -103,7 +103,8 @@ def _take_password_out_of_address() -> None:
         return
     os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(found.username)
     os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(found.password or "")
-    os.environ["MLFLOW_TRACKING_URI"] = public_uri(uri)
+    # Only the user and the password go: the address must still lead there.
+    os.environ["MLFLOW_TRACKING_URI"] = found._replace(netloc=found.netloc.rpartition("@")[2]).geturl()
 
 
 def public_uri(uri: str) -> str:

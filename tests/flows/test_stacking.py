@@ -100,6 +100,7 @@ def demonstration(_):
             "full_precision": {f"reference:{name}": EVALUATION | {"n": 250} for name in ("perception", "cognition")},
             "packed": {f"reference:{name}": EVALUATION for name in ("perception", "cognition")},
             "kl": 0.123456,
+            "chance": {f"reference:{name}": 50.0 for name in ("perception", "cognition")},
         },
         "seconds": 31.25,
         "peak_memory_bytes": 812.4e6,

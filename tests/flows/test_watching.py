@@ -126,9 +126,16 @@ def test_trouble_with_one_model_is_told_and_keeps_no_other_from_being_found(plac
     assert wait_for_event(found_revision(place))
 
 
-def test_trouble_that_nobody_foresaw_is_one_models_too(place, tiny_llava):
+def test_trouble_that_nobody_foresaw_is_one_models_too(place, tiny_llava, monkeypatch):
     shutil.copytree(tiny_llava, place / "models" / "broken")
-    (place / "models" / "broken" / "config.json").write_text("[" * 100_000)
+    opened = Checkpoint.open
+
+    def fails(folder, *modules):
+        if Path(folder).name == "broken":
+            raise RecursionError("too deep")
+        return opened(folder, *modules)
+
+    monkeypatch.setattr(Checkpoint, "open", fails)
     for _ in range(2):
         with pytest.raises(LookFailed, match=r"1 of the listed models could not be .*:\n  .*/broken: RecursionError"):
             look()

@@ -265,6 +265,14 @@ def test_a_name_that_can_be_none_is_refused(name, marks):
     assert trusted() == ()
 
 
+def test_a_folder_whose_path_would_be_read_as_two_is_refused(marked, marks, tmp_path):
+    folder = tmp_path / f"{marked.name}{os.pathsep}b"
+    folder.mkdir()
+    with pytest.raises(InputError, match=f"found '{os.pathsep}', which separates names"):
+        trust([str(folder)])
+    assert trusted() == ()
+
+
 def test_names_add_up_where_other_processes_read_them(marked, marks, monkeypatch):
     monkeypatch.setenv(VARIABLE, "maker/one")
     trust(["maker/two", str(marked), "maker/one"])
