@@ -130,13 +130,13 @@ def test_a_template_for_plain_strings_gets_the_placeholder_and_the_text(loaded, 
 
 
 def test_a_template_that_leaves_out_a_reply_in_parts_gets_it_as_a_string(loaded):
-    template = CHAT_TEMPLATE.replace(
-        "{% for part",
-        "{% if message['content'] is string %}{{ message['content'] }}{% elif message['role'] == 'user' %}{% for part",
-    ).replace("{% endfor %}{% if message", "{% endfor %}{% endif %}{% if message")
+    string = "{% if message['content'] is string %}{{ message['content'] }}{% elif message['role'] == 'user' %}"
+    template = CHAT_TEMPLATE.replace("{% for part", f"{string}{{% for part").replace(
+        "{% endfor %}{% if message", "{% endfor %}{% endif %}{% if message"
+    )
     assert render_dialogue(with_template(loaded[1], template), "Is it?", "a long reply").count("a long reply") == 1
     silent = template.replace("{{ message['content'] }}", "")
-    with pytest.raises(InputError, match="it leaves out the text 'a long reply'"):
+    with pytest.raises(InputError, match="it leaves out the reply 'a long reply'"):
         render_dialogue(with_template(loaded[1], silent), "Is it?", "a long reply")
 
 
