@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +38,11 @@ class FolderStore(Store):
         write_atomically(self._folder / name, lambda target: target.write(data))
 
     def read_bytes(self, name: str) -> bytes | None:
+        path = self._folder / name
         try:
-            return (self._folder / name).read_bytes()
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
+                raise InputError(f"workspace {self._folder}: {name}: expected a file, found something else")
+            return path.read_bytes()
         except FileNotFoundError:
             return None
 

@@ -330,3 +330,12 @@ def test_what_is_stored_can_be_read_by_whoever_may_read_new_files(tmp_path):
     write_atomically(tmp_path / "object", lambda file: file.write(b"weights"))
     (tmp_path / "new").touch()
     assert (tmp_path / "object").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a folder"])
+def test_a_record_that_is_no_file_is_refused_by_name_and_not_waited_for(tmp_path, make):
+    workspace = Workspace.open(tmp_path)
+    (tmp_path / "steps").mkdir()
+    make(tmp_path / "steps" / f"{KEY}.json")
+    with pytest.raises(InputError, match=rf"{KEY}.json: expected a file"):
+        workspace.step(KEY)
