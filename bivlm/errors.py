@@ -78,8 +78,7 @@ def _request(error: BaseException) -> str:
         patience = request.extensions.get("timeout", {})
     except (AttributeError, RuntimeError):  # none, or not known to it
         return ""
-    phase = (
-        type(error).__name__.removesuffix("Timeout").lower()
-    )  # ConnectTimeout, ReadTimeout, WriteTimeout, PoolTimeout
+    # Of ConnectTimeout, ReadTimeout, WriteTimeout and PoolTimeout the first word.
+    phase = type(error).__name__.removesuffix("Timeout").lower()
     seconds = patience.get(phase)
     return asked if seconds is None else f"{asked} was not answered within {seconds:g} s"
