@@ -87,9 +87,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Return the picture in RGB by the table of this module; raises ValueError for values of an unknown range."""
     if image.mode == "F" or _SIGNED in _tag(image, _SAMPLE_FORMAT):
         kind = "float" if image.mode == "F" else "signed integer"
-        raise ValueError(f"found {kind} values, whose white is not known; expected 8 or 16 bits without sign")
+        raise ValueError(f"found {kind} values, whose white is not known; convert them to unsigned 8 or 16 bits")
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise ValueError("found 32-bit values, whose white is not known; expected 8 or 16 bits without sign")
+        raise ValueError("found 32-bit values, whose white is not known; convert them to unsigned 8 or 16 bits")
     if image.mode.startswith("I"):
         image = _narrowed(image)
     if not image.has_transparency_data:

@@ -56,10 +56,13 @@ def refuse_overlaps(places: Sequence[Place]) -> None:
     for outer, inner in permutations(places, 2):
         if (outer.replaced or (outer.closed and inner.written)) and _lies_in(inner, outer):
             if outer.replaced:
-                said = f"{outer.role} {outer.path}: overlaps the {inner.role} {inner.path}, and is replaced as a whole"
+                mover, other, why = outer, inner, "which would be moved with it"
             else:
-                said = f"{inner.role} {inner.path}: overlaps the {outer.role} {outer.path}, where nothing else may lie"
-            raise InputError(f"{said}: choose folders side by side")
+                mover, other, why = inner, outer, "where nothing else may lie"
+            raise InputError(
+                f"{mover.role} {mover.path}: overlaps the {other.role} ({other.path}), {why}; choose another folder "
+                f"for the {mover.role}"
+            )
 
 
 def check_places(

@@ -295,7 +295,7 @@ def test_a_file_whose_white_is_not_known_is_refused_by_name(kind, tmp_path):
     content, reason = UNKNOWN_WHITE[kind]
     (tmp_path / "picture").write_bytes(content)
     with pytest.raises(
-        InputError, match=rf"{tmp_path}/picture: .*found {reason}, whose white is not known; expected 8"
+        InputError, match=rf"{tmp_path}/picture: .*found {reason}, whose white is not known; convert them"
     ):
         open_picture(tmp_path / "picture")
 

@@ -20,7 +20,7 @@ def is_refused(*places):
     try:
         refuse_overlaps(places)
     except InputError as error:
-        assert "overlaps the" in str(error) and "choose folders side by side" in str(error)
+        assert "overlaps the" in str(error) and "; choose another folder for the " in str(error)
         return True
     return False
 

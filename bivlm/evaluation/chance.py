@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from bivlm.evaluation.metrics import wilson
 
 _FULL_PRECISION = "full precision"
-WAY_OUT = "name its own benchmark in `evaluation`, e.g. vqa:FOLDER"
+_WAY_OUT = "name its own benchmark in `evaluation`, e.g. vqa:FOLDER"
+_WAY_OUT_OF_A_FOLDER = "check their answers and the chat template, or ask others"  # which is the user's own already
 
 
 class AtChance(BaseModel):
@@ -33,12 +34,13 @@ class AtChance(BaseModel):
     model: str = _FULL_PRECISION
 
     def __str__(self) -> str:
+        way_out = _WAY_OUT_OF_A_FOLDER if self.task.startswith("vqa:") else _WAY_OUT
         level = "chance is unknown" if self.chance is None else f"chance is {self.chance:.1f} %"
         said = f"{self.task}: {self.model} scores {self.accuracy:.1f} %, {level}"
         if self.accuracy > (self.chance or 0.0):
             asked = "1 question" if self.n == 1 else f"{self.n:,} questions"
-            return f"{said}: {asked} cannot tell them apart; ask more of them, or {WAY_OUT}"
-        return f"{said}: these questions do not measure this model; {WAY_OUT}"
+            return f"{said}: {asked} cannot tell them apart; ask more of them, or {way_out}"
+        return f"{said}: these questions do not measure this model; {way_out}"
 
 
 def at_chance(
@@ -63,4 +65,4 @@ def at_chance(
 def set_of(warning: str) -> str | None:
     """Return the set that a warning is about if it is what `AtChance` says of full precision, else None."""
     task, scores, _ = warning.partition(f": {_FULL_PRECISION} scores ")
-    return task if scores and warning.endswith(WAY_OUT) else None
+    return task if scores and warning.endswith((_WAY_OUT, _WAY_OUT_OF_A_FOLDER)) else None

@@ -59,6 +59,12 @@ def test_nothing_right_is_at_chance_whatever_is_known_of_it(chance):
     )
 
 
+def test_of_a_folder_of_questions_no_other_folder_is_advised():
+    said = str(AtChance(task="vqa:/data", n=20, accuracy=0, chance=5))
+    assert said.endswith("do not measure this model; check their answers and the chat template, or ask others")
+    assert set_of(said) == "vqa:/data"
+
+
 def test_few_questions_cannot_tell():
     (each,) = found(3, 5, 50.0)
     assert str(each) == (
