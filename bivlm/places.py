@@ -44,6 +44,7 @@ def output_folder(text: str | Path) -> Path:
             raise ValueError("no path")
         path = Path(text).expanduser().absolute()
         path = path.resolve() if ".." in path.parts else path
+        str(path).encode()  # Prefect, MLflow and the records write it as UTF-8
         with suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()
     except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop of links, a NUL

@@ -19,13 +19,12 @@ from pydantic import BaseModel, JsonValue
 from bivlm.addresses import without_credentials
 from bivlm.bits import bits_of
 from bivlm.checkpoint import LINEAGE, REPORT, Checkpoint
-from bivlm.checkpoint.outputs import LISTING, PAGE, RECORDS, SWEEP, extra_files, names_in
+from bivlm.checkpoint.outputs import LISTING, RECORDS, extra_files, is_written, names_in
 from bivlm.checkpoint.reading import (
     CONFIG,
     WEIGHTS,
     WEIGHTS_INDEX,
     is_licence_name,
-    is_side_name,
     refuse_links_out_of,
 )
 from bivlm.errors import InputError
@@ -211,16 +210,8 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
 def _pushed_before(api: HfApi, repository: str, commit: str, there: Mapping[str, RepoFile]) -> set[str]:
     """The files that an earlier push brought, as its listing says; by their names where there is none."""
     if LISTING not in there:
-        return set(filter(_of_a_checkpoint, there))
+        return set(filter(is_written, there))
     return RECORDS | names_in(Path(api.hf_hub_download(repository, LISTING, revision=commit)).read_bytes())
-
-
-def _of_a_checkpoint(name: str) -> bool:
-    """Whether a file of this name belongs to a packed checkpoint, so that an earlier one left it."""
-    records = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, PAGE, SWEEP}
-    if name.split("/")[0] in records:
-        return True
-    return "/" not in name and (name.endswith((".safetensors", ".py")) or is_side_name(name) or is_licence_name(name))
 
 
 def _check_ours(repository: str, branch: str, there: Mapping[str, RepoFile]) -> None:

@@ -11,16 +11,16 @@ from prefect import flow, runtime
 from rich.console import Console
 
 from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
+from bivlm.checkpoint.outputs import PAGE, lock_of
 from bivlm.collection import in_use
 from bivlm.errors import GateNotPassed
 from bivlm.evaluation import Benchmark
-from bivlm.identity import digest
 from bivlm.memory import peak_bytes, reset_peak
 from bivlm.places import check_places, output_folder, output_place
 from bivlm.pruning import PRUNING_KEY
 from bivlm.recipe import Recipe, load_recipe, parse_recipe
 from bivlm.remote_code import remote_code_allowed, trust
-from bivlm.stores.location import cache_folder, default_workspace
+from bivlm.stores.location import default_workspace
 from bivlm.turns import one_machine_at_a_time
 from bivlm.workspace import Workspace
 from flows.estimates import refuse_what_cannot_fit
@@ -52,7 +52,7 @@ from tasks.layers import layers_of
 from tasks.locks import one_at_a_time
 from tasks.naming import model_name
 from tasks.progress import shown_by
-from tasks.report import PAGE, code_version, earlier_report, full_precision_bits, write_report
+from tasks.report import code_version, earlier_report, full_precision_bits, make_report, report_text, write_records
 from tasks.retention import note_registry
 
 
@@ -144,12 +144,11 @@ def compress_flow(
     # that write one folder would report on each other's files.
     request_digest = tracking.request_digest(base, chosen_recipe)
     same_request = store.local / "locks" / f"{request_digest}.lock"
-    same_output = cache_folder() / "locks" / f"output-{digest(str(Path(output).resolve()))[:32]}.lock"
     with (
         in_use(store),
         one_at_a_time(same_request, wait),
         one_machine_at_a_time(store, request_digest, wait),
-        one_at_a_time(same_output, wait),
+        one_at_a_time(lock_of(Path(output)), wait, left=False),
     ):
         return _compress(request, console)
 
@@ -215,7 +214,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
             trust([packed.folder])
         report = earlier_report(packed.folder, base, recipe) if packed.step.reused else None
         if report is None:
-            report = write_report(
+            report = make_report(
                 base,
                 recipe,
                 done.layers,
@@ -227,6 +226,9 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
                 peak_memory_bytes=peak_bytes(),
                 runner=request.runner.described,
             )
+            # At once where it is new, and so not yet in its place: a run that resumes finds what this one took.
+            if not packed.step.reused:
+                write_records(packed.folder, {REPORT: report_text(report)})
         progress.publish()
         results = evaluate_both(request, packed, samples, progress.publish) if request.benchmarks else None
         measured = {}
@@ -234,9 +236,8 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
             # Anew, so that no worker was kept waiting, in memory, while models were asked.
             with started(request.runner) as workers:
                 measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish, workers)
-        if swept is not None:
-            sweep_both(request, tracked, packed, progress.publish)
-        report, registered = record(request, tracked, done, samples, packed, report, results, measured)
+        sweep = sweep_both(request, packed, progress.publish) if swept is not None else None
+        report, registered = record(request, tracked, done, samples, packed, report, results, measured, sweep)
         checkpoint.put_in_place(packed, request.output)
         gate, refused = decide_at_the_end(recipe, tracked, registered, report, results, store.url)
         progress.advance(tracking.STAGE)

@@ -11,13 +11,14 @@ from prefect import flow
 from rich.console import Console
 
 from bivlm.calibration import held_out_samples
-from bivlm.checkpoint.outputs import check_names, check_replaceable
+from bivlm.checkpoint.outputs import check_replaceable
 from bivlm.errors import GateNotPassed, InputError, describe
 from bivlm.finish_settings import FinishSettings
 from bivlm.leaderboard import board, fingerprint
 from bivlm.places import Place, check_places, output_folder, output_place
 from bivlm.recipe import Recipe, load_recipe
 from bivlm.stores.location import default_workspace
+from bivlm.table_folders import check_tables
 from flows.compress import compress_flow
 from tasks.leaderboard import (
     BOARD_FILES,
@@ -55,7 +56,7 @@ def leaderboard_flow(
     outputs = [place / recipe.name for recipe in loaded]
     written = [Place("board", place, written=True), *map(output_place, outputs)]
     check_places(written, [model], workspace, loaded)
-    check_names(place, BOARD_FILES)
+    check_tables(place, BOARD_FILES.__contains__, BOARD_FILES)
     for each in outputs:
         check_replaceable(each, Path(model) if Path(model).is_dir() else None)
     workspace = workspace or default_workspace()
@@ -127,6 +128,8 @@ def _check(recipes: Sequence[Recipe]) -> None:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"recipes: two are called {twice!r}; the names must differ")
     for recipe in recipes:
+        if recipe.name.lower() in BOARD_FILES:
+            raise InputError(f"recipe {recipe.name}: its folder would lie where the board's own file does; rename it")
         if not recipe.evaluation:
             raise InputError(f"recipe {recipe.name}: 'evaluation' is empty; a board needs at least one benchmark")
         if recipe.evaluation != recipes[0].evaluation:

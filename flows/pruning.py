@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from bivlm.checkpoint import Checkpoint, resolve_model
-from bivlm.checkpoint.outputs import check_names, list_files
+from bivlm.checkpoint.outputs import is_of_sweep
 from bivlm.collection import in_use
 from bivlm.errors import InputError
 from bivlm.evaluation import Benchmark, load_benchmark
@@ -26,6 +26,7 @@ from bivlm.places import Place, check_places, output_folder
 from bivlm.pruning import PruningSettings, SweepSettings
 from bivlm.pruning.redundancy import find_redundancy
 from bivlm.stores.location import default_workspace
+from bivlm.table_folders import check_tables, write_tables
 from bivlm.workspace import Workspace
 from flows.progress import FlowProgress
 from tasks import evaluation, pruning
@@ -59,7 +60,8 @@ def sweep_flow(
     settings = parse_sweep(sweep)
     place = output_folder(output)
     check_places([Place("output", place, written=True)], models, workspace)
-    check_names(place, pruning.NAMES)
+    is_ours = partial(is_of_sweep, below="")
+    check_tables(place, is_ours, pruning.NAMES)
     store = Workspace.open(workspace or default_workspace())
     asked = {name: evaluation.open_benchmark(name, settings.questions) for name in benchmarks}
     if not asked:
@@ -72,10 +74,10 @@ def sweep_flow(
     with in_use(store), progress, shown_by(progress):
         limit = settings.questions
         swept = sweep_all(subjects, settings, benchmarks, limit, device, store.url, progress.publish)
-    names = pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, str(place))
-    list_files(place, names)
+    files = pruning.files_of_sweep(swept.rows, swept.adaptive, swept.baselines)
+    write_tables(place, files, is_ours)
     warnings = [str(AtChance(**each)) for each in swept.at_chance]
-    run_id = log_sweep(swept.rows, str(place), names, store.url, warnings=warnings)
+    run_id = log_sweep(swept.rows, str(place), list(files), store.url, warnings=warnings)
     return {"output": str(place), **vars(swept), "run_id": run_id}
 
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import checkpoint, tracking
-from tasks.lineage import write_lineage
-from tasks.report import in_a_sentence, layers_for_figures, points_for_figures, with_at_chance, write_page
+from bivlm.checkpoint import LINEAGE, REPORT
+from bivlm.checkpoint.outputs import PAGE, SWEEP, is_of_sweep
+from bivlm.table_folders import write_tables
+from tasks import checkpoint, pruning, tracking
+from tasks.lineage import make_lineage
+from tasks.report import (
+    in_a_sentence,
+    layers_for_figures,
+    page_text,
+    points_for_figures,
+    report_text,
+    with_at_chance,
+    write_records,
+)
 from tasks.steps import Done
 
 if TYPE_CHECKING:
     from flows.compress import Request
     from flows.layers import PackedLayers
+    from flows.pruning import Swept
     from flows.results import Results
 
 
@@ -24,16 +37,18 @@ def record(
     report: dict[str, Any],
     results: Results | None,
     measured: dict[str, Done],
+    swept: Swept | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the lineage record and the page beside the checkpoint, and everything into MLflow.
+    """Write the records, the page and the sweep's files beside the checkpoint, and everything into MLflow.
 
     Returns the report, which then says where full precision is at chance, and what names everything in MLflow.
-    The files come first: MLflow's copy of the checkpoint holds them.
+    The checkpoint may be an earlier output: its files are written one after the other, when all of them are known.
+    They come before MLflow, whose copy of the checkpoint holds them.
     """
     base, recipe, workspace = request.base, request.recipe, request.store.url
     place = {"uri": tracking.public_uri(tracked.uri), "experiment": tracked.experiment_id, "run": tracked.run_id}
     evaluations = results.by_name() if results else {}
-    lineage = write_lineage(
+    lineage = make_lineage(
         base,
         recipe,
         done.layers,
@@ -50,12 +65,19 @@ def record(
     )
     figures = results.figures() if results else None
     if results is not None:
-        report = with_at_chance(report, results.at_chance(), packed.folder)
+        report = with_at_chance(report, results.at_chance())
     others = tracking.other_points(tracked, base.sha256, results.packed, samples) if results else []
     drawn = layers_for_figures(report, done.layers, measured)
     points = points_for_figures(base, recipe, report, figures, others)
     chance = {name: level for name, level in (results.chance if results else {}).items() if level is not None}
-    write_page(packed.folder, report, figures, drawn, points, chance)
+    page = page_text(lineage, report, figures, drawn, points, chance)
+    files = pruning.files_of_sweep(swept.rows, swept.adaptive, swept.baselines) if swept else {}
+    records = {REPORT: report_text(report), LINEAGE: lineage.model_dump_json(indent=1) + "\n", PAGE: page}
+    write_records(packed.folder, records)
+    if swept is not None:
+        texts = {f"{SWEEP}/{name}": text for name, text in files.items()}
+        write_tables(Path(packed.folder), texts, is_of_sweep)
+        tracking.log_sweep(swept.rows, str(Path(packed.folder) / SWEEP), list(files), workspace, tracked)
 
     model_id = tracking.log_model(tracked, base, recipe, packed.folder, packed.sha256)
     # In the order in which MLflow's page shows the metrics: what it can do, then what it costs.

@@ -12,16 +12,17 @@ from prefect import flow
 from rich.console import Console
 
 from bivlm.calibration import held_out_samples
-from bivlm.checkpoint.outputs import check_names, check_replaceable, list_files
+from bivlm.checkpoint.outputs import check_replaceable
 from bivlm.errors import InputError, describe
 from bivlm.evaluation.chance import AtChance
 from bivlm.places import Place, check_places, output_folder, output_place
 from bivlm.reproduction import FULL_PRECISION, TABLES, as_markdown, as_table, published, recipe_set, scores_of
-from bivlm.stores.folder import write_atomically
+from bivlm.table_folders import check_tables, write_tables
 from bivlm.untrusted import read_object
 from flows.compress import compress_flow
 from flows.leaderboard import is_the_recipes
 
+FILES = ("reproduction.json", "reproduction.md", *(f"{table}.csv" for table in TABLES))
 TASKS = ("mme:hub", "scienceqa:hub", "mmmu:hub", "vizwiz:hub")
 
 
@@ -56,7 +57,7 @@ def reproduce_flow(
     outputs = [place / column for column in recipes]
     written = [Place("reproduction", place, written=True), *map(output_place, outputs)]
     check_places(written, [checkpoint or paper.id], workspace, recipes.values())
-    check_names(place, _names(tables))
+    check_tables(place, FILES.__contains__, FILES[:2])
     for each in outputs:
         check_replaceable(each)
     console = Console(stderr=True)
@@ -127,11 +128,4 @@ def _write(
         "reproduction.md": as_markdown(paper, tables, columns, asked["measured_on"]),
     }
     texts |= {f"{table}.csv": as_table(paper, table, columns).to_csv(index=False) for table in tables}
-    place.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        write_atomically(place / name, lambda file, text=text: file.write(text.encode()))
-    list_files(place, texts)
-
-
-def _names(tables: Sequence[str]) -> list[str]:
-    return ["reproduction.json", "reproduction.md", *(f"{table}.csv" for table in tables)]
+    write_tables(place, texts, FILES.__contains__)

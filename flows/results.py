@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bivlm.calibration import held_out_samples
-from bivlm.checkpoint.outputs import SWEEP, list_files
 from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.pruning import PruningSettings
-from flows.pruning import sweep_all
-from tasks import checkpoint, evaluation, pruning, tracking
+from flows.pruning import Swept, sweep_all
+from tasks import checkpoint, evaluation, pruning
 from tasks.steps import Done
 
 if TYPE_CHECKING:
@@ -111,10 +109,8 @@ def evaluate_both(
     return Results(full_precision, asked, loss, logits, divergence, chance, measured_on)
 
 
-def sweep_both(
-    request: Request, tracked: tracking.Tracking, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]
-) -> None:
-    """Both models in every cell of the recipe's sweep; its tables and figures go beside the packed checkpoint."""
+def sweep_both(request: Request, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]) -> Swept:
+    """Ask both models in every cell of the recipe's sweep."""
     base, sweep = request.base, request.recipe.pruning.sweep
     subjects = [
         pruning.Subject("full precision", str(base.model.folder), base.sha256, base.modules),
@@ -122,8 +118,4 @@ def sweep_both(
     ]
     limit = sweep.questions if sweep.questions is not None else request.questions
     names, workspace = list(request.benchmarks), request.store.url
-    swept = sweep_all(subjects, sweep, names, limit, request.device, workspace, publish)
-    files = str(Path(packed.folder) / SWEEP)
-    names = pruning.write_sweep(swept.rows, swept.adaptive, swept.baselines, files)
-    list_files(Path(packed.folder), (f"{SWEEP}/{name}" for name in names))
-    tracking.log_sweep(swept.rows, files, names, workspace, tracked)
+    return sweep_all(subjects, sweep, names, limit, request.device, workspace, publish)

@@ -23,7 +23,7 @@ from bivlm.checkpoint import (
     resolve_model,
     write_packed_checkpoint,
 )
-from bivlm.checkpoint.outputs import replace, settle, unfinished_of
+from bivlm.checkpoint.outputs import check_replaceable, replace, settle, unfinished_of
 from bivlm.errors import InputError
 from bivlm.families import MODULES_KEY, Modules
 from bivlm.identity import digest, step_identity
@@ -69,7 +69,10 @@ def resolve_base(model: str, revision: str | None, output: str, modules: Modules
 
     The `revision` of a folder is the sha256 that its checkpoint must have.
     """
-    expected = revision if is_sha256(revision) and Path(model).is_dir() else None
+    is_folder = Path(model).is_dir()
+    if not is_folder:  # before a download; of a folder, its own files in the output are no loss, see `check_output`
+        check_replaceable(output_folder(output))
+    expected = revision if is_sha256(revision) and is_folder else None
     resolved = resolve_model(model, None if expected else revision)
     checkpoint = Checkpoint.open(resolved.folder, modules)
     check_output(checkpoint, output)

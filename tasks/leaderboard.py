@@ -10,12 +10,11 @@ from typing import Any
 from mlflow.entities import Metric
 from prefect import task
 
-from bivlm.checkpoint.outputs import list_files
 from bivlm.errors import InputError, describe
 from bivlm.figures import quality_against_bits, svg
 from bivlm.leaderboard import Accuracy, Entry, FullPrecision, as_csv, as_markdown, fingerprint, method_label
 from bivlm.recipe import Recipe
-from bivlm.stores.folder import write_atomically
+from bivlm.table_folders import write_tables
 from tasks.policy import OVER_NETWORK
 from tasks.steps import open_workspace
 from tasks.tracking.run import NOTE_TAG, ROLE_TAG, open_experiment
@@ -72,17 +71,13 @@ def same_linears(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 def write_board(board: Mapping[str, Any], output: str) -> None:
     """The board in the folder `output`: a record, two tables and the figure."""
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         BOARD: json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         MARKDOWN: as_markdown(board),
         CSV: as_csv(board),
         FIGURE: svg(quality_against_bits(board)),
     }
-    for name, text in texts.items():
-        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
-    list_files(folder, texts)
+    write_tables(Path(output), texts, BOARD_FILES.__contains__)
 
 
 @task(name="log-board", **OVER_NETWORK)

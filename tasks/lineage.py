@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
-from bivlm.checkpoint import LINEAGE
 from bivlm.environment import code, hardware, packages
 from bivlm.errors import InputError
 from bivlm.identity import digest
 from bivlm.lineage import BaseModelFiles, Files, Lineage, read_lineage
 from bivlm.recipe import Recipe
-from bivlm.stores.folder import write_atomically
 from tasks.checkpoint import Base, PackedCheckpoint
 from tasks.layers import Layer
 from tasks.steps import Done
@@ -30,7 +27,7 @@ _CIRCUMSTANCES = {
 }
 
 
-def write_lineage(
+def make_lineage(
     base: Base,
     recipe: Recipe,
     layers: Sequence[Layer],
@@ -45,7 +42,7 @@ def write_lineage(
     trigger: str,
     workspace: str,
 ) -> Lineage:
-    """Write `lineage.json` beside the packed checkpoint, unless the one that lies there says the same.
+    """Return the lineage record of the packed checkpoint: the one that lies beside it, if it says the same.
 
     `between` are steps that others refer to: of calibration, and of packing before finishing; `evaluations` are the
     steps that measured either model, by what they measured; the code, packages and hardware are those of the run that
@@ -90,11 +87,7 @@ def write_lineage(
         steps={step.key: step.record for step in steps},
     )
     earlier = _earlier(packed.folder)
-    if earlier is not None and _same(earlier, lineage):
-        return earlier
-    content = lineage.model_dump_json(indent=1) + "\n"
-    write_atomically(Path(packed.folder) / LINEAGE, lambda file: file.write(content.encode()))
-    return lineage
+    return earlier if earlier is not None and _same(earlier, lineage) else lineage
 
 
 def _earlier(folder: str) -> Lineage | None:

@@ -10,11 +10,11 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None, left: bool = True) -> Iterator[None]:
     """Hold the lock `file` within this block; `wait()` is called once if somebody else holds it.
 
     The operating system lets go of the lock the moment its holder dies, however it dies, so no run has to be cleared
-    up after. Any thread may end the block.
+    up after. Any thread may end the block. Unless it is to be `left` there, the file is removed at the end.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file, thread_local=False)
@@ -26,4 +26,6 @@ def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None) -> Iter
     try:
         yield
     finally:
+        if not left:  # while it is held; whoever waits for it then makes another, see `filelock`
+            file.unlink(missing_ok=True)
         lock.release()

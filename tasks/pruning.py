@@ -24,7 +24,6 @@ from bivlm.identity import step_identity
 from bivlm.pruning import PruningSettings
 from bivlm.pruning.dropping import pruned
 from bivlm.pruning.tables import as_table, grid
-from bivlm.stores.folder import write_atomically
 from bivlm.workspace import Workspace
 from tasks.device import Device
 from tasks.evaluation import OUTCOMES_FILE, loaded_model
@@ -208,18 +207,15 @@ def adaptive_row(
 NAMES = ("sweep.csv", "baselines.json", "losses.svg", "accuracy.svg")
 
 
-def write_sweep(
+def files_of_sweep(
     rows: Sequence[Mapping[str, Any]],
     adaptive: Sequence[Mapping[str, Any]],
     baselines: Mapping[str, Mapping[str, float]],
-    output: str,
-) -> list[str]:
-    """Write the sweep into the folder `output` and return the names of its files.
+) -> dict[str, str]:
+    """Return the text of a sweep's files by name: all rows, the paper's tables, heat maps, accuracy over shares.
 
-    They are all rows, the paper's tables, heat maps of the loss and accuracy over shares.
     `baselines` are accuracies without pruning, in percent by model and benchmark; `adaptive` are of `adaptive_row`.
     """
-    folder = Path(output)
     table = as_table(rows)
     texts = {
         "sweep.csv": table.to_csv(index=False, float_format="%.6g"),
@@ -233,10 +229,7 @@ def write_sweep(
     for values, _ in table.groupby(keys, sort=False):
         name = "-".join(slug(str(value)) for value in values)
         texts[f"tables/{name}.csv"] = grid(table, *values).to_csv(float_format="%.2f")
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
-    return list(texts)
+    return texts
 
 
 def loss_of(plain: Mapping[str, Done], found: Mapping[str, Done], workspace: str) -> Loss | None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bivlm.bits import bits_of
-from bivlm.checkpoint import LINEAGE, REPORT
-from bivlm.checkpoint.outputs import PAGE
+from bivlm.checkpoint import REPORT
 from bivlm.errors import InputError
 from bivlm.evaluation.chance import AtChance, set_of
 from bivlm.identity import digest
 from bivlm.leaderboard import relative_error
+from bivlm.lineage import Lineage
 from bivlm.model_card import licence_of
 from bivlm.recipe import Recipe
 from bivlm.report_page import render
@@ -35,20 +35,20 @@ def code_version() -> str:
     return metadata.version("bivlm")
 
 
-def write_report(
+def make_report(
     base: Base,
     recipe: Recipe,
     layers: Sequence[Layer],
     shards: dict[str, Done],
     tables: Sequence[Table],
     packed_tables: dict[str, Done],
-    output: str,
+    folder: str,
     *,
     seconds: float,
     peak_memory_bytes: int,
     runner: str,
 ) -> dict[str, Any]:
-    """Write the report beside the packed checkpoint in `output` and return it.
+    """Return the report on the packed checkpoint in `folder`.
 
     `seconds` and `peak_memory_bytes` are those of the run that wrote the checkpoint, from the calibration samples to
     the written files, libraries included, the memory that of the flow's own process; `runner` is who worked on the
@@ -56,14 +56,14 @@ def write_report(
     """
     canonical = recipe.canonical()
     described = [_layer(layer, shards[layer.name]) for layer in layers]
-    report = {
+    return {
         "format": FORMAT,
         "base_model": {"id": base.model.id, "revision": base.model.revision, "sha256": base.sha256},
         "licence": licence_of(base.model.folder) or None,
         "recipe": canonical,
         "recipe_sha256": digest(canonical),
         "code_version": code_version(),
-        "bits": bits_of(output),
+        "bits": bits_of(folder),
         "relative_error": relative_error(_with_moments(described, layers)),
         "layers": described,
         "tables": [_table(table, packed_tables[table.name]) for table in tables],
@@ -72,24 +72,28 @@ def write_report(
         "peak_memory_bytes": peak_memory_bytes,
         "runner": runner,
     }
-    _write(report, output)
-    return report
 
 
-def with_at_chance(report: dict[str, Any], found: Sequence[AtChance], output: str) -> dict[str, Any]:
-    """Write among the warnings in `output` on which benchmarks full precision is at chance; returns the report.
+def with_at_chance(report: dict[str, Any], found: Sequence[AtChance]) -> dict[str, Any]:
+    """Return the report with warnings of the benchmarks on which full precision is at chance.
 
     They take the place of those of an earlier evaluation.
     """
     warnings = [said for said in report["warnings"] if set_of(said) is None]
-    if report != (changed := report | {"warnings": [*warnings, *map(str, found)]}):
-        _write(changed, output)
-    return changed
+    return report | {"warnings": [*warnings, *map(str, found)]}
 
 
-def _write(report: dict[str, Any], output: str) -> None:
-    content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(Path(output) / REPORT, lambda file: file.write(content.encode()))
+def report_text(report: dict[str, Any]) -> str:
+    """Return what `compression_report.json` holds."""
+    return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_records(folder: str, texts: Mapping[str, str]) -> None:
+    """Write the records `texts` by name beside the packed checkpoint; one that says the same already stays."""
+    for name, text in texts.items():
+        file, content = Path(folder) / name, text.encode()
+        if not file.is_file() or file.read_bytes() != content:
+            write_atomically(file, lambda stream, content=content: stream.write(content))
 
 
 def earlier_report(output: str, base: Base, recipe: Recipe) -> dict[str, Any] | None:
@@ -120,25 +124,18 @@ def in_a_sentence(report: dict[str, Any], evaluation: dict[str, Any] | None) -> 
     return "".join([said, f"on {evaluation['measured_on']}.", *(f" {AtChance(**x)}." for x in evaluation["at_chance"])])
 
 
-def write_page(
-    output: str,
+def page_text(
+    lineage: Lineage,
     report: dict[str, Any],
     evaluation: dict[str, Any] | None,
     layers: list[dict[str, Any]],
     points: list[dict[str, Any]],
     chance: dict[str, float],
-) -> None:
-    """Write `report.html` beside the packed checkpoint: the report, the lineage record and every figure on one page.
-
-    A page that is there already stays if it says the same.
-    """
-    lineage = read_object(Path(output) / LINEAGE)
+) -> str:
+    """Return what `report.html` holds: the report, the lineage record and every figure on one page."""
     # The steps stay in the record: there are hundreds.
-    shown = {key: value for key, value in lineage.items() if key not in ("format", "recipe", "layers", "steps")}
-    page = render(report, shown, evaluation, points, layers, chance=chance).encode()
-    file = Path(output) / PAGE
-    if not file.is_file() or file.read_bytes() != page:
-        write_atomically(file, lambda stream: stream.write(page))
+    shown = lineage.model_dump(mode="json", exclude={"format", "recipe", "layers", "steps"})
+    return render(report, shown, evaluation, points, layers, chance=chance)
 
 
 def points_for_figures(

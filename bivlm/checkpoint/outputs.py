@@ -1,8 +1,9 @@
 """The output folder: which files in it are bivlm's, and how a new output takes the place of an earlier one.
 
-A packed checkpoint lists its own files in ``.bivlm-files``, one name a line. Nothing else is ever removed: whatever
-else lies in the folder is moved into the new output. What would be read there as a part of the new checkpoint, such as
-a tokenizer file of another model, is refused before any work.
+A packed checkpoint lists its own files in ``.bivlm-files``, one name a line. The listing comes with a checkpoint from
+elsewhere, so of its names only those that bivlm writes count. Nothing else is ever removed: whatever else lies in the
+folder is moved into the new output. What would be read there as a part of the new checkpoint, such as a tokenizer file
+of another model, is refused before any work.
 
 A new output is made beside its place and renamed into it. Links are moved as links and never followed.
 """
@@ -21,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from bivlm.checkpoint.reading import (
     CONFIG,
+    GENERATE,
     LINEAGE,
     QUANT_METHOD,
     REPORT,
@@ -29,7 +31,7 @@ from bivlm.checkpoint.reading import (
     WEIGHTS_INDEX,
     is_inside,
     is_licence_name,
-    is_side_name,
+    is_part_name,
     weights_of_index,
 )
 from bivlm.errors import InputError
@@ -40,9 +42,7 @@ LISTING = ".bivlm-files"
 PAGE = "report.html"
 SWEEP = "pruning"  # the folder of a recipe's sweep
 RECORDS = {REPORT, LINEAGE, PAGE, LISTING}  # of every run, and in no listing
-_OF_SWEEP = re.compile(
-    rf"{SWEEP}/(sweep\.csv|adaptive\.csv|baselines\.json|losses\.svg|accuracy\.svg|tables/[^/]+\.csv)"
-)
+_SWEEP_FILE = re.compile(r"sweep\.csv|adaptive\.csv|baselines\.json|losses\.svg|accuracy\.svg|tables/[^/]+\.csv")
 _CUT_OFF = re.compile(r"\.partial-[0-9a-f]{16}")  # see `bivlm.stores.folder.temporary_beside`
 _LONGEST_STEM = 200  # bytes; a name has at most 255, and those beside an output are longer than its own
 
@@ -51,7 +51,13 @@ def check_replaceable(output: Path, base: Path | None = None) -> None:
     """Raise `InputError` unless a new output may take the place of the folder `output`.
 
     `base` is the folder of the checkpoint that will be packed: a file that it has with the same bytes is no loss.
+    The folder where the new output waits for its evaluation has to be free in the same way.
     """
+    for place in (output, unfinished_of(output)) if output.name else (output,):
+        _check_replaceable(place, base)
+
+
+def _check_replaceable(output: Path, base: Path | None) -> None:
     if not output.name:
         raise InputError(f"output {output}: expected a folder with a name of its own")
     try:
@@ -72,23 +78,31 @@ def check_replaceable(output: Path, base: Path | None = None) -> None:
                 raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
             if not os.access(present, os.W_OK | os.X_OK):
                 raise InputError(f"output {output}: cannot be written to")
-            _refuse_what_would_be_read(present, base)
+            _refuse_what_cannot_stay(present, base)
     except OSError as error:
         raise InputError(f"output {output}: cannot be used: {error.strerror}") from error
     writable_folder(output.parent, f"folder of the output {output.name}:")
 
 
-def _refuse_what_would_be_read(folder: Path, other: Path | None) -> None:
-    """Raise `InputError` naming files in `folder` that are not bivlm's and that a checkpoint is read with.
+def _refuse_what_cannot_stay(folder: Path, other: Path | None) -> None:
+    """Raise `InputError` naming what is not bivlm's in `folder` and is read with a checkpoint, or cannot be moved.
 
     What the folder `other` has with the same bytes would be no loss.
     """
-    names = [name for name in _foreign(folder, _expendable(folder, other)) if _is_read(name, folder)]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    own = _expendable(folder, other)
+    foreign = list(_foreign(folder, own))
+    if SWEEP in foreign and _is_folder(folder / SWEEP):  # the new output may have one, too
+        foreign += _foreign(folder, own, f"{SWEEP}/")
+    parents = {parent.as_posix() for name in own for parent in PurePosixPath(name).parents} - {"."}
+    for place in (folder / name for name in (*foreign, *sorted(parents))):
+        if os.path.ismount(place) or (_is_folder(place) and not os.access(place, os.W_OK | os.X_OK)):
+            raise InputError(
+                f"output {folder}: {place} cannot be moved (a mounted disk, or not writable); move it elsewhere"
+            )
+    if names := [name for name in foreign if _is_read(name, folder)]:
         raise InputError(
-            f"output {folder}: {', '.join(names[:3])}{more}: not of the earlier output, and would be read as a part of "
-            "the new one; move it elsewhere, or choose a new folder"
+            f"output {folder}: {some_of(names)}: not of the earlier output, and would be read as a part of the new "
+            "one; move it elsewhere, or choose a new folder"
         )
 
 
@@ -100,7 +114,7 @@ def own_files(folder: Path) -> set[str]:
     listed = listing(folder)
     names = (_recorded(folder) if listed is None else listed) | RECORDS
     names |= {file.name for file in folder.iterdir() if _CUT_OFF.fullmatch(file.name)}
-    return {name for name in names if _is_plain(folder, name)}
+    return {name for name in names if is_written(name) and is_plain(folder, name)}
 
 
 def extra_files(folder: Path) -> Iterator[Path]:
@@ -116,42 +130,45 @@ def extra_files(folder: Path) -> Iterator[Path]:
         return
     for place, folders, files in os.walk(sweep):
         for path in (Path(place) / name for name in sorted([*folders, *files])):
-            if _OF_SWEEP.fullmatch(path.relative_to(folder).as_posix()) or path.is_symlink():
+            if is_of_sweep(path.relative_to(folder).as_posix()) or path.is_symlink():
                 yield path
 
 
-def listing(folder: Path) -> set[str] | None:
-    """Return the names that `folder` lists as bivlm's; None if it lists none."""
-    if not _is_plain(folder, LISTING):
-        return None
-    return names_in((folder / LISTING).read_bytes())
+def is_of_sweep(name: str, below: str = f"{SWEEP}/") -> bool:
+    """Return whether `name` is that of a file of a sweep whose folder is `below`, empty or with a slash at its end."""
+    return name.startswith(below) and _SWEEP_FILE.fullmatch(name.removeprefix(below)) is not None
 
 
 def names_in(listing: bytes) -> set[str]:
-    """Return the names in the bytes of a listing that are names of files below its folder."""
+    """Return the names in the bytes of a packed checkpoint's listing that are names of files which bivlm writes."""
+    return {name for name in _lines(listing) if is_written(name)}
+
+
+def is_written(name: str) -> bool:
+    """Return whether bivlm writes files of this name into the folder of a packed checkpoint."""
+    return is_part_name(name) or name in RECORDS or is_of_sweep(name) or _CUT_OFF.fullmatch(name) is not None
+
+
+def listing(folder: Path) -> set[str] | None:
+    """Return the names that `folder` lists as bivlm's, whatever they are; None if it has no listing."""
+    return _lines((folder / LISTING).read_bytes()) if is_plain(folder, LISTING) else None
+
+
+def _lines(listing: bytes) -> set[str]:
     return {name for name in listing.decode(errors="replace").split("\n") if is_inside(name)}
 
 
-def list_files(folder: Path, names: Iterable[str]) -> None:
-    """Add `names` to those that `folder` lists as bivlm's."""
+def list_files(folder: Path, names: Iterable[str], gone: Iterable[str] = ()) -> None:
+    """Add `names` to those that `folder` lists as bivlm's, and take those that are `gone` away."""
     listed = listing(folder)
     before = listed if listed is not None else own_files(folder)
-    lines = sorted({*before, *(name for name in names if is_inside(name))} - RECORDS)
+    lines = sorted({*before, *filter(is_inside, names)} - RECORDS - set(gone))
     write_atomically(folder / LISTING, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
 
 
-def check_names(folder: Path, names: Iterable[str]) -> None:
-    """Raise `InputError` if `folder` has files of these `names` that bivlm did not write: they would be overwritten."""
-    there = [name for name in names if os.path.lexists(folder / name)]
-    listed = listing(folder)
-    # A folder of before there was a listing has all of them.
-    if listed is None and set(there) == set(names):
-        return
-    if strangers := [name for name in there if name not in (listed or ())]:
-        raise InputError(
-            f"output {folder}: {', '.join(strangers)}: not made by bivlm, and would be overwritten; move it elsewhere, "
-            "or choose a new folder"
-        )
+def some_of(names: list[str]) -> str:
+    """Return the first of `names` and how many more there are, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
@@ -191,6 +208,11 @@ def unfinished_of(output: Path) -> Path:
     return _beside(output, "unfinished")
 
 
+def lock_of(output: Path) -> Path:
+    """Return the file beside `output` that a run holds locked: everybody who can write there sees it."""
+    return _beside(output, "bivlm-lock")
+
+
 def earlier_of(output: Path) -> Path:
     """Return the name that an earlier output has for a moment, while it is replaced."""
     return _beside(output, "earlier")
@@ -203,10 +225,13 @@ def settle(output: Path) -> None:
         return
     if not _is_ours(left):
         raise InputError(f"{left}: needed beside the output, and not made by bivlm; move it or choose another")
-    if os.path.lexists(output):
-        _carry_over(left, output)
-    else:
-        left.rename(output)
+    with _refused_by_the_disk(output):
+        if _is_hollow(left):  # killed twice at the last step
+            shutil.rmtree(left)
+        elif os.path.lexists(output):
+            _carry_over(left, output)
+        else:
+            left.rename(output)
 
 
 def replace(output: Path, new: Path) -> None:
@@ -218,29 +243,39 @@ def replace(output: Path, new: Path) -> None:
     """
     settle(output)
     left = earlier_of(output)
-    if os.path.lexists(output):
-        if not _is_ours(output):
-            raise InputError(f"output {output}: made by something else meanwhile; move it, the new one is in {new}")
-        _refuse_what_would_be_read(output, new)
-        _refuse_clashes(_clashes(output, new, _expendable(output, new)), output, new)
-        output.rename(left)
+    with _refused_by_the_disk(output):
+        if os.path.lexists(output):
+            if not _is_ours(output):
+                raise InputError(f"output {output}: made by something else meanwhile; move it, the new one is in {new}")
+            _refuse_what_cannot_stay(output, new)
+            _refuse_clashes(_clashes(output, new, _expendable(output, new)), output, new)
+            output.rename(left)
         try:
             new.rename(output)
         except BaseException:
-            left.rename(output)
+            if os.path.lexists(left):
+                left.rename(output)
             raise
-    else:
-        new.rename(output)
-    flush_folder(output.parent)
+        flush_folder(output.parent)
     settle(output)
+
+
+@contextmanager
+def _refused_by_the_disk(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"output {output}: {error.filename}: cannot be moved or removed ({error.strerror}); move it by hand"
+        ) from error
 
 
 def _carry_over(left: Path, output: Path) -> None:
     """Move what is not bivlm's from `left` into `output`, and then remove `left` with the files that are."""
     # Said before the first of them goes: without it, after a kill, what remains would pass for the user's.
-    list_files(left, _expendable(left, output))
-    own = own_files(left)
-    for name in (f"{SWEEP}/tables", SWEEP, TEMPLATES):  # emptied by a run that was killed here
+    list_files(left, own_files(left))
+    own = _expendable(left, output)
+    for name in (f"{SWEEP}/tables", SWEEP, TEMPLATES, GENERATE):  # emptied by a run that was killed here
         with suppress(OSError):
             (left / name).rmdir()
     _refuse_clashes(list(_move(left, output, "", own)), left, output)
@@ -281,7 +316,7 @@ def _clashes(left: Path, output: Path, own: set[str], prefix: str = "") -> list[
 
 def _refuse_clashes(names: list[str], left: Path, output: Path) -> None:
     if names:
-        raise InputError(f"{left}: {', '.join(names[:3])}: kept, because {output} has the same; move it elsewhere")
+        raise InputError(f"{left}: {some_of(names)}: kept, because {output} has the same; move it elsewhere")
 
 
 def _foreign(folder: Path, own: set[str], prefix: str = "") -> Iterator[str]:
@@ -301,9 +336,8 @@ def _is_read(name: str, folder: Path) -> bool:
     first, *rest = PurePosixPath(name).parts
     if rest or _is_folder(folder / name):
         filled = rest or any((folder / name).iterdir())
-        return (first == TEMPLATES and filled) or (not rest and name in RECORDS | {CONFIG, WEIGHTS_INDEX})
-    known = RECORDS | {CONFIG, WEIGHTS_INDEX, TEMPLATES, SWEEP}
-    return name in known or name.endswith((".safetensors", ".py")) or is_side_name(name) or is_licence_name(name)
+        return (first in (TEMPLATES, GENERATE) and filled) or (not rest and name in RECORDS | {CONFIG, WEIGHTS_INDEX})
+    return name in RECORDS | {TEMPLATES, GENERATE, SWEEP} or is_part_name(name)
 
 
 def _expendable(folder: Path, other: Path | None) -> set[str]:
@@ -311,7 +345,7 @@ def _expendable(folder: Path, other: Path | None) -> set[str]:
     own = own_files(folder)
     if other is None:
         return own
-    alike = (name for name in _foreign(folder, own) if _is_plain(folder, name) and (other / name).is_file())
+    alike = (name for name in _foreign(folder, own) if is_plain(folder, name) and (other / name).is_file())
     return own | {name for name in alike if cmp(folder / name, other / name, shallow=False)}
 
 
@@ -323,6 +357,8 @@ def _recorded(folder: Path) -> set[str]:
     try:
         names |= {WEIGHTS} if (folder / WEIGHTS).exists() else set(weights_of_index(folder))
         names |= {name for name in read_object(folder / LINEAGE)["packed"]["files"] if is_inside(name)}
+        # No record has the licences, which were copied from the base.
+        names |= {file.name for file in folder.iterdir() if is_licence_name(file.name)}
     except (InputError, OSError, KeyError, TypeError):
         pass  # one that was cut off before its record; or no record
     return names | {file.relative_to(folder).as_posix() for file in extra_files(folder)}
@@ -330,11 +366,15 @@ def _recorded(folder: Path) -> set[str]:
 
 def _is_ours(folder: Path) -> bool:
     """Whether bivlm made a folder at or beside an output; of an empty one nothing would be lost."""
-    return _is_folder(folder) and (not any(folder.iterdir()) or _is_plain(folder, LISTING) or _has_our_config(folder))
+    return _is_folder(folder) and (_is_hollow(folder) or is_plain(folder, LISTING) or _has_our_config(folder))
+
+
+def _is_hollow(folder: Path) -> bool:
+    return all(_CUT_OFF.fullmatch(file.name) for file in folder.iterdir())
 
 
 def _has_our_config(folder: Path) -> bool:
-    if not _is_plain(folder, CONFIG):
+    if not is_plain(folder, CONFIG):
         return False
     try:
         quantization = read_object(folder / CONFIG, MODEL_CONFIG).get("quantization_config")
@@ -343,8 +383,8 @@ def _has_our_config(folder: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def _is_plain(folder: Path, name: str) -> bool:
-    """Whether `name` is a file in `folder`, neither a link nor behind one."""
+def is_plain(folder: Path, name: str) -> bool:
+    """Return whether `name` is a file in `folder`, neither a link nor behind one."""
     place = folder / name
     try:
         between = [parent for parent in place.parents if parent != folder and parent.is_relative_to(folder)]

@@ -45,6 +45,7 @@ _CODE_CONFIGS = (
     "tokenizer_config.json",
 )
 GENERATE = "custom_generate"  # whose generate.py takes the place of a trusted model's own
+_SUFFIX_IN = {TEMPLATES: ".jinja", GENERATE: ".py"}  # of what is read in the folders of a checkpoint
 _NOT_SIDE_FILES = {CONFIG, WEIGHTS_INDEX, REPORT, LINEAGE, "pytorch_model.bin.index.json", "trainer_state.json"}
 _LICENCES = ("license", "licence", "notice", "use_policy")
 
@@ -127,7 +128,7 @@ class Checkpoint:
     @cached_property
     def side_files(self) -> list[Path]:
         """What is read beside config and weights: tokenizer, processor, chat templates, generation config, own code."""
-        templates = (self.folder / TEMPLATES).glob("*.jinja")
+        templates = (self.folder / TEMPLATES).glob(f"*{_SUFFIX_IN[TEMPLATES]}")
         files = [file for file in self.folder.iterdir() if is_side_name(file.name)]
         code = [*self.folder.glob("*.py"), *(self.folder / GENERATE).glob("*.py")] if names_code(self.folder) else ()
         return sorted(file for file in (*files, *templates, *code) if file.is_file())
@@ -203,6 +204,15 @@ def check_quantization(format: Any, packed: Any, source: str | Path) -> dict[str
 def is_side_name(name: str) -> bool:
     """Whether a file of this name in a checkpoint's folder is read beside config and weights."""
     return Path(name).suffix in _SIDE_SUFFIXES and name not in _NOT_SIDE_FILES and not is_licence_name(name)
+
+
+def is_part_name(name: str) -> bool:
+    """Return whether a file of this name, with forward slashes, in a checkpoint's folder is read or a licence."""
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder in _SUFFIX_IN and file.endswith(_SUFFIX_IN[folder])
+    known = name in (CONFIG, WEIGHTS_INDEX) or name.endswith((".safetensors", ".py"))
+    return known or is_side_name(name) or is_licence_name(name)
 
 
 def is_licence_name(name: str) -> bool:

@@ -19,7 +19,6 @@ from bivlm.checkpoint.outputs import (
     list_files,
     replace,
     settle,
-    unfinished_of,
 )
 from bivlm.checkpoint.reading import CONFIG, FORMAT, QUANT_METHOD, WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from bivlm.checkpoint.tensor_file import (
@@ -102,8 +101,7 @@ def check_output(checkpoint: Checkpoint, output: str | Path) -> None:
         raise InputError(f"checkpoint {checkpoint.folder}: already quantized ({method}); expected full precision")
     output = output_folder(output)
     refuse_overlaps([output_place(output), base_place(checkpoint.folder)])
-    for place in (output, unfinished_of(output)):
-        check_replaceable(place, checkpoint.folder)
+    check_replaceable(output, checkpoint.folder)
 
 
 def check_loads(base: Checkpoint, folder: Path) -> None:

@@ -11,11 +11,11 @@ from prefect import task
 
 from bivlm import figures
 from bivlm.checkpoint import LINEAGE, REPORT
+from bivlm.checkpoint.outputs import PAGE
 from bivlm.identity import digest, file_digest
 from bivlm.lineage import read_lineage
 from tasks.naming import slug
 from tasks.policy import OVER_NETWORK
-from tasks.report import PAGE
 from tasks.steps import Done
 from tasks.tracking.run import BASE_TAG, NOTE_TAG, ROLE_TAG, Tracking
 

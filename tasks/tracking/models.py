@@ -45,7 +45,7 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
         logged = mlflow.pyfunc.log_model(
             name=registered_name(base.model, recipe.name),
             python_model=str(SERVED_MODEL),
-            artifacts={"checkpoint": str(copy)},
+            artifacts={"checkpoint": copy.as_uri()},  # of a path MLflow would decode %41
             signature=_signature(),
             pip_requirements=[f"bivlm=={code_version()}"],
             params={"recipe": recipe.name, "recipe_sha256": digest(recipe.canonical())},

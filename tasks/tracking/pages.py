@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from bivlm.champions import Move, line_of, moves_of
-from tasks.report import PAGE
+from bivlm.checkpoint.outputs import PAGE
 from tasks.tracking.facts import (
     ACCURACY_PREFIX,
     BASE_MODEL_TAG,

@@ -1,17 +1,20 @@
 """A new output takes the place of an earlier one: whole, and without the loss of anything that is not bivlm's."""
 
+import errno
 import json
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from bivlm.checkpoint import outputs
-from bivlm.checkpoint.outputs import check_names, check_replaceable, list_files, own_copy, own_files, replace, settle
+from bivlm.checkpoint import Checkpoint, outputs
+from bivlm.checkpoint.outputs import check_replaceable, list_files, own_copy, own_files, replace, settle
 from bivlm.errors import InputError
 from bivlm.places import output_folder
+from bivlm.table_folders import check_tables, write_tables
 
 OURS = {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "additional_chat_templates/tool.jinja"}
 RECORDS = ("lineage.json", "compression_report.json", "report.html")
@@ -20,7 +23,7 @@ CONFIG = json.dumps({"quantization_config": {"quant_method": "bivlm", "format": 
 THEIRS = ("notes.md", "README.md", ".git/HEAD", ".git/objects/ab/cd", "adapter/adapter_config.json", "adapter/a.bin")
 THEIRS += ("pruning/notes.md", "pruning/tables/mine.ods", "empty/", "Config.JSON.bak", "sweep.csv", ".hidden")
 LINKED = ("secrets", "adapter", "pruning", "notes.md", "shared/link", "report.bak")
-READ = ("special_tokens_map.json", "extra.safetensors", "additional_chat_templates/mine.jinja", "modeling.py", "NOTICE")
+READ = ("special_tokens_map.json", "extra.safetensors", "additional_chat_templates/mine.jinja", "modeling.py")
 
 
 def make_output(folder, label, listed=True, extra=()):
@@ -236,7 +239,7 @@ def test_a_run_killed_between_the_two_renames_loses_no_output(tmp_path):
     assert contents(output) == before
 
 
-@pytest.mark.parametrize("text", ["", " ", "s3://bucket/out", "a\0b", "~nobody-of-this-name/out", "x" * 256])
+@pytest.mark.parametrize("text", ["", " ", "s3://bucket/out", "a\0b", "~nobody-of-this-name/out", "x" * 256, "\udcff"])
 def test_a_name_that_can_be_no_folder_is_refused(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="output "):
@@ -281,15 +284,18 @@ def test_a_copy_for_others_holds_our_files_alone_and_is_gone_afterwards(tmp_path
 
 def test_tables_do_not_overwrite_files_of_the_same_name(tmp_path):
     names = ("board.json", "board.md")
-    check_names(tmp_path, names)
+
+    def check():
+        check_tables(tmp_path, names.__contains__, names)
+
+    check()
     (tmp_path / "board.md").write_text("mine")
     with pytest.raises(InputError, match=r"board\.md: not made by bivlm, and would be overwritten"):
-        check_names(tmp_path, names)
+        check()
     (tmp_path / "board.json").write_text("{}")
-    check_names(tmp_path, names)  # all of them: a board of before there was a listing
-    list_files(tmp_path, names)
+    check()  # all of them: a board of before there was a listing
     (tmp_path / "board.json").unlink()
-    check_names(tmp_path, names)
+    check()
     with pytest.raises(InputError, match="not an earlier output"):  # a board is no packed checkpoint
         check_replaceable(tmp_path)
 
@@ -299,3 +305,179 @@ def test_the_space_of_a_killed_build_is_given_back(tmp_path):
     (left / "model.safetensors").write_bytes(b"half")
     assert list(outputs.fresh_partial(tmp_path / "out").iterdir()) == [left / ".bivlm-files"]
     shutil.rmtree(left)
+
+
+def test_code_of_the_users_does_not_become_a_part_of_the_new_output(tmp_path):
+    output = make_output(tmp_path / "out", "old")
+    (output / "custom_generate").mkdir()
+    check_replaceable(output)
+    (output / "custom_generate" / "generate.py").write_text("mine")
+    with pytest.raises(InputError, match="custom_generate: not of the earlier output"):
+        check_replaceable(output)
+
+
+def test_a_licence_that_is_not_the_earlier_outputs_is_refused(tmp_path):
+    output = make_output(tmp_path / "out", "old")
+    (output / "NOTICE").write_text("mine")
+    with pytest.raises(InputError, match="NOTICE: not of the earlier output"):
+        check_replaceable(output)
+
+
+def test_an_output_of_before_there_was_a_listing_has_the_licences_of_its_base(tmp_path):
+    output = make_output(tmp_path / "out", "old", listed=False)
+    files = dict.fromkeys(OURS - {"LICENSE"}, "")
+    (output / "lineage.json").write_text(json.dumps({"packed": {"files": files}}))
+    check_replaceable(output)
+    replace(output, make_output(tmp_path / "new", "new"))
+    assert (output / "LICENSE").read_text() == "new"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_listing_counts_for_names_that_bivlm_writes_alone(tmp_path, seed):
+    chance = random.Random(seed)
+    output = make_output(tmp_path / "out", "old")
+    names = [
+        *THEIRS[:-3],
+        "README.md",
+        "img.png",
+        "pruning/tables/a/b.csv",
+        "custom_generate/data.bin",
+        "deep/config.json",
+    ]
+    mine = [name for name in chance.sample(names, 6) if not name.endswith("/")]
+    for name in mine:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("mine")
+    with (output / ".bivlm-files").open("a") as listing:
+        listing.write("".join(f"{name}\n" for name in mine))
+    assert not {*mine} & own_files(output)
+    try:
+        replace(output, make_output(tmp_path / "new", "new"))
+    except InputError:
+        assert "custom_generate/data.bin" in mine
+    assert {(output / name).read_text() for name in mine} == {"mine"}
+
+
+def test_what_a_checkpoint_has_is_what_its_listing_may_name(tiny_llava, tmp_path):
+    """Whatever `Checkpoint` reads is bivlm's in an output; nothing that it reads may be carried into one."""
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    for name in ("modeling.py", "custom_generate/generate.py", "additional_chat_templates/a.jinja", "LICENSE", "a.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    checkpoint = Checkpoint.open(folder)
+    files = [*checkpoint.weight_files, *checkpoint.side_files, *checkpoint.licence_files, folder / "config.json"]
+    names = {file.relative_to(folder).as_posix() for file in files}
+    assert {"modeling.py", "custom_generate/generate.py", "additional_chat_templates/a.jinja", "LICENSE"} < names
+    assert {name for name in names if not outputs.is_written(name)} == set()
+
+
+def test_a_folder_that_cannot_be_moved_is_refused_by_name_and_the_output_stays(tmp_path, monkeypatch):
+    output = make_output(tmp_path / "out", "old")
+    (output / "data").mkdir()
+    (output / "data" / "file").write_text("mine")
+    ismount = os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "data" or ismount(path))
+    before = contents(output)
+    new = make_output(tmp_path / "new", "new")
+    for attempt in (check_replaceable, lambda output: replace(output, new)):
+        with pytest.raises(InputError, match="out/data cannot be moved"):
+            attempt(output)
+        assert contents(output) == before
+
+
+def test_a_move_that_the_disk_refuses_leaves_the_new_output_whole(tmp_path, monkeypatch):
+    output = make_output(tmp_path / "out", "old")
+    (output / "data").mkdir()
+    (output / "data" / "file").write_text("mine")
+    rename = Path.rename
+
+    def refused(path, target):
+        if path.name == "data":
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    new = make_output(tmp_path / "new", "new")
+    for attempt in (lambda: replace(output, new), lambda: settle(output)):
+        with pytest.raises(InputError, match=r"\.out\.earlier/data: cannot be moved or removed .*busy"):
+            attempt()
+        assert (output / "model.safetensors").read_text() == "new"
+    monkeypatch.setattr(Path, "rename", rename)
+    settle(output)
+    assert (output / "data" / "file").read_text() == "mine"
+    assert not outputs.earlier_of(output).exists()
+
+
+def test_an_output_that_is_gone_from_beside_is_said_in_one_sentence(tmp_path):
+    output = make_output(tmp_path / "out", "old")
+    before = contents(output)
+    with pytest.raises(InputError, match="new: cannot be moved"):
+        replace(output, tmp_path / "new")
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_two_kills_leave_beside_an_output_is_removed(tmp_path, there):
+    output = make_output(tmp_path / "out", "old") if there else tmp_path / "out"
+    left = outputs.earlier_of(output)
+    left.mkdir()
+    (left / ".partial-0123456789abcdef").touch()
+    check_replaceable(output)
+    settle(output)
+    assert not left.exists()
+    assert output.exists() == there
+
+
+def test_tables_are_not_written_into_a_checkpoint(tmp_path):
+    output = make_output(tmp_path / "out", "old")
+    before = contents(output)
+    with pytest.raises(InputError, match="a checkpoint lies there"):
+        check_tables(output, {"board.md"}.__contains__, ["board.md"])
+    assert contents(output) == before
+
+
+def of_sweep(name):
+    return outputs.is_of_sweep(name, below="")
+
+
+@pytest.mark.parametrize("name", ["adaptive.csv", "tables/mine.csv", "tables"])
+def test_no_name_that_a_sweep_may_write_is_the_users(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=name):
+        check_tables(tmp_path, of_sweep, ["sweep.csv"])
+    assert contents(tmp_path) == {name: "mine"}
+
+
+def test_tables_of_an_earlier_run_go_and_those_of_the_user_stay(tmp_path):
+    earlier = {"sweep.csv": "1", "adaptive.csv": "1", "tables/a.csv": "1"}
+    for name, text in earlier.items():  # of before there was a listing
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    check_tables(tmp_path, of_sweep, ["sweep.csv"])
+    (tmp_path / "tables" / "late.csv").write_text("mine")
+    write_tables(tmp_path, {"sweep.csv": "2", "tables/b.csv": "2"}, of_sweep)
+    found = contents(tmp_path)
+    assert found.pop(".bivlm-files").split() == ["sweep.csv", "tables/b.csv"]
+    assert found == {"sweep.csv": "2", "tables/b.csv": "2", "tables/late.csv": "mine"}
+
+
+@pytest.mark.parametrize("kill", range(8))
+def test_tables_of_a_run_that_was_killed_are_no_strangers(tmp_path, monkeypatch, kill):
+    texts = {"sweep.csv": "1", "tables/a.csv": "1", "losses.svg": "1"}
+    left = [kill]
+    replace_file = Path.replace
+
+    def killed(path, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return replace_file(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with suppress(Killed):
+        write_tables(tmp_path, texts, of_sweep)
+    left[0] = 100
+    check_tables(tmp_path, of_sweep, ["sweep.csv", "losses.svg"])
+    write_tables(tmp_path, texts, of_sweep)
+    assert {name: (tmp_path / name).read_text() for name in texts} == texts

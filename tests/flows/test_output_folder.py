@@ -1,13 +1,22 @@
 """What a run does to its output folder, and to whatever else lies there."""
 
 import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.outputs import lock_of
+from bivlm.errors import InputError
 from bivlm.lineage import read_lineage
-from flows import cli
-from tasks import evaluation
+from bivlm.pushing import package
+from flows import cli, recording
+from flows.leaderboard import leaderboard_flow
+from flows.pruning import sweep_flow
+from tasks import checkpoint, evaluation
+from tasks.locks import one_at_a_time
 
 MINE = {"notes.md": "mine", ".git/HEAD": "ref", "adapter/adapter_config.json": "{}", "pruning/notes.md": "mine"}
 
@@ -75,6 +84,103 @@ def test_an_earlier_output_stays_whole_until_another_is_recorded(compressed_copy
     assert names_beside(compression) == {"packed"}
 
 
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_that_fails_leaves_a_finished_output_of_the_same_weights_as_it_was(
+    compressed_copy, questions, tmp_path, failing
+):
+    compression, output = compressed_copy, compressed_copy.output
+    before = files_of(output)
+    other = shutil.copytree(questions, tmp_path / "other")
+    with (other / "data.jsonl").open("a") as file:
+        file.write(json.dumps({"image": "red.png", "question": "Other?", "answers": ["no"]}) + "\n")
+    compression.recipe |= {"name": "second", "evaluation": [f"vqa:{other}"]}
+    failing(compression)
+    assert files_of(output) == before
+    package(output, "me/packed")
+
+
+def test_all_of_a_run_is_written_when_all_of_it_is_known(compressed_copy, monkeypatch):
+    """Report, lineage, page and the sweep's files; until then the output is locked for everybody who can see it."""
+    compression, output = compressed_copy, compressed_copy.output
+    before = files_of(output)
+    sweep = {"places": ["language"], "layers": [1], "shares": [0.5], "masses": [0.5]}
+    compression.recipe |= {"name": "second", "pruning": {"sweep": sweep}}
+    page_text, locked = recording.page_text, []
+
+    def full(*_):
+        locked.append(lock_of(output).exists())
+        raise RuntimeError("no room for the page")
+
+    monkeypatch.setattr(recording, "page_text", full)
+    with pytest.raises(RuntimeError, match="no room"):
+        compression.run()
+    assert locked == [True] and names_beside(compression) == {"packed"}
+    assert files_of(output) == before
+
+    monkeypatch.setattr(recording, "page_text", page_text)
+    assert compression.run()["reused"]
+    assert (output / "pruning" / "adaptive.csv").is_file()
+    compression.recipe["pruning"] = {"sweep": {"places": ["vision"], "layers": [1], "shares": [0.5]}}
+    compression.run()
+    tables = {path.name for path in (output / "pruning").rglob("*") if path.is_file()}
+    assert {"adaptive.csv"} & tables == set() and not [name for name in tables if "-language-" in name]
+    assert [name for name in tables if "-vision-" in name]
+    package(output, "me/packed")
+
+
+def test_an_output_of_any_name_goes_to_mlflow(new_compression, tmp_path):
+    compression = new_compression(tmp_path)
+    compression.output = tmp_path / "p%41q #?"
+    compression.run(evaluate=False)
+    (logged,) = (compression.workspace / "mlflow-artifacts").rglob("model.safetensors")
+    assert logged.read_bytes() == (compression.output / "model.safetensors").read_bytes()
+
+
+def test_the_lock_of_an_output_lets_one_in_at_a_time_and_is_gone_afterwards(tmp_path):
+    inside, seen = [], []
+
+    def work(_):
+        with one_at_a_time(tmp_path / "lock", left=False):
+            inside.append(1)
+            seen.append(len(inside))
+            time.sleep(0.001)
+            inside.pop()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(40)))
+    assert seen == [1] * 40
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_used_is_refused_before_the_model_is_downloaded(tmp_path, monkeypatch):
+    def downloaded(*_):
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr(checkpoint, "resolve_model", downloaded)
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="not empty, and not an earlier output"):
+        checkpoint.resolve_base.fn("owner/model", None, str(tmp_path))
+
+
+def test_tables_are_not_written_over_a_checkpoint_or_files_of_others(compressed, tmp_path, questions):
+    before = files_of(compressed.output)
+    places = {"models": [str(compressed.model)], "workspace": str(tmp_path / "workspace"), "quiet": True}
+    sweep = places | {"benchmarks": [f"vqa:{questions}"], "sweep": {"places": ["language"], "layers": [1]}}
+    with pytest.raises(InputError, match="a checkpoint lies there"):
+        sweep_flow(**sweep, output=str(compressed.output))
+    board = {"model": str(compressed.model), "workspace": str(tmp_path / "workspace")}
+    with pytest.raises(InputError, match="a checkpoint lies there"):
+        leaderboard_flow(**board, recipes=[str(compressed.recipe_file())], output=str(compressed.output))
+    assert files_of(compressed.output) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adaptive.csv").write_text("mine")
+    with pytest.raises(InputError, match=r"adaptive\.csv: not made by bivlm"):
+        sweep_flow(**sweep, output=str(tmp_path / "out"))
+
+
 def test_what_the_user_put_beside_a_checkpoint_does_not_go_to_mlflow(new_compression, tmp_path):
     compression = new_compression(tmp_path)
     compression.run(evaluate=False)
@@ -118,6 +224,10 @@ def test_a_board_refuses_what_lies_where_its_checkpoints_go_before_the_first(new
     (tmp_path / "board" / "board.csv").write_text("mine")
     assert cli.main(arguments) == 2
     assert "board.csv: not made by bivlm" in capsys.readouterr().err
+    compression.recipe["name"] = "board.json"
+    arguments[4] = str(compression.recipe_file())
+    assert cli.main(arguments) == 2
+    assert "recipe board.json: its folder would lie where the board's own file does" in capsys.readouterr().err
     assert not (compression.workspace / "steps").exists()
 
 
