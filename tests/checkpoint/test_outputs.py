@@ -481,3 +481,8 @@ def test_tables_of_a_run_that_was_killed_are_no_strangers(tmp_path, monkeypatch,
     check_tables(tmp_path, of_sweep, ["sweep.csv", "losses.svg"])
     write_tables(tmp_path, texts, of_sweep)
     assert {name: (tmp_path / name).read_text() for name in texts} == texts
+
+
+def test_a_listing_on_the_hub_names_no_file_of_others():
+    listing = b"config.json\nNOTICE\ncustom_generate/a.py\npruning/tables/a.csv\nREADME.md\n.git/HEAD\n../x\nimg.png\n"
+    assert outputs.names_in(listing) == {"config.json", "NOTICE", "custom_generate/a.py", "pruning/tables/a.csv"}
