@@ -28,6 +28,7 @@ def command(*arguments: str, folder: Path, shell: str = "", **environment: str) 
         env=own,
         capture_output=True,
         text=True,
+        errors="replace",  # where the command writes in another encoding
         check=False,
         timeout=200,
     )

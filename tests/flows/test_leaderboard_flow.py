@@ -55,7 +55,7 @@ def test_every_recipe_is_on_the_board_and_the_board_is_the_same_twice(board_of, 
     assert [by_name[name]["needs_calibration"] for name in METHODS] == [False, False, True]
 
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
-    assert set(written) == {"board.json", "board.md", "board.csv", "board.svg"}
+    assert set(written) == {"board.json", "board.md", "board.csv", "board.svg", ".bivlm-files"}
     second = board_of(recipes, output=str(tmp_path / "again"))
     assert second["fingerprint"] == first["fingerprint"]
     assert second["run_id"] == first["run_id"]

@@ -100,9 +100,9 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(swept, tmp
         "1",
     ]
     arguments += ["--places", "vision", "language", "--output", str(tmp_path / "killed")]
-    steps, kills = tmp_path / "one" / "steps", 0
+    steps, kills = tmp_path / "first" / "steps", 0
     for at_least in range(2, 40, 3):
-        run = Running.command([*arguments, "--workspace", str(tmp_path / "one")], tmp_path / "log")
+        run = Running.command([*arguments, "--workspace", str(tmp_path / "first")], tmp_path / "log")
         while run.process.poll() is None and len(list(steps.glob("*.json"))) < at_least:
             time.sleep(0.005)
         if not run.kill():
@@ -110,11 +110,11 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(swept, tmp
         kills += 1
     assert kills >= 3
     assert run.process.returncode == 0
-    whole = [*arguments[:-1], str(tmp_path / "whole"), "--workspace", str(tmp_path / "two")]
+    whole = [*arguments[:-1], str(tmp_path / "whole"), "--workspace", str(tmp_path / "second")]
     assert cli.main(whole) == 0
     for name in ("sweep.csv", "baselines.json", "losses.svg", "accuracy.svg"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    client = MlflowClient(f"sqlite:///{tmp_path / 'one' / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'first' / 'mlflow.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert len(runs) == 1 + 2 * 6  # none twice
 
