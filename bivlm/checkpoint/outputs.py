@@ -357,8 +357,10 @@ def _recorded(folder: Path) -> set[str]:
     try:
         names |= {WEIGHTS} if (folder / WEIGHTS).exists() else set(weights_of_index(folder))
         names |= {name for name in read_object(folder / LINEAGE)["packed"]["files"] if is_inside(name)}
-        # No record has the licences, which were copied from the base.
-        names |= {file.name for file in folder.iterdir() if is_licence_name(file.name)}
+        # No record has the licences. Those of the base were copied before the record was written.
+        written = (folder / LINEAGE).stat().st_mtime
+        licences = (file for file in folder.iterdir() if is_licence_name(file.name))
+        names |= {file.name for file in licences if file.lstat().st_mtime <= written}
     except (InputError, OSError, KeyError, TypeError):
         pass  # one that was cut off before its record; or no record
     return names | {file.relative_to(folder).as_posix() for file in extra_files(folder)}

@@ -328,6 +328,12 @@ def test_an_output_of_before_there_was_a_listing_has_the_licences_of_its_base(tm
     files = dict.fromkeys(OURS - {"LICENSE"}, "")
     (output / "lineage.json").write_text(json.dumps({"packed": {"files": files}}))
     check_replaceable(output)
+    later = (output / "lineage.json").stat().st_mtime + 60
+    (output / "NOTICE").write_text("the user's, added to the finished output")
+    os.utime(output / "NOTICE", (later, later))
+    with pytest.raises(InputError, match="NOTICE: not of the earlier output"):
+        check_replaceable(output)
+    (output / "NOTICE").unlink()
     replace(output, make_output(tmp_path / "new", "new"))
     assert (output / "LICENSE").read_text() == "new"
 
