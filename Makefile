@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m flows.demo --output demo
+	$(BIN)/python -m flows.cli.demo --output demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ _OURS = ("bivlm", "flows", "tasks")
 def main() -> int:
     """Run one command; returns its exit code."""
     put_own_packages_first()
-    from flows.cli import main as run
+    from flows.cli.main import main as run
 
     return run()
 

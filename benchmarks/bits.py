@@ -11,13 +11,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bivlm.bits import bits_of
-from bivlm.checkpoint import Checkpoint, linears, select, write_packed_checkpoint
-from bivlm.compression import pack_layer
+from bivlm.checkpoint.linears import linears, select
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.checkpoint.writing import write_packed_checkpoint
+from bivlm.compression.layer import pack_layer
 from bivlm.methods import method
-from bivlm.recipe import Recipe, parse_recipe
+from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.recipe.loading import Recipe, parse_recipe
 from bivlm.reference import CHECKPOINT
-from bivlm.statistics import LayerStatistics
+from bivlm.reports.bits import bits_of
 
 BOUNDS = {(1, "1 % everywhere"): 1.25, (2, "1 % everywhere"): 2.25, (5, "1 % everywhere"): 3.6}
 BOUNDS |= {(1, "5 % vision"): 1.4, (2, "5 % vision"): 2.4, (5, "5 % vision"): 3.75}

@@ -33,14 +33,14 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 from transformers.utils.logging import disable_progress_bar
 
-from bivlm.blocks.encoded import SampleTensors, stack, with_reply, write_samples
-from bivlm.blocks.gradients import token_gradients
-from bivlm.blocks.model import BlockwiseModel
-from bivlm.blocks.run import UnitRun, run_unit
-from bivlm.blocks.sites import by_modality, names_of
-from bivlm.checkpoint import Checkpoint
-from bivlm.divergence import Reply
-from bivlm.memory import peak_bytes, reset_peak
+from bivlm.calibration.blocks.encoded import SampleTensors, stack, with_reply, write_samples
+from bivlm.calibration.blocks.gradients import token_gradients
+from bivlm.calibration.blocks.model import BlockwiseModel
+from bivlm.calibration.blocks.run import UnitRun, run_unit
+from bivlm.calibration.blocks.sites import by_modality, names_of
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.evaluation.divergence import Reply
+from bivlm.workspace.memory import peak_bytes, reset_peak
 
 BOUND = 2
 IMAGE_SIZE, PATCH_SIZE = 336, 14

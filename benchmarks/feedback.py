@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from benchmarks.timing import medians
-from bivlm.feedback import SUB_BLOCK, inverse_factor
-from bivlm.inputs import SiteStatistics
 from bivlm.methods import method
 from bivlm.methods.gptq import feed_back_groups
-from bivlm.statistics import LayerStatistics
+from bivlm.numerics.error_feedback import SUB_BLOCK, inverse_factor
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
 
 BOUND = 1.5
 REPEATS = 7

@@ -10,9 +10,9 @@ from statistics import mean
 
 import torch
 
-from bivlm.compression import pack_layer
+from bivlm.compression.layer import pack_layer
 from bivlm.methods import method
-from bivlm.statistics import LayerStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
 
 CASES = (
     ("no salient weights", {"p_max": 0.0, "refit": False}, 0.0412),

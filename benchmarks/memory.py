@@ -1,7 +1,8 @@
 """Peak memory of statistics, plan and packing of one layer, above what the process held with the layer in memory.
 
 ``python -m benchmarks.memory [--rows 4096] [--columns 11008]``; the bound is four times the layer's bf16 bytes.
-With ``--methods`` every shipped recipe's method, beside what `bivlm.estimate` says; its estimate is the bound.
+With ``--methods`` every shipped recipe's method, beside what `bivlm.compression.estimate` says; its estimate is the
+bound.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 import psutil
 import torch
 
-from bivlm.compression import pack_layer
-from bivlm.estimate import layer_bytes
-from bivlm.inputs import SiteStatistics
-from bivlm.memory import peak_bytes, reset_peak
-from bivlm.methods import MethodSettings, method
-from bivlm.recipe import load_recipe, shipped_recipes
-from bivlm.statistics import LayerStatistics
+from bivlm.compression.estimate import layer_bytes
+from bivlm.compression.layer import pack_layer
+from bivlm.methods import method
+from bivlm.methods.base import MethodSettings
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.recipe.loading import load_recipe, shipped_recipes
+from bivlm.workspace.memory import peak_bytes, reset_peak
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

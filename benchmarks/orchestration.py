@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from flows.quiet import quieten
+from flows.cli.quiet import quieten
 
 quieten()
 
@@ -27,10 +27,10 @@ import torch  # noqa: E402
 from prefect import flow  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from bivlm.checkpoint import Checkpoint  # noqa: E402
-from bivlm.recipe import load_recipe  # noqa: E402
+from bivlm.checkpoint.reading import Checkpoint  # noqa: E402
+from bivlm.recipe.loading import load_recipe  # noqa: E402
+from flows.cli.local_server import temporary_server  # noqa: E402
 from flows.layers import pack_all  # noqa: E402
-from flows.local import temporary_server  # noqa: E402
 from flows.runners import WORKERS, Runner, started  # noqa: E402
 from tasks import binarization, grouping, saliency  # noqa: E402
 from tasks.layers import Layer, in_chunks  # noqa: E402

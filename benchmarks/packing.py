@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.timing import medians
 from bivlm.methods import method
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import open_packed, unpack
-from bivlm.statistics import LayerStatistics
 
 REPEATS = 5
 

@@ -20,9 +20,9 @@ from statistics import median
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen2_5_VLConfig
 
-from bivlm.pruning import PruningSettings
 from bivlm.pruning.anatomy import anatomy
 from bivlm.pruning.dropping import pruned
+from bivlm.recipe.pruning import PruningSettings
 
 SHARES = (0.0, 0.5, 0.75, 0.9)
 LAYER = 2

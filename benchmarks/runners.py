@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from flows.quiet import quieten
+from flows.cli.quiet import quieten
 
 quieten()
 
@@ -25,9 +25,9 @@ import cloudpickle  # noqa: E402
 from prefect import flow  # noqa: E402
 
 from benchmarks.orchestration import make_layers  # noqa: E402
-from bivlm.workspace import Workspace  # noqa: E402
+from bivlm.workspace.steps import Workspace  # noqa: E402
+from flows.cli.local_server import temporary_server  # noqa: E402
 from flows.layers import PackedLayers, pack_all  # noqa: E402
-from flows.local import temporary_server  # noqa: E402
 from flows.runners import WORKERS, Runner, started  # noqa: E402
 from tasks import binarization  # noqa: E402
 from tasks.layers import Layer, in_chunks  # noqa: E402

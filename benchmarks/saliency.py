@@ -1,11 +1,11 @@
 """Is another metric of saliency than the magnitude worth its price? On the reference model, by its own samples.
 
 ``python -m benchmarks.saliency [--output docs/salient_overlap.svg]``. The paper says that a Hessian metric is
-"expensive with limited benefit" (3.2.1). Here are: how far the metrics of `bivlm.saliency` choose the same weights, and
-how much these lie together; what each costs, to calibrate and to score; and what Bi-VLM with two groups loses when its
-salient weights are chosen by each, without error feedback and with it: in the weights, in the outputs over the
-calibration samples, and in the divergence by the diagonal of its curvature, ``sum_ij G_ij E_ij^2`` with G the squared
-gradients and E the weight error (of ``sum_ij G_ij W_ij^2``). Each is the objective of one of the metrics.
+"expensive with limited benefit" (3.2.1). Here are: how far the metrics of `bivlm.numerics.saliency` choose the same
+weights, and how much these lie together; what each costs, to calibrate and to score; and what Bi-VLM with two groups
+loses when its salient weights are chosen by each, without error feedback and with it: in the weights, in the outputs
+over the calibration samples, and in the divergence by the diagonal of its curvature, ``sum_ij G_ij E_ij^2`` with G the
+squared gradients and E the weight error (of ``sum_ij G_ij W_ij^2``). Each is the objective of one of the metrics.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ from typing import Any
 
 import torch
 
-from bivlm.blocks.encoded import SampleTensors, stack, with_reply, write_samples
-from bivlm.blocks.gradients import token_gradients
-from bivlm.blocks.model import BlockwiseModel
-from bivlm.blocks.run import run_unit
-from bivlm.blocks.sites import uniform
-from bivlm.checkpoint import Checkpoint, linears
-from bivlm.compression import pack_layer
-from bivlm.divergence import read_reply
+from benchmarks.saliency_overlap import compare
+from bivlm.calibration.blocks.encoded import SampleTensors, stack, with_reply, write_samples
+from bivlm.calibration.blocks.gradients import token_gradients
+from bivlm.calibration.blocks.model import BlockwiseModel
+from bivlm.calibration.blocks.run import run_unit
+from bivlm.calibration.blocks.sites import uniform
+from bivlm.checkpoint.linears import linears
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.compression.layer import pack_layer
+from bivlm.evaluation.divergence import read_reply
 from bivlm.evaluation.generation import load_processor
-from bivlm.figures import salient_overlap, svg
-from bivlm.inputs import SiteStatistics
 from bivlm.methods import method
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.saliency import METRICS, most_salient, scores
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.reference import CHECKPOINT, calibration_samples
-from bivlm.saliency import METRICS, most_salient, scores
-from bivlm.saliency_overlap import compare
-from bivlm.statistics import LayerStatistics
+from bivlm.reference import CHECKPOINT
+from bivlm.reference.question_sets import calibration_samples
+from bivlm.reports.figures.saliency import salient_overlap
+from bivlm.reports.figures.style import svg
 
 SHARES = {"vision": 0.05, "adaptor": 0.05, "language": 0.01}  # salient weights at most, as in the paper
 GROUPS = 2

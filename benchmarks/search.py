@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.timing import medians
-from bivlm.methods import LayerPlan, method
-from bivlm.statistics import LayerStatistics
+from bivlm.methods import method
+from bivlm.methods.base import LayerPlan
+from bivlm.numerics.weight_statistics import LayerStatistics
 from tests import literal
 
 P_MAX = 0.01

@@ -30,9 +30,9 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, Qwen2_5_VLConfig
 
-from bivlm.checkpoint.tensor_file import OutgoingTensor, file_order, write_tensors
-from bivlm.neighbours import neighbours_up_to
-from bivlm.recipe import load_recipe
+from bivlm.checkpoint.safetensors_file import OutgoingTensor, file_order, write_tensors
+from bivlm.packing.neighbours import neighbours_up_to
+from bivlm.recipe.loading import load_recipe
 from bivlm.reference import CHECKPOINT
 
 BOUND = 2.5e9

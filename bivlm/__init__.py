@@ -19,4 +19,4 @@ letter meaning
 ====== ==========================================
 """
 
-import bivlm.transformers_plugin  # noqa: F401
+import bivlm.checkpoint.transformers_plugin  # noqa: F401

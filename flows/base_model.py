@@ -8,7 +8,18 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run as runtime
 from pydantic import Field
 
-from bivlm.base_models import (
+from bivlm.errors import GateNotPassed, InputError, describe
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
+from flows.cli.console import in_short
+from flows.compress import compress_flow
+from flows.progress import publish_page
+from tasks.tracking.facts import questions_asked
+from tasks.tracking.finished import finished_version
+from tasks.watching.base_model import pin_revision
+from tasks.watching.events import FLOW
+from tasks.watching.looking import ended_now, remember_answer, taken_now
+from tasks.watching.watch_lists import (
     DEFAULT_RECIPE,
     Revision,
     check_asked,
@@ -18,17 +29,6 @@ from bivlm.base_models import (
     listed_if_any,
     named_recipe,
 )
-from bivlm.errors import GateNotPassed, InputError, describe
-from bivlm.stores.location import default_workspace
-from bivlm.workspace import Workspace
-from flows.compress import compress_flow
-from flows.progress import publish_page
-from flows.tables import in_short
-from tasks.base_model import pin_revision
-from tasks.events import FLOW
-from tasks.tracking.facts import questions_asked
-from tasks.tracking.finished import finished_version
-from tasks.watching import ended_now, remember_answer, taken_now
 
 RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -45,14 +45,15 @@ def on_base_model_flow(
     workspace: str | None = None,
     runner: str = "threads",
 ) -> dict[str, Any]:
-    """Compress `model_id` at `revision` by `recipe` into `bivlm.base_models.Revision.output`, unless that was done.
+    """Compress `model_id` at `revision` by `recipe` into `tasks.watching.watch_lists.Revision.output`, unless that was
+    done.
 
     The revision is pinned before anything else: a branch to its commit, a folder by its content, an S3 prefix by its
     listing. Where the registry has a finished version of that revision by that recipe, which was asked as many
     questions, nothing is done (and a gate that did not pass it is told again). What becomes of it is written down for
     the watcher. Returns ``{"outcome", "version", "page", "output", "gate"}``. Raises `InputError` for names that are
-    not in order or not permitted (`bivlm.base_models.check_permitted`), and for a folder or prefix that is no longer at
-    `revision`; what `compress_flow` raises.
+    not in order or not permitted (`tasks.watching.watch_lists.check_permitted`), and for a folder or prefix that is no
+    longer at `revision`; what `compress_flow` raises.
 
     Args:
         model_id: owner/name on the hub, an absolute folder, or s3://bucket/prefix.

@@ -10,19 +10,20 @@ from typing import Any
 from prefect import flow, runtime
 from rich.console import Console
 
-from bivlm.checkpoint import REPORT, TABLES_KEY, Linear, select
+from bivlm.checkpoint.linears import Linear, select
 from bivlm.checkpoint.outputs import PAGE, lock_of
-from bivlm.collection import in_use
+from bivlm.checkpoint.reading import REPORT, TABLES_KEY
+from bivlm.checkpoint.remote_code import remote_code_allowed, trust
 from bivlm.errors import GateNotPassed
-from bivlm.evaluation import Benchmark
-from bivlm.memory import peak_bytes, reset_peak
-from bivlm.places import check_places, output_folder, output_place
-from bivlm.pruning import PRUNING_KEY
-from bivlm.recipe import Recipe, load_recipe, parse_recipe
-from bivlm.remote_code import remote_code_allowed, trust
-from bivlm.stores.location import default_workspace
-from bivlm.turns import one_machine_at_a_time
-from bivlm.workspace import Workspace
+from bivlm.evaluation.benchmark import Benchmark
+from bivlm.recipe.loading import Recipe, load_recipe, parse_recipe
+from bivlm.recipe.pruning import PRUNING_KEY
+from bivlm.workspace.garbage import in_use
+from bivlm.workspace.locks import one_machine_at_a_time
+from bivlm.workspace.memory import peak_bytes, reset_peak
+from bivlm.workspace.places import check_places, output_folder, output_place
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
 from flows.estimates import refuse_what_cannot_fit
 from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided
 from flows.layers import finish_all, needs_calibration, pack_all, side_by_side
@@ -43,17 +44,17 @@ from tasks import (
     grouping,
     pruning,
     saliency,
-    search,
-    tables,
     tracking,
 )
-from tasks.device import Device, choose_device
+from tasks import block_search as search
+from tasks import embeddings as tables
+from tasks.garbage import note_registry
 from tasks.layers import layers_of
-from tasks.locks import one_at_a_time
-from tasks.naming import model_name
-from tasks.progress import shown_by
 from tasks.report import code_version, earlier_report, full_precision_bits, make_report, report_text, write_records
-from tasks.retention import note_registry
+from tasks.runtime.device import Device, choose_device
+from tasks.runtime.locks import one_at_a_time
+from tasks.runtime.naming import model_name
+from tasks.runtime.progress import shown_by
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,12 @@ def compress_flow(
     """Compress `model` by `recipe` into the folder `output`; returns what the command line and the demo print.
 
     `recipe` is a shipped name, a file or the recipe itself. `workspace` is a folder or ``s3://bucket/prefix`` (default:
-    `bivlm.stores.location.default_workspace`). `questions` limits every benchmark to its first questions; `quiet` shows
-    no progress in the terminal. `runner` and `workers` say who works on the layers, see `flows.runners.parse_runner`;
-    the bytes are the same whoever does. `check` refuses what cannot fit into this machine's memory and onto its disks.
-    What the workspace, the output folder and MLflow already hold of an identical request is not done again. `trigger`
-    says what asked for it, for its lineage (default: what Prefect knows, see `flows.origin.trigger_of_run`).
+    `bivlm.workspace.stores.location.default_workspace`). `questions` limits every benchmark to its first questions;
+    `quiet` shows no progress in the terminal. `runner` and `workers` say who works on the layers, see
+    `flows.runners.parse_runner`; the bytes are the same whoever does. `check` refuses what cannot fit into this
+    machine's memory and onto its disks. What the workspace, the output folder and MLflow already hold of an identical
+    request is not done again. `trigger` says what asked for it, for its lineage (default: what Prefect knows, see
+    `flows.origin.trigger_of_run`).
 
     A recipe's gate decides at the end, see `flows.gate.decide_at_the_end`. Raises `GateNotPassed`, with all that would
     have been returned, if a bound of it is not kept, and `InputError` for anything the caller can mend.

@@ -7,16 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bivlm.checkpoint import Anatomy, Checkpoint, anatomy, check_output, resolve_model, select
+from bivlm.checkpoint.linears import Anatomy, anatomy, select
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.checkpoint.writing import check_output
+from bivlm.compression.embeddings import chosen_tables
+from bivlm.compression.estimate import LIBRARIES, Machine, Work, check_fits, estimate, probe_all
 from bivlm.errors import InputError
-from bivlm.estimate import LIBRARIES, Machine, Work, check_fits, estimate, probe_all
-from bivlm.evaluation import load_benchmark
+from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.methods import method
-from bivlm.places import check_places, output_folder, output_place
-from bivlm.recipe import Recipe, load_recipe
-from bivlm.stores.location import default_workspace
-from bivlm.tables import chosen_tables
-from bivlm.workspace import Workspace
+from bivlm.recipe.loading import Recipe, load_recipe
+from bivlm.sources.models import resolve_model
+from bivlm.workspace.places import check_places, output_folder, output_place
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
 from flows.runners import Runner, parse_runner
 
 

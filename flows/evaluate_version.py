@@ -9,16 +9,16 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
-from bivlm.checkpoint import Checkpoint
-from bivlm.collection import in_use
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.lineage import read_lineage
 from bivlm.pruning.dropping import carried_pruning
-from bivlm.stores.location import default_workspace
-from bivlm.workspace import Workspace
+from bivlm.reports.lineage import read_lineage
+from bivlm.workspace.garbage import in_use
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
 from flows.progress import publish_page
 from tasks import evaluation, tracking
-from tasks.device import choose_device
+from tasks.runtime.device import choose_device
 from tasks.tracking.finished import logged_model_of, place_of_version
 from tasks.tracking.lookup import download_version
 

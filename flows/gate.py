@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bivlm.errors import InputError
-from bivlm.gate import Figures, decide
-from bivlm.recipe import Recipe
+from bivlm.evaluation.gate import Figures, decide
+from bivlm.recipe.loading import Recipe
 from tasks import evaluation, tracking
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from bivlm.identity import digest
-from bivlm.stores.location import default_workspace
-from bivlm.turns import one_machine_at_a_time
-from bivlm.workspace import Workspace
-from tasks import retention
-from tasks.locks import one_at_a_time
+from bivlm.workspace.hashing import digest
+from bivlm.workspace.locks import one_machine_at_a_time
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
+from tasks import garbage as retention
+from tasks.runtime.locks import one_at_a_time
 
 _TURN = digest("housekeeping")
 
@@ -35,7 +35,7 @@ def gc_flow(
     ever was champion, and of the latest `keep_versions` of each model. What was marked is looked at again after
     `wait_seconds`, MLflow is asked again, and only what may still go does. With `dry_run` nothing goes. Returns what
     was held, kept and removed, ready for JSON. Raises `InputError`, and removes nothing, if it is not certain what is
-    needed: see `tasks.retention.versions_to_keep`.
+    needed: see `tasks.garbage.versions_to_keep`.
 
     Args:
         workspace: a folder or s3://bucket/prefix; without it that of the worker.

@@ -8,19 +8,21 @@ from typing import Any
 
 from prefect import Task
 
-from bivlm.allocation import BudgetSettings
-from bivlm.blocks.units import Unit
-from bivlm.finish_settings import FinishSettings
-from bivlm.search_settings import SearchSettings
+from bivlm.calibration.blocks.units import Unit
+from bivlm.compression.budget import BudgetSettings
+from bivlm.recipe.finish import FinishSettings
+from bivlm.recipe.search import SearchSettings
 from flows.runners import Workers
-from tasks import allocation, binarization, block_inputs, finishing, grouping, saliency, search
+from tasks import binarization, block_inputs, finishing, grouping, saliency
+from tasks import block_search as search
+from tasks import budget as allocation
 from tasks.block_inputs import Calibration
 from tasks.checkpoint import Base
-from tasks.device import Device
 from tasks.layers import Layer, in_chunks
-from tasks.policy import halves, is_out_of_memory
-from tasks.progress import advance, expect
-from tasks.steps import Done, check_that_workers_share, open_workspace
+from tasks.runtime.device import Device
+from tasks.runtime.policy import halves, is_out_of_memory
+from tasks.runtime.progress import advance, expect
+from tasks.runtime.steps import Done, check_that_workers_share, open_workspace
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Walk:
         return self._measure_gradients().record.figures["curvature"]
 
     def search(self, layers: Sequence[Layer], settings: SearchSettings) -> list[Layer]:
-        """The layers with the settings that suit the outputs of their blocks, see `bivlm.blocks.search`."""
+        """The layers with the settings that suit the outputs of their blocks, see `bivlm.compression.block_search`."""
         names = {layer.name for layer in layers}
         units = self._up_to(names)
         expect(block_inputs.STAGE, len(units))

@@ -10,15 +10,15 @@ from typing import Any
 from prefect import flow
 from rich.console import Console
 
-from bivlm.calibration import held_out_samples
 from bivlm.checkpoint.outputs import check_replaceable
 from bivlm.errors import GateNotPassed, InputError, describe
-from bivlm.finish_settings import FinishSettings
-from bivlm.leaderboard import board, fingerprint
-from bivlm.places import Place, check_places, output_folder, output_place
-from bivlm.recipe import Recipe, load_recipe
-from bivlm.stores.location import default_workspace
-from bivlm.table_folders import check_tables
+from bivlm.recipe.calibration import held_out_samples
+from bivlm.recipe.finish import FinishSettings
+from bivlm.recipe.loading import Recipe, load_recipe
+from bivlm.reports.leaderboard.ranking import board, fingerprint
+from bivlm.reports.table_folders import check_tables
+from bivlm.workspace.places import Place, check_places, output_folder, output_place
+from bivlm.workspace.stores.location import default_workspace
 from flows.compress import compress_flow
 from tasks.leaderboard import (
     BOARD_FILES,
@@ -29,7 +29,7 @@ from tasks.leaderboard import (
     same_linears,
     write_board,
 )
-from tasks.policy import is_out_of_memory
+from tasks.runtime.policy import is_out_of_memory
 
 
 @flow(name="leaderboard", flow_run_name="leaderboard-{output}", persist_result=False)

@@ -7,7 +7,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run as runtime
 
-from bivlm.champions import LONGEST, one_line
+from tasks.tracking.champions import LONGEST, one_line
 
 BY_HAND = "by hand"
 

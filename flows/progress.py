@@ -11,7 +11,7 @@ from prefect.artifacts import create_link_artifact, create_progress_artifact, up
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from tasks.policy import is_passing
+from tasks.runtime.policy import is_passing
 
 ARTIFACT_KEY = "bivlm-compress"
 PAGE_KEY = "bivlm-mlflow"  # the link from a flow run to what MLflow holds of it
@@ -82,5 +82,5 @@ class FlowProgress:
 
 
 def publish_page(address: str) -> None:
-    """Lead from the flow run's page to the one in MLflow; `flows.triggering` reads it there."""
+    """Lead from the flow run's page to the one in MLflow; `flows.cli.follow` reads it there."""
     create_link_artifact(address, link_text="MLflow", key=PAGE_KEY, description=f"[{address}]({address})")

@@ -13,28 +13,29 @@ from prefect import flow
 from pydantic import ValidationError
 from rich.console import Console
 
-from bivlm.checkpoint import Checkpoint, resolve_model
+from bivlm.checkpoint.architectures import Modules
 from bivlm.checkpoint.outputs import is_of_sweep
-from bivlm.collection import in_use
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.evaluation import Benchmark, load_benchmark
+from bivlm.evaluation.benchmark import Benchmark, load_benchmark
 from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.paired import Loss
-from bivlm.families import Modules
-from bivlm.places import Place, check_places, output_folder
-from bivlm.pruning import PruningSettings, SweepSettings
 from bivlm.pruning.redundancy import find_redundancy
-from bivlm.stores.location import default_workspace
-from bivlm.table_folders import check_tables, write_tables
-from bivlm.workspace import Workspace
+from bivlm.recipe.pruning import PruningSettings, SweepSettings
+from bivlm.reports.table_folders import check_tables, write_tables
+from bivlm.sources.models import resolve_model
+from bivlm.workspace.garbage import in_use
+from bivlm.workspace.places import Place, check_places, output_folder
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
 from flows.progress import FlowProgress
 from tasks import evaluation, pruning
-from tasks.device import Device, choose_device
-from tasks.naming import model_name
-from tasks.progress import shown_by
 from tasks.pruning import ALL, Subject
-from tasks.steps import Done
+from tasks.runtime.device import Device, choose_device
+from tasks.runtime.naming import model_name
+from tasks.runtime.progress import shown_by
+from tasks.runtime.steps import Done
 from tasks.tracking.sweeps import log_sweep
 
 
@@ -53,7 +54,7 @@ def sweep_flow(
 
     `sweep` is as `bivlm.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's tables
     in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A sweep that was killed goes on at the cell where it was.
-    `modules` name the parts of models that bivlm does not know, see `bivlm.families.parse_modules`.
+    `modules` name the parts of models that bivlm does not know, see `bivlm.checkpoint.architectures.parse_modules`.
     Returns ``{"output", "rows", "adaptive", "baselines", "at_chance", "run_id"}``. Raises `InputError` for anything the
     caller can mend, layers out of range among it, before the first question is asked.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bivlm.checkpoint import LINEAGE, REPORT
 from bivlm.checkpoint.outputs import PAGE, SWEEP, is_of_sweep
-from bivlm.table_folders import write_tables
+from bivlm.checkpoint.reading import LINEAGE, REPORT
+from bivlm.reports.table_folders import write_tables
 from tasks import checkpoint, pruning, tracking
 from tasks.lineage import make_lineage
 from tasks.report import (
@@ -19,7 +19,7 @@ from tasks.report import (
     with_at_chance,
     write_records,
 )
-from tasks.steps import Done
+from tasks.runtime.steps import Done
 
 if TYPE_CHECKING:
     from flows.compress import Request

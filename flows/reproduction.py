@@ -11,14 +11,16 @@ from typing import Any
 from prefect import flow
 from rich.console import Console
 
-from bivlm.calibration import held_out_samples
 from bivlm.checkpoint.outputs import check_replaceable
 from bivlm.errors import InputError, describe
 from bivlm.evaluation.chance import AtChance
-from bivlm.places import Place, check_places, output_folder, output_place
-from bivlm.reproduction import FULL_PRECISION, TABLES, as_markdown, as_table, published, recipe_set, scores_of
-from bivlm.table_folders import check_tables, write_tables
+from bivlm.recipe.calibration import held_out_samples
+from bivlm.reports.paper_tables.published import TABLES, published
+from bivlm.reports.paper_tables.recipe_sets import FULL_PRECISION, recipe_set
+from bivlm.reports.paper_tables.report import as_markdown, as_table, scores_of
+from bivlm.reports.table_folders import check_tables, write_tables
 from bivlm.untrusted import read_object
+from bivlm.workspace.places import Place, check_places, output_folder, output_place
 from flows.compress import compress_flow
 from flows.leaderboard import is_the_recipes
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bivlm.calibration import held_out_samples
 from bivlm.evaluation.chance import AtChance, at_chance
-from bivlm.pruning import PruningSettings
+from bivlm.recipe.calibration import held_out_samples
+from bivlm.recipe.pruning import PruningSettings
 from flows.pruning import Swept, sweep_all
 from tasks import checkpoint, evaluation, pruning
-from tasks.steps import Done
+from tasks.runtime.steps import Done
 
 if TYPE_CHECKING:
     from flows.compress import Request

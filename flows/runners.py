@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefect.task_runners import TaskRunner
 
     from tasks.layers import Layer
-    from tasks.steps import Done
+    from tasks.runtime.steps import Done
 
 RUNNERS = ("threads", "processes", "dask", "ray")
 # Each worker holds one layer; more of them than cores would only add memory.
@@ -142,7 +142,7 @@ class _Processes(Workers, AbstractContextManager):
     def carry_out(
         self, stage: Task[..., dict[str, Done]], chunks: Sequence[list[Layer]], workspace: str
     ) -> Iterator[tuple[list[Layer], dict[str, Done] | BaseException]]:
-        from tasks.policy import WorkerLost
+        from tasks.runtime.policy import WorkerLost
 
         waiting = list(chunks)
         while waiting:
@@ -164,7 +164,7 @@ class _Processes(Workers, AbstractContextManager):
     def _begin(self) -> None:
         from prefect.task_runners import ProcessPoolTaskRunner
 
-        from tasks.workers import begin
+        from tasks.runtime.workers import begin
 
         theirs, self._lifeline = multiprocessing.get_context("spawn").Pipe(duplex=False)
         arguments = (theirs, self._threads)
@@ -186,7 +186,7 @@ class _Processes(Workers, AbstractContextManager):
 
 
 def _result(future: Any, chunk: Sequence[Layer]) -> dict[str, Done] | BaseException:
-    from tasks.policy import WorkerLost
+    from tasks.runtime.policy import WorkerLost
 
     try:
         return future.result(raise_on_failure=False)

@@ -8,7 +8,13 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from bivlm.base_models import (
+from bivlm.errors import GateNotPassed, describe
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
+from flows.base_model import on_base_model_flow
+from flows.leaderboard import leaderboard_flow
+from tasks.watching.looking import Seen, look_at_base_models
+from tasks.watching.watch_lists import (
     Revision,
     Watched,
     load_base_models,
@@ -17,12 +23,6 @@ from bivlm.base_models import (
     outputs_folder,
     recipe_source,
 )
-from bivlm.errors import GateNotPassed, describe
-from bivlm.stores.location import default_workspace
-from bivlm.workspace import Workspace
-from flows.base_model import on_base_model_flow
-from flows.leaderboard import leaderboard_flow
-from tasks.watching import Seen, look_at_base_models
 
 LEADERBOARDS = "leaderboards"  # in the folder of outputs
 

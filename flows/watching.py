@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from bivlm.base_models import load_base_models, nothing_watched
-from bivlm.stores.location import default_workspace
-from bivlm.workspace import Workspace
-from tasks.events import emit_found, runs_at_work
-from tasks.watching import is_due, look_at_base_models, remember_emitted, remember_found
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
+from tasks.watching.events import emit_found, runs_at_work
+from tasks.watching.looking import is_due, look_at_base_models, remember_emitted, remember_found
+from tasks.watching.watch_lists import load_base_models, nothing_watched
 
 
 class LookFailed(RuntimeError):
@@ -27,10 +27,10 @@ def watch_flow(
 ) -> dict[str, Any]:
     """Emit `bivlm.base_model.found` for every revision and recipe of the list that no compression is known of.
 
-    The list is `bivlm.base_models.base_models_file`. What was seen is kept in the workspace, so that nothing is missed
-    while no watcher runs; an event is written down as emitted once the server has taken it, and is emitted again, with
-    the same id, if nobody answers it. Returns ``{"seen", "emitted", "at_work", "answered", "waiting"}``. Raises
-    `LookFailed` at the end if a model could not be looked at, `InputError` for a list that is not in order.
+    The list is `tasks.watching.watch_lists.base_models_file`. What was seen is kept in the workspace, so that nothing
+    is missed while no watcher runs; an event is written down as emitted once the server has taken it, and is emitted
+    again, with the same id, if nobody answers it. Returns ``{"seen", "emitted", "at_work", "answered", "waiting"}``.
+    Raises `LookFailed` at the end if a model could not be looked at, `InputError` for a list that is not in order.
 
     Args:
         workspace: a folder or s3://bucket/prefix; without it that of the worker.

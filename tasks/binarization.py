@@ -9,16 +9,16 @@ from typing import Any
 from prefect import task
 from safetensors import safe_open
 
-from bivlm.compression import pack_layer
-from bivlm.identity import step_identity
-from bivlm.inputs import SiteStatistics
-from bivlm.methods import LayerPlan
+from bivlm.compression.layer import pack_layer
+from bivlm.methods.base import LayerPlan
+from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.untrusted import parse_model
-from bivlm.workspace import Reference, Workspace
+from bivlm.workspace.hashing import step_identity
+from bivlm.workspace.steps import Reference, Workspace
 from tasks import grouping
 from tasks.layers import Layer, do_layers, open_base
-from tasks.policy import OVER_NETWORK
-from tasks.steps import Done, open_workspace
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import Done, open_workspace
 
 STAGE = "pack"
 FILE = "weight.packed"

@@ -18,26 +18,26 @@ import torch
 from prefect import task
 from safetensors.torch import save_file
 
-from bivlm.blocks.encoded import SampleTensors, stack, with_reply, write_samples
-from bivlm.blocks.gradients import gradient_weights, token_gradients
-from bivlm.blocks.model import BlockwiseModel
-from bivlm.blocks.run import image_tokens, run_unit
-from bivlm.blocks.sites import Weigh, by_modality, names_of, uniform
-from bivlm.blocks.units import Unit
-from bivlm.calibration import load_samples
-from bivlm.divergence import read_reply
+from bivlm.calibration.blocks.encoded import SampleTensors, stack, with_reply, write_samples
+from bivlm.calibration.blocks.gradients import gradient_weights, token_gradients
+from bivlm.calibration.blocks.model import BlockwiseModel
+from bivlm.calibration.blocks.run import image_tokens, run_unit
+from bivlm.calibration.blocks.sites import Weigh, by_modality, names_of, uniform
+from bivlm.calibration.blocks.units import Unit
+from bivlm.calibration.frozen import load_samples
+from bivlm.checkpoint.architectures import MODULES_KEY
+from bivlm.evaluation.divergence import read_reply
 from bivlm.evaluation.generation import load_processor
-from bivlm.families import MODULES_KEY
-from bivlm.identity import step_identity
 from bivlm.packing import unpack
-from bivlm.recipe import CalibrationSettings, TokenWeights
-from bivlm.workspace import Reference, Workspace
+from bivlm.recipe.loading import CalibrationSettings, TokenWeights
+from bivlm.workspace.hashing import step_identity
+from bivlm.workspace.steps import Reference, Workspace
 from tasks import binarization
 from tasks.checkpoint import Base
-from tasks.device import Device, gpu_slot
-from tasks.policy import OVER_NETWORK
-from tasks.progress import advance
-from tasks.steps import Done, do_step, open_workspace
+from tasks.runtime.device import Device, gpu_slot
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.progress import advance
+from tasks.runtime.steps import Done, do_step, open_workspace
 
 STAGE = "block inputs"
 SAMPLES_STAGE = "model inputs"
@@ -168,7 +168,8 @@ def run_block(
 
 @task(name="token-gradients", **OVER_NETWORK)
 def measure_gradients(calibration: Calibration, blocks: dict[str, Done], squares: bool) -> Done:
-    """How much every token matters at every site, from the steps of all blocks; see `bivlm.blocks.gradients`.
+    """How much every token matters at every site, from the steps of all blocks; see
+    `bivlm.calibration.blocks.gradients`.
 
     With `squares` also a file of the squared gradients of every unit's weights, named by ``figures["squares"]`` for
     each linear layer, and their sums, ``figures["curvature"]``.

@@ -7,11 +7,12 @@ from typing import Any
 
 from prefect import task
 
-from bivlm.calibration import CalibrationSettings, freeze_samples
-from bivlm.identity import digest, step_identity
-from tasks.policy import OVER_NETWORK
-from tasks.progress import advance
-from tasks.steps import Done, finish, open_workspace
+from bivlm.calibration.frozen import freeze_samples
+from bivlm.recipe.calibration import CalibrationSettings
+from bivlm.workspace.hashing import digest, step_identity
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.progress import advance
+from tasks.runtime.steps import Done, finish, open_workspace
 
 STAGE = "calibration"
 VERSION = 2  # raised when held-out samples joined

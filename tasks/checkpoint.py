@@ -10,29 +10,20 @@ from typing import Any
 
 from prefect import task
 
-from bivlm.checkpoint import (
-    Anatomy,
-    Checkpoint,
-    Digests,
-    Linear,
-    ResolvedModel,
-    anatomy,
-    check_loads,
-    check_output,
-    digest_of_files,
-    resolve_model,
-    write_packed_checkpoint,
-)
+from bivlm.checkpoint.architectures import MODULES_KEY, Modules
+from bivlm.checkpoint.linears import Anatomy, Linear, anatomy
 from bivlm.checkpoint.outputs import check_replaceable, replace, settle, unfinished_of
+from bivlm.checkpoint.reading import Checkpoint, Digests, digest_of_files
+from bivlm.checkpoint.writing import check_loads, check_output, write_packed_checkpoint
 from bivlm.errors import InputError
-from bivlm.families import MODULES_KEY, Modules
-from bivlm.identity import digest, step_identity
 from bivlm.names import is_sha256
-from bivlm.places import output_folder
+from bivlm.sources.models import ResolvedModel, resolve_model
+from bivlm.workspace.hashing import digest, step_identity
+from bivlm.workspace.places import output_folder
 from tasks import binarization
-from tasks.policy import OVER_NETWORK
-from tasks.progress import advance
-from tasks.steps import Done, finish, open_workspace
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.progress import advance
+from tasks.runtime.steps import Done, finish, open_workspace
 
 STAGE = "checkpoint"
 VERSION = 1

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from prefect import task
 
-from bivlm.identity import step_identity
-from bivlm.statistics import LayerStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.workspace.hashing import step_identity
 from tasks.layers import Layer, do_layers, open_base
-from tasks.policy import OVER_NETWORK
-from tasks.steps import Done
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import Done
 
 STAGE = "error curve"
 P_MAX = (0.01, 0.02, 0.05, 0.10)

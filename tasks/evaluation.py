@@ -14,22 +14,23 @@ import torch
 from prefect import task
 from transformers import PreTrainedModel, ProcessorMixin
 
-from bivlm.calibration import load_held_out
-from bivlm.checkpoint import Checkpoint
-from bivlm.divergence import kl_divergence, reference_logits
+from bivlm.calibration.frozen import load_held_out
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.evaluation import Benchmark, evaluate, load_benchmark, load_model, read_outcomes, write_outcomes
-from bivlm.evaluation.generation import default_batch_size
+from bivlm.evaluation.benchmark import Benchmark, load_benchmark
+from bivlm.evaluation.divergence import kl_divergence, reference_logits
+from bivlm.evaluation.generation import default_batch_size, load_model
+from bivlm.evaluation.outcomes import evaluate, read_outcomes, write_outcomes
 from bivlm.evaluation.paired import LargestLoss, largest_loss, loss_between
-from bivlm.identity import step_identity
-from bivlm.pruning import PruningSettings
 from bivlm.pruning.dropping import pruned_if
-from bivlm.samples import Conversation
-from bivlm.workspace import Workspace
-from tasks.device import Device, gpu_slot
-from tasks.policy import OVER_NETWORK, smaller_after_out_of_memory
-from tasks.progress import advance
-from tasks.steps import Done, do_step, open_workspace
+from bivlm.recipe.pruning import PruningSettings
+from bivlm.sources.samples import Conversation
+from bivlm.workspace.hashing import step_identity
+from bivlm.workspace.steps import Workspace
+from tasks.runtime.device import Device, gpu_slot
+from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
+from tasks.runtime.progress import advance
+from tasks.runtime.steps import Done, do_step, open_workspace
 
 STAGE = "evaluation"
 LOGITS_STAGE = "reference logits"

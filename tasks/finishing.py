@@ -9,23 +9,22 @@ from typing import Any
 import torch
 from prefect import task
 
-from bivlm.calibration import load_samples
-from bivlm.checkpoint import Checkpoint
-from bivlm.compression import measure
-from bivlm.divergence import StoredLogProbabilities, reference_logits
-from bivlm.evaluation import load_model
-from bivlm.evaluation.generation import default_batch_size
-from bivlm.finishing import FinishSettings, finish
-from bivlm.identity import step_identity
-from bivlm.inputs import SiteStatistics
-from bivlm.workspace import Workspace
+from bivlm.calibration.frozen import load_samples
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.compression.finishing import FinishSettings, finish
+from bivlm.compression.layer import measure
+from bivlm.evaluation.divergence import StoredLogProbabilities, reference_logits
+from bivlm.evaluation.generation import default_batch_size, load_model
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.workspace.hashing import step_identity
+from bivlm.workspace.steps import Workspace
 from tasks import binarization
 from tasks.checkpoint import Base
-from tasks.device import Device, gpu_slot
 from tasks.layers import Layer
-from tasks.policy import OVER_NETWORK, smaller_after_out_of_memory
-from tasks.progress import advance
-from tasks.steps import Done, do_step, open_workspace
+from tasks.runtime.device import Device, gpu_slot
+from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
+from tasks.runtime.progress import advance
+from tasks.runtime.steps import Done, do_step, open_workspace
 
 STAGE = "finish"
 LOGITS_STAGE = "calibration logits"

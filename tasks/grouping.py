@@ -7,13 +7,13 @@ from typing import Any
 
 from prefect import task
 
-from bivlm.identity import canonical_json, step_identity
-from bivlm.statistics import LayerStatistics
-from bivlm.workspace import Reference
+from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.workspace.hashing import canonical_json, step_identity
+from bivlm.workspace.steps import Reference
 from tasks import saliency
 from tasks.layers import Layer, do_layers
-from tasks.policy import OVER_NETWORK
-from tasks.steps import Done, open_workspace
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import Done, open_workspace
 
 STAGE = "plan"
 FILE = "plan.json"

@@ -9,15 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bivlm.checkpoint import Checkpoint, Linear
+from bivlm.checkpoint.linears import Linear
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.methods import Method, MethodSettings, method
-from bivlm.methods.base import Need
-from bivlm.neighbours import neighbours_up_to
-from bivlm.recipe import Recipe
-from bivlm.workspace import Reference
-from tasks.progress import advance
-from tasks.steps import Done, do_step, open_workspace
+from bivlm.methods import method
+from bivlm.methods.base import Method, MethodSettings, Need
+from bivlm.packing.neighbours import neighbours_up_to
+from bivlm.recipe.loading import Recipe
+from bivlm.workspace.steps import Reference
+from tasks.runtime.progress import advance
+from tasks.runtime.steps import Done, do_step, open_workspace
 
 # About ten seconds of the slowest stage on two cores. Smaller chunks would pay more for scheduling than they gain.
 CHUNK_WEIGHTS = 1 << 28

@@ -11,12 +11,15 @@ from mlflow.entities import Metric
 from prefect import task
 
 from bivlm.errors import InputError, describe
-from bivlm.figures import quality_against_bits, svg
-from bivlm.leaderboard import Accuracy, Entry, FullPrecision, as_csv, as_markdown, fingerprint, method_label
-from bivlm.recipe import Recipe
-from bivlm.table_folders import write_tables
-from tasks.policy import OVER_NETWORK
-from tasks.steps import open_workspace
+from bivlm.recipe.loading import Recipe
+from bivlm.reports.figures.leaderboard import quality_against_bits
+from bivlm.reports.figures.style import svg
+from bivlm.reports.leaderboard.entries import Accuracy, Entry, FullPrecision, method_label
+from bivlm.reports.leaderboard.ranking import fingerprint
+from bivlm.reports.leaderboard.tables import as_csv, as_markdown
+from bivlm.reports.table_folders import write_tables
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import open_workspace
 from tasks.tracking.run import NOTE_TAG, ROLE_TAG, open_experiment
 
 BOARD, MARKDOWN, CSV, FIGURE = "board.json", "board.md", "board.csv", "board.svg"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from bivlm.environment import code, hardware, packages
 from bivlm.errors import InputError
-from bivlm.identity import digest
-from bivlm.lineage import BaseModelFiles, Files, Lineage, read_lineage
-from bivlm.recipe import Recipe
+from bivlm.recipe.loading import Recipe
+from bivlm.reports.lineage import BaseModelFiles, Files, Lineage, read_lineage
+from bivlm.workspace.environment import code, hardware, packages
+from bivlm.workspace.hashing import digest
 from tasks.checkpoint import Base, PackedCheckpoint
+from tasks.embeddings import Table
 from tasks.layers import Layer
-from tasks.steps import Done
-from tasks.tables import Table
+from tasks.runtime.steps import Done
 
 # What differs between two runs that did the same thing, where a workspace may have been moved in between.
 _CIRCUMSTANCES = {

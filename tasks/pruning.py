@@ -11,26 +11,28 @@ from typing import Any
 import pandas as pd
 from prefect import task
 
-from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.architectures import MODULES_KEY, Modules
 from bivlm.checkpoint.linears import skeleton
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.evaluation import evaluate, load_benchmark, read_outcomes, write_outcomes
+from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.evaluation.generation import default_batch_size
 from bivlm.evaluation.metrics import accuracy, bootstrap_interval
+from bivlm.evaluation.outcomes import evaluate, read_outcomes, write_outcomes
 from bivlm.evaluation.paired import Loss, loss_between
-from bivlm.families import MODULES_KEY, Modules
-from bivlm.figures import accuracy_by_share, loss_maps, svg
-from bivlm.identity import step_identity
-from bivlm.pruning import PruningSettings
 from bivlm.pruning.dropping import pruned
-from bivlm.pruning.tables import as_table, grid
-from bivlm.workspace import Workspace
-from tasks.device import Device
+from bivlm.recipe.pruning import PruningSettings
+from bivlm.reports.figures.pruning import accuracy_by_share, loss_maps
+from bivlm.reports.figures.style import svg
+from bivlm.reports.pruning_tables import as_table, grid
+from bivlm.workspace.hashing import step_identity
+from bivlm.workspace.steps import Workspace
 from tasks.evaluation import OUTCOMES_FILE, loaded_model
-from tasks.naming import slug
-from tasks.policy import OVER_NETWORK, smaller_after_out_of_memory
-from tasks.progress import advance
-from tasks.steps import Done, do_step, open_workspace
+from tasks.runtime.device import Device
+from tasks.runtime.naming import slug
+from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
+from tasks.runtime.progress import advance
+from tasks.runtime.steps import Done, do_step, open_workspace
 
 STAGE = "pruning"
 VERSION = 1
@@ -125,7 +127,8 @@ def rows_of(
     plain: Mapping[str, Done],
     workspace: str,
 ) -> list[dict[str, Any]]:
-    """The rows of `bivlm.pruning.tables.as_table`: a row a cell and benchmark, and one for all benchmarks together.
+    """The rows of `bivlm.reports.pruning_tables.as_table`: a row a cell and benchmark, and one for all benchmarks
+    together.
 
     `plain` are the evaluations of the same model without pruning, by benchmark.
     """

@@ -9,22 +9,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bivlm.bits import bits_of
-from bivlm.checkpoint import REPORT
+from bivlm.checkpoint.reading import REPORT
 from bivlm.errors import InputError
 from bivlm.evaluation.chance import AtChance, set_of
-from bivlm.identity import digest
-from bivlm.leaderboard import relative_error
-from bivlm.lineage import Lineage
-from bivlm.model_card import licence_of
-from bivlm.recipe import Recipe
-from bivlm.report_page import render
-from bivlm.stores.folder import write_atomically
+from bivlm.recipe.loading import Recipe
+from bivlm.reports.bits import bits_of
+from bivlm.reports.leaderboard.entries import relative_error
+from bivlm.reports.lineage import Lineage
+from bivlm.reports.model_card import licence_of
+from bivlm.reports.report_page import render
 from bivlm.untrusted import read_object
+from bivlm.workspace.hashing import digest
+from bivlm.workspace.stores.folder import write_atomically
 from tasks.checkpoint import Base
+from tasks.embeddings import Table
 from tasks.layers import Layer
-from tasks.steps import Done
-from tasks.tables import Table
+from tasks.runtime.steps import Done
 
 FORMAT = 3
 OTHERS = 8  # compressions that one picture compares with: the labels of more would leave it no room
@@ -146,7 +146,7 @@ def points_for_figures(
     others: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Full precision, this run and those of `others` nearest to it in stored bits, as
-    `bivlm.figures.accuracy_against_bits` draws them."""
+    `bivlm.reports.figures.compression.accuracy_against_bits` draws them."""
     if evaluation is None:
         return []
 

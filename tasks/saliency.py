@@ -7,12 +7,12 @@ from typing import Any
 
 from prefect import task
 
-from bivlm import statistics
-from bivlm.identity import step_identity
-from bivlm.statistics import LayerStatistics
+from bivlm.numerics import weight_statistics as statistics
+from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.workspace.hashing import step_identity
 from tasks.layers import Layer, do_layers, open_base
-from tasks.policy import OVER_NETWORK
-from tasks.steps import Done
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import Done
 
 STAGE = "statistics"
 FILE = "statistics.safetensors"

@@ -11,7 +11,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
 from bivlm.errors import InputError
-from bivlm.pictures import decode_picture
+from bivlm.sources.images import decode_picture
 
 
 class PackedVisionLanguageModel(PythonModel):
@@ -21,7 +21,7 @@ class PackedVisionLanguageModel(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        from bivlm.evaluation import load_model
+        from bivlm.evaluation.generation import load_model
 
         self.model, self.processor = load_model(context.artifacts["checkpoint"])
 
@@ -29,7 +29,7 @@ class PackedVisionLanguageModel(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, int] | None = None
     ) -> list[str]:
         from bivlm.evaluation.generation import answer_batch
-        from bivlm.samples import VqaSample
+        from bivlm.sources.samples import VqaSample
 
         samples = []
         for index, row in enumerate(model_input.itertuples()):

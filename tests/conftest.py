@@ -11,8 +11,10 @@ define_missing()
 from raw_codec import pack_raw  # noqa: E402
 from tiny_llava import make_tiny_llava  # noqa: E402
 
-from bivlm.checkpoint import Checkpoint, linears, select, write_packed_checkpoint  # noqa: E402
-from bivlm.recipe import parse_recipe  # noqa: E402
+from bivlm.checkpoint.linears import linears, select  # noqa: E402
+from bivlm.checkpoint.reading import Checkpoint  # noqa: E402
+from bivlm.checkpoint.writing import write_packed_checkpoint  # noqa: E402
+from bivlm.recipe.loading import parse_recipe  # noqa: E402
 
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 
@@ -41,6 +43,14 @@ def _packed_once(tiny_llava, whole_recipe, tmp_path_factory) -> Path:
 def packed_llava(_packed_once, tmp_path) -> Path:
     """The tiny checkpoint with every linear but the head packed; a copy that may be damaged."""
     return Path(shutil.copytree(_packed_once, tmp_path / "packed"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The reference model's tokenizer as training builds it."""
+    from bivlm.reference.tokenizer import build_tokenizer
+
+    return build_tokenizer()
 
 
 _COMPONENTS = ("vision", "adaptor", "language")

@@ -6,11 +6,11 @@ What is computed here shares no code with the package.
 import numpy as np
 import torch
 
-from bivlm.compression import pack_layer
-from bivlm.inputs import SiteStatistics
+from bivlm.compression.layer import pack_layer
 from bivlm.methods import method
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.statistics import LayerStatistics
 
 GENERATOR = np.random.default_rng
 

@@ -14,18 +14,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bivlm.checkpoint import Checkpoint, resolve_model
-from bivlm.checkpoint.downloading import LargeFile, download_large
-from bivlm.checkpoint.reading import WEIGHTS, WEIGHTS_INDEX
-from bivlm.checkpoint.resolving import cached_model
+from bivlm.checkpoint.reading import WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.errors import InputError
-from bivlm.hub_data import commit_of
 from bivlm.names import check_revision, is_sha256
-from bivlm.recipe import parse_recipe
-from bivlm.stores import open_store
+from bivlm.recipe.loading import parse_recipe
+from bivlm.sources.hub_datasets import commit_of
+from bivlm.sources.hub_download import LargeFile, download_large
+from bivlm.sources.models import cached_model, resolve_model
 from bivlm.untrusted import _Loader
-from bivlm.workspace import Workspace
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores import open_store
 from tasks.tracking.lookup import is_version
 
 ROOT = Path(__file__).parents[1]

@@ -42,8 +42,8 @@ def test_a_request_does_not_cancel_another_that_waits():
 
 
 def test_an_empty_input_is_none_and_one_that_looks_like_an_option_is_a_value(monkeypatch):
-    from flows import triggering
-    from flows.cli import main
+    from flows.cli import follow as triggering
+    from flows.cli.main import main
 
     asked = []
     monkeypatch.setattr(triggering, "start", lambda *given, **_: asked.append(given) or (None, "page"))

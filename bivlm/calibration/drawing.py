@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from PIL import Image
 
 from bivlm.calibration.exchanges import UnusableError
-from bivlm.calibration.settings import CalibrationSettings
 from bivlm.calibration.sources import Source, open_source, open_text_source
 from bivlm.errors import InputError
-from bivlm.identity import digest
-from bivlm.pictures import as_rgb
-from bivlm.samples import Conversation
+from bivlm.recipe.calibration import CalibrationSettings
+from bivlm.sources.images import as_rgb
+from bivlm.sources.samples import Conversation
+from bivlm.workspace.hashing import digest
 
 
 def text_count(samples: int, share: float) -> int:

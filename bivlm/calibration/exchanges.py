@@ -11,7 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from bivlm.image_folders import check_text
+from bivlm.sources.image_folders import check_text
 from bivlm.untrusted import short
 
 PLACEHOLDER = "<image>"  # LLaVA's mark of where the picture stands; the chat template puts it there anew

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bivlm.calibration.drawing import Draw, picture_digest
-from bivlm.calibration.settings import CalibrationSettings
 from bivlm.errors import InputError
-from bivlm.identity import digest, file_digest
-from bivlm.image_folders import Line, read_lines
-from bivlm.pictures import as_rgb, clipped_rgb, open_picture
-from bivlm.samples import Conversation
+from bivlm.recipe.calibration import CalibrationSettings
+from bivlm.sources.image_folders import Line, read_lines
+from bivlm.sources.images import as_rgb, clipped_rgb, open_picture
+from bivlm.sources.samples import Conversation
+from bivlm.workspace.hashing import digest, file_digest
 
 FROZEN = "conversations.jsonl"
 HELD_OUT = "held_out.jsonl"

@@ -17,12 +17,12 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from bivlm.calibration.exchanges import UnusableError, caption_exchange, first_exchange, pair_exchange
-from bivlm.calibration.settings import HUB, CalibrationSettings
 from bivlm.calibration.sources import Entry, Source, attempt, images_folder, picture_in
 from bivlm.errors import InputError, describe
-from bivlm.hub_data import commit_of
-from bivlm.pictures import decode_picture, open_picture
-from bivlm.samples import Conversation
+from bivlm.recipe.calibration import HUB, CalibrationSettings
+from bivlm.sources.hub_datasets import commit_of
+from bivlm.sources.images import decode_picture, open_picture
+from bivlm.sources.samples import Conversation
 from bivlm.untrusted import short
 
 # By these names columns are found that the recipe does not name, the first one that is there.

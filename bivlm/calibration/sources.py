@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from bivlm.calibration.exchanges import UnusableError, first_exchange
-from bivlm.calibration.settings import HUB, REFERENCE, TEXT_SUFFIXES, CalibrationSettings
 from bivlm.errors import InputError
-from bivlm.image_folders import FILE_NAME, Line, find_picture, read_lines
-from bivlm.pictures import open_picture
-from bivlm.samples import Conversation
+from bivlm.recipe.calibration import HUB, REFERENCE, TEXT_SUFFIXES, CalibrationSettings
+from bivlm.sources.image_folders import FILE_NAME, Line, find_picture, read_lines
+from bivlm.sources.images import open_picture
+from bivlm.sources.samples import Conversation
 from bivlm.untrusted import SAMPLES, read_json, short
 
 Entry = Conversation | UnusableError
@@ -50,7 +50,7 @@ def open_source(settings: CalibrationSettings, wanted: int) -> Source:
     Raises `InputError` when it cannot be read, and for a line of a ``data.jsonl`` that is not valid.
     """
     if settings.source == REFERENCE:
-        from bivlm.reference import calibration_samples  # draws pictures: not needed for any other source
+        from bivlm.reference.question_sets import calibration_samples  # draws pictures: not needed for any other source
 
         return Source("the reference questions", iter(calibration_samples(wanted, settings.seed)), wanted)
     if settings.source.startswith(HUB):

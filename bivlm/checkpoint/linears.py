@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from bivlm.checkpoint.architectures import Family, families, family
 from bivlm.checkpoint.conversion import expert_names
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import CONFIG, QUANT_METHOD, Checkpoint
-from bivlm.checkpoint.tensor_file import DTYPES, TensorEntry, same_values
+from bivlm.checkpoint.remote_code import remote_code_allowed
+from bivlm.checkpoint.safetensors_file import DTYPES, TensorEntry, same_values
 from bivlm.errors import InputError
-from bivlm.families import Family, families, family
 from bivlm.methods import method
 from bivlm.packing.container import read_header
-from bivlm.remote_code import remote_code_allowed
 from bivlm.untrusted import in_a_line, matching, short
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from bivlm.recipe import Recipe
+    from bivlm.recipe.loading import Recipe
 
 _MAX_PATTERN = 500  # characters of an entry of ``keep``; names of layers are shorter
 _COUNT = re.compile(r"(layers?|depths?|blocks|(experts))$")  # what a config calls the number of some modules

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from bivlm.checkpoint.architectures import MODULES_KEY, Family, Modules, families, family
 from bivlm.errors import InputError
-from bivlm.families import MODULES_KEY, Family, Modules, families, family
 from bivlm.untrusted import short
 
 if TYPE_CHECKING:

@@ -35,15 +35,15 @@ from bivlm.checkpoint.reading import (
     weights_of_index,
 )
 from bivlm.errors import InputError
-from bivlm.stores.folder import flush_folder, writable_folder, write_atomically
 from bivlm.untrusted import MODEL_CONFIG, read_object
+from bivlm.workspace.stores.folder import flush_folder, writable_folder, write_atomically
 
 LISTING = ".bivlm-files"
 PAGE = "report.html"
 SWEEP = "pruning"  # the folder of a recipe's sweep
 RECORDS = {REPORT, LINEAGE, PAGE, LISTING}  # of every run, and in no listing
 _SWEEP_FILE = re.compile(r"sweep\.csv|adaptive\.csv|baselines\.json|losses\.svg|accuracy\.svg|tables/[^/]+\.csv")
-_CUT_OFF = re.compile(r"\.partial-[0-9a-f]{16}")  # see `bivlm.stores.folder.temporary_beside`
+_CUT_OFF = re.compile(r"\.partial-[0-9a-f]{16}")  # see `bivlm.workspace.stores.folder.temporary_beside`
 _LONGEST_STEM = 200  # bytes; a name has at most 255, and those beside an output are longer than its own
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from bivlm.checkpoint.architectures import MODULES_KEY, Modules, parse_modules
 from bivlm.checkpoint.pickles import pickle_names, pickles_refused
-from bivlm.checkpoint.tensor_file import TensorEntry, digest_file, read_entries, read_tensor
+from bivlm.checkpoint.safetensors_file import TensorEntry, digest_file, read_entries, read_tensor
 from bivlm.errors import InputError
-from bivlm.families import MODULES_KEY, Modules, parse_modules
-from bivlm.identity import file_digest
 from bivlm.untrusted import MODEL_CONFIG, parse_object, read_object, short
+from bivlm.workspace.hashing import file_digest
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bivlm.checkpoint.architectures import MODULES_KEY
 from bivlm.checkpoint.linears import Linear, skeleton
 from bivlm.checkpoint.outputs import (
     check_replaceable,
@@ -21,19 +22,12 @@ from bivlm.checkpoint.outputs import (
     settle,
 )
 from bivlm.checkpoint.reading import CONFIG, FORMAT, QUANT_METHOD, WEIGHTS, WEIGHTS_INDEX, Checkpoint
-from bivlm.checkpoint.tensor_file import (
-    CHUNK_BYTES,
-    OutgoingTensor,
-    file_order,
-    tensor_chunks,
-    write_tensors,
-)
+from bivlm.checkpoint.safetensors_file import CHUNK_BYTES, OutgoingTensor, file_order, tensor_chunks, write_tensors
 from bivlm.errors import InputError
-from bivlm.families import MODULES_KEY
-from bivlm.neighbours import neighbours_up_to
 from bivlm.packing import open_packed
-from bivlm.places import base_place, output_folder, output_place, refuse_overlaps
-from bivlm.stores.folder import flush_folder
+from bivlm.packing.neighbours import neighbours_up_to
+from bivlm.workspace.places import base_place, output_folder, output_place, refuse_overlaps
+from bivlm.workspace.stores.folder import flush_folder
 
 Packed = Callable[[], torch.Tensor] | Path
 
@@ -109,7 +103,7 @@ def check_loads(base: Checkpoint, folder: Path) -> None:
 
     `folder` holds `base` itself, or what was packed from it. Only headers are read.
     """
-    from bivlm.transformers_plugin import check_headers  # brings in transformers
+    from bivlm.checkpoint.transformers_plugin import check_headers  # brings in transformers
 
     check_headers(skeleton(base), Checkpoint.open(folder))
 

@@ -15,8 +15,8 @@ import pandas as pd
 
 from bivlm.errors import InputError
 from bivlm.evaluation.metrics import category_accuracies
-from bivlm.identity import digest
-from bivlm.samples import VqaSample
+from bivlm.sources.samples import VqaSample
+from bivlm.workspace.hashing import digest
 
 
 class Benchmark(ABC):

@@ -17,12 +17,12 @@ from transformers import (
 )
 
 import bivlm  # noqa: F401  registers the quantization method, so that packed checkpoints load
-from bivlm.chat import encode, render_prompt
-from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.checkpoint.remote_code import code_refused, remote_code_allowed
 from bivlm.errors import InputError
-from bivlm.logits import LogitsWatch
-from bivlm.remote_code import code_refused, remote_code_allowed
-from bivlm.samples import VqaSample
+from bivlm.numerics.logits import LogitsWatch
+from bivlm.sources.chat_template import encode, render_prompt
+from bivlm.sources.samples import VqaSample
 from bivlm.untrusted import in_a_line
 
 Progress = Callable[[int, int], None]

@@ -15,8 +15,8 @@ from bivlm.errors import InputError
 from bivlm.evaluation.answers import yes_or_no
 from bivlm.evaluation.metrics import mme_interval, mme_metrics, mme_score
 from bivlm.evaluation.published import Asked, PublishedSet
-from bivlm.evaluation.rows import Layout, Row, Rows
-from bivlm.samples import VqaSample
+from bivlm.sources.parquet_rows import Layout, Row, Rows
+from bivlm.sources.samples import VqaSample
 
 PARTS: dict[str, tuple[str, ...]] = {
     "perception": (

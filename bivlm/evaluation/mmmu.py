@@ -16,8 +16,8 @@ from bivlm.evaluation.answers import LETTERS
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.mmmu_answers import is_among, open_readings, option_letter
 from bivlm.evaluation.published import Asked, PublishedSet, random_letter
-from bivlm.evaluation.rows import Layout, Row
-from bivlm.samples import VqaSample
+from bivlm.sources.parquet_rows import Layout, Row
+from bivlm.sources.samples import VqaSample
 
 DISCIPLINES: dict[str, tuple[str, ...]] = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from bivlm.evaluation.benchmark import Benchmark
 from bivlm.evaluation.generation import Progress, answers, default_batch_size
 from bivlm.evaluation.metrics import accuracy, bootstrap_interval
-from bivlm.samples import VqaSample
+from bivlm.sources.samples import VqaSample
 
 SCHEMA = pa.schema(
     [

@@ -19,9 +19,9 @@ import pandas as pd
 from bivlm.errors import InputError
 from bivlm.evaluation.benchmark import Benchmark
 from bivlm.evaluation.metrics import category_accuracies
-from bivlm.evaluation.rows import ARGUMENT, Layout, Row, Rows, open_rows
-from bivlm.identity import digest
-from bivlm.samples import VqaSample
+from bivlm.sources.parquet_rows import ARGUMENT, Layout, Row, Rows, open_rows
+from bivlm.sources.samples import VqaSample
+from bivlm.workspace.hashing import digest
 
 # Of gigabytes of pictures, and a sweep opens its benchmarks once a cell: hashed once a process, while files stay.
 _DIGESTS: dict[tuple[Any, ...], str] = {}

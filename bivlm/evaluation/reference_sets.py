@@ -14,9 +14,8 @@ from bivlm.evaluation.answers import letter, yes_or_no
 from bivlm.evaluation.benchmark import Benchmark
 from bivlm.evaluation.metrics import accuracy, category_accuracies, mme_metrics
 from bivlm.evaluation.vqa_accuracy import vqa_accuracy
-from bivlm.reference import QUESTION_SETS, questions
-from bivlm.reference.question_sets import TEST_QUESTIONS, Question, questions_alone
-from bivlm.samples import VqaSample
+from bivlm.reference.question_sets import QUESTION_SETS, TEST_QUESTIONS, Question, questions, questions_alone
+from bivlm.sources.samples import VqaSample
 
 Reading = Callable[[str], str | None]
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from bivlm.evaluation.answers import LETTERS
 from bivlm.evaluation.published import Asked, PublishedSet, random_letter
-from bivlm.evaluation.rows import Layout, Row
 from bivlm.evaluation.vqa_folder import ASK_FOR_LETTER
-from bivlm.samples import VqaSample
+from bivlm.sources.parquet_rows import Layout, Row
+from bivlm.sources.samples import VqaSample
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import pandas as pd
 
 from bivlm.evaluation.metrics import accuracy, category_accuracies
 from bivlm.evaluation.published import Asked, PublishedSet
-from bivlm.evaluation.rows import Layout, Row
 from bivlm.evaluation.vqa_accuracy import normalise, vqa_accuracy
-from bivlm.samples import VqaSample
+from bivlm.sources.parquet_rows import Layout, Row
+from bivlm.sources.samples import VqaSample
 
 _ASK_FOR_A_WORD = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

@@ -29,10 +29,10 @@ from typing import ClassVar, Self
 
 from bivlm.evaluation.answers import LETTERS, plain
 from bivlm.evaluation.benchmark import Benchmark
-from bivlm.identity import digest, file_digest
-from bivlm.image_folders import Line, read_lines
-from bivlm.pictures import converts_as_clipped, open_picture
-from bivlm.samples import VqaSample
+from bivlm.sources.image_folders import Line, read_lines
+from bivlm.sources.images import converts_as_clipped, open_picture
+from bivlm.sources.samples import VqaSample
+from bivlm.workspace.hashing import digest, file_digest
 
 ASK_FOR_LETTER = "\nAnswer with the option's letter from the given choices directly."
 

@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.binary import choose_boundary, to_stored
-from bivlm.binary_blocks import quantize_blocks
-from bivlm.feedback import BLOCK
-from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
+from bivlm.methods.column_blocks import quantize_blocks
+from bivlm.numerics.binary import choose_boundary, to_stored
+from bivlm.numerics.error_feedback import BLOCK
+from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.packing import rowblock
 
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.uniform_grid import GroupedCodes, round_to_nearest
 from bivlm.packing import grouped
-from bivlm.uniform import GroupedCodes, round_to_nearest
 
 BETAS = tuple(step / 20 for step in range(20))
 # As float16 times a power of two a scale has 11 bits over 34 binades; these are 27 of them.

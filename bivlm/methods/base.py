@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from bivlm.inputs import SiteStatistics
-from bivlm.statistics import LayerStatistics
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
 
 Need = Literal["weights", "inputs", "gradients", "block_outputs"]
 WEIGHTS: frozenset[Need] = frozenset({"weights"})
@@ -76,7 +76,9 @@ class Method(ABC):
     version: ClassVar[int]
     scope: ClassVar[Literal["layer", "block", "model"]] = "layer"
     Settings: ClassVar[type[MethodSettings]]
-    bytes_a_weight: ClassVar[float] = 8.0  # peak memory where it sees weights alone, see `bivlm.estimate.layer_bytes`
+    bytes_a_weight: ClassVar[float] = (
+        8.0  # peak memory where it sees weights alone, see `bivlm.compression.estimate.layer_bytes`
+    )
 
     def needs(self, settings: MethodSettings) -> frozenset[Need]:
         """What the method has to see: the weights alone unless it says more."""

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.feedback import factor_figures, feed_back, feed_back_columns, input_factor
-from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
+from bivlm.numerics.error_feedback import factor_figures, feed_back, feed_back_columns, input_factor
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.uniform_grid import GroupedCodes, divisor, fit_grid, group_width, layer_exponent
 from bivlm.packing import grouped
-from bivlm.uniform import GroupedCodes, divisor, fit_grid, group_width, layer_exponent
 
 
 class GPTQSettings(MethodSettings):
@@ -53,7 +53,8 @@ class GPTQ(Method):
 
 
 def feed_back_groups(weight_MN: torch.Tensor, upper_NN: torch.Tensor, bits: int, group_size: int) -> GroupedCodes:
-    """The codes of a weight, with U the upper triangular factor of the inverse second moment, see `bivlm.feedback`."""
+    """The codes of a weight, with U the upper triangular factor of the inverse second moment, see
+    `bivlm.numerics.error_feedback`."""
     rows, columns = weight_MN.shape
     width, exponent = group_width(columns, group_size), layer_exponent(weight_MN, bits)
     device = weight_MN.device

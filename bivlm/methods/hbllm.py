@@ -24,11 +24,11 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.binary import normalised, saliency, to_stored
-from bivlm.feedback import BLOCK, factor_figures, feed_back, input_factor
-from bivlm.haar import haar
-from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
+from bivlm.numerics.binary import normalised, saliency, to_stored
+from bivlm.numerics.error_feedback import BLOCK, factor_figures, feed_back, input_factor
+from bivlm.numerics.haar import haar
+from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.packing import wavelet
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from bivlm.binary import normalised, to_stored
-from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import LayerPlan, Method, MethodSettings, Quantized
+from bivlm.numerics.binary import normalised, to_stored
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.saliency import most_salient
 from bivlm.packing import signs
-from bivlm.saliency import most_salient
 
 
 class PBLLMSettings(MethodSettings):

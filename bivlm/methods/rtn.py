@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from bivlm.inputs import SiteStatistics
 from bivlm.methods.base import CurvePoint, LayerPlan, Method, MethodSettings, Quantized
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.uniform_grid import expected_error, group_width, round_to_nearest
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import grouped
-from bivlm.statistics import LayerStatistics
-from bivlm.uniform import expected_error, group_width, round_to_nearest
 
 CURVE_BITS = (2, 3, 4)
 CURVE_GROUP_SIZES = (32, 64, 128, 256)
@@ -36,7 +36,7 @@ class RTN(Method):
     def curve(self, statistics: LayerStatistics, settings: RTNSettings) -> list[CurvePoint]:
         """2, 3 and 4 bits in groups of 32 to 256 columns, at the bytes that each stores, clipped as `settings` say.
 
-        Errors are those expected of independent weights, see `bivlm.uniform.expected_error`.
+        Errors are those expected of independent weights, see `bivlm.numerics.uniform_grid.expected_error`.
         """
         # In a row narrower than several of the sizes they are the same choice.
         sizes = {group_width(statistics.shape[1], size): size for size in reversed(CURVE_GROUP_SIZES)}

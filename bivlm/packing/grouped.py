@@ -25,10 +25,11 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
+from bivlm.numerics.uniform_grid import GroupedCodes, group_width, range_exponent, round_to_nearest
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.halves import EXPONENTS, exponent_of, from_halves, to_halves
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,
@@ -38,7 +39,6 @@ from bivlm.packing.radix import (
     symbols_at,
     unpack_values,
 )
-from bivlm.uniform import GroupedCodes, group_width, range_exponent, round_to_nearest
 
 NAME = "grouped"
 CodeBits = Literal[2, 3, 4, 8]

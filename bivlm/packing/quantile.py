@@ -26,10 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
+from bivlm.numerics.weight_statistics import magnitude_patterns
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.halves import EXPONENTS, exponent_of, from_halves, to_halves
 from bivlm.packing.lookup import lookup
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
@@ -49,7 +50,6 @@ from bivlm.packing.sparse import (
     unpack_positions,
     unpack_small,
 )
-from bivlm.statistics import magnitude_patterns
 
 NAME = "quantile"
 LARGEST_GROUPS, LARGEST_SALIENT_BITS = 16, 4

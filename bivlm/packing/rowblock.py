@@ -28,10 +28,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.halves import EXPONENTS, from_halves, to_halves
 from bivlm.packing.rowtables import (
     base_of,
     blocks_of,

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from bivlm.numerics.half_scales import from_halves
 from bivlm.packing.container import Header, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.halves import from_halves
 from bivlm.packing.radix import check_symbols, pack_symbols, radix, unpack_values
 
 SYMBOLS = 4

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bivlm.numerics.half_scales import EXPONENTS, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.halves import EXPONENTS, to_halves
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,

@@ -7,7 +7,8 @@ within their blocks (or none)::
 
     W = haar(u, along rows) in the order P;    W[:, salient] += haar(v, along columns)
 
-The low band is at even places, the high band at odd ones, see `bivlm.haar`; a block has an even number of columns.
+The low band is at even places, the high band at odd ones, see `bivlm.numerics.haar`; a block has an even number of
+columns.
 
 Sections of the packed weight:
 
@@ -31,11 +32,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bivlm.haar import haar
+from bivlm.numerics.haar import haar
+from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Header, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.halves import EXPONENTS, from_halves, to_halves
 from bivlm.packing.rowtables import (
     base_of,
     blocks_of,

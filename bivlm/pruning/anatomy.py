@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from bivlm.checkpoint.architectures import Family, Modules
 from bivlm.checkpoint.members import members_of
 from bivlm.errors import InputError
-from bivlm.families import Family, Modules
 
 _TOKEN_NAMES = ("image_token_id", "image_token_index")
 _CLASS_TOKENS = ("embeddings.class_embedding", "embeddings.cls_token")

@@ -11,14 +11,14 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.architectures import Modules, families
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.families import Modules, families
 from bivlm.pruning.anatomy import anatomy
 from bivlm.pruning.language import LanguagePruning
 from bivlm.pruning.reading import Tally
-from bivlm.pruning.settings import PRUNING_KEY, PruningSettings
 from bivlm.pruning.vision import VisionPruning
+from bivlm.recipe.pruning import PRUNING_KEY, PruningSettings
 
 
 @dataclass(frozen=True)

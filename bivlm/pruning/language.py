@@ -17,14 +17,14 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from bivlm.errors import InputError
-from bivlm.logits import not_finite
+from bivlm.numerics.logits import not_finite
 from bivlm.pruning import selection
 from bivlm.pruning.anatomy import Anatomy
 from bivlm.pruning.attention import observing, received
 from bivlm.pruning.reading import Sequence, Tally, seed_of
-from bivlm.pruning.settings import PruningSettings
 from bivlm.pruning.shortened import Shortened
 from bivlm.pruning.vision import VisionPruning
+from bivlm.recipe.pruning import PruningSettings
 
 Forward = Callable[..., torch.Tensor]
 

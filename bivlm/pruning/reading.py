@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from bivlm.pruning import selection
-from bivlm.pruning.settings import PruningSettings
 from bivlm.pruning.shortened import Shortened
+from bivlm.recipe.pruning import PruningSettings
 
 
 @dataclass

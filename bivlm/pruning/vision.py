@@ -18,7 +18,7 @@ from bivlm.errors import InputError
 from bivlm.pruning.anatomy import Anatomy
 from bivlm.pruning.attention import observing, received
 from bivlm.pruning.reading import Sequence, Tally, seed_of
-from bivlm.pruning.settings import PruningSettings
+from bivlm.recipe.pruning import PruningSettings
 
 Forward = Callable[..., torch.Tensor]
 

@@ -23,7 +23,7 @@ from bivlm.reference.scenes import (
     render,
     require_split,
 )
-from bivlm.samples import Conversation, VqaSample
+from bivlm.sources.samples import Conversation, VqaSample
 
 QUESTION_SETS = ("perception", "cognition", "choice", "open")
 TEST_QUESTIONS = 2000  # per set

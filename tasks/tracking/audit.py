@@ -7,8 +7,8 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-from bivlm.champions import PREFIX, moves_of
 from bivlm.errors import InputError
+from tasks.tracking.champions import PREFIX, moves_of
 from tasks.tracking.facts import GATE_TAG, LINEARS_TAG
 from tasks.tracking.pages import mean_accuracy, standing, versions_of_base
 from tasks.tracking.registry import versions_where

@@ -6,10 +6,10 @@ from typing import Any
 
 from prefect import task
 
+from bivlm.evaluation.gate import Decision
 from bivlm.evaluation.paired import LargestLoss
-from bivlm.gate import Decision
-from tasks.naming import slug
-from tasks.policy import OVER_NETWORK
+from tasks.runtime.naming import slug
+from tasks.runtime.policy import OVER_NETWORK
 from tasks.tracking.facts import GATE_TAG, PASSED, QUESTIONS_TAG, of_decision
 from tasks.tracking.pages import write_pages
 from tasks.tracking.promotion import promote_by_gate

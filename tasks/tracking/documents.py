@@ -9,14 +9,14 @@ from typing import Any
 from mlflow.entities import RunTag
 from prefect import task
 
-from bivlm import figures
-from bivlm.checkpoint import LINEAGE, REPORT
 from bivlm.checkpoint.outputs import PAGE
-from bivlm.identity import digest, file_digest
-from bivlm.lineage import read_lineage
-from tasks.naming import slug
-from tasks.policy import OVER_NETWORK
-from tasks.steps import Done
+from bivlm.checkpoint.reading import LINEAGE, REPORT
+from bivlm.reports import figures
+from bivlm.reports.lineage import read_lineage
+from bivlm.workspace.hashing import digest, file_digest
+from tasks.runtime.naming import slug
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import Done
 from tasks.tracking.run import BASE_TAG, NOTE_TAG, ROLE_TAG, Tracking
 
 BENCHMARKS_TAG = "bivlm.benchmarks"
@@ -36,8 +36,8 @@ def other_points(
 ) -> list[dict[str, Any]]:
     """Stored bits, accuracy and KL of other finished compressions of this base model that answered the same questions.
 
-    The latest of every recipe, as `bivlm.figures.accuracy_against_bits` draws them. A KL that was measured on other
-    samples than `samples` is left out.
+    The latest of every recipe, as `bivlm.reports.figures.compression.accuracy_against_bits` draws them. A KL that was
+    measured on other samples than `samples` is left out.
     """
     if not evaluations:
         return []

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from bivlm.evaluation.chance import AtChance
-from bivlm.gate import Decision
-from bivlm.lineage import Lineage, stage_hashes
-from bivlm.recipe import Recipe
-from tasks.naming import slug
-from tasks.steps import Done
+from bivlm.evaluation.gate import Decision
+from bivlm.recipe.loading import Recipe
+from bivlm.reports.lineage import Lineage, stage_hashes
+from tasks.runtime.naming import slug
+from tasks.runtime.steps import Done
 from tasks.tracking.documents import SAMPLES_TAG
 from tasks.tracking.record import CHANCE_TAG, LONGEST, PACKED_TAG, chance_in_words
 from tasks.tracking.run import Tracking

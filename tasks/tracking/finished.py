@@ -9,11 +9,11 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from prefect import task
 
-from bivlm.identity import digest
-from bivlm.recipe import Recipe
-from bivlm.workspace import Workspace
-from tasks.policy import OVER_NETWORK
-from tasks.steps import open_workspace
+from bivlm.recipe.loading import Recipe
+from bivlm.workspace.hashing import digest
+from bivlm.workspace.steps import Workspace
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import open_workspace
 from tasks.tracking.facts import ASKED_TAG, GATE_TAG, NOTHING, REASONS_TAG, REFUSED, UNDECIDED, as_many
 from tasks.tracking.lookup import find_version, registry_client
 from tasks.tracking.registry import MODEL_TAG, RECORDED_TAG, versions_where

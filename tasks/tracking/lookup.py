@@ -11,7 +11,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from bivlm.errors import InputError
-from bivlm.workspace import Workspace
+from bivlm.workspace.steps import Workspace
 from tasks.tracking.models import fluent
 from tasks.tracking.registry import is_absent
 from tasks.tracking.run import public_uri, tracking_place

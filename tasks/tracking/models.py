@@ -14,14 +14,14 @@ from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from prefect import task
 
-from bivlm.champions import now
 from bivlm.checkpoint.outputs import own_copy
-from bivlm.identity import digest
-from bivlm.recipe import Recipe
+from bivlm.recipe.loading import Recipe
+from bivlm.workspace.hashing import digest
 from tasks.checkpoint import Base
-from tasks.naming import model_name, registered_name
-from tasks.policy import OVER_NETWORK
 from tasks.report import code_version
+from tasks.runtime.naming import model_name, registered_name
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.tracking.champions import now
 from tasks.tracking.facts import ASKED_TAG, GATE_TAG, NOTHING, UNDECIDED, as_many
 from tasks.tracking.promotion import alone
 from tasks.tracking.record import PACKED_TAG

@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from bivlm.champions import Move, line_of, moves_of
 from bivlm.checkpoint.outputs import PAGE
+from tasks.tracking.champions import Move, line_of, moves_of
 from tasks.tracking.facts import (
     ACCURACY_PREFIX,
     BASE_MODEL_TAG,

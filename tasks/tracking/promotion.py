@@ -17,11 +17,11 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from bivlm.champions import Kind, Move, champion_before, moves_of, next_key, now, stays
 from bivlm.errors import InputError
-from bivlm.identity import digest
-from bivlm.stores.location import cache_folder
-from tasks.locks import one_at_a_time
+from bivlm.workspace.hashing import digest
+from bivlm.workspace.stores.location import cache_folder
+from tasks.runtime.locks import one_at_a_time
+from tasks.tracking.champions import Kind, Move, champion_before, moves_of, next_key, now, stays
 from tasks.tracking.facts import GATE_TAG, LONGEST, PASSED, REASONS_TAG
 from tasks.tracking.registry import CHAMPION, MODEL_TAG, RECORDED_TAG, is_absent, version_at
 from tasks.tracking.run import public_uri
@@ -40,7 +40,8 @@ class Outcome:
 
 
 def promote_by_gate(client: MlflowClient, name: str, version: int, why: str) -> Outcome:
-    """Make a version that has passed its gate champion, unless that would be a step back (`bivlm.champions.stays`)."""
+    """Make a version that has passed its gate champion, unless that would be a step back
+    (`tasks.tracking.champions.stays`)."""
     with alone(client, name):
         champion, moves, finished = _settled(client, name)
         if any(move.kind == "gate" and move.after == version for move in finished):

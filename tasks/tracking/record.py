@@ -16,10 +16,10 @@ from mlflow.exceptions import MlflowException
 from prefect import task
 
 from bivlm.evaluation.chance import AtChance
-from bivlm.identity import digest
-from tasks.naming import slug
-from tasks.policy import OVER_NETWORK
-from tasks.steps import Done, open_workspace
+from bivlm.workspace.hashing import digest
+from tasks.runtime.naming import slug
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import Done, open_workspace
 from tasks.tracking.documents import BENCHMARKS_TAG, SAMPLES_TAG, benchmarks_digest
 from tasks.tracking.run import REQUEST_TAG, ROLE_TAG, Tracking, find_run
 

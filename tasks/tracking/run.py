@@ -19,16 +19,16 @@ from prefect import task
 
 from bivlm.addresses import sqlite_address, without_credentials
 from bivlm.errors import InputError
-from bivlm.identity import digest
 from bivlm.names import check_address
-from bivlm.recipe import Recipe
-from bivlm.workspace import Workspace
+from bivlm.recipe.loading import Recipe
+from bivlm.workspace.hashing import digest
+from bivlm.workspace.steps import Workspace
 from tasks.checkpoint import Base
-from tasks.locks import one_at_a_time
-from tasks.naming import model_name, run_name
-from tasks.policy import OVER_NETWORK
 from tasks.report import code_version
-from tasks.steps import open_workspace
+from tasks.runtime.locks import one_at_a_time
+from tasks.runtime.naming import model_name, run_name
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import open_workspace
 
 EXPERIMENT = "bivlm"
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")

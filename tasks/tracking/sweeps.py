@@ -12,10 +12,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
 from prefect import task
 
-from bivlm.identity import digest
-from tasks.naming import slug
-from tasks.policy import OVER_NETWORK
-from tasks.steps import open_workspace
+from bivlm.workspace.hashing import digest
+from tasks.runtime.naming import slug
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import open_workspace
 from tasks.tracking.run import NOTE_TAG, ROLE_TAG, Tracking, find_run, open_experiment
 
 CELL_TAG = "bivlm.cell"  # of a cell's run: what was pruned, and how

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 
-from bivlm.bits import bits_of
-from bivlm.checkpoint import Checkpoint, anatomy, linears
-from bivlm.checkpoint.tensor_file import read_entries
+from bivlm.checkpoint.linears import anatomy, linears
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.checkpoint.safetensors_file import read_entries
 from bivlm.errors import InputError
 from bivlm.evaluation.generation import load_processor
-from bivlm.inspection import inspect
+from bivlm.reports.bits import bits_of
+from bivlm.reports.inspection import inspect
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from bivlm.checkpoint import Checkpoint, outputs
+from bivlm.checkpoint import outputs
 from bivlm.checkpoint.outputs import check_replaceable, list_files, own_copy, own_files, replace, settle
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.places import output_folder
-from bivlm.table_folders import check_tables, write_tables
+from bivlm.reports.table_folders import check_tables, write_tables
+from bivlm.workspace.places import output_folder
 
 OURS = {"config.json", "model.safetensors", "tokenizer.json", "LICENSE", "additional_chat_templates/tool.jinja"}
 RECORDS = ("lineage.json", "compression_report.json", "report.html")

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
-from bivlm.checkpoint import Checkpoint, resolve_model
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
+from bivlm.sources.models import resolve_model
 
 
 @pytest.fixture

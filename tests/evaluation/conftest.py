@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bivlm.evaluation import load_model
+from bivlm.evaluation.generation import load_model
 
 
 @pytest.fixture(scope="session")

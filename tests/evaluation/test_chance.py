@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binomtest
 
-from bivlm.evaluation import load_benchmark
+from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.evaluation.chance import AtChance, at_chance, set_of
 from bivlm.evaluation.metrics import bootstrap_interval, wilson
 

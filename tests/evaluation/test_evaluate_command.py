@@ -5,9 +5,9 @@ import json
 import pytest
 from published_data import write_set
 
-from bivlm.evaluation import read_outcomes
+from bivlm.evaluation.outcomes import read_outcomes
 from bivlm.evaluation.paired import loss_between
-from flows import cli
+from flows.cli import main as cli
 
 
 @pytest.fixture(autouse=True)

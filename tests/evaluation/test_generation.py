@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bivlm.errors import InputError
 from bivlm.evaluation.generation import answer_batch, answers, load_model
-from bivlm.samples import VqaSample
+from bivlm.sources.samples import VqaSample
 
 
 def _samples(count: int) -> list[VqaSample]:

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from published_data import SETS, write_set
 
-from bivlm.evaluation import evaluate, load_benchmark, load_model
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.generation import load_model
+from bivlm.evaluation.outcomes import evaluate
 
 pytest.importorskip("lmms_eval")
 
@@ -25,9 +27,9 @@ from lmms_eval.tasks.scienceqa import utils as scienceqa
 from lmms_eval.tasks.vizwiz_vqa import utils as vizwiz
 
 from bivlm.evaluation.answers import yes_or_no
+from bivlm.evaluation.lmms_eval import BivlmModel
 from bivlm.evaluation.mmmu_answers import is_among, open_readings, option_letter
 from bivlm.evaluation.vqa_accuracy import normalise
-from bivlm.lmms_eval_model import BivlmModel
 
 # Their task, the module it lies in, the split, and the metrics that are ours.
 TASKS = {
@@ -192,7 +194,7 @@ def test_lmms_eval_finds_the_model_by_its_entry_point():
     from lmms_eval.models import get_model
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-    from bivlm.lmms_eval_model import manifest
+    from bivlm.evaluation.lmms_eval import manifest
 
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())

@@ -10,15 +10,16 @@ import torch
 from published_data import write_set
 from safetensors.torch import load_file, save_file
 
-from bivlm.checkpoint import Checkpoint
-from bivlm.divergence import kl_divergence, reference_logits
-from bivlm.evaluation import evaluate, load_benchmark, load_model
-from bivlm.evaluation.generation import answer_batch
-from bivlm.logits import LogitsWatch, unusable
-from bivlm.pruning import PruningSettings
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.divergence import kl_divergence, reference_logits
+from bivlm.evaluation.generation import answer_batch, load_model
+from bivlm.evaluation.outcomes import evaluate
+from bivlm.numerics.logits import LogitsWatch, unusable
 from bivlm.pruning.dropping import pruned
-from bivlm.samples import Conversation
-from flows import cli
+from bivlm.recipe.pruning import PruningSettings
+from bivlm.sources.samples import Conversation
+from flows.cli import main as cli
 from tests.evaluation.test_generation import _samples
 
 HEAD = "lm_head.weight"

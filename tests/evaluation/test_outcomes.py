@@ -5,7 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from bivlm.evaluation import evaluate, load_benchmark, read_outcomes, write_outcomes
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.outcomes import evaluate, read_outcomes, write_outcomes
 
 
 @pytest.fixture(scope="module")

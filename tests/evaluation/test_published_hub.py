@@ -7,9 +7,9 @@ from data_hub import COMMIT, DataHub, served
 from published_data import SETS, vizwiz_rows, write, write_set
 
 from bivlm.errors import InputError
-from bivlm.evaluation import load_benchmark
-from bivlm.evaluation.rows import _commit
-from tasks.policy import is_passing
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.sources.parquet_rows import _commit
+from tasks.runtime.policy import is_passing
 
 SHARDS = [f"data/val-{part:05}-of-00003.parquet" for part in range(3)]
 

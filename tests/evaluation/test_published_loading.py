@@ -23,7 +23,8 @@ from published_data import (
 )
 
 from bivlm.errors import InputError
-from bivlm.evaluation import evaluate, load_benchmark, read_outcomes, write_outcomes
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.outcomes import evaluate, read_outcomes, write_outcomes
 from bivlm.evaluation.paired import loss_between
 
 KINDS = list(SETS)

@@ -5,7 +5,7 @@ import pytest
 from published_data import mme_rows, mmmu_rows, scienceqa_rows, vizwiz_rows, write_set
 from scipy import stats
 
-from bivlm.evaluation import load_benchmark
+from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.evaluation.metrics import mme_interval
 from bivlm.evaluation.mmmu_answers import is_among, open_readings, option_letter
 

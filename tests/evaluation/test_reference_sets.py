@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from bivlm.errors import InputError
-from bivlm.evaluation import load_benchmark
+from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.evaluation.reference_sets import chance
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import bivlm.evaluation
 from bivlm.errors import InputError
-from bivlm.evaluation import load_benchmark
+from bivlm.evaluation.benchmark import load_benchmark
 
 FILE = """
 from PIL import Image

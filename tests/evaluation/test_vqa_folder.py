@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bivlm.errors import InputError
-from bivlm.evaluation import load_benchmark
-from bivlm.samples import VqaSample
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.sources.samples import VqaSample
 
 GOOD = {"image": "blue.jpg", "question": "What colour is it?", "answers": ["blue"]}
 

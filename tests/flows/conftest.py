@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.quiet import quieten
+from flows.cli.quiet import quieten
 
 quieten()
 
@@ -190,7 +190,7 @@ def listed(new_compression, monkeypatch, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """How often each stage really worked, by stage and layer."""
-    from bivlm.statistics import LayerStatistics
+    from bivlm.numerics.weight_statistics import LayerStatistics
     from tasks import binarization, evaluation, grouping, saliency
 
     calls: dict[str, list[str]] = {"statistics": [], "plan": [], "pack": [], "evaluation": [], "divergence": []}

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from bivlm.blocks.encoded import SampleTensors, model_inputs
+from bivlm.calibration.blocks.encoded import SampleTensors, model_inputs
 from bivlm.errors import InputError
-from bivlm.lineage import SEARCH_STAGE as STAGE
-from bivlm.lineage import Lineage, read_lineage, verify
-from bivlm.recipe import parse_recipe
-from bivlm.workspace import Reference, Workspace
+from bivlm.recipe.loading import parse_recipe
+from bivlm.reports.lineage import SEARCH_STAGE as STAGE
+from bivlm.reports.lineage import Lineage, read_lineage, verify
+from bivlm.workspace.steps import Reference, Workspace
 
 RTN = {"method": "rtn", "bits": 2, "group_size": 32}
 INPUTS = ("full_precision", "quantized")
@@ -107,7 +107,7 @@ def test_the_outputs_that_were_searched_on_are_those_of_the_packed_model(searche
     "inputs", [pytest.param(name, marks=pytest.mark.slow if name == "quantized" else ()) for name in INPUTS]
 )
 def test_a_search_goes_on_at_the_group_where_it_was(new_compression, tmp_path, monkeypatch, inputs):
-    from tasks import search
+    from tasks import block_search as search
 
     compression = searching(new_compression(tmp_path), inputs=inputs, depth=1)
     real, searched = search.search_group, []

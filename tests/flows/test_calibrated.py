@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from bivlm.bits import bits_of
 from bivlm.errors import InputError
-from bivlm.lineage import read_lineage, verify
-from bivlm.workspace import Workspace
+from bivlm.reports.bits import bits_of
+from bivlm.reports.lineage import read_lineage, verify
+from bivlm.workspace.steps import Workspace
 
 CALIBRATED = {
     "vision": {"method": "bivlm", "groups": 2, "p_max": 0.05, "saliency": "gradient", "feedback": True},

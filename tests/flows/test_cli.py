@@ -9,8 +9,8 @@ import time
 import pytest
 import yaml
 
-from bivlm.bits import bits_of
-from flows import cli
+from bivlm.reports.bits import bits_of
+from flows.cli import main as cli
 from tests.flows.running import Running
 
 
@@ -124,7 +124,7 @@ def test_a_run_that_fails_ends_with_code_1_and_its_trace(monkeypatch, capsys, co
     def broken(folder):
         raise RuntimeError("the disk is gone")
 
-    monkeypatch.setattr("bivlm.bits.bits_of", broken)
+    monkeypatch.setattr("bivlm.reports.bits.bits_of", broken)
     assert cli.main(["bits", str(compressed.output)]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err
@@ -132,7 +132,7 @@ def test_a_run_that_fails_ends_with_code_1_and_its_trace(monkeypatch, capsys, co
 
 
 def test_the_recipes_that_are_shipped_are_known_by_name(capsys):
-    from bivlm.recipe import load_recipe, shipped_recipes
+    from bivlm.recipe.loading import load_recipe, shipped_recipes
 
     assert {"bivlm", "bivlm-paper", "bivlm-1bit"} <= set(shipped_recipes())
     assert all(load_recipe(name).name == name for name in shipped_recipes())
@@ -239,7 +239,7 @@ def test_a_reader_that_has_seen_enough_is_no_failure(tiny_llava, asked):
 
 
 def test_a_library_that_ends_the_process_has_not_done_the_work(monkeypatch, tmp_path):
-    monkeypatch.setattr("bivlm.bits.bits_of", lambda folder: sys.exit(1))
+    monkeypatch.setattr("bivlm.reports.bits.bits_of", lambda folder: sys.exit(1))
     with pytest.raises(SystemExit) as ended:
         cli.main(["bits", str(tmp_path)])
     assert ended.value.code == 1

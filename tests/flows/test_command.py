@@ -75,7 +75,7 @@ def test_the_packages_and_processes_of_a_command_are_ours(folder):
         from bivlm_command import put_own_packages_first
         put_own_packages_first()
         import flows.runners, tasks.naming
-        child = "import flows.quiet, tasks, bivlm.addresses; print(flows.__file__)"
+        child = "import flows.cli.quiet, tasks, bivlm.addresses; print(flows.__file__)"
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             files = [flows.__file__, tasks.__file__, pool.submit(flows.runners.parse_runner, "threads").result().name]
         files.append(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip())
@@ -124,7 +124,9 @@ OUTPUTS = [
 
 def printing(text: str, *, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """A command that runs `text`, with stdout and stderr as every command has them, and nothing else imported."""
-    script = "import sys; from flows.terminal import run_command; sys.exit(run_command(lambda: exec(sys.argv[1]) or 0))"
+    script = (
+        "import sys; from flows.cli.terminal import run_command; sys.exit(run_command(lambda: exec(sys.argv[1]) or 0))"
+    )
     own = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     own |= {"PYTHONPATH": str(ROOT)} | environment
     line = ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, "-c", script, text]
@@ -161,7 +163,7 @@ def test_bad_usage_keeps_its_code_where_nobody_can_be_told(folder):
 
 def test_a_closed_output_is_given_to_no_other_file(folder):
     """The next file that is opened would get its number, and be written into by whatever a library prints."""
-    script = "import os, sys; from flows.terminal import run_command; "
+    script = "import os, sys; from flows.cli.terminal import run_command; "
     script += "run_command(lambda: [os.write(3, str(open('x', 'w').fileno()).encode()), 0][1])"
     line = f'exec 3>found; exec {sys.executable} -c "$0" <&- >&- 2>&-'
     subprocess.run(["bash", "-c", line, script], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
@@ -209,7 +211,7 @@ def test_an_odd_terminal_gets_every_figure(terminal):
 @pytest.mark.slow
 @pytest.mark.parametrize("terminal", TERMINALS, ids=str)
 def test_a_command_works_in_an_odd_terminal(terminal, folder, compressed):
-    from bivlm.bits import bits_of
+    from bivlm.reports.bits import bits_of
 
     done = command("bits", str(compressed.output), folder=folder, **terminal)
     assert (done.returncode, done.stderr) == (0, "")

@@ -14,12 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bivlm  # noqa: F401
-from bivlm.bits import bits_of
-from bivlm.checkpoint import Checkpoint, linears
+from bivlm.checkpoint.linears import linears
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.evaluation import evaluate, load_benchmark, load_model
-from bivlm.methods.bivlm import BiVLM
-from tasks.steps import open_workspace
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.generation import load_model
+from bivlm.evaluation.outcomes import evaluate
+from bivlm.methods.bivlm.method import BiVLM
+from bivlm.reports.bits import bits_of
+from tasks.runtime.steps import open_workspace
 
 
 def packed_tensors(folder):

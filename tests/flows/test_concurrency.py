@@ -6,8 +6,8 @@ import copy
 
 import pytest
 
-from bivlm.lineage import find_workspace, read_lineage, verify
-from flows.cli import DONE
+from bivlm.reports.lineage import find_workspace, read_lineage, verify
+from flows.cli.main import DONE
 from tests.flows.running import Running
 
 

@@ -17,10 +17,10 @@ import yaml
 from mlflow import MlflowClient
 from tiny_llava import make_tiny_llava
 
-from bivlm.base_models import Revision
-from bivlm.checkpoint import Checkpoint
-from flows.cli import BAD_INPUT, DONE, FAILED
-from flows.commands import NOT_PASSED
+from bivlm.checkpoint.reading import Checkpoint
+from flows.cli.commands import NOT_PASSED
+from flows.cli.main import BAD_INPUT, DONE, FAILED
+from tasks.watching.watch_lists import Revision
 from tests.servers import Server, free_port
 
 ROOT = Path(__file__).parents[2]

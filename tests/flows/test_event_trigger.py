@@ -8,7 +8,7 @@ from prefect.server.events.actions import RunDeployment
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
 
-from bivlm.base_models import EVENT, Revision
+from tasks.watching.watch_lists import EVENT, Revision
 
 PREFECT = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text())
 

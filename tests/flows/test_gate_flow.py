@@ -11,13 +11,15 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.states import StateType
 
-from bivlm.bits import bits_of
 from bivlm.errors import GateNotPassed, InputError
-from bivlm.evaluation import evaluate, load_benchmark, load_model
-from bivlm.lineage import read_lineage
-from bivlm.pushing import package
-from flows import cli
-from flows.commands import NOT_PASSED
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.generation import load_model
+from bivlm.evaluation.outcomes import evaluate
+from bivlm.reports.bits import bits_of
+from bivlm.reports.lineage import read_lineage
+from bivlm.reports.pushing import package
+from flows.cli import main as cli
+from flows.cli.commands import NOT_PASSED
 
 NAME = "llava-small"
 PASSES, REFUSES = {"largest_loss": 100.0}, {"largest_loss": 2.0}

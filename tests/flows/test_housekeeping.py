@@ -13,13 +13,13 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from bivlm.errors import InputError
-from bivlm.identity import step_identity
-from bivlm.lineage import find_workspace, read_lineage, verify
-from bivlm.workspace import Workspace
-from flows.cli import BAD_INPUT, DONE, main
+from bivlm.reports.lineage import find_workspace, read_lineage, verify
+from bivlm.workspace.hashing import step_identity
+from bivlm.workspace.steps import Workspace
+from flows.cli.main import BAD_INPUT, DONE, main
 from flows.housekeeping import gc_flow
-from tasks.retention import _chosen, note_registry, versions_to_keep
-from tasks.steps import do_step
+from tasks.garbage import _chosen, note_registry, versions_to_keep
+from tasks.runtime.steps import do_step
 from tests.flows.running import Running
 from tests.servers import mlflow_server, s3_files, s3_server  # noqa: F401  fixtures
 
@@ -152,14 +152,14 @@ def test_what_a_version_needs_at_either_asking_stays(made, monkeypatch, needed_a
     if needed_at == "the second":
         client.delete_registered_model_alias(name, "candidate")
     monkeypatch.setattr("flows.housekeeping.time", SimpleNamespace(sleep=change_alias))
-    monkeypatch.setattr("tasks.retention._champions", lambda name, tags: set())
+    monkeypatch.setattr("tasks.garbage._champions", lambda name, tags: set())
     gc(made, keep_versions=0, although_empty=True)
     found = verify(read_lineage(made.output), made.output, find_workspace(str(made.workspace)))
     assert {finding.state for finding in found} == {"holds"}
 
 
 def test_of_machines_that_share_an_s3_workspace_one_collects_at_a_time(s3_location, monkeypatch):
-    from tasks import retention
+    from tasks import garbage as retention
 
     store, turns = Workspace.open(s3_location).store, []
     monkeypatch.setattr(retention, "versions_to_keep", lambda *_: retention.Kept((), retention.Needed()))

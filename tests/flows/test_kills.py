@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from bivlm.lineage import find_workspace, read_lineage, verify
-from flows.cli import DONE
-from tasks.steps import open_workspace
+from bivlm.reports.lineage import find_workspace, read_lineage, verify
+from flows.cli.main import DONE
+from tasks.runtime.steps import open_workspace
 from tests.flows.running import Running
 from tests.servers import s3_files, s3_server  # noqa: F401  fixtures
 

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from bivlm.errors import InputError
-from bivlm.leaderboard import fingerprint
-from bivlm.recipe import load_recipe
-from flows import cli
+from bivlm.recipe.loading import load_recipe
+from bivlm.reports.leaderboard.ranking import fingerprint
+from flows.cli import main as cli
 from flows.leaderboard import finished
 
 METHODS = {

@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
-from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.lineage import Lineage, find_workspace, read_lineage, verify
-from flows.cli import main
-from flows.commands import BAD_INPUT, DONE, NOT_PASSED
-from flows.tables import print_lineage
+from bivlm.reports.lineage import Lineage, find_workspace, read_lineage, verify
+from flows.cli.commands import BAD_INPUT, DONE, NOT_PASSED
+from flows.cli.console import print_lineage
+from flows.cli.main import main
 
 LINKS = ["packed files", "packed weights", "recipe", "step keys", "links", "base model", "workspace"]
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from flows.cli import DONE
-from flows.local import OWNER_VARIABLE, _is_up, end_orphaned_servers
+from flows.cli.local_server import OWNER_VARIABLE, _is_up, end_orphaned_servers
+from flows.cli.main import DONE
 from tests.flows.running import Running
 
 

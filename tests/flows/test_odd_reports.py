@@ -5,9 +5,9 @@ import json
 import pytest
 
 from bivlm.errors import InputError
-from bivlm.lineage import read_lineage
-from bivlm.model_card import model_card
-from bivlm.pushing import package
+from bivlm.reports.lineage import read_lineage
+from bivlm.reports.model_card import model_card
+from bivlm.reports.pushing import package
 from tasks.report import earlier_report
 
 ODD = {

@@ -11,13 +11,13 @@ import pytest
 from prefect import flow, task
 
 from bivlm.errors import InputError
-from bivlm.workspace import StepRecord
+from bivlm.workspace.steps import StepRecord
 from flows.layers import side_by_side
 from flows.runners import Runner, started
-from tasks.device import Device, gpu_slot
 from tasks.layers import Layer
-from tasks.policy import OVER_NETWORK
-from tasks.steps import Done
+from tasks.runtime.device import Device, gpu_slot
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import Done
 
 NOW = {"retry_delay_seconds": 0, "retry_jitter_factor": None}
 

@@ -7,16 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bivlm.checkpoint import Checkpoint
 from bivlm.checkpoint.outputs import lock_of
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.lineage import read_lineage
-from bivlm.pushing import package
-from flows import cli, recording
+from bivlm.reports.lineage import read_lineage
+from bivlm.reports.pushing import package
+from flows import recording
+from flows.cli import main as cli
 from flows.leaderboard import leaderboard_flow
 from flows.pruning import sweep_flow
 from tasks import checkpoint, evaluation
-from tasks.locks import one_at_a_time
+from tasks.runtime.locks import one_at_a_time
 
 MINE = {"notes.md": "mine", ".git/HEAD": "ref", "adapter/adapter_config.json": "{}", "pruning/notes.md": "mine"}
 
@@ -261,8 +262,8 @@ def test_a_place_that_only_the_record_names_is_not_looked_into(compressed_copy, 
     def asked(*_):
         raise AssertionError("looked into")
 
-    monkeypatch.setattr("bivlm.lineage.find_workspace", asked)
-    monkeypatch.setattr("bivlm.stores.s3.s3_client", asked)
+    monkeypatch.setattr("bivlm.reports.lineage.find_workspace", asked)
+    monkeypatch.setattr("bivlm.workspace.stores.s3.s3_client", asked)
     found = findings(compressed_copy, capsys)["workspace"]
     assert found["state"] == "not checked"
     assert f"--workspace {place}" in found["detail"]

@@ -9,8 +9,8 @@ from mlflow import MlflowClient
 from tiny_llava import make_tiny_llava
 
 from bivlm.errors import InputError
-from bivlm.pruning.tables import ROW
-from flows import cli
+from bivlm.reports.pruning_tables import ROW
+from flows.cli import main as cli
 from tasks import pruning
 from tests.flows.running import Running
 

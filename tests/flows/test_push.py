@@ -15,16 +15,17 @@ from hub_state import Account
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from bivlm import pushing
-from bivlm.bits import bits_of
-from bivlm.checkpoint import Checkpoint, resolve_model
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.lineage import find_workspace, read_lineage, verify
-from bivlm.model_card import model_card
-from bivlm.pushing import package, push
-from flows import cli
+from bivlm.reports import pushing
+from bivlm.reports.bits import bits_of
+from bivlm.reports.lineage import find_workspace, read_lineage, verify
+from bivlm.reports.model_card import model_card
+from bivlm.reports.pushing import package, push
+from bivlm.sources.models import resolve_model
+from flows.cli import main as cli
 from tasks.checkpoint import resolve_base
-from tasks.policy import is_passing
+from tasks.runtime.policy import is_passing
 
 TOKEN = "hf_writes"
 BASE_CARD = b"---\nlicense: other\nlicense_name: maker-1\nlicense_link: LICENSE\n---\n# A model\n"

@@ -7,11 +7,14 @@ import pytest
 from published_data import SETS, write_set
 from tiny_papers import make_paper_model
 
-from bivlm.bits import bits_of
 from bivlm.errors import InputError
-from bivlm.evaluation import evaluate, load_benchmark, load_model
-from bivlm.reproduction import SCORES, published, published_models
-from flows import cli
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.generation import load_model
+from bivlm.evaluation.outcomes import evaluate
+from bivlm.reports.bits import bits_of
+from bivlm.reports.paper_tables.published import published, published_models
+from bivlm.reports.paper_tables.report import SCORES
+from flows.cli import main as cli
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def tasks(tmp_path_factory):
 @pytest.fixture
 def reproduced(tiny_llava, tasks, conversations, tmp_path, monkeypatch):
     """A function that reproduces some tables of one of the paper's models on a checkpoint."""
-    from bivlm.reproduction import recipe_sets
+    from bivlm.reports.paper_tables import recipe_sets
     from flows.reproduction import reproduce_flow
 
     shipped = recipe_sets.load_recipe
@@ -79,7 +82,7 @@ def test_every_column_is_measured_on_its_stored_checkpoint(model, reproduced, ta
 
 
 def test_a_column_that_cannot_be_is_listed_with_the_reason(reproduced, tmp_path, monkeypatch):
-    from bivlm.reproduction import recipe_sets
+    from bivlm.reports.paper_tables import recipe_sets
     from flows import reproduction
 
     monkeypatch.setitem(recipe_sets.OURS, "comparison", ())

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import textwrap
 
-from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.reading import Checkpoint
 
 KILLED_AFTER = 5
 

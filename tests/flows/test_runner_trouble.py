@@ -15,11 +15,11 @@ import pytest
 from prefect import flow, task
 
 from bivlm.reference import CHECKPOINT
-from bivlm.workspace import StepRecord
-from flows.cli import BAD_INPUT, DONE, FAILED
+from bivlm.workspace.steps import StepRecord
+from flows.cli.main import BAD_INPUT, DONE, FAILED
 from flows.runners import Runner, started
 from tasks.layers import Layer
-from tasks.steps import Done
+from tasks.runtime.steps import Done
 from tests.flows.running import Running
 from tests.servers import Server, free_port, s3_files, s3_server  # noqa: F401  fixtures
 

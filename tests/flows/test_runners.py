@@ -7,16 +7,16 @@ import pytest
 from prefect import flow, task
 
 from bivlm.errors import InputError
-from bivlm.workspace import StepRecord, Workspace
+from bivlm.workspace.steps import StepRecord, Workspace
 from flows import runners
-from flows.cli import BAD_INPUT, main
+from flows.cli.main import BAD_INPUT, main
 from flows.layers import side_by_side
 from flows.runners import WORKERS, Runner, parse_runner, started
 from tasks import binarization, curves, saliency
 from tasks.layers import Layer
-from tasks.policy import WorkerLost
-from tasks.progress import shown_by
-from tasks.steps import Done, check_that_workers_share, open_workspace
+from tasks.runtime.policy import WorkerLost
+from tasks.runtime.progress import shown_by
+from tasks.runtime.steps import Done, check_that_workers_share, open_workspace
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bivlm.checkpoint import Checkpoint
+from bivlm.checkpoint.reading import Checkpoint
 from flows.scheduled import SomeFailed, nightly_flow, weekly_flow
 from flows.watching import watch_flow
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.cli import DONE, FAILED
+from flows.cli.main import DONE, FAILED
 from infra.processes import family
-from tasks.tracking import public_uri, ui_command
+from tasks.tracking.run import public_uri, ui_command
 from tests.flows.running import Running
 from tests.servers import ACCESS_KEY, SECRET, mlflow_server, s3_files, s3_server  # noqa: F401  fixtures
 
@@ -47,7 +47,7 @@ def test_credentials_of_s3_are_written_nowhere(new_compression, s3_server, s3_fi
     while run.process.poll() is None:
         seen += command_lines(family(ours))
         time.sleep(0.5)
-    assert "flows.cli" in seen and SECRET not in seen
+    assert "flows.cli.main" in seen and SECRET not in seen
     assert run.end() == DONE, run.errors()
     assert files_with(SECRET, tmp_path / "place", s3_files, tmp_path / "cache") == []
     assert files_with(ACCESS_KEY + ",", tmp_path / "place", s3_files, tmp_path / "cache") == []

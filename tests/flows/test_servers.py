@@ -8,9 +8,9 @@ import time
 import pytest
 from mlflow import MlflowClient
 
-from bivlm.lineage import find_workspace, read_lineage, verify
-from flows.cli import BAD_INPUT, DONE, FAILED
-from tasks.steps import open_workspace
+from bivlm.reports.lineage import find_workspace, read_lineage, verify
+from flows.cli.main import BAD_INPUT, DONE, FAILED
+from tasks.runtime.steps import open_workspace
 from tests.flows.running import Running
 from tests.servers import SECRET, mlflow_server, s3_files, s3_server  # noqa: F401  fixtures
 

@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 from rich.table import Column, Table
 
-from flows import demo, tables
-from flows.inspection import print_inspection
-from flows.stacking import show
+from flows.cli import console as tables
+from flows.cli import demo
+from flows.cli.inspection import print_inspection
+from flows.cli.stacking import show
 
 WIDTHS = [20, 40, 57, 60, 80, 100, 120]
 
@@ -110,7 +111,7 @@ def demonstration(_):
 
 
 def inspection(tiny_llava):
-    from bivlm.inspection import inspect
+    from bivlm.reports.inspection import inspect
 
     found = inspect(tiny_llava)
     print_inspection(found)

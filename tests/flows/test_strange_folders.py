@@ -6,17 +6,19 @@ import shutil
 import pytest
 from strange_inputs import Tally, strange_folder, strange_recipe
 
-from bivlm.bits import bits_of
-from bivlm.checkpoint import Checkpoint, anatomy, check_output, select
+from bivlm.checkpoint.linears import anatomy, select
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.checkpoint.writing import check_output
+from bivlm.compression.embeddings import chosen_tables
 from bivlm.evaluation.generation import load_processor
-from bivlm.inspection import inspect
-from bivlm.lineage import read_lineage, verify
-from bivlm.pushing import package
-from bivlm.recipe import load_recipe, parse_recipe, shipped_recipes
-from bivlm.tables import chosen_tables
+from bivlm.recipe.loading import load_recipe, parse_recipe, shipped_recipes
+from bivlm.reports.bits import bits_of
+from bivlm.reports.inspection import inspect
+from bivlm.reports.lineage import read_lineage, verify
+from bivlm.reports.pushing import package
+from flows.cli.console import print_lineage
 from flows.estimates import refuse_what_cannot_fit
 from flows.runners import parse_runner
-from flows.tables import print_lineage
 
 RECIPE = {"name": "r", "format": 1, "components": {"language": {"method": "bivlm", "groups": 2, "p_max": 0.05}}}
 

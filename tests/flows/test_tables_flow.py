@@ -7,14 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
-from bivlm.bits import bits_of
-from bivlm.checkpoint import Checkpoint, anatomy
+from bivlm.checkpoint.linears import anatomy
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
-from bivlm.evaluation import evaluate, load_benchmark, load_model
-from bivlm.identity import digest
-from bivlm.lineage import read_lineage, verify
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.generation import load_model
+from bivlm.evaluation.outcomes import evaluate
 from bivlm.packing import format_bits
-from tasks.steps import open_workspace
+from bivlm.reports.bits import bits_of
+from bivlm.reports.lineage import read_lineage, verify
+from bivlm.workspace.hashing import digest
+from tasks.runtime.steps import open_workspace
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from prefect import flow, get_run_logger
 from prefect.logging.formatters import PrefectFormatter
 
 from bivlm.errors import GateNotPassed
-from flows.triggering import _without_frames, follow
+from flows.cli.follow import _without_frames, follow
 
 
 def raised(depth: int, error: Exception) -> None:

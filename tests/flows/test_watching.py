@@ -12,17 +12,17 @@ from prefect.client.orchestration import get_client
 from prefect.states import Pending, Scheduled
 from tiny_llava import make_tiny_llava
 
-from bivlm.base_models import DEFAULT_RECIPE, Revision
-from bivlm.checkpoint import Checkpoint
-from bivlm.checkpoint.s3_models import list_prefix
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import GateNotPassed, InputError
-from bivlm.lineage import read_lineage, verify
-from bivlm.stores.location import default_workspace
-from bivlm.workspace import Workspace
+from bivlm.reports.lineage import read_lineage, verify
+from bivlm.sources.s3_models import list_prefix
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.location import default_workspace
 from flows.base_model import on_base_model_flow
 from flows.watching import LookFailed, watch_flow
-from tasks.events import runs_at_work
-from tasks.watching import Answer, Found, is_due, read_answer, remember_found
+from tasks.watching.events import runs_at_work
+from tasks.watching.looking import Answer, Found, is_due, read_answer, remember_found
+from tasks.watching.watch_lists import DEFAULT_RECIPE, Revision
 
 AT = datetime(2026, 11, 24, 2, 0, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -232,14 +232,14 @@ def test_a_failure_is_written_down_and_the_event_is_emitted_again_after_a_pause(
 
 
 def test_a_run_that_was_lost_before_it_began_counts_for_a_day(place, monkeypatch):
-    import tasks.events
+    import tasks.watching.events
 
     revision = found_revision(place)
     asked = {"model_id": revision.model, "revision": revision.revision, "recipe": "small"}
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(on_base_model_flow, parameters=asked, state=Pending())
         assert runs_at_work.fn()[revision] == str(run.id)
-        monkeypatch.setattr(tasks.events, "LONGEST_PAUSE", timedelta(0))  # as if that day were over
+        monkeypatch.setattr(tasks.watching.events, "LONGEST_PAUSE", timedelta(0))  # as if that day were over
         assert revision not in runs_at_work.fn()
         client.set_flow_run_state(run.id, Scheduled(), force=True)  # it waits for a worker, however long
         assert runs_at_work.fn()[revision] == str(run.id)

@@ -155,7 +155,7 @@ def test_nothing_is_compressed_twice(platform):
 
 def test_the_command_for_ci_starts_follows_and_names_the_page(platform):
     model = platform.appear("second", seed=2)
-    command = ["flows.cli", "trigger", "--model", str(model), "--recipe", "small", "--wait"]
+    command = ["flows.cli.main", "trigger", "--model", str(model), "--recipe", "small", "--wait"]
     done = platform.api.command(*command, **platform.variables)
     assert platform.versions("second-small") == [(1, "READY", True)]
     assert f"{platform.servers.address('mlflow')}/#/experiments/" in done.stdout
@@ -166,7 +166,7 @@ def test_the_command_for_ci_starts_follows_and_names_the_page(platform):
 
 def test_what_its_gate_does_not_pass_ends_red_with_the_reason(platform):
     model = platform.models / "second"
-    command = ["flows.cli", "trigger", "--model", str(model), "--recipe", "strict", "--wait"]
+    command = ["flows.cli.main", "trigger", "--model", str(model), "--recipe", "strict", "--wait"]
     done = platform.api.command(*command, check=False, **platform.variables)
     assert done.returncode == GATE_NOT_PASSED, done.stdout + done.stderr
     assert "more than the bound of 0.5" in done.stdout + done.stderr

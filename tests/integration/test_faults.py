@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bivlm.lineage import find_workspace, read_lineage, verify
+from bivlm.reports.lineage import find_workspace, read_lineage, verify
 from infra.servers import Servers
 from tests.integration.platform_processes import ENDED, Api, Worker, until
 

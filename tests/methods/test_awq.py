@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from bivlm.compression import pack_layer
+from bivlm.compression.layer import pack_layer
 from bivlm.errors import InputError
-from bivlm.inputs import SiteStatistics
 from bivlm.methods import method
 from bivlm.methods.awq import channel_scales
 from bivlm.methods.base import INPUTS
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.recipe import parse_recipe
-from bivlm.statistics import LayerStatistics
+from bivlm.recipe.loading import parse_recipe
 
 METHOD = method("awq")
 

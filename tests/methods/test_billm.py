@@ -9,7 +9,7 @@ import torch
 
 from bivlm.errors import InputError
 from bivlm.methods import method
-from bivlm.statistics import LayerStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
 from tests import literal_binary as literal
 
 METHOD = method("billm")

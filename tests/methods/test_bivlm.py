@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from bivlm.compression import pack_layer, relative_error
+from bivlm.compression.layer import pack_layer, relative_error
 from bivlm.errors import InputError
 from bivlm.methods import method
+from bivlm.methods.bivlm.salient_share import evaluate_share
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.recipe import parse_recipe
-from bivlm.search import evaluate_share
-from bivlm.statistics import LayerStatistics
+from bivlm.recipe.loading import parse_recipe
 from tests import literal
 
 METHOD = method("bivlm")

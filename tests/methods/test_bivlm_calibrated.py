@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from bivlm.compression import pack_layer
-from bivlm.inputs import SiteStatistics
+from bivlm.compression.layer import pack_layer
 from bivlm.methods import method
 from bivlm.methods.base import GRADIENTS, INPUTS, WEIGHTS
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.saliency import METRICS
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.saliency import METRICS
-from bivlm.statistics import LayerStatistics
 from tests import literal
 
 METHOD = method("bivlm")
@@ -216,7 +216,7 @@ def test_groups_are_counted_a_few_rows_at_a_time(monkeypatch):
     weight, inputs = gaussian(7, *SHAPE), calibrated(7, *SHAPE)
     plan = plan_for(weight, saliency="hessian")
     whole = METHOD.quantize(weight, plan, inputs).packed
-    monkeypatch.setattr("bivlm.methods.bivlm.CHUNK_WEIGHTS", 2 * SHAPE[1])
+    monkeypatch.setattr("bivlm.methods.bivlm.method.CHUNK_WEIGHTS", 2 * SHAPE[1])
     assert torch.equal(METHOD.quantize(weight, plan, inputs).packed, whole)
 
 

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from bivlm.compression import measure, pack_layer
+from bivlm.compression.layer import measure, pack_layer
 from bivlm.errors import InputError
-from bivlm.inputs import SiteStatistics
 from bivlm.methods import method, methods
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.uniform_grid import round_to_nearest
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import grouped, open_packed, unpack
-from bivlm.statistics import LayerStatistics
-from bivlm.uniform import round_to_nearest
 
 ROWS, COLUMNS = 16, 64
 LAYER = "tower.fc1"

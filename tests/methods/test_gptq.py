@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from bivlm.compression import pack_layer
+from bivlm.compression.layer import pack_layer
 from bivlm.errors import InputError
-from bivlm.feedback import inverse_factor
-from bivlm.inputs import SiteStatistics
 from bivlm.methods import method
 from bivlm.methods.base import INPUTS
 from bivlm.methods.gptq import feed_back_groups
+from bivlm.numerics.error_feedback import inverse_factor
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.recipe import parse_recipe
-from bivlm.statistics import LayerStatistics
+from bivlm.recipe.loading import parse_recipe
 
 METHOD = method("gptq")
 

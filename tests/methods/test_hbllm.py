@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from bivlm.haar import haar
 from bivlm.methods import method
 from bivlm.methods.hbllm import pair_columns
+from bivlm.numerics.haar import haar
 from tests import literal_binary as literal
 
 METHOD = method("hbllm")

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import bivlm.methods
-from bivlm.compression import pack_layer
+from bivlm.compression.layer import pack_layer
 from bivlm.errors import InputError
 from bivlm.methods import method, methods
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.recipe import parse_recipe
-from bivlm.statistics import LayerStatistics
+from bivlm.recipe.loading import parse_recipe
 
 FILE = """
 from typing import ClassVar, Literal

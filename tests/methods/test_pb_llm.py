@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from bivlm.compression import pack_layer
+from bivlm.compression.layer import pack_layer
 from bivlm.methods import method
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.statistics import LayerStatistics
 from tests import literal_binary as literal
 
 METHOD = method("pb_llm")

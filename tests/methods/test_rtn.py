@@ -6,15 +6,16 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from bivlm.checkpoint import Checkpoint, linears
-from bivlm.compression import pack_layer, relative_error
+from bivlm.checkpoint.linears import linears
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.compression.layer import pack_layer, relative_error
 from bivlm.errors import InputError
 from bivlm.methods import method
+from bivlm.numerics.uniform_grid import expected_error, round_to_nearest
+from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
-from bivlm.recipe import parse_recipe
+from bivlm.recipe.loading import parse_recipe
 from bivlm.reference import CHECKPOINT
-from bivlm.statistics import LayerStatistics
-from bivlm.uniform import expected_error, round_to_nearest
 
 METHOD = method("rtn")
 

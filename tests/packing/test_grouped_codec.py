@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bivlm.errors import InputError
+from bivlm.numerics.uniform_grid import GroupedCodes, group_width, round_to_nearest
 from bivlm.packing import container, format_bits, grouped, open_packed, unpack
-from bivlm.uniform import GroupedCodes, group_width, round_to_nearest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -19,9 +19,9 @@ from raw_codec import pack_raw
 
 from bivlm import packing
 from bivlm.errors import InputError
+from bivlm.numerics.uniform_grid import round_to_nearest
 from bivlm.packing import container, format_bits, grouped, open_packed, quantile, rowblock, signs, unpack, unpack_rows
 from bivlm.packing import wavelet as wavelets
-from bivlm.uniform import round_to_nearest
 
 NAME = "tower.blocks.7.fc1.weight"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

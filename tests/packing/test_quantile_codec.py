@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bivlm.methods import method
+from bivlm.numerics.weight_statistics import LayerStatistics, magnitude_patterns
 from bivlm.packing import format_bits, open_packed, quantile, unpack
-from bivlm.statistics import LayerStatistics, magnitude_patterns
 from tests.codec_checks import check_gradients
 
 METHOD = method("bivlm")

@@ -5,9 +5,9 @@ import torch
 from masked_twin import masked
 from tiny_prunable import FAMILIES, IMAGE, SHUFFLED, llava, llava_onevision, make, mllama, qwen2_5_vl
 
-from bivlm.pruning import PruningSettings
 from bivlm.pruning.anatomy import anatomy
 from bivlm.pruning.dropping import pruned
+from bivlm.recipe.pruning import PruningSettings
 
 PLACES = {
     "vision": {"place": "vision", "layer": 2, "share": 0.5},

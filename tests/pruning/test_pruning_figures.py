@@ -2,8 +2,9 @@
 
 import pytest
 
-from bivlm.figures import accuracy_by_share, loss_maps, svg
-from bivlm.pruning.tables import ROW, as_table
+from bivlm.reports.figures.pruning import accuracy_by_share, loss_maps
+from bivlm.reports.figures.style import svg
+from bivlm.reports.pruning_tables import ROW, as_table
 
 
 def rows(**changes):

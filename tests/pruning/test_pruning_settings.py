@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from tiny_prunable import SHUFFLED, gemma3, llava, make, mllama
 
 from bivlm.errors import InputError
-from bivlm.pruning import PLACES, SCORES_AT, PruningSettings
 from bivlm.pruning.dropping import pruned
+from bivlm.recipe.pruning import PLACES, SCORES_AT, PruningSettings
 
 
 @pytest.mark.parametrize("place", PLACES)

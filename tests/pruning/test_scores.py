@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_prunable import FAMILIES, IMAGE, llava, make, mllama, qwen2_5_vl
 
-from bivlm.pruning import PruningSettings
 from bivlm.pruning.dropping import pruned
+from bivlm.recipe.pruning import PruningSettings
 
 
 def received(weights_BHQK, queries_BQ):

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from bivlm.pruning import SweepSettings
-from bivlm.pruning.tables import ROW, as_table, grid
+from bivlm.recipe.pruning import SweepSettings
+from bivlm.reports.pruning_tables import ROW, as_table, grid
 
 
 def test_every_combination_is_there_once():

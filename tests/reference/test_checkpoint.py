@@ -4,9 +4,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bivlm.evaluation import evaluate, load_benchmark, load_model
+from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.generation import load_model
+from bivlm.evaluation.outcomes import evaluate
 from bivlm.evaluation.reference_sets import chance
-from bivlm.reference import CHECKPOINT, QUESTION_SETS
+from bivlm.reference import CHECKPOINT
+from bivlm.reference.question_sets import QUESTION_SETS
 
 pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no checkpoint in this tree")
 

@@ -7,9 +7,8 @@ from collections import Counter
 import pytest
 
 from bivlm.evaluation.vqa_accuracy import vqa_accuracy
-from bivlm.reference import QUESTION_SETS, calibration_samples, questions
 from bivlm.reference.catalogue import creatures
-from bivlm.reference.question_sets import FAMILIES
+from bivlm.reference.question_sets import FAMILIES, QUESTION_SETS, calibration_samples, questions
 from bivlm.reference.scenes import SHAPES, draw_scene, split_of
 
 

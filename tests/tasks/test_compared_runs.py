@@ -3,7 +3,7 @@
 import pytest
 from tiny_llava import make_tiny_llava
 
-from bivlm.recipe import load_recipe
+from bivlm.recipe.loading import load_recipe
 from tasks.checkpoint import resolve_base
 from tasks.report import points_for_figures
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from bivlm.checkpoint import Checkpoint, linears
+from bivlm.checkpoint.linears import linears
+from bivlm.checkpoint.reading import Checkpoint
 from tasks import curves
 from tasks.layers import Layer
 

@@ -3,8 +3,8 @@
 import pytest
 from mlflow import MlflowClient
 
+from bivlm.evaluation.gate import Decision
 from bivlm.evaluation.paired import LargestLoss
-from bivlm.gate import Decision
 from tasks.tracking.decision import apply_decision
 from tasks.tracking.run import Tracking
 

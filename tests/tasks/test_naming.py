@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from bivlm.checkpoint import ResolvedModel
-from tasks.naming import model_name, registered_name, slug
+from bivlm.sources.models import ResolvedModel
+from tasks.runtime.naming import model_name, registered_name, slug
 
 
 @pytest.mark.parametrize(

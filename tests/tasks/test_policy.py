@@ -8,7 +8,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
 from bivlm.errors import InputError
-from tasks.policy import OVER_NETWORK, is_out_of_memory, is_passing, smaller_after_out_of_memory
+from tasks.runtime.policy import OVER_NETWORK, is_out_of_memory, is_passing, smaller_after_out_of_memory
 
 
 def client_error(status, code="Error"):

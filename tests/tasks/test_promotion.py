@@ -11,8 +11,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from bivlm.champions import moves_of
 from bivlm.errors import InputError
+from tasks.tracking.champions import moves_of
 from tasks.tracking.models import _let_the_newest_be_candidate
 from tasks.tracking.promotion import promote_by_gate, promote_by_hand, roll_back
 

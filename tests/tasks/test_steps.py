@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bivlm.identity import digest, step_identity
-from bivlm.workspace import Workspace
-from tasks.steps import do_step
+from bivlm.workspace.hashing import digest, step_identity
+from bivlm.workspace.steps import Workspace
+from tasks.runtime.steps import do_step
 
 IDENTITY = step_identity("statistics", 1, {}, None, exact=True)
 

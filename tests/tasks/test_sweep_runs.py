@@ -3,7 +3,7 @@
 import pytest
 from mlflow import MlflowClient
 
-from bivlm.workspace import Workspace
+from bivlm.workspace.steps import Workspace
 from tasks.tracking.sweeps import log_sweep
 
 ROWS = [

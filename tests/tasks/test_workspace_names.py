@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from bivlm.addresses import sqlite_address
 from bivlm.errors import InputError
-from bivlm.workspace import Workspace
+from bivlm.workspace.steps import Workspace
 from tasks.tracking.run import open_experiment, tracking_place
 
 PIECES = [*"aB7?#% :@&=+;'\"\\~ü猫", "%3F", "%00", "?x=1"]

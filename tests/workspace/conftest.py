@@ -1,7 +1,7 @@
 import pytest
 from s3_server import s3_endpoint, s3_location  # noqa: F401  fixtures
 
-from bivlm.workspace import Workspace
+from bivlm.workspace.steps import Workspace
 
 
 @pytest.fixture(params=["folder", "s3"])

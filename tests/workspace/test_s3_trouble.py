@@ -5,11 +5,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bivlm.checkpoint.s3_models import list_models, list_prefix
 from bivlm.errors import InputError, describe
-from bivlm.stores import open_store
-from bivlm.stores.s3 import S3Refusal, S3Store, s3_client
-from tasks.policy import is_passing
+from bivlm.sources.s3_models import list_models, list_prefix
+from bivlm.workspace.stores import open_store
+from bivlm.workspace.stores.s3 import S3Refusal, S3Store, s3_client
+from tasks.runtime.policy import is_passing
 
 LASTING = {
     (301, "PermanentRedirect"): "set AWS_DEFAULT_REGION",

@@ -10,9 +10,9 @@ import boto3
 import pytest
 
 from bivlm.errors import InputError
-from bivlm.identity import digest
-from bivlm.stores.folder import write_atomically
-from bivlm.workspace import Reference, StepRecord, Workspace, WorkspaceError
+from bivlm.workspace.hashing import digest
+from bivlm.workspace.steps import Reference, StepRecord, Workspace, WorkspaceError
+from bivlm.workspace.stores.folder import write_atomically
 
 IDENTITY = {"stage": "pack", "version": 1, "inputs": {}, "recipe": None}
 KEY = digest(IDENTITY)

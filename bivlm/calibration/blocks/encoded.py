@@ -1,0 +1,89 @@
+"""Tensors of every calibration sample in one file, read one sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from bivlm.checkpoint.safetensors_file import TensorEntry, read_entries, read_tensor
+from bivlm.errors import InputError
+from bivlm.evaluation.divergence import Reply
+
+_REPLY, _OUTPUT, _ABSENT = "reply", "output", "absent"
+
+
+class SampleTensors:
+    """What `write_samples` wrote: for every sample some tensors by name.
+
+    Plain reads: of a mapped file the samples that are done with would still count as memory.
+    """
+
+    def __init__(self, file: str | Path) -> None:
+        """Raises `InputError` for a file that is missing, cut short or without samples."""
+        self._entries: dict[int, dict[str, TensorEntry]] = {}
+        for entry in read_entries(Path(file)):
+            number, _, name = entry.name.partition("/")
+            self._entries.setdefault(int(number), {})[name] = entry
+        if sorted(self._entries) != list(range(len(self._entries))) or not self._entries:
+            raise InputError(f"{file}: expected tensors of samples 0, 1, ...")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        """The tensors of a sample, on the CPU."""
+        return {name: read_tensor(entry) for name, entry in self._entries[sample].items()}
+
+
+def write_samples(samples: Iterable[Mapping[str, torch.Tensor]], file: str | Path) -> None:
+    """Write the tensors of every sample; the same tensors give the same bytes."""
+    tensors = {
+        f"{number:05d}/{name}": tensor.detach().cpu().contiguous()
+        for number, sample in enumerate(samples)
+        for name, tensor in sample.items()
+    }
+    save_file(tensors, file)
+
+
+def with_reply(reply: Reply) -> dict[str, torch.Tensor]:
+    """A conversation as the model takes it in, and where its reply is, ready for `write_samples`."""
+    return {**reply.inputs, _REPLY: torch.tensor([reply.start, reply.count])}
+
+
+def model_inputs(sample: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of `with_reply` the model takes in."""
+    return {name: tensor for name, tensor in sample.items() if name != _REPLY}
+
+
+def reply_range(sample: Mapping[str, torch.Tensor]) -> range:
+    """The places of the reply's tokens."""
+    start, count = sample[_REPLY].tolist()
+    return range(start, start + count)
+
+
+def is_image(tokens: torch.Tensor, config: object) -> torch.Tensor:
+    """Which of the tokens, int64 (1, T), stand for image patches: bool (T,)."""
+    names = ("image_token_id", "image_token_index")
+    token = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+    if token is None:
+        raise InputError(f"{type(config).__name__}: no image token; expected one of {', '.join(names)}")
+    return tokens[0] == token
+
+
+def has_picture(sample: Mapping[str, torch.Tensor]) -> bool:
+    """Whether there is anything for the vision model to see."""
+    return any(name.startswith("pixel_values") for name in sample)
+
+
+def stack(outputs: Sequence[torch.Tensor | None]) -> list[dict[str, torch.Tensor]]:
+    """What a unit gave for every sample as `write_samples` takes it; None where it did not run."""
+    return [{_ABSENT: torch.zeros(0)} if output is None else {_OUTPUT: output} for output in outputs]
+
+
+def outputs_at(given: Mapping[str, SampleTensors], sample: int) -> dict[str, torch.Tensor]:
+    """What units gave for a sample, by name, from files of `stack`; those that did not run are left out."""
+    found = {name: tensors[sample] for name, tensors in given.items()}
+    return {name: tensors[_OUTPUT] for name, tensors in found.items() if _OUTPUT in tensors}

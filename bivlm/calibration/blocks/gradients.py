@@ -1,0 +1,244 @@
+"""How much each token's features matter to the model's answer: the weights g of ``H = sum_t g_t^2 x_t x_t^T``.
+
+The divergence KL(full precision || model) and its gradient vanish at full precision; what tells the tokens apart there
+is its curvature, ``J^T (diag(p) - p p^T) J`` with p the probabilities and J the Jacobian of the logits. It is the mean
+of ``s s^T`` over
+
+    s = J^T v,   v = sqrt(p) * e - p <sqrt(p), e>,   e normal,
+
+one backward pass a draw. (Answers drawn from p, as in Fisher's definition, have the same mean but vary far more where
+the model is sure of itself.) One draw for every token of a reply gives ``g_t = ||s_t||``, the norm over all outputs of
+a site's linear layers for token t. A weight error E then raises the divergence by about
+``sum_t g_t^2 ||E x_t||^2 / 2`` per output channel if errors and gradients are independent, as in K-FAC.
+
+The gradients run back unit by unit, each unit computed again from the stored outputs of those before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from bivlm.calibration.blocks.encoded import SampleTensors, model_inputs, outputs_at, reply_range
+from bivlm.calibration.blocks.model import BlockwiseModel, Step
+from bivlm.calibration.blocks.sites import Weigh
+from bivlm.calibration.blocks.units import Unit
+
+Outputs = Mapping[str, SampleTensors]
+
+
+@dataclass(frozen=True)
+class UnitGradients:
+    """What the answer's gradients say of a unit.
+
+    Attributes:
+        unit: its name.
+        norms: for every sample g, float32 (T,), by site.
+        squares: by linear layer ``sum_t s_ti^2 x_tj^2``, float32 (M, N), over all samples: the diagonal of the
+            divergence's curvature in the layer's weights; empty if not asked for.
+    """
+
+    unit: str
+    norms: list[dict[str, torch.Tensor]]
+    squares: dict[str, torch.Tensor]
+
+
+def token_gradients(
+    model: BlockwiseModel, samples: SampleTensors, outputs: Outputs, *, squares: bool = False, seed: int = 0
+) -> Iterator[UnitGradients]:
+    """Unit by unit, from the last to the first.
+
+    `outputs` holds what all units gave, up to the last block of the language model. Of every sample the gradient of one
+    unit's output is held, beside those of adaptors that wait for their turn. Raises ArithmeticError naming the model
+    where a gradient is NaN or infinite.
+    """
+    units = [unit for unit in model.units if unit.name in outputs]
+    slopes: dict[str, list[torch.Tensor | None]] = {unit.name: [None] * len(samples) for unit in units}
+    last = units[-1]
+    adaptors = [unit.name for unit in units if unit.component == "adaptor"]
+    with model.at_end() as step:
+        for number in range(len(samples)):
+            given = outputs_at({name: outputs[name] for name in [*adaptors, last.name]}, number)
+            slopes[last.name][number] = _answer_slope(step, samples[number], given, last.name, seed + number)
+    for unit in reversed(units):
+        found = _backward(model, unit, samples, outputs, slopes, squares)
+        _check_finite(model, found)
+        yield found
+
+
+def gradient_weights(gradients: SampleTensors, image_T: list[torch.Tensor], shrink: float) -> list[Weigh]:
+    """For every sample g^2 by site, each g drawn to the mean of its modality: ``(1 - shrink) g + shrink mean(g)``.
+
+    A single draw of the answer says little of a single token; the mean of a modality is well known. `image_T` is as in
+    `bivlm.calibration.blocks.sites.SiteObserver.add`. A site without gradients (nothing of it reaches the answer) is
+    weighted 1.
+    """
+    totals: dict[tuple[str, bool], list[float]] = {}
+    for number in range(len(gradients)):
+        for site, g_T in gradients[number].items():
+            image = _mask(image_T[number], len(g_T))
+            for modality in (True, False):
+                part = g_T[image == modality]
+                total = totals.setdefault((site, modality), [0.0, 0.0])
+                total[0] += float(part.sum(dtype=torch.float64))
+                total[1] += len(part)
+    means = {key: total / count if count else 0.0 for key, (total, count) in totals.items()}
+
+    def of(number: int) -> Weigh:
+        sample = gradients[number]
+
+        def weigh(site: str, image: torch.Tensor) -> torch.Tensor:
+            if means.get((site, True), 0.0) == means.get((site, False), 0.0) == 0.0:
+                return torch.ones(len(image))
+            g_T = sample.get(site, torch.zeros(len(image)))
+            mean_T = torch.where(image.cpu(), means[site, True], means[site, False])
+            return ((1 - shrink) * g_T + shrink * mean_T).square().to(torch.float32)
+
+        return weigh
+
+    return [of(number) for number in range(len(gradients))]
+
+
+def _answer_slope(
+    step: Step, sample: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], last: str, seed: int
+) -> torch.Tensor:
+    """The draw ``s`` in the last block's output, from all places that predict the reply together.
+
+    It is that of the mean divergence over the reply's tokens: a caption counts as much as an answer of one word.
+    """
+    leaf = given[last].detach().requires_grad_()
+    # Logits of a whole prompt would be larger than a block's weights.
+    places = {"logits_to_keep": torch.tensor([place - 1 for place in reply_range(sample)])}
+    predicting = step({**model_inputs(sample), **places}, {**given, last: leaf})[0].to(torch.float32)
+    draw = curvature_draw(predicting.detach(), seed) / math.sqrt(len(predicting))
+    return torch.autograd.grad(predicting, leaf, draw)[0].cpu()
+
+
+def curvature_draw(logits_TV: torch.Tensor, seed: int) -> torch.Tensor:
+    """v of the module's docstring for every row of float32 logits, drawn by `seed` on the CPU."""
+    p = torch.softmax(logits_TV, dim=-1)
+    e = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.device)
+    return p.sqrt() * e - p * (p.sqrt() * e).sum(-1, keepdim=True)
+
+
+def _backward(
+    model: BlockwiseModel,
+    unit: Unit,
+    samples: SampleTensors,
+    outputs: Outputs,
+    slopes: dict[str, list[torch.Tensor | None]],
+    with_squares: bool,
+) -> UnitGradients:
+    """Norms g and squares of one unit; turns its slopes into those of its predecessors, sample by sample."""
+    before = [other.name for other in model.predecessors(unit)]
+    found: list[dict[str, torch.Tensor]] = []
+    reached: set[str] = set()
+    with model.at(unit) as step:
+        totals = _zeros({name: model.linear(name).weight for name in unit.linears}) if with_squares else None
+        for number in range(len(samples)):
+            slope, slopes[unit.name][number] = slopes[unit.name][number], None
+            if slope is None:  # nothing of it reaches the answer
+                found.append({})
+                continue
+            given = outputs_at({name: outputs[name] for name in before}, number)
+            earlier, made = _differentiate(model, unit, step, model_inputs(samples[number]), given, slope)
+            for name, gradient in earlier.items():
+                known = slopes[name][number]
+                slopes[name][number] = gradient if known is None else known + gradient
+            reached |= {each.name for each in made}
+            found.append(_add_up(made, totals))
+    squares = {name: total.cpu() for name, total in (totals or {}).items() if name in reached}
+    return UnitGradients(unit.name, found, squares)
+
+
+def _check_finite(model: BlockwiseModel, found: UnitGradients) -> None:
+    for number, norms in enumerate(found.norms):
+        for site, g_T in norms.items():
+            if not bool(g_T.isfinite().all()):
+                raise ArithmeticError(f"{model.name}: the gradients at {site} are not finite on sample {number}")
+    for name, square_MN in found.squares.items():
+        if not all(bool(extreme.isfinite()) for extreme in square_MN.aminmax()):
+            raise ArithmeticError(f"{model.name}: the squared gradients of {name} add up to NaN or infinity")
+
+
+def _zeros(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Float32 zeros of the shapes of `weights`, in one piece: many would lie scattered among what samples leave behind,
+    and the memory between them would not be given back.
+    """
+    device = next((weight.device for weight in weights.values()), None)
+    whole = torch.zeros(sum(weight.numel() for weight in weights.values()), device=device)
+    parts = whole.split([weight.numel() for weight in weights.values()])
+    return {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
+
+
+def _differentiate(
+    model: BlockwiseModel,
+    unit: Unit,
+    step: Step,
+    inputs: Mapping[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor],
+    slope: torch.Tensor,
+) -> tuple[dict[str, torch.Tensor], list[_Made]]:
+    """A sample's gradients at what the unit was given, by name, and at what its linear layers gave.
+
+    A function of its own: nothing of a sample's graph is there any more when the next sample's is made.
+    """
+    leaves = {name: output.detach().requires_grad_() for name, output in given.items()}
+    with _recording(model, unit) as made, torch.enable_grad():
+        result = step(inputs, leaves)
+    targets = [*leaves.values(), *(each.output for each in made)]
+    gradients = torch.autograd.grad(result, targets, slope.to(result.device), allow_unused=True)
+    earlier = {name: found.cpu() for name, found in zip(leaves, gradients, strict=False) if found is not None}
+    pairs = zip(made, gradients[len(leaves) :], strict=True)
+    return earlier, [replace(each, output=gradient) for each, gradient in pairs if gradient is not None]
+
+
+def _add_up(made: list[_Made], totals: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """Norms g by site of the gradients in `made`, which is used up; adds squares to `totals` if there are any."""
+    sums: dict[str, torch.Tensor] = {}
+    while made:
+        each = made.pop(0)
+        square_TM = each.output.reshape(-1, each.output.shape[-1]).to(torch.float32, copy=True).square_()
+        sums[each.site] = sums.get(each.site, 0) + square_TM.sum(-1).cpu()
+        if totals is not None:
+            x_TN = each.x.detach().reshape(-1, each.x.shape[-1]).to(torch.float32, copy=True).square_()
+            totals[each.name].addmm_(square_TM.T, x_TN)
+    return {site: total.sqrt() for site, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a linear layer took in and gave, or the gradient of what it gave."""
+
+    name: str
+    site: str
+    x: torch.Tensor
+    output: torch.Tensor
+
+
+@contextmanager
+def _recording(model: BlockwiseModel, unit: Unit) -> Iterator[list[_Made]]:
+    """What the unit's linear layers take in and give while a sample runs through it."""
+    made: list[_Made] = []
+
+    def record(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+        site = next((each.site for each in made if each.x is x), name)
+        if not output.requires_grad:  # in the first unit nothing before it has a gradient
+            output.requires_grad_()
+        made.append(_Made(name, site, x, output))
+
+    with ExitStack() as hooks:
+        for name in unit.linears:
+            hook = model.linear(name).register_forward_hook(
+                lambda _, arguments, output, name=name: record(name, arguments[0], output)
+            )
+            hooks.callback(hook.remove)
+        yield made
+
+
+def _mask(image_T: torch.Tensor, tokens: int) -> torch.Tensor:
+    return image_T if len(image_T) == tokens else torch.ones(tokens, dtype=torch.bool)

@@ -1,0 +1,105 @@
+"""Bits across layers: which settings each layer gets so that the whole model stays within a budget of stored bits.
+
+Every layer offers choices, each with its stored bits and its predicted error (`bivlm.methods.base.Method.curve`). The
+sum of ``importance * error`` over the layers is made small under ``sum bits * weights <= budget * sum weights``. On the
+lower convex hull of each layer's choices the gain per bit falls, so that taking the steppest steps first is optimal
+for every budget that is met exactly (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
+1988); what is left of the budget then goes to whatever still fits.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bivlm.errors import InputError
+from bivlm.methods.base import CurvePoint
+
+Importance = Literal["energy", "curvature"]
+
+
+class BudgetSettings(BaseModel):
+    """What a recipe may say about bits across layers.
+
+    Attributes:
+        bits: stored bits a weight, over all linears that the recipe packs.
+        importance: what a layer's relative error is multiplied with. ``energy``: ``||W||^2``, so that the squared
+            error of all weights is made small. ``curvature``: how much the divergence from full precision rises,
+            ``mean(w^2) sum_ij F_ij`` with F the diagonal of its curvature (`bivlm.calibration.blocks.gradients`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    bits: float = Field(gt=0, le=16, allow_inf_nan=False)
+    importance: Importance = "curvature"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One layer: how many weights it has, how much its relative error counts, and what it may be given."""
+
+    weights: int
+    importance: float
+    points: Sequence[CurvePoint]
+
+
+def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoint]:
+    """The choice for every layer, by name; `budget` in stored bits a weight over all of them.
+
+    Raises `InputError` naming a layer without choices, and for a budget below the cheapest choices together.
+    """
+    for name, layer in layers.items():
+        if not layer.points:
+            raise InputError(f"budget: {name}: its method leaves no choice of bits; leave the budget out for it")
+    total = sum(layer.weights for layer in layers.values())
+    hulls = {name: lower_hull(layer.points) for name, layer in layers.items()}
+    taken = dict.fromkeys(layers, 0)
+    spent = sum(hulls[name][0].stored_bits * layer.weights for name, layer in layers.items())
+    allowed = budget * total * (1 + 1e-12)  # sums of bits round
+    if spent > allowed:
+        raise InputError(
+            f"budget.bits: found {budget:g}, expected at least {spent / total:.4f}, what the cheapest choices take"
+        )
+    steps: list[tuple[float, str]] = []
+
+    def offer(name: str) -> None:
+        hull, place = hulls[name], taken[name]
+        if place + 1 < len(hull):
+            gain = (hull[place].error - hull[place + 1].error) * layers[name].importance
+            cost = (hull[place + 1].stored_bits - hull[place].stored_bits) * layers[name].weights
+            heapq.heappush(steps, (-gain / cost, name))
+
+    for name in layers:
+        offer(name)
+    while steps:
+        _, name = heapq.heappop(steps)
+        hull, place = hulls[name], taken[name]
+        cost = (hull[place + 1].stored_bits - hull[place].stored_bits) * layers[name].weights
+        if spent + cost <= allowed:
+            spent += cost
+            taken[name] += 1
+            offer(name)
+    return {name: hulls[name][place] for name, place in taken.items()}
+
+
+def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """The points on the lower convex hull of (bits, error), by rising bits and falling error."""
+    hull: list[CurvePoint] = []
+    for point in sorted(points, key=lambda each: (each.stored_bits, each.error)):
+        if hull and point.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        if hull and hull[-1].stored_bits == point.stored_bits:
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(one: CurvePoint, other: CurvePoint) -> float:
+    """Change of the error a bit, from `one` to the dearer `other`; negative."""
+    return (other.error - one.error) / (other.stored_bits - one.stored_bits)

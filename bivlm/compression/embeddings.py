@@ -1,0 +1,125 @@
+"""The embedding of tokens and the head: large tables, rounded to 8 or 4 bits, a few rows at a time.
+
+In a 7B model of today they are a seventh of all weights; beside linear layers of two bits, tables of 16 bits are most
+of the file. They are no part of the recipe's components: every row is rounded to nearest on its own grids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bivlm.checkpoint.linears import Anatomy, Linear
+from bivlm.checkpoint.safetensors_file import TensorEntry, tensor_rows
+from bivlm.compression.layer import LayerBits, LayerRecord
+from bivlm.errors import InputError
+from bivlm.packing import grouped, open_packed, unpack_rows
+
+PIECE_WEIGHTS = 1 << 24  # read and rounded at a time
+
+
+class TableSettings(BaseModel):
+    """How one table is rounded: codes of `bits`, `group_size` neighbouring columns of a row on one grid."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    bits: Literal[4, 8]
+    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # 0: one group a row
+
+
+class RecipeTables(BaseModel):
+    """What a recipe may say about ``tables``; at least one of the two.
+
+    Attributes:
+        tokens: the embedding of tokens; with it a head that shares its tensor.
+        head: the layer that gives the logits, where it has a tensor of its own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    tokens: TableSettings | None = None
+    head: TableSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bits_alone(cls, value: Any) -> Any:
+        """``tables: 4`` is short for ``tables: {tokens: 4, head: 4}``, and ``tokens: 4`` for ``tokens: {bits: 4}``."""
+        if type(value) is int:
+            value = {"tokens": value, "head": value}
+        if isinstance(value, dict):
+            return {key: {"bits": each} if type(each) is int else each for key, each in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RecipeTables:
+        if self.tokens is None and self.head is None:
+            raise ValueError("expected 4, 8, or a mapping with tokens, head or both")
+        return self
+
+
+def chosen_tables(
+    parts: Anatomy, settings: RecipeTables | None, compressed: Iterable[Linear]
+) -> list[tuple[Linear, TableSettings]]:
+    """The tables that a recipe packs, and how; a tied pair is one, under the name of the embedding.
+
+    Raises `InputError` for a table that the model does not have, for settings of the head that are not the embedding's
+    where they share a tensor, and for a head that the recipe compresses as a linear layer as well.
+    """
+    if settings is None:
+        return []
+    found = []
+    head = next((linear for linear in parts.linears if linear.name == parts.head), None)
+    tied = head is not None and head.tied_to is not None
+    if settings.tokens is not None:
+        if parts.tokens is None:
+            raise InputError("recipe: tables.tokens: the model has no embedding of tokens that is one tensor on disk")
+        found.append((parts.tokens, settings.tokens))
+    if settings.head is not None and not (tied and settings.head == settings.tokens):
+        if head is None:
+            raise InputError("recipe: tables.head: the model has no linear layer that gives the logits")
+        if tied:
+            raise InputError(
+                f"recipe: tables.head: {head.name} shares its tensor with {head.tied_to}; say it at tables.tokens"
+            )
+        if any(linear.name == head.name for linear in compressed):
+            raise InputError(f"recipe: tables.head: {head.name} is compressed as a linear layer, too; add it to 'keep'")
+        found.append((head, settings.head))
+    return found
+
+
+def pack_table(entry: TensorEntry, settings: TableSettings, file: Path, sha256: str | None = None) -> LayerRecord:
+    """Write the packed table to `file`; the record is measured on what its bytes rebuild.
+
+    Beside a piece of the table no more than the packed bytes is in memory. Raises `InputError` naming the tensor for
+    weights that are not finite as they are or as they are rebuilt, and for bytes that are not those of `sha256`.
+    """
+    count = max(1, PIECE_WEIGHTS // entry.shape[1])
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for piece in tensor_rows(entry, count, sha256):
+            if not all(math.isfinite(end) for end in piece.aminmax()):
+                raise InputError(f"{entry.name}: has NaN or infinite weights")
+            yield piece
+
+    grouped.pack_rows(file, pieces, entry.shape, settings.bits, settings.group_size)
+    packed = torch.from_numpy(np.fromfile(file, dtype=np.uint8))
+    codec, header = open_packed(packed, f"{entry.name}, packed at {settings.bits} bits")
+    error, total, begin = 0.0, 0.0, 0
+    for piece in tensor_rows(entry, count):
+        rows = torch.arange(begin, begin + len(piece))
+        lost = piece.to(torch.float32) - unpack_rows(packed, rows, entry.name).to(torch.float32)
+        error += float(lost.square_().sum(dtype=torch.float64))
+        total += float(piece.to(torch.float32).square_().sum(dtype=torch.float64))
+        begin += len(piece)
+    bits, size = codec.bits(packed, header), entry.numel
+    return LayerRecord(
+        error=error / total if total else 0.0,
+        bits=LayerBits(nominal=bits.nominal / size, entropy=bits.entropy / size, stored=bits.stored / size),
+        nbytes=packed.numel(),
+    )

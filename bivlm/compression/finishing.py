@@ -1,0 +1,256 @@
+"""The finishing stage: scales and group levels of all packed layers tuned together, on the whole model's answers.
+
+Methods make the error of each layer small, one after the other. Near the optimum that is the right thing; at two bits
+the model is far from it, and what counts is what all errors together do to its answers (Xu et al., "Understanding the
+difficulty of low-precision post-training quantization", 2024). So this minimises
+
+    KL(full precision || model)   at the tokens of the calibration replies
+
+over the numbers that the packed formats hold in floating point, with every sign, group and position fixed: minutes of
+Adam, the same bits. A format with many numbers soon knows a few conversations by heart, so how far to go is
+judged by some that it was not tuned on. Every codec takes part through `bivlm.packing.Codec.tunable`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from bivlm.errors import InputError
+from bivlm.evaluation.divergence import Reply, StoredLogProbabilities, kl_by_token, read_reply
+from bivlm.numerics.logits import not_finite
+from bivlm.packing import open_packed
+from bivlm.recipe.finish import FinishSettings
+from bivlm.sources.chat_template import encode, render_dialogue
+from bivlm.sources.samples import Conversation
+
+Progress = Callable[[int, int], None]
+JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
+PATIENCE = 4  # judgements in a row without a better one, after which a rate is given up
+RATES = 3  # tried from the first weights, each only if no step at the one before was of use
+SLOWER = 3.0  # by which the rate is divided
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Packed weights by layer, as long as they were, and what tuning did for conversations that were not tuned on.
+
+    `kl_before` and `kl_after` are in nats a token, a mean over conversations of the mean over each reply's tokens.
+    `steps` were taken, at first at `learning_rate`; 0 when none was of use, and the weights are as they were.
+    """
+
+    packed: dict[str, torch.Tensor]
+    kl_before: float
+    kl_after: float
+    steps: int
+    learning_rate: float
+
+
+def finish(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    packed: Mapping[str, torch.Tensor],
+    conversations: Sequence[Conversation],
+    full_precision: StoredLogProbabilities,
+    settings: FinishSettings,
+    progress: Progress | None = None,
+    *,
+    together: int | None = None,
+) -> Finished:
+    """Tune the numbers of `packed` (by the names of linear layers in `model`).
+
+    `model` is the full-precision model; its linear layers get the rebuilt weights and are of no use afterwards.
+    `full_precision` holds its log-probabilities on the `conversations`. How far to go is found out on a part of these,
+    judged by the others: as many steps as leave the smallest divergence there, at a third of the rate where it is too
+    high for as many numbers as the format holds. Then so many steps are taken on all.
+
+    Beside the model there are the gradients of the packed layers' weights, and of one layer at a time what its codec
+    needs. At most `together` conversations of a batch go through the model at once, all of them by default; with fewer
+    it takes less memory and longer. Raises `InputError` for a layer that the model does not have and for a single
+    conversation, ArithmeticError if the divergence is or becomes NaN.
+    """
+    layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
+    answers = _Answers(model, processor, conversations, full_precision, together or settings.batch)
+    model.requires_grad_(False)
+    report = progress or (lambda done, total: None)
+    tuning, judging = _split(len(conversations), settings)
+    _restart(layers)
+    before = best = answers.divergence(judging)
+    if not math.isfinite(before):
+        raise not_finite(model, f"the divergence of its packed layers is {before} before the first step")
+    steps, every = 0, max(1, settings.steps // JUDGEMENTS)
+    for attempt in range(RATES):
+        rate = settings.learning_rate / SLOWER**attempt
+        for step in _descent(layers, answers, tuning, settings, rate):
+            report(step, 2 * settings.steps)
+            if step % every == 0 or step == settings.steps:
+                judged = answers.divergence(judging)
+                if judged < best:
+                    best, steps = judged, step
+                if step - steps >= PATIENCE * every:
+                    break
+        _restart(layers)
+        if steps:
+            break
+    for step in itertools.islice(_descent(layers, answers, range(len(conversations)), settings, rate), steps):
+        report(settings.steps + step, 2 * settings.steps)
+    report(2 * settings.steps, 2 * settings.steps)
+    return Finished({layer.name: layer.packed() for layer in layers}, before, best, steps, rate)
+
+
+def _descent(
+    layers: Sequence[_Tuned], answers: _Answers, numbers: Sequence[int], settings: FinishSettings, rate: float
+) -> Iterator[int]:
+    """Steps of Adam from what is placed in the model, on some of the conversations; counts them from one."""
+    optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    for step, batch in enumerate(_order(numbers, settings), 1):
+        loss = answers.divergence(batch, backward=True)
+        if not math.isfinite(loss):
+            raise ArithmeticError(f"finishing: the divergence is {loss} at step {step}; try a lower learning_rate")
+        for layer in layers:
+            layer.collect()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        for layer in layers:
+            layer.place()
+        yield step
+
+
+@torch.no_grad()
+def _restart(layers: Sequence[_Tuned]) -> None:
+    """Put the first weights back into the model."""
+    for layer in layers:
+        for move in layer.moves.values():
+            move.zero_()
+        layer.place()
+
+
+class _Tuned:
+    """A packed layer's numbers, each as its first value plus a move in units of its tensor's root mean square."""
+
+    def __init__(self, model: PreTrainedModel, name: str, packed: torch.Tensor) -> None:
+        try:
+            self._linear = model.get_submodule(name)
+        except AttributeError:
+            raise InputError(f"finishing: the model has no layer called {name}") from None
+        self.name = name
+        self._packed = packed.to(model.device)
+        self._codec, self._header = open_packed(self._packed, name)
+        self._tunable = self._codec.tunable(self._packed, self._header)
+        self._units = {key: float(values.square().mean().sqrt()) for key, values in self._tunable.parameters.items()}
+        self.moves = {key: nn.Parameter(torch.zeros_like(values)) for key, values in self._tunable.parameters.items()}
+
+    def place(self) -> None:
+        """Put the weight that the numbers give now into the model."""
+        with torch.no_grad():
+            weight = self._tunable.rebuild(self._numbers()).to(self._header.dtype)
+        self._linear.weight = nn.Parameter(weight.to(self._linear.weight.dtype))
+
+    def collect(self) -> None:
+        """Turn the gradient of the weight into that of the moves; the rounding to the dtype counts as no change."""
+        gradient, self._linear.weight.grad = self._linear.weight.grad, None
+        if gradient is not None and self.moves:
+            self._tunable.rebuild(self._numbers()).backward(gradient.to(torch.float32))
+
+    def packed(self) -> torch.Tensor:
+        """The layer with its numbers as they are now."""
+        numbers = {key: values.detach() for key, values in self._numbers().items()}
+        return self._codec.retuned(self._packed, self._header, numbers).cpu()
+
+    def _numbers(self) -> dict[str, torch.Tensor]:
+        return {key: values + self._units[key] * self.moves[key] for key, values in self._tunable.parameters.items()}
+
+
+class _Answers:
+    """What the model says to the conversations, against what full precision says."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        conversations: Sequence[Conversation],
+        full_precision: StoredLogProbabilities,
+        together: int,
+    ) -> None:
+        self._model, self._processor, self._conversations = model, processor, conversations
+        self._full_precision, self._together = full_precision, together
+        self._replies: dict[int, Reply] = {}
+
+    def divergence(self, numbers: Sequence[int], *, backward: bool = False) -> float:
+        """Mean KL on some conversations in nats a token; with `backward` its gradient is added to the weights'.
+
+        A mean over conversations of the mean over each reply's tokens, so that a caption counts as much as an answer of
+        one word.
+        """
+        total = 0.0
+        for some in self._portions(numbers):
+            with torch.set_grad_enabled(backward):
+                loss = self._sum(some) / len(numbers)
+            if backward:
+                loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _sum(self, numbers: list[int]) -> torch.Tensor:
+        """The mean KL of each conversation's reply, added up; the conversations go through the model together."""
+        replies = [self._reply(number) for number in numbers]
+        # Padding is on the left, so that a reply's places are counted from the end.
+        from_end = [reply.inputs["input_ids"].shape[1] - reply.start + 1 for reply in replies]
+        logits = self._model(**self._inputs(numbers), use_cache=False, logits_to_keep=max(from_end)).logits
+        loss = logits.new_zeros((), dtype=torch.float32)
+        for row, (number, reply, end) in enumerate(zip(numbers, replies, from_end, strict=True)):
+            first = logits.shape[1] - end
+            other = torch.log_softmax(logits[row, first : first + reply.count].to(torch.float32), dim=-1)
+            full = self._full_precision.of(number, reply).to(other.device, torch.float32)
+            loss = loss + kl_by_token(full, other).mean()
+        return loss
+
+    def _reply(self, number: int) -> Reply:
+        if number not in self._replies:
+            self._replies[number] = read_reply(self._model, self._processor, self._conversations[number])
+        return self._replies[number]
+
+    def _inputs(self, numbers: list[int]) -> BatchFeature:
+        """Conversations with their replies as the model takes them in, padded on the left."""
+        some = [self._conversations[number] for number in numbers]
+        texts = [
+            render_dialogue(self._processor, each.user, each.assistant, image=each.image is not None) for each in some
+        ]
+        return encode(self._processor, self._model, texts, [each.image for each in some])
+
+    def _portions(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """At most so many conversations as go through the model at once, with and without a picture apart."""
+        for with_picture in (True, False):
+            some = [number for number in numbers if (self._conversations[number].image is not None) == with_picture]
+            for begin in range(0, len(some), self._together):
+                yield some[begin : begin + self._together]
+
+
+def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], list[int]]:
+    """The conversations to tune on and those to judge by, at least one of each."""
+    if conversations < 2:
+        raise InputError("finishing: got one conversation, expected at least two, one to tune on and one to judge by")
+    numbers = list(range(conversations))
+    random.Random(settings.seed).shuffle(numbers)
+    judging = min(conversations - 1, max(1, round(settings.judging_share * conversations)))
+    return sorted(numbers[judging:]), sorted(numbers[:judging])
+
+
+def _order(numbers: Sequence[int], settings: FinishSettings) -> list[list[int]]:
+    """The conversations of every step: all of them in a new order each time round."""
+    rng, waiting, order = random.Random(settings.seed), [], []
+    for _ in range(settings.steps):
+        while len(waiting) < settings.batch:
+            waiting += rng.sample(numbers, len(numbers))
+        order.append(waiting[: settings.batch])
+        waiting = waiting[settings.batch :]
+    return order

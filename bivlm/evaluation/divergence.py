@@ -1,0 +1,209 @@
+"""How far a compressed model's predictions are from full precision: KL divergence on conversations, held-out ones.
+
+Both models read the same conversation (teacher forcing), rendered by the chat template with the reply. At every
+position that predicts a token of the reply, the end of the turn included,
+
+    KL(full || model) = sum over the vocabulary of p (log p - log q)   in nats,
+
+with p the full-precision model's probabilities and q the other's. Full precision runs once: its log-probabilities go
+to a file, and any number of models are compared with it.
+
+**Storage error.** Log-probabilities are stored in float16, whose relative rounding error is at most 2^-11, and p is
+normalised again on reading. An entry is then off by at most 2^-11 |log p|, so that the KL of a model with itself, half
+the p-weighted mean of the squared errors, stays below 2^-23 E[(log p)^2]: about 1e-5 nats where p is flat over 32,000
+tokens, and less than 1e-6 where it is peaked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from bivlm.errors import InputError, describe
+from bivlm.numerics.logits import not_finite, unusable
+from bivlm.sources.chat_template import encode, render_dialogue, render_prompt
+from bivlm.sources.samples import Conversation
+from bivlm.untrusted import parse_json
+from bivlm.workspace.hashing import digest
+
+MAX_POSITIONS = 32
+FORMAT = "bivlm-log-probabilities-1"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The model inputs of a whole conversation (batch of one) and which of its tokens are judged."""
+
+    inputs: BatchFeature
+    start: int  # index of the first token of the reply
+    count: int  # tokens judged, at most MAX_POSITIONS
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Hash of all tokens up to the last one judged: two models must read the same."""
+        tokens = self.inputs["input_ids"][0, : self.start + self.count].tolist()
+        return digest(tokens)
+
+
+def read_reply(model: PreTrainedModel, processor: ProcessorMixin, conversation: Conversation) -> Reply:
+    """Find the reply among the tokens of a conversation.
+
+    The prompt rendered alone (with what makes the assistant begin) must be a prefix of the whole conversation's
+    rendering; the first token that differs, or is new, is the reply's first. Raises `InputError` when the chat template
+    writes the two in different ways.
+    """
+    has_image = conversation.image is not None
+    prompt = render_prompt(processor, conversation.user, image=has_image)
+    whole = render_dialogue(processor, conversation.user, conversation.assistant, image=has_image)
+    if not whole.startswith(prompt):
+        raise InputError(
+            f"chat template of {type(processor).__name__}: expected the generation prompt {prompt!r} to be the "
+            f"beginning of the conversation with its reply {whole!r}, so that the tokens of the reply can be told apart"
+        )
+    inputs = encode(processor, model, [whole], [conversation.image])
+    tokens = inputs["input_ids"][0].tolist()
+    before = encode(processor, model, [prompt], [conversation.image])["input_ids"][0].tolist()
+    # A tokenizer may merge the end of the prompt with the beginning of the reply: such a token belongs to the reply.
+    start = next((i for i, (a, b) in enumerate(zip(tokens, before, strict=False)) if a != b), len(before))
+    if start >= len(tokens):
+        raise InputError(f"conversation {conversation.user!r}: the reply {conversation.assistant!r} has no tokens")
+    return Reply(inputs, start, min(MAX_POSITIONS, len(tokens) - start))
+
+
+def reply_logits(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
+    """Logits (T, vocabulary) at the `reply.count` positions that predict its tokens."""
+    length = reply.inputs["input_ids"].shape[1]
+    kept = length - reply.start + 1  # from the token before the reply on
+    logits = model(**reply.inputs, use_cache=False, logits_to_keep=kept).logits[0]
+    return logits[logits.shape[0] - kept :][: reply.count]
+
+
+@torch.inference_mode()
+def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
+    """Log-probabilities (T, vocabulary), float64, of `reply_logits`.
+
+    Raises ArithmeticError naming the model for NaN and infinity.
+    """
+    predicting = reply_logits(model, reply).double()
+    if unusable(predicting):
+        raise not_finite(model, "logits on a conversation")
+    return torch.log_softmax(predicting, dim=-1)
+
+
+def reference_logits(
+    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation], file: str | Path
+) -> Path:
+    """Write the full-precision model's log-probabilities for later comparisons, one entry a conversation.
+
+    A safetensors file with float16 entries ``00000``, ``00001``, ... of shape (T, vocabulary); one is held at a time.
+    The same model gives the same bytes. Raises `InputError` as `read_reply`, and when there is no conversation.
+    """
+    file = Path(file)
+    if not conversations:
+        raise InputError("reference log-probabilities: found no conversation, expected one or more")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    body = file.with_name(f".{file.name}.{os.getpid()}.body")
+    try:
+        entries, digests, end = {}, [], 0
+        with body.open("wb") as stream:
+            for index, conversation in enumerate(conversations):
+                reply = read_reply(model, processor, conversation)
+                stored = reply_log_probabilities(model, reply).half().cpu()
+                begin, end = end, end + stream.write(stored.numpy().tobytes())
+                entries[_entry(index)] = {"dtype": "F16", "shape": list(stored.shape), "data_offsets": [begin, end]}
+                digests.append(reply.tokens_sha256)
+        metadata = {"format": FORMAT, "tokens_sha256": json.dumps(digests)}
+        header = json.dumps({"__metadata__": metadata, **entries}).encode()
+        header += b" " * (-len(header) % 8)
+        with partial.open("wb") as target, body.open("rb") as source:
+            target.write(len(header).to_bytes(8, "little") + header)
+            while chunk := source.read(1 << 24):
+                target.write(chunk)
+        return partial.replace(file)
+    finally:
+        body.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+
+
+def kl_divergence(
+    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation], file: str | Path
+) -> float:
+    """Mean over all judged positions of KL(full precision || model), in nats, summed in float64.
+
+    `file` is from `reference_logits` with the same conversations. Raises `InputError` when it is not, or when the model
+    reads other tokens than the full-precision one did; ArithmeticError naming the model when it gives NaN, or never
+    gives what full precision may, so that the divergence is infinite.
+    """
+    divergences: list[float] = []
+    with StoredLogProbabilities(file, len(conversations)) as stored:
+        for index, conversation in enumerate(conversations):
+            reply = read_reply(model, processor, conversation)
+            full = stored.of(index, reply).to(model.device)
+            divergences += kl_by_token(full, reply_log_probabilities(model, reply)).tolist()
+    mean = math.fsum(divergences) / len(divergences)
+    if not math.isfinite(mean):
+        raise ArithmeticError(
+            f"model {model.name_or_path}: gives probability 0 to tokens that full precision may say; KL is infinite"
+        )
+    return mean
+
+
+class StoredLogProbabilities:
+    """A file that `reference_logits` wrote, to be closed at the end of a ``with`` block."""
+
+    def __init__(self, file: str | Path, conversations: int) -> None:
+        """Raises `InputError` for another file, or one of another number of conversations."""
+        self._file, self._stored = Path(file), _open(Path(file))
+        self._digests = parse_json(self._stored.metadata().get("tokens_sha256", ""), file)
+        if not isinstance(self._digests, list) or len(self._digests) != conversations:
+            raise InputError(
+                f"{file}: holds {len(self._digests)} conversations, expected the {conversations} to compare"
+            )
+
+    def of(self, index: int, reply: Reply) -> torch.Tensor:
+        """Log-probabilities (T, vocabulary), float64, normalised again, of a conversation that was read as `reply`.
+
+        Raises `InputError` when full precision read other tokens.
+        """
+        if reply.tokens_sha256 != self._digests[index]:
+            raise InputError(
+                f"{self._file}, conversation {index}: the model reads other tokens than full precision did"
+            )
+        return torch.log_softmax(self._stored.get_tensor(_entry(index)).double(), dim=-1)
+
+    def __enter__(self) -> StoredLogProbabilities:
+        self._stored.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stored.__exit__(*error)
+
+
+def kl_by_token(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(full || other) for each row of log-probabilities, where 0 log 0 = 0; infinite where only `other` is 0."""
+    probability = full.exp()
+    return torch.where(probability > 0, probability * (full - other), 0.0).sum(-1)
+
+
+def _entry(index: int) -> str:
+    return f"{index:05d}"
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        stored = safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: expected log-probabilities written by reference_logits: {describe(error)}") from None
+    found = (stored.metadata() or {}).get("format")
+    if found != FORMAT:
+        raise InputError(f"{file}: expected the format {FORMAT!r} of log-probabilities, found {found!r}")
+    return stored

@@ -1,0 +1,111 @@
+"""Whether a candidate may become champion: a recipe's bounds against what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from bivlm.evaluation.chance import AtChance
+from bivlm.evaluation.paired import LargestLoss, questions_needed
+from bivlm.recipe.gate import AccuracyGate, BitsGate, GateSettings
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a gate looks at.
+
+    Attributes:
+        linears: stored bits a weight of the packed linears.
+        whole_model: stored bits a parameter of the whole model.
+        losses: by benchmark, what may have been lost there; None if nothing was evaluated.
+        at_chance: the benchmarks on which full precision is not above chance.
+    """
+
+    linears: float
+    whole_model: float
+    losses: Mapping[str, LargestLoss] | None
+    at_chance: Sequence[AtChance] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What came of it: a sentence a bound, with the bound and the figure found.
+
+    Attributes:
+        passed: whether every bound is kept.
+        reasons: all of them.
+        refused_by: those of bounds that are not kept.
+    """
+
+    passed: bool
+    reasons: tuple[str, ...]
+    refused_by: tuple[str, ...]
+
+
+def decide(gate: GateSettings, figures: Figures) -> Decision:
+    """Hold `figures` against every bound of `gate`.
+
+    A benchmark that the gate names and that was not asked, or not with the gate's confidence, is not passed: what was
+    not measured is not known to be within any bound. Nor is one on which full precision is at chance: there is nothing
+    to lose there.
+    """
+    found = [*_accuracy(gate.accuracy, figures), *_bits(gate.bits, figures)]
+    refused_by = tuple(sentence for kept, sentence in found if not kept)
+    return Decision(not refused_by, tuple(sentence for _, sentence in found), refused_by)
+
+
+def _accuracy(gate: AccuracyGate | None, figures: Figures) -> Iterator[tuple[bool, str]]:
+    if gate is None:
+        return
+    losses, at_chance = figures.losses or {}, {each.task: each for each in figures.at_chance}
+    if not losses and gate.benchmarks is None:
+        yield False, f"accuracy: nothing was evaluated; at most {gate.largest_loss:g} points may be lost"
+    for benchmark in gate.benchmarks or losses:
+        found = losses.get(benchmark)
+        if found is None or found.confidence != gate.confidence:
+            at = "" if found is None else f" with {_percent(gate.confidence)} confidence"
+            yield False, f"accuracy on {benchmark}: not measured{at}; at most {gate.largest_loss:g} points may be lost"
+        elif benchmark in at_chance:
+            yield False, f"accuracy on {at_chance[benchmark]}"
+        else:
+            yield found.largest <= gate.largest_loss, _loss_in_words(benchmark, found, gate.largest_loss)
+
+
+def _loss_in_words(benchmark: str, found: LargestLoss, bound: float) -> str:
+    said = (
+        f"accuracy on {benchmark}: {_beside(found.loss, bound)} points lost on {found.n:,} questions, with "
+        f"{_percent(found.confidence)} confidence at most {_beside(found.largest, bound)}"
+    )
+    if found.largest <= bound:
+        return f"{said}: within the {bound:g} that may be lost"
+    said = f"{said}: more than the {bound:g} that may be lost"
+    if found.loss >= bound:
+        return said
+    needed = questions_needed(found, bound)
+    if needed is None:
+        return f"{said}; too close to the bound for any number of questions to tell"
+    return f"{said}; too few questions to tell: answered alike, about {needed:,} would do"
+
+
+def _bits(gate: BitsGate | None, figures: Figures) -> Iterator[tuple[bool, str]]:
+    if gate is None:
+        return
+    for what, bound, found in (
+        ("stored bits in the linears", gate.linears, figures.linears),
+        ("stored bits in the whole model", gate.whole_model, figures.whole_model),
+    ):
+        if bound is not None:
+            kept = found <= bound
+            side = f"within the bound of {bound:g}" if kept else f"more than the bound of {bound:g}"
+            yield kept, f"{what}: {_beside(found, bound, digits=3)}: {side}"
+
+
+def _beside(value: float, bound: float, digits: int = 2) -> str:
+    """`value` with as many digits as it takes to see on which side of `bound` it lies."""
+    while digits < 12 and round(value, digits) == bound != value:
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
+def _percent(confidence: float) -> str:
+    return f"{100 * confidence:g} %"

@@ -1,0 +1,107 @@
+"""A checkpoint, packed or not, as a model of lmms-eval; needs the extra ``bivlm[lmms-eval]``.
+
+lmms-eval finds it by its entry point::
+
+    python -m lmms_eval --model bivlm --model_args pretrained=OUT --tasks mme,scienceqa_img --batch_size 8
+
+It renders, encodes and answers with the functions that `bivlm.evaluation` uses, so that only prompts and scores are
+lmms-eval's. Nothing in bivlm imports this module.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+
+from bivlm.errors import InputError
+from bivlm.evaluation.generation import answers, default_batch_size, load_model
+from bivlm.sources.samples import VqaSample
+
+MAX_NEW_TOKENS = 256  # of tasks that do not say
+
+
+class BivlmModel(lmms):
+    """Greedy answers to prompts with any number of pictures, which stand before the text."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_new_tokens: int | str = MAX_NEW_TOKENS,
+    ) -> None:
+        """`pretrained` is the checkpoint's folder; a `batch_size` of None or "auto" is bivlm's own choice.
+
+        `max_new_tokens` is for tasks without a limit of their own. Raises `InputError` as `load_model`.
+        """
+        super().__init__()
+        self._model, self._processor = load_model(pretrained, device)
+        automatic = batch_size in (None, "auto")
+        self._batch_size = int(max_batch_size or default_batch_size(self._model)) if automatic else int(batch_size)
+        self._max_new_tokens = int(max_new_tokens)
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """The answer to every request, cut before the task's stop words.
+
+        A blank line is no stop word: lmms-eval adds it to every task, and its own models ignore it, too. Raises
+        `InputError` when a task asks for sampling, beams or anything but pictures.
+        """
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            by_length[self._length(request)].append(number)
+        said: dict[int, str] = {}
+        for length, numbers in by_length.items():
+            samples = self._samples([requests[number] for number in numbers])
+            batches = answers(self._model, self._processor, samples, max_new_tokens=length, batch_size=self._batch_size)
+            for batch in batches:
+                for position, _, text in batch:
+                    number = numbers[position]
+                    said[number] = _cut(text, requests[number].args[1].get("until"))
+        return [said[number] for number in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Raises `InputError`: only tasks that generate are answered."""
+        raise InputError("lmms-eval model bivlm: found a loglikelihood task, expected one of type generate_until")
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Raises `InputError`, as `loglikelihood`."""
+        raise InputError("lmms-eval model bivlm: found a task of several rounds, expected one of type generate_until")
+
+    def _samples(self, requests: Sequence[Instance]) -> Iterator[VqaSample]:
+        """Pictures are decoded as they are needed."""
+        for request in requests:
+            text, _, pictures_of, number, task, split = request.args
+            name = f"{task}, {split} {number}"
+            pictures = pictures_of(self.task_dict[task][split][number]) or []
+            for picture in pictures:
+                if not isinstance(picture, Image.Image):
+                    raise InputError(f"{name}: found {type(picture).__name__}, expected pictures alone")
+            first, *others = pictures or [None]
+            yield VqaSample(name, name, first, text, answers=(), further_images=tuple(others))
+
+    def _length(self, request: Instance) -> int:
+        asked: dict[str, Any] = request.args[1]
+        if asked.get("do_sample") or (asked.get("temperature") or 0) > 0 or (asked.get("num_beams") or 1) > 1:
+            raise InputError(f"{request.args[4]}: found {asked}, expected greedy decoding")
+        return int(asked.get("max_new_tokens", self._max_new_tokens))
+
+
+def manifest() -> ModelManifest:
+    """What lmms-eval asks the entry point for."""
+    return ModelManifest(model_id="bivlm", simple_class_path=f"{__name__}.{BivlmModel.__name__}")
+
+
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    for stop in [until] if isinstance(until, str) else until or []:
+        if stop.strip():
+            text = text.split(stop)[0]
+    return text.strip()

@@ -1,0 +1,1 @@
+"""The arithmetic that methods share: statistics of weights and inputs, error feedback, grids, binary codes."""

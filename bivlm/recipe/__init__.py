@@ -1,0 +1,1 @@
+"""What to do to a model: the settings of every stage, read from YAML and checked."""

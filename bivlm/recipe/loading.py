@@ -1,0 +1,210 @@
+"""What to do to a model: a YAML file, checked strictly before any work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from bivlm.checkpoint.architectures import Modules, parse_modules
+from bivlm.compression.budget import BudgetSettings
+from bivlm.compression.embeddings import RecipeTables
+from bivlm.errors import InputError
+from bivlm.methods import method
+from bivlm.methods.base import MethodSettings
+from bivlm.recipe.calibration import CalibrationSettings, TokenWeights
+from bivlm.recipe.finish import FinishSettings
+from bivlm.recipe.gate import GateSettings
+from bivlm.recipe.pruning import RecipePruning
+from bivlm.recipe.search import SearchSettings
+from bivlm.untrusted import MAX_YAML_BYTES, parse_yaml, place_of, read_bytes, short
+
+__all__ = [
+    "COMPONENTS",
+    "CalibrationSettings",
+    "Component",
+    "Recipe",
+    "TokenWeights",
+    "load_recipe",
+    "parse_recipe",
+    "shipped_recipes",
+]
+
+Component = Literal["vision", "adaptor", "language"]
+COMPONENTS: tuple[str, ...] = get_args(Component)
+_PROBLEMS = 20  # that a message lists
+
+
+def _settings(settings: Any) -> MethodSettings:
+    if isinstance(settings, MethodSettings):
+        return settings
+    if not isinstance(settings, dict) or "method" not in settings:
+        raise ValueError(f"expected a method's settings with the key 'method', found {short(settings)}")
+    try:
+        chosen = method(settings["method"]) if isinstance(settings["method"], str) else None
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    if chosen is None:
+        raise ValueError(f"'method' must be the name of a method, found {short(settings['method'])}")
+    return chosen.Settings.model_validate(settings)
+
+
+class Recipe(BaseModel):
+    """A recipe, format 1. A component that is left out keeps its dtype.
+
+    `modules` name the modules of vision, adaptor and language in the loaded model, for an architecture that bivlm does
+    not know; they go before what it knows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    format: Literal[1]
+    components: dict[Component, SerializeAsAny[Annotated[MethodSettings, BeforeValidator(_settings)]]] = Field(
+        min_length=1
+    )
+    keep: tuple[str, ...] = ("lm_head",)
+    modules: Modules | None = None
+    tables: RecipeTables | None = None
+    calibration: CalibrationSettings = CalibrationSettings()
+    budget: BudgetSettings | None = None
+    search: SearchSettings | None = None
+    finish: FinishSettings | None = None
+    evaluation: tuple[str, ...] = ()
+    pruning: RecipePruning | None = None
+    gate: GateSettings | None = None
+
+    @field_validator("finish", mode="before")
+    @classmethod
+    def _objective_alone(cls, value: Any) -> Any:
+        """``finish: kl`` is short for ``finish: {objective: kl}``."""
+        return {"objective": value} if isinstance(value, str) else value
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _bits_alone(cls, value: Any) -> Any:
+        """``budget: 2.0`` is short for ``budget: {bits: 2.0}``."""
+        return {"bits": float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @field_validator("pruning", mode="before")
+    @classmethod
+    def _setting_alone(cls, value: Any) -> Any:
+        """``pruning: {place: ...}`` is short for ``pruning: {setting: {place: ...}}``."""
+        return {"setting": value} if isinstance(value, dict) and "place" in value else value
+
+    @field_validator("search")
+    @classmethod
+    def _can_be_searched(cls, value: SearchSettings | None, info: ValidationInfo) -> SearchSettings | None:
+        if value is None:
+            return None
+        if info.data.get("budget") is not None:
+            raise ValueError("a budget chooses settings already; expected one of budget and search")
+        # A key that is not there was refused already; one complaint is enough.
+        for component, settings in info.data.get("components", {}).items():
+            for offered in value.offered(settings):
+                if "inputs" in method(offered.method).needs(offered):
+                    raise ValueError(
+                        f"the method {offered.method!r} of {component} looks at inputs, with which the blocks would "
+                        "have to be searched anew; expected methods that see weights alone"
+                    )
+        return value
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _modules(cls, value: Any) -> Any:
+        try:
+            return None if value is None else parse_modules(value)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("gate")
+    @classmethod
+    def _asks_what_is_asked(cls, value: GateSettings | None, info: ValidationInfo) -> GateSettings | None:
+        # An evaluation that is not in order was refused already.
+        if value is None or value.accuracy is None or "evaluation" not in info.data:
+            return value
+        asked = info.data["evaluation"]
+        if not asked:
+            raise ValueError("accuracy: expected benchmarks in the recipe's evaluation")
+        if missing := [name for name in value.accuracy.benchmarks or () if name not in asked]:
+            raise ValueError(
+                f"accuracy.benchmarks: {', '.join(missing)}: not in the recipe's evaluation; expected some of "
+                f"{', '.join(asked)}"
+            )
+        return value
+
+    @field_validator("keep", "evaluation", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError("expected a list of names")
+        return tuple(value)
+
+    def canonical(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data with every default written out: what is hashed and stored.
+
+        Without a gate the key is left out, as it was before there were gates: what was recorded then is found again.
+        """
+        data = self.model_dump(mode="json")
+        if self.gate is None:
+            del data["gate"]
+        return data
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("bivlm.recipe") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str | Path) -> Recipe:
+    """Read a shipped recipe by name or any recipe by file.
+
+    Raises `InputError` that gives the path of the offending key, the value found and the valid form.
+    """
+    shipped = shipped_recipes()
+    if str(name_or_file) in shipped:
+        source = f"recipe {name_or_file}"
+        return parse_recipe(parse_yaml(_shipped_text(str(name_or_file)), source), source)
+    path = Path(name_or_file)
+    if not path.exists():
+        raise InputError(f"recipe {short(str(name_or_file))}: no such file, and not one of {', '.join(shipped)}")
+    source = f"recipe {path}"
+    return parse_recipe(parse_yaml(read_bytes(path, MAX_YAML_BYTES), source), source)
+
+
+def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
+    """The recipe in `data` (as read from YAML or JSON); raises `InputError` naming `source` and the key."""
+    if not isinstance(data, dict):
+        raise InputError(f"{source}: expected a mapping with name, format and components, found {type(data).__name__}")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors()
+        lines = [f"  {place_of(each)}: {_explained(each)}" for each in problems[:_PROBLEMS]]
+        more = [f"  and {len(problems) - _PROBLEMS} more"] if len(problems) > _PROBLEMS else []
+        raise InputError("\n".join([f"{source} is not valid:", *lines, *more])) from None
+
+
+def _explained(error: Mapping[str, Any]) -> str:
+    """What is wrong, and what was found, of one of pydantic's errors."""
+    if error["type"] == "missing":
+        return "the key is missing"
+    message = "not a key that is known here" if error["type"] == "extra_forbidden" else error["msg"]
+    return f"{message}, found {short(error['input'])}"
+
+
+def _shipped_text(name: str) -> str:
+    return (resources.files("bivlm.recipe") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")

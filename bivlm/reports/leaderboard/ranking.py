@@ -1,0 +1,149 @@
+"""The board: every recipe by its stored bits, its ranks, and which of them no other recipe dominates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from bivlm.errors import InputError
+from bivlm.evaluation.chance import AtChance, at_chance
+from bivlm.reports.leaderboard.entries import LOSSES, Entry, FullPrecision, Loss, mean_accuracy
+from bivlm.workspace.hashing import digest
+
+FORMAT = 1
+
+
+def pareto_front(
+    entries: Iterable[Entry], loss: Loss, full_precision: tuple[float, float] | None = None
+) -> list[Entry]:
+    """The entries that no other dominates, by rising stored bits.
+
+    One dominates another if it has no more stored bits and no more loss, and less of one of them; two that are equal
+    in both stand together. `full_precision`, its (bits, loss), ends the front without being a member: what is
+    dominated by it is left out. Entries that failed are left out.
+    """
+    front: list[Entry] = []
+    found = [(entry.bits.stored, entry.loss(loss), entry.recipe, entry) for entry in entries if entry.bits is not None]
+    lowest, at = math.inf, math.inf
+    for bits, lost, _, entry in sorted(found, key=lambda each: each[:3]):
+        beyond = full_precision is not None and full_precision != (bits, lost)
+        if beyond and full_precision[0] <= bits and full_precision[1] <= lost:
+            continue
+        if lost < lowest or (lost == lowest and bits == at):
+            front.append(entry)
+            lowest, at = lost, bits
+    return front
+
+
+def board(
+    entries: Sequence[Entry],
+    full_precision: FullPrecision,
+    *,
+    model: Mapping[str, Any],
+    chance: Mapping[str, float | None] | None = None,
+    measured_on: str = "held-out samples",
+) -> dict[str, Any]:
+    """The board as a record ready for JSON, the same whatever the order of `entries`::
+
+        {"format": 1, "model": model, "questions": {task: n}, "measured_on": measured_on,
+         "full_precision": {"bits", "model_bits", "accuracy": {task: {"n", "accuracy", "ci95"}}, "mean_accuracy"},
+         "chance": {"accuracy": {task: percent or None}, "mean": percent or None},
+         "entries": [{"number", "recipe", "method", "finish", "needs_calibration", "bits", "model_bits",
+                      "relative_error", "kl", "accuracy", "mean_accuracy": {"accuracy", "ci95"}, "times_shannon"}],
+         "failed": [{"recipe", "method", "finish", "needs_calibration", "reason"}],
+         "pareto": {loss: [recipe]}, "seconds": {recipe: seconds}}
+
+    Entries stand by rising stored bits, numbered from 1, those that failed by name. `seconds` is the only part that
+    changes when the same work is done again: `fingerprint` leaves it out. `model` says which one it is, as
+    ``{"id", "revision", "sha256"}``, and a ``"name"`` for people; `chance` is in percent by task; `measured_on` names
+    the samples of the KL.
+
+    Raises `InputError` if there is no entry, two have one recipe name, or one was asked other questions than full
+    precision.
+    """
+    _check(entries, full_precision)
+    tasks = list(full_precision.accuracy)
+    measured = sorted((entry for entry in entries if entry.failed is None), key=lambda e: (e.bits.stored, e.recipe))
+    failed = sorted((entry for entry in entries if entry.failed is not None), key=lambda entry: entry.recipe)
+    levels = {task: (chance or {}).get(task) for task in tasks}
+    mean = mean_accuracy(full_precision.accuracy.values())
+    ends = {"accuracy": 100 - mean["accuracy"], "kl": 0.0, "relative_error": 0.0}
+    return {
+        "format": FORMAT,
+        "model": dict(model),
+        "questions": {task: result.n for task, result in full_precision.accuracy.items()},
+        "measured_on": measured_on,
+        "full_precision": full_precision.model_dump(mode="json") | {"mean_accuracy": mean},
+        "chance": {"accuracy": levels, "mean": None if None in levels.values() else fmean(levels.values())},
+        "entries": [{"number": number, **_row(entry, tasks)} for number, entry in enumerate(measured, start=1)],
+        "failed": [{**_what(entry), "reason": entry.failed} for entry in failed],
+        "pareto": {
+            loss: [entry.recipe for entry in pareto_front(measured, loss, (full_precision.bits, ends[loss]))]
+            for loss in LOSSES
+        },
+        "seconds": {entry.recipe: entry.seconds for entry in measured},
+    }
+
+
+def fingerprint(board: Mapping[str, Any]) -> str:
+    """SHA-256 of everything on the board but the seconds: equal if the same work gave the same results.
+
+    Of the model only its own SHA-256 counts, wherever it lies.
+    """
+    kept = {key: value for key, value in board.items() if key != "seconds"}
+    return digest(kept | {"model": board["model"].get("sha256")})
+
+
+def fronts_of(board: Mapping[str, Any], recipe: str) -> list[Loss]:
+    """The losses of whose Pareto front the recipe is a member."""
+    return [loss for loss in LOSSES if recipe in board["pareto"][loss]]
+
+
+def ranks_of(board: Mapping[str, Any], recipe: str) -> dict[Loss, int]:
+    """Return the recipe's rank by each loss among those that store no more bits: 1 if none of them loses less."""
+    losses = {
+        each["recipe"]: {"accuracy": 100 - each["mean_accuracy"]["accuracy"], **{k: each[k] for k in LOSSES[1:]}}
+        for each in board["entries"]
+    }
+    bits = {each["recipe"]: each["bits"]["stored"] for each in board["entries"]}
+    rivals = [losses[other] for other in losses if bits[other] <= bits[recipe]]
+    return {loss: 1 + sum(rival[loss] < losses[recipe][loss] for rival in rivals) for loss in LOSSES}
+
+
+def not_above_chance(board: Mapping[str, Any]) -> list[AtChance]:
+    """The benchmarks on which full precision is not above chance."""
+    found = board["full_precision"]["accuracy"]
+    figures = {task: {**each, "metrics": {"accuracy": each["accuracy"]}} for task, each in found.items()}
+    return at_chance(figures, board["chance"]["accuracy"])
+
+
+def _check(entries: Sequence[Entry], full_precision: FullPrecision) -> None:
+    if not entries:
+        raise InputError("the board has no entries: expected at least one recipe")
+    names = [entry.recipe for entry in entries]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"recipe {twice!r} is on the board {names.count(twice)} times: names must differ")
+    expected = {task: result.n for task, result in full_precision.accuracy.items()}
+    for entry in entries:
+        asked = {task: result.n for task, result in entry.accuracy.items()}
+        if entry.failed is None and asked != expected:
+            raise InputError(
+                f"recipe {entry.recipe!r} was asked {_questions(asked)}, full precision {_questions(expected)}: "
+                "everything on a board must be asked the same questions"
+            )
+
+
+def _questions(asked: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} of {task}" for task, n in asked.items())
+
+
+def _what(entry: Entry) -> dict[str, Any]:
+    return {key: getattr(entry, key) for key in ("recipe", "method", "finish", "needs_calibration")}
+
+
+def _row(entry: Entry, tasks: Sequence[str]) -> dict[str, Any]:
+    record = entry.model_dump(mode="json", exclude={"seconds", "failed"})
+    accuracy = {task: record["accuracy"][task] for task in tasks}
+    return record | {"accuracy": accuracy, "mean_accuracy": entry.mean, "times_shannon": entry.times_shannon}

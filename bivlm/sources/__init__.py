@@ -1,0 +1,1 @@
+"""Whatever comes from outside: models, data sets, images, chat templates."""

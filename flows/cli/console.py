@@ -1,0 +1,312 @@
+"""What the commands print for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from flows.cli.stacking import show
+
+if TYPE_CHECKING:
+    from bivlm.reports.lineage import Finding, Lineage
+
+
+def print_bits(bits: dict[str, Any]) -> None:
+    """The result of `bivlm.reports.bits.bits_of`."""
+    table = Table("", "weights", "nominal", "entropy", "stored", title="bits a weight")
+    rows = [("packed linears", bits["linears"]), *bits["by_component"].items()]
+    rows += [("embedding and head", bits["tables"]), ("whole model", bits["model"])]
+    for name, figures in rows:
+        if figures is not None:
+            shown = [_bits(figures.get(key)) for key in ("nominal", "entropy", "stored")]
+            _row(table, name, f"{figures['weights']:,}", *shown)
+    print_table(table)
+
+
+def print_evaluation(record: dict[str, Any]) -> None:
+    """The record that `bivlm evaluate --json` prints."""
+    table = Table("metric", "value", title=f"{record['model']} on {record['task']} ({record['n']} questions)")
+    for name, value in record["metrics"].items():
+        _row(table, name, f"{value:.2f}")
+    low, high = record["ci95"]
+    _row(table, "accuracy, 95 % interval", f"{low:.2f} to {high:.2f}")
+    for name, (low, high) in record.get("intervals", {}).items():
+        _row(table, f"{name}, 95 % interval", f"{low:.2f} to {high:.2f}")
+    if record.get("chance") is not None:
+        _row(table, "chance", f"{record['chance']:.2f}")
+    if before := record.get("against"):
+        loss = record["loss"]
+        _row(table, f"accuracy of {before['model']}", f"{before['metrics']['accuracy']:.2f}")
+        _row(table, "loss on the same questions", f"{loss['loss']:.2f} ({loss['low']:.2f} to {loss['high']:.2f})")
+        _row(table, "worse, better", f"{loss['worse']}, {loss['better']} (p = {loss['p_value']:.2g})")
+    print_table(table)
+    if source := record.get("source"):
+        print(f"questions: {source['data_set']}, {source['split']}, revision {source['revision'] or 'of the folder'}")
+    for each in record.get("at_chance", ()):
+        print(f"warning: {_sentence(each)}")
+    print(f"outcomes: {record['outcomes']}")
+
+
+def print_estimate(found: dict[str, Any]) -> None:
+    """The result of `flows.estimates.told`."""
+    table = Table("stage", "memory", "GPU memory", "on disk", "time", title="about, on this machine")
+    for each in found["stages"]:
+        sizes = (_size(each[key]) for key in ("memory", "gpu", "disk"))
+        _row(table, each["stage"], *sizes, "" if each["seconds"] is None else _duration(each["seconds"]))
+    _row(table, "all", _size(found["memory"]), "", _size(found["disk"]), "")
+    print_table(table)
+    print("All: the largest stage with the libraries, and what is left on disk. Stages without a time were not timed.")
+    if found["refused"]:
+        print(f"It does not fit: {found['refused']}")
+
+
+def print_compression(result: dict[str, Any]) -> None:
+    """What `flows.compress.compress_flow` returned."""
+    print_bits(result["bits"])
+    if found := result["evaluation"]:
+        table = Table("accuracy", "full precision", "packed", "95 % interval", "loss, paired", title="evaluation")
+        for benchmark, packed in found["packed"].items():
+            before = found["full_precision"][benchmark]["metrics"]["accuracy"]
+            low, high = packed["ci95"]
+            loss = found["loss"][benchmark]
+            lost = f"{loss['loss']:.1f} ({loss['low']:.1f} to {loss['high']:.1f})"
+            after = f"{packed['metrics']['accuracy']:.1f}"
+            _row(table, benchmark, f"{before:.1f}", after, f"{low:.1f} to {high:.1f}", lost)
+            for name, (low, high) in packed.get("intervals", {}).items():
+                both = (found[role][benchmark]["metrics"][name] for role in ("full_precision", "packed"))
+                _row(table, f"  {name}", *(f"{score:.1f}" for score in both), f"{low:.1f} to {high:.1f}", "")
+        print_table(table)
+        print(f"KL to full precision: {found['kl']:.4f} nats a token, on {found['measured_on']}")
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
+    if gate := result["gate"]:
+        for reason in gate["reasons"]:
+            print(f"gate: {reason}")
+        print(f"gate {'passed' if gate['passed'] else 'NOT PASSED'}: {gate['said']}")
+    tracked = result["mlflow"]
+    print(f"checkpoint: {result['output']}")
+    print(f"report: {result['page']}")
+    print(f"MLflow: model {tracked['registered_model']} version {tracked['version']}, run {tracked['run_id']}")
+    print(f"to see it: {tracked['ui']}, then {tracked['page']}")
+
+
+def print_board(board: dict[str, Any]) -> None:
+    """The result of `bivlm.reports.leaderboard.ranking.board`, in 100 columns: of more than four benchmarks only the
+    mean."""
+    from bivlm.reports.leaderboard.ranking import not_above_chance
+    from bivlm.reports.leaderboard.tables import SHANNON, as_cells, explanation
+
+    headings, rows = as_cells(board)
+    begin, end = headings.index("accuracy") + 1, headings.index("KL")
+    if end - begin > 4:
+        headings, rows = headings[:begin] + headings[end:], [row[:begin] + row[end:] for row in rows]
+        end = begin
+    # Of all columns this one says least beside the others; it is in the files.
+    rows = [row[: (left_out := headings.index(SHANNON))] + row[left_out + 1 :] for row in rows]
+    headings = [heading for heading in headings if heading != SHANNON]
+    short = {"claimed": "claim-\ned", "accuracy": "accu-\nracy", "rank A/K": "rank\nA/K"}
+    model = board["model"].get("name") or board["model"].get("id") or "the model"
+    table = Table(title=f"leaderboard of {model}", box=None, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(headings):
+        if begin <= place < end:
+            heading = heading if len(heading) <= 5 else f"{heading[:4]}."
+        table.add_column(short.get(heading, heading), justify="left" if heading == "recipe" else "right", no_wrap=True)
+    for number, recipe, *cells in rows:
+        name = "\n".join(wrap(recipe, 20)) if end > begin else recipe  # at its hyphens
+        _row(table, number, name, *(cell.replace(" ± ", "±") for cell in cells))
+    show(table, piped=100)
+    console = Console()
+    asked = ", ".join(f"{n:,} of {task}" for task, n in board["questions"].items())
+    console.print(escape(f"Questions: {asked}. {explanation(board)}"), highlight=False)
+    for found in not_above_chance(board):
+        console.print(escape(f"warning: {found}"), highlight=False)
+    for failure in board["failed"]:
+        console.print(escape(f"not on the board: {failure['recipe']}: {failure['reason']}"), highlight=False)
+
+
+def print_reproduction(found: dict[str, Any]) -> None:
+    """The result of `flows.reproduction.reproduce_flow`: every score as measured and, below it, as published."""
+    from bivlm.reports.paper_tables.published import published
+    from bivlm.reports.paper_tables.recipe_sets import FULL_PRECISION
+    from bivlm.reports.paper_tables.report import SCORES, as_table
+
+    for name in found["tables"]:
+        table = Table("", "stored bits", *SCORES.values(), title=f"{found['id']}: {name}, measured / published")
+        for row in as_table(published(found["model"]), name, found["columns"]).to_dict("records"):
+            pairs = ((row[score], row[f"{score}, published"]) for score in SCORES.values())
+            shown = (" / ".join(_figure(None if value != value else value, ".2f") for value in pair) for pair in pairs)
+            _row(table, row["column"], _bits(row["stored_bits"]), *shown)
+        print_table(table)
+    for said in found["columns"].get(FULL_PRECISION, {}).get("warnings", ()):
+        print(f"warning: {said}")
+    print(f"tables: {found['output']} (reproduction.md, .json, a .csv each)")
+
+
+def print_sweep(result: dict[str, Any]) -> None:
+    """What `flows.pruning.sweep_flow` returned: a grid a model, place and score, over all questions together."""
+    from bivlm.reports.pruning_tables import as_table, grid
+
+    table = as_table(result["rows"])
+    task = "all" if (table["task"] == "all").any() else table["task"].iloc[0]
+    for (model, place, score), _ in table[table["task"] == task].groupby(["model", "place", "score"], sort=False):
+        level = result["baselines"][model][task]
+        wide = grid(table, model, task, place, score)
+        print(f"{model}: {place}, {score}; accuracy in percent, without pruning {level:.1f}")
+        shown = Table("from layer", *wide.columns, box=None)
+        for layer, accuracies in wide.iterrows():
+            _row(shown, layer, *(_figure(None if value != value else value, ".1f") for value in accuracies))
+        print_table(shown)
+    _print_adaptive(result["adaptive"])
+    for each in result["at_chance"]:
+        print(f"warning: {_sentence(each)}")
+
+
+def _print_adaptive(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    print("keeping a share of the attention, and a fixed share of as many tokens; accuracy lost in percentage points")
+    shown = Table("model", "from layer", "score", "mass", "kept", "adaptive", "fixed", "gain", box=None)
+    for row in rows:
+        losses = [
+            f"{row[key]:.1f} ({row[f'{key}_low']:.1f} to {row[f'{key}_high']:.1f})" for key in _COMPARED if key in row
+        ]
+        mass, kept = f"{100 * row['mass']:g} %", f"{100 * row['kept_image']:.1f} %"
+        _row(shown, row["model"], row["layer"], row["score"], mass, kept, *losses)
+    print_whole(shown)
+
+
+_COMPARED = ("adaptive", "fixed", "gain")
+
+
+def print_redundancy(results: list[dict[str, Any]]) -> None:
+    """What `flows.pruning.redundancy_flow` returned."""
+    for found in results:
+        layer = "" if found["layer"] is None else f" from layer {found['layer']}"
+        print(f"{found['task']}, {found['place']}{layer}: {found['in_words']}")
+        for each in found["at_chance"]:
+            print(f"warning: {_sentence(each)}")
+        shown = Table("dropped", "accuracy lost", "95 % interval", "worse", "better", box=None)
+        for share, loss in found["losses"].items():
+            interval = f"{loss['low']:.1f} to {loss['high']:.1f}"
+            _row(shown, f"{100 * share:g} %", f"{loss['loss']:.1f}", interval, loss["worse"], loss["better"])
+        print_table(shown)
+
+
+_MARKS = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "not checked": "[yellow]not checked[/]"}
+
+
+def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
+    """The chain from the base model to the packed files, then what was found of each link."""
+    chain = Table("", Column(overflow="fold"), title=f"lineage of {name}", show_header=False)  # hashes whole
+    base, code = lineage.base_model, lineage.code
+    commit = f", commit {code['commit']}{' (changed)' if code.get('changed') else ''}" if "commit" in code else ""
+    calibration = lineage.steps.get(lineage.calibration)
+    drawn = calibration.identity.get("recipe") if calibration else None
+    samples = drawn if isinstance(drawn, dict) else {}
+    stages = Counter(stage for steps in lineage.layers.values() for stage in steps)
+    _row(chain, "base model", f"{base.id}, revision {base.revision or 'none (a folder)'}\nsha256 {base.sha256}")
+    _row(chain, "recipe", f"{lineage.recipe.get('name')}\nsha256 {lineage.recipe_sha256}")
+    _row(chain, "calibration", ", ".join(f"{key} {value}" for key, value in samples.items()))
+    _row(chain, "layers", ", ".join(f"{count} {stage}" for stage, count in stages.items()) + " steps")
+    _row(chain, "packed", f"sha256 {lineage.packed.sha256}")
+    _row(chain, "evaluated", "\n".join(lineage.evaluations) or "no")
+    _row(chain, "recorded", f"{lineage.created} by bivlm {code['version']}{commit}")
+    _row(chain, "asked for", lineage.trigger or "not recorded")
+    _row(chain, "on", "\n".join(f"{key} {value}" for key, value in lineage.hardware.items()))
+    _row(chain, "with", ", ".join(f"{key} {value}" for key, value in lineage.packages.items()))
+    _row(chain, "in MLflow", "\n".join(f"{key} {value}" for key, value in lineage.tracking.items()))
+    print_table(chain)
+    found = Table("checked", "", Column("what was found", overflow="fold"))
+    for finding in findings:
+        found.add_row(finding.subject, _MARKS[finding.state], escape(finding.detail))
+    print_table(found)
+
+
+def print_version(found: dict[str, Any]) -> None:
+    """The result of `tasks.tracking.audit.audit_version`."""
+    table = Table("", "", title=f"{found['version']}: {found['standing']}", show_header=False)
+    for key, value in found["tags"].items():
+        _row(table, key, value)
+    _row(table, "run in MLflow", found["run"])
+    for move in found["moves"]:
+        said = f"{move['when']} by {move['who']}: {move['why']}"
+        _row(table, f"champion, {move['from'] or 'none'} to {move['to']}", said)
+    print_whole(table)
+
+
+def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
+    """The result of `tasks.tracking.audit.audit_base`."""
+    table = Table("version", "", "revision", "recipe", "asked for", "bits", "accuracy", "gate", title=f"made of {base}")
+    for row in rows:
+        shown = row | {"revision": (row["revision"] or f"sha256 {row['sha256']}")[:19]}
+        keys = ("version", "standing", "revision", "recipe", "trigger", "bits", "accuracy", "gate")
+        _row(table, *("-" if shown[key] is None else shown[key] for key in keys))
+    print_whole(table)
+
+
+def _sentence(at_chance: dict[str, Any]) -> str:
+    from bivlm.evaluation.chance import AtChance
+
+    return str(AtChance(**at_chance))
+
+
+def _bits(value: float | None) -> str:
+    return _figure(value, ".3f")
+
+
+def _size(nbytes: float) -> str:
+    if not nbytes:
+        return ""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def shape_text(shape: list[int]) -> str:
+    """For example 64 x 32."""
+    return " x ".join(map(str, shape))
+
+
+def _row(table: Table, *cells: Any) -> None:
+    # Names of tensors and folders may hold brackets, which rich would read as markup.
+    table.add_row(*(escape(str(cell)) for cell in cells))
+
+
+def print_whole(table: Table) -> None:
+    """Print it with a line a row where it goes to no terminal: names and hashes are there to be copied."""
+    show(table, piped=1000)
+
+
+def in_short(result: dict[str, Any]) -> str:
+    """What `flows.compress.compress_flow` returned, for a log."""
+    bits, version = result["bits"], "{registered_model}/{version}".format_map(result["mlflow"])
+    said = [
+        f"{version}: {bits['linears']['stored']:.3f} stored bits a linear weight",
+        f"{bits['model']['stored']:.2f} of the whole model",
+    ]
+    if found := result["evaluation"]:
+        for benchmark, packed in found["packed"].items():
+            before = found["full_precision"][benchmark]["metrics"]["accuracy"]
+            said.append(f"{benchmark} {packed['metrics']['accuracy']:.1f} of {before:.1f} %")
+        said.append(f"KL {found['kl']:.4f} on {found['measured_on']}")
+        if at_chance := found["at_chance"]:
+            said.append(f"full precision not above chance on {', '.join(each['task'] for each in at_chance)}")
+    if gate := result["gate"]:
+        said.append(f"gate {'passed' if gate['passed'] else 'not passed'}")
+    return ", ".join(said)
+
+
+def print_table(table: Table) -> None:
+    """Print it as wide as the terminal; no figure is ever cut."""
+    show(table)

@@ -1,0 +1,87 @@
+"""Bits across layers: the settings that each layer gets under the recipe's budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from bivlm.compression.budget import BudgetSettings, Choices, allocate
+from bivlm.methods.base import CurvePoint
+from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.reports.lineage import ALLOCATION_STAGE
+from bivlm.untrusted import parse_json
+from bivlm.workspace.hashing import canonical_json, step_identity
+from tasks import saliency
+from tasks.layers import Layer, do_layers
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import Done, do_step, open_workspace
+
+STAGE = "choices"
+FILE = "points.json"
+VERSION = 1
+
+
+@task(name="choices", task_run_name="choices-{chunk[0].name}", **OVER_NETWORK)
+def measure_choices(chunk: list[Layer], workspace: str) -> dict[str, Done]:
+    """What each layer of a chunk could be given, as a file of points, without quantizing it."""
+    store = open_workspace(workspace)
+
+    def identity(layer: Layer) -> dict[str, Any]:
+        inputs = {"statistics": layer.statistics.record.outputs[saliency.FILE].sha256}
+        return step_identity(STAGE, layer.method.version, inputs, layer.settings, exact=True)
+
+    def look(layer: Layer, folder: Path) -> dict[str, Any]:
+        statistics = LayerStatistics.load(store.fetch(layer.statistics.record.outputs[saliency.FILE]))
+        points = layer.method.curve(statistics, layer.method_settings)
+        (folder / FILE).write_bytes(canonical_json([vars(point) for point in points]))
+        return {"points": len(points)}
+
+    return do_layers(chunk, workspace, identity, look)
+
+
+@task(name="allocate", **OVER_NETWORK)
+def allocate_bits(
+    layers: Sequence[Layer],
+    choices: Mapping[str, Done],
+    budget: BudgetSettings,
+    curvature: Mapping[str, float] | None,
+    workspace: str,
+) -> tuple[list[Layer], Done]:
+    """The layers with the settings that they were given, and the step that says so.
+
+    `curvature` is, by layer, the sum of the diagonal of the divergence's curvature in its weights, for a budget that
+    asks for it. ``figures["settings"]`` holds what the lineage record needs to check the plans.
+    """
+    store = open_workspace(workspace)
+    files = {name: done.record.outputs[FILE] for name, done in choices.items()}
+    offered = {
+        layer.name: Choices(
+            layer.weights,
+            _importance(layer, curvature),
+            [CurvePoint(**point) for point in parse_json(store.read(files[layer.name]), f"{FILE} of {layer.name}")],
+        )
+        for layer in layers
+    }
+    inputs = {
+        "choices": {name: reference.sha256 for name, reference in files.items()},
+        "importance": {name: each.importance for name, each in offered.items()},
+    }
+    identity = step_identity(ALLOCATION_STAGE, VERSION, inputs, budget.model_dump(mode="json"), exact=True)
+
+    def choose(_place: Path) -> dict[str, Any]:
+        return {"settings": {name: point.settings for name, point in allocate(offered, budget.bits).items()}}
+
+    done = do_step(store, identity, choose)
+    settings = done.record.figures["settings"]
+    return [replace(layer, settings=settings[layer.name]) for layer in layers], done
+
+
+def _importance(layer: Layer, curvature: Mapping[str, float] | None) -> float:
+    """What a relative squared error of 1 in this layer costs, see `bivlm.compression.budget.BudgetSettings`."""
+    figures = layer.statistics.record.figures
+    square = figures["mean"] ** 2 + figures["std"] ** 2
+    return square * (layer.weights if curvature is None else curvature.get(layer.name, 0.0))

@@ -1,0 +1,1 @@
+"""What every task shares: steps in the workspace, retries, progress, GPU slots, locks, worker processes."""

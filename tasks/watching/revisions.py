@@ -1,0 +1,144 @@
+"""Which revision of a base model there is now.
+
+The hub says it. In a folder and below an S3 prefix files come one after the other, so nothing counts before it is whole
+and has been seen twice, unchanged, with some time in between.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from pydantic import BaseModel, ConfigDict
+
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.errors import InputError
+from bivlm.names import check_commit, check_revision
+from bivlm.sources.hub_errors import hub_error
+from bivlm.sources.models import HUB_TROUBLE
+from bivlm.workspace.hashing import digest
+from tasks.watching.watch_lists import EVERY, Watched
+
+
+class Look(BaseModel):
+    """What a look at a folder or an S3 prefix saw, to be compared with the next one.
+
+    Attributes:
+        listing: sha256 of the names, lengths and times (ETags in S3) of all files.
+        since: when it was first seen like this.
+        revision: of this listing, once it was whole and settled.
+        problem: why it is no whole model yet.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    listing: str
+    since: datetime
+    revision: str | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Everything at a place now: its digest, how to tell why it is not whole, and its revision (may take minutes)."""
+
+    digest: str
+    problem: Callable[[], str]
+    revision: Callable[[], str]
+
+
+def hub_revision(model: str, branch: str | None = None) -> str:
+    """The commit that `branch` (default: the main one) is at. The hub is asked: its cache knows nothing new.
+
+    Raises `InputError` and `ConnectionError` as `bivlm.checkpoint.resolve_model` does.
+    """
+    check_revision(branch, f"model {model!r}")
+    try:
+        commit = HfApi().model_info(model, revision=branch).sha
+    except HFValidationError:
+        raise InputError(f"model {model!r}: not a hub id of the form owner/name") from None
+    except HUB_TROUBLE as error:
+        raise hub_error(error, model, branch) from error
+    if commit is None:
+        raise InputError(f"model {model!r}: the hub names no commit of {branch or 'its main branch'}")
+    return check_commit(commit, f"model {model!r}")  # it becomes the name of a folder
+
+
+def folder_listing(folder: str | Path) -> Listing:
+    """A folder's files, links followed; hidden folders, as git's, are left out. Its revision is `Checkpoint.digest`."""
+    folder = Path(folder)
+    found = {}
+    for place, folders, files in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(place) / name
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # renamed or removed meanwhile, or a link to nothing
+                found[str(path)] = [-1, -1]
+                continue
+            found[path.relative_to(folder).as_posix()] = [status.st_size, status.st_mtime_ns]
+
+    def problem() -> str:
+        try:
+            Checkpoint.open(folder)
+        except (InputError, OSError) as error:
+            return str(error)
+        return ""
+
+    return Listing(digest(found), problem, lambda: Checkpoint.open(folder).digest())
+
+
+def s3_listing(url: str) -> Listing:
+    """The objects below an S3 prefix; their revision is that of `bivlm.sources.s3_models`."""
+    from bivlm.sources.s3_models import list_prefix, what_is_missing
+
+    listing = list_prefix(url)
+    return Listing(listing.revision, lambda: what_is_missing(listing), lambda: listing.revision)
+
+
+def settle(
+    before: Look | None, listing: Callable[[], Listing], settled_seconds: float, now: datetime | None = None
+) -> Look:
+    """The next look at a place after the look `before`.
+
+    It has a revision if all of it is there and has been the same since a look at least `settled_seconds` ago. Hashing a
+    folder takes minutes, so the revision that is known of a listing is kept, and one that was changed while it was
+    hashed has none.
+    """
+    now = now or datetime.now(UTC)
+    seen = listing()
+    if before is None or before.listing != seen.digest:
+        return Look(listing=seen.digest, since=now, problem=seen.problem())
+    if before.revision is not None:
+        return before
+    problem = seen.problem()
+    if problem or (now - before.since).total_seconds() < settled_seconds:
+        return before.model_copy(update={"problem": problem})
+    revision = seen.revision()
+    again = listing()
+    if again.digest != seen.digest:
+        return Look(listing=again.digest, since=datetime.now(UTC), problem=again.problem())
+    return before.model_copy(update={"revision": revision, "problem": ""})
+
+
+def models_of(entry: Watched) -> list[str]:
+    """The models that an entry of the list stands for: itself, or what is in its place now.
+
+    Raises `InputError` for a folder of models that is not there; a single model may appear later.
+    """
+    if not entry.every:
+        return [entry.model]
+    if entry.kind == "s3":
+        from bivlm.sources.s3_models import list_models
+
+        return list_models(entry.place)
+    place = Path(entry.place)
+    if not place.is_dir():
+        raise InputError(f"{entry.model}: no such folder {place}; {EVERY} stands for the models in it")
+    return sorted(str(path) for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))

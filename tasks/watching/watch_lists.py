@@ -1,0 +1,314 @@
+"""The base models that are watched, and what is one of them: ``infra/base-models.yaml``, names, revisions, events.
+
+Names of models, revisions and recipes also come from outside, in the payloads of events and the inputs of workflows.
+Here they are judged by their form before anything is done with them, and folders and S3 prefixes by where they lie.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bivlm.errors import InputError
+from bivlm.names import check_revision, is_commit, is_sha256
+from bivlm.recipe.loading import Recipe, load_recipe, shipped_recipes
+from bivlm.untrusted import read_yaml
+from bivlm.workspace.hashing import canonical_json, digest
+from bivlm.workspace.stores.location import cache_folder, is_s3_model
+
+LIST_VARIABLE = "BIVLM_BASE_MODELS"  # the list's file
+PLACES_VARIABLE = "BIVLM_MODELS"  # folders and S3 prefixes whose models may be asked for by name, with commas
+RECIPES_VARIABLE = "BIVLM_RECIPES"  # a folder of NAME.yaml
+OUTPUTS_VARIABLE = "BIVLM_OUTPUTS"  # where packed checkpoints go
+DEFAULT_RECIPE = "bivlm"
+
+EVENT = "bivlm.base_model.found"
+_EVENTS = uuid.uuid5(uuid.NAMESPACE_URL, EVENT)
+_SHIPPED_LIST = Path(__file__).parents[2] / "infra" / "base-models.yaml"
+
+Kind = Literal["hub", "folder", "s3"]
+EVERY = "/*"  # at the end of a folder or an S3 prefix: every model in it
+
+_RECIPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Watched(BaseModel):
+    """An entry of the list: where a model is, and the recipes that every new revision of it is compressed by.
+
+    `model` is ``owner/name`` on the hub, an absolute folder or ``s3://bucket/prefix``; one of the last two that ends in
+    ``/*`` stands for every model in it. ``$NAME`` is taken from the environment. `revision` is a branch or tag of the
+    hub. `leaderboard` names recipes that are compared on it once a week.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str
+    revision: str | None = None
+    recipes: tuple[str, ...] = Field(min_length=1)
+    leaderboard: tuple[str, ...] = ()
+
+    @field_validator("recipes", "leaderboard", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError("expected a list of recipes' names")
+        if len(set(map(str, value))) < len(value):
+            raise ValueError("a recipe is named twice")
+        return tuple(value)
+
+    @field_validator("model")
+    @classmethod
+    def _known_form(cls, value: str) -> str:
+        expanded = os.path.expandvars(value)
+        if "$" in expanded:
+            raise ValueError(f"{value!r} names a variable that is not set in the environment")
+        place = expanded.removesuffix(EVERY)
+        try:
+            kind = kind_of(place)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        if kind == "hub" and place != expanded:
+            raise ValueError(f"{value!r}: {EVERY} stands for the models in a folder or an S3 prefix")
+        return expanded
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Watched:
+        try:
+            if self.revision is not None:
+                if self.kind != "hub":
+                    raise InputError(f"revision {self.revision!r}: a {self.kind} model has none; leave it out")
+                check_asked("hub", self.revision)
+            for name in (*self.recipes, *self.leaderboard):
+                named_recipe(name)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def place(self) -> str:
+        """The model, or the folder or prefix of which every model is meant."""
+        return self.model.removesuffix(EVERY)
+
+    @property
+    def every(self) -> bool:
+        return self.model.endswith(EVERY)
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.place)
+
+    def covers(self, model: str) -> bool:
+        """Whether `model` is this one or one of these."""
+        if self.kind != kind_of(model):
+            return False
+        return _lies_in(model, self.place) if self.every else _same(model, self.place)
+
+
+class _List(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal[1]
+    models: tuple[Watched, ...]
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError("expected a list of models")
+        return tuple(value)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> _List:
+        names = [(each.model, each.revision) for each in self.models]
+        if twice := next((model for model, revision in names if names.count((model, revision)) > 1), None):
+            raise ValueError(f"{twice} is listed twice; name all its recipes in one entry")
+        return self
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One revision of a base model and a recipe to compress it by: what an event is about.
+
+    `revision` pins the bytes: the commit on the hub, the sha256 of the checkpoint in a folder
+    (`bivlm.checkpoint.Checkpoint.digest`), that of names, lengths and ETags below an S3 prefix.
+    """
+
+    model: str
+    revision: str
+    recipe: str
+
+    @property
+    def event_id(self) -> uuid.UUID:
+        """The same one whenever and wherever this revision is found."""
+        return uuid.uuid5(_EVENTS, canonical_json([self.model, self.revision, self.recipe]).decode())
+
+    def event(self) -> dict[str, Any]:
+        """Name, resource and payload of the event; the id is `event_id`."""
+        return {
+            "event": EVENT,
+            "resource": {
+                "prefect.resource.id": f"bivlm.base-model.{model_slug(self.model)}",
+                "prefect.resource.name": self.model,
+                "bivlm.model_id": self.model,
+            },
+            "payload": {"revision": self.revision, "recipe": self.recipe},
+        }
+
+    def output(self) -> Path:
+        """The folder for the packed checkpoint: model, recipe and revision below ``BIVLM_OUTPUTS``."""
+        return outputs_folder() / model_slug(self.model) / self.recipe / self.revision[:16]
+
+
+def base_models_file() -> Path:
+    """The file of ``BIVLM_BASE_MODELS``, else ``infra/base-models.yaml`` of the checkout that this code runs from."""
+    named = os.environ.get(LIST_VARIABLE)
+    file = Path(named).expanduser() if named else _SHIPPED_LIST
+    if not file.is_file():
+        raise InputError(
+            f"{LIST_VARIABLE}: no file {file}; expected the list of base models, as infra/base-models.yaml"
+        )
+    return file
+
+
+def load_base_models(file: str | Path | None = None) -> tuple[Watched, ...]:
+    """The entries of the list (default: `base_models_file`); raises `InputError` naming the file and the key."""
+    file = Path(file) if file is not None else base_models_file()
+    data = read_yaml(file)
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: expected a mapping with format and models, found {type(data).__name__}")
+    try:
+        return _List.model_validate(data).models
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, each['loc'])) or '(top)'}: {each['msg']}" for each in error.errors()]
+        raise InputError("\n".join([f"{file} is not valid:", *lines])) from None
+
+
+def nothing_watched() -> str:
+    """Return the sentence for a list without entries: it names the file to write them into."""
+    return f"no base models are watched; write them into {base_models_file()}"
+
+
+def listed_if_any() -> tuple[Watched, ...]:
+    """The entries of the list; none on a machine that has no list."""
+    if not os.environ.get(LIST_VARIABLE) and not _SHIPPED_LIST.is_file():
+        return ()
+    return load_base_models()
+
+
+def kind_of(model: str) -> Kind:
+    """What `model` names, by its form alone; raises `InputError` for anything else than the three forms."""
+    if model.isprintable():
+        if model.startswith("s3://"):
+            if is_s3_model(model):
+                return "s3"
+        elif model.startswith("/"):
+            if ".." not in PurePosixPath(model).parts:
+                return "folder"
+        elif model.count("/") == 1:
+            try:
+                validate_repo_id(model)
+                return "hub"
+            except HFValidationError:
+                pass
+    raise InputError(
+        f"model {model!r}: expected owner/name on the hub, an absolute folder, or s3://bucket/prefix, without '..'"
+    )
+
+
+def check_asked(kind: Kind, revision: str, *, pinned: bool = False) -> None:
+    """Raise `InputError` unless `revision` may be asked for; a `pinned` one says which bytes (`is_pinned`)."""
+    if kind == "hub" and not pinned:
+        check_revision(revision, "base model")
+    elif not is_pinned(kind, revision):
+        digits = 40 if kind == "hub" else 64
+        what = "a commit" if kind == "hub" else "the sha256 that the watcher found"
+        raise InputError(f"revision {revision!r}: expected {what} ({digits} hexadecimal digits)")
+
+
+def is_pinned(kind: Kind, revision: str) -> bool:
+    """Whether `revision` says which bytes, not where to look for them."""
+    return is_commit(revision) if kind == "hub" else is_sha256(revision)
+
+
+def check_permitted(model: str, listed: Iterable[Watched]) -> None:
+    """Raise `InputError` for a folder or S3 prefix neither `listed` nor, itself or one above it, in ``BIVLM_MODELS``.
+
+    Folders are judged by where they really lie, links followed. Models of the hub are named and nothing else, so every
+    one of them may be asked for; their code never runs unless it is trusted (`bivlm.checkpoint.remote_code`).
+    """
+    kind = kind_of(model)
+    if kind == "hub" or any(each.covers(model) for each in listed):
+        return
+    places = _permitted_places()
+    of_its_kind = [place for place in places if place.startswith("s3://") == (kind == "s3")]
+    if any(_same(model, place) or _lies_in(model, place) for place in of_its_kind):
+        return
+    raise InputError(
+        f"model {model!r}: neither in the list of base models nor in a place of {PLACES_VARIABLE} "
+        f"(in the worker's environment: {', '.join(places) or 'not set'})"
+    )
+
+
+def recipe_source(name: str) -> str:
+    """The recipe of that name as `bivlm.recipe.loading.load_recipe` takes it: a file in ``BIVLM_RECIPES``, else a
+    shipped one.
+
+    Raises `InputError` for a name that is a path, or unknown.
+    """
+    if not _RECIPE.fullmatch(name) or ".." in name:
+        raise InputError(f"recipe {name!r}: expected a name of letters, digits, '.', '_' and '-', not a path")
+    folder = os.environ.get(RECIPES_VARIABLE)
+    file = Path(folder).expanduser() / f"{name}.yaml" if folder else None
+    if file is not None and file.is_file():
+        return str(file)
+    if name not in shipped_recipes():
+        place = f"no {file}" if file else f"{RECIPES_VARIABLE} is not set"
+        raise InputError(f"recipe {name!r}: {place}, and not one of {', '.join(shipped_recipes())}")
+    return name
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of `recipe_source`; raises `InputError` as that does, and if the file gives itself another name."""
+    source = recipe_source(name)
+    recipe = load_recipe(source)
+    if recipe.name != name:
+        raise InputError(f"recipe {source}: its name is {recipe.name!r}; expected {name!r}, as the file is called")
+    return recipe
+
+
+def model_slug(model: str) -> str:
+    """A name for folders and resources: readable, and another one for every model."""
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", model.removeprefix("s3://")).strip("-")[-60:]
+    return f"{readable}-{digest(model)[:8]}".lower()
+
+
+def outputs_folder() -> Path:
+    """``BIVLM_OUTPUTS``, else ``outputs`` in the cache folder."""
+    named = os.environ.get(OUTPUTS_VARIABLE)
+    return Path(named).expanduser().absolute() if named else cache_folder().absolute() / "outputs"
+
+
+def _permitted_places() -> list[str]:
+    named = [each.strip() for each in os.environ.get(PLACES_VARIABLE, "").split(",") if each.strip()]
+    return [each.rstrip("/") if each.startswith("s3://") else str(Path(each).expanduser()) for each in named]
+
+
+def _same(model: str, place: str) -> bool:
+    return model == place or (model.startswith("/") and Path(model).resolve() == Path(place).resolve())
+
+
+def _lies_in(model: str, place: str) -> bool:
+    """Whether it is below `place`, and not that itself."""
+    if model.startswith("s3://"):
+        return model.startswith(place.rstrip("/") + "/")
+    resolved, root = Path(model).resolve(), Path(place).resolve()
+    return resolved != root and resolved.is_relative_to(root)

@@ -1,0 +1,261 @@
+"""Data sets as the hub has them: parquet files in a folder are read by the same code."""
+
+import io
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+
+from bivlm.calibration.frozen import freeze_samples, load_held_out, load_samples, open_calibration
+from bivlm.calibration.hub import open_pictures, open_texts
+from bivlm.errors import InputError
+from bivlm.recipe.calibration import CalibrationSettings
+
+ROWS = 20
+COMMIT = "c0ffee" * 6 + "c0ff"
+TURNS = List({"from": Value("string"), "value": Value("string")})
+
+
+def png(index):
+    stream = io.BytesIO()
+    picture = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
+    picture.putpixel((0, 0), (index, 200, 0))
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def conversation(index, place="<image>\n"):
+    return [{"from": "human", "value": f"{place}Question {index}?"}, {"from": "gpt", "value": f"Answer {index}"}]
+
+
+def write(folder, columns, features, split="test"):
+    folder.mkdir(exist_ok=True)
+    Dataset.from_dict(columns, features=Features(features)).to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [{"bytes": png(index), "path": f"{index}.png"} for index in range(ROWS)]
+
+
+@pytest.fixture
+def captions(tmp_path, pictures) -> Path:
+    """Twenty pictures with two captions each, in the columns of flickr30k."""
+    columns = {
+        "image": pictures,
+        "caption": [[f"Caption {index}", "A second one"] for index in range(ROWS)],
+        "img_id": [str(index) for index in range(ROWS)],
+    }
+    features = {"image": datasets.Image(), "caption": List(Value("string")), "img_id": Value("string")}
+    return write(tmp_path / "captions", columns, features)
+
+
+@pytest.fixture
+def conversations(tmp_path, pictures) -> Path:
+    """Twenty pictures with conversations in the form of LLaVA."""
+    columns = {"picture": pictures, "conversations": [conversation(index) for index in range(ROWS)]}
+    return write(tmp_path / "conversations", columns, {"picture": datasets.Image(), "conversations": TURNS}, "train")
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """Twenty conversations without pictures."""
+    return write(
+        tmp_path / "texts", {"messages": [conversation(index, "") for index in range(ROWS)]}, {"messages": TURNS}
+    )
+
+
+def settings(folder, samples=5, held_out=3, **others):
+    return CalibrationSettings(source=f"hf:{folder}", samples=samples, held_out=held_out, **others)
+
+
+def freeze(tmp_path, chosen, name="frozen"):
+    return freeze_samples(chosen, tmp_path / name)
+
+
+def said(frozen):
+    return [(c.user, c.assistant) for c in load_samples(frozen.folder) + load_held_out(frozen.folder)]
+
+
+def test_captions_answer_a_fixed_instruction(captions, tmp_path):
+    frozen = freeze(tmp_path, settings(captions, samples=12, held_out=8))
+    assert sorted(said(frozen)) == sorted(("Describe the picture.", f"Caption {index}") for index in range(ROWS))
+    first = load_samples(frozen.folder)[0]
+    stored = Image.open(io.BytesIO(png(int(first.assistant.split()[1])))).convert("RGB")
+    assert (first.image.size, first.image.tobytes()) == (stored.size, stored.tobytes())
+    asked = freeze(tmp_path, settings(captions, instruction="What is it?"), "asked")
+    assert {user for user, _ in said(asked)} == {"What is it?"}
+
+
+def test_conversations_are_found_by_their_column(conversations, tmp_path):
+    frozen = freeze(tmp_path, settings(conversations, samples=12, held_out=8, image_column="picture"))
+    assert sorted(said(frozen)) == sorted((f"Question {index}?", f"Answer {index}") for index in range(ROWS))
+
+
+def test_rows_are_drawn_by_seed(captions, tmp_path):
+    first, again, other = (
+        freeze(tmp_path, settings(captions, seed=seed), name) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first.sha256 == again.sha256 != other.sha256
+
+
+def test_rows_of_several_files_are_mixed(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    features = {"image": datasets.Image(), "caption": Value("string")}
+    for part in range(4):
+        columns = {"image": pictures[part * 5 :][:5], "caption": [f"{part} {index}" for index in range(5)]}
+        write(tmp_path / "parts", columns, features, f"train-0000{part}-of-00004")
+    answers = [answer for _, answer in said(freeze(tmp_path, settings(tmp_path / "parts", samples=5, held_out=5)))]
+    assert len(set(answers)) == 10
+    assert len({answer[0] for answer in answers}) > 2
+    again = freeze(tmp_path, settings(tmp_path / "parts", samples=5, held_out=5), "again")
+    assert answers == [answer for _, answer in said(again)]
+
+
+def test_held_out_rows_share_no_picture_with_calibration(tmp_path, pictures):
+    columns = {"image": pictures * 2, "caption": [f"Caption {index}" for index in range(2 * ROWS)]}
+    folder = write(tmp_path / "twice", columns, {"image": datasets.Image(), "caption": Value("string")})
+    frozen = freeze(tmp_path, settings(folder, samples=10, held_out=10))
+    seen, held_out = (
+        {c.image.tobytes() for c in part} for part in (load_samples(frozen.folder), load_held_out(frozen.folder))
+    )
+    assert not seen & held_out
+
+
+def test_a_picture_that_cannot_be_decoded_is_replaced_and_counted(tmp_path, pictures):
+    damaged = [
+        {**picture, "bytes": picture["bytes"][:60]} if i in (3, 8) else picture for i, picture in enumerate(pictures)
+    ]
+    columns = {"image": [*damaged, None], "caption": [f"Caption {index}" for index in range(ROWS + 1)]}
+    folder = write(tmp_path / "damaged", columns, {"image": datasets.Image(), "caption": Value("string")})
+    with pytest.warns(
+        UserWarning, match=r"3 of 21 entries drawn from hf:.*, split test cannot be used; the first: .*row"
+    ):
+        frozen = freeze(tmp_path, settings(folder, samples=10, held_out=8))
+    assert not {answer for _, answer in said(frozen)} & {"Caption 3", "Caption 8", "Caption 20"}
+    assert frozen.skipped == 3
+    assert open_calibration(frozen.folder) == frozen
+
+
+def test_text_comes_from_a_data_set_of_its_own(captions, texts, tmp_path):
+    chosen = settings(captions, samples=8, held_out=4, text_share=0.25, text_source=f"hf:{texts}", text_split="test")
+    frozen = freeze(tmp_path, chosen)
+    assert [sum(c.image is None for c in part(frozen.folder)) for part in (load_samples, load_held_out)] == [2, 1]
+    assert frozen.text_only == 2
+
+
+def test_two_columns_of_text_are_a_conversation(captions, tmp_path):
+    columns = {"prompt": ["Why?", "How?"], "response": ["Because.", "Like this."]}
+    folder = write(tmp_path / "pairs", columns, {"prompt": Value("string"), "response": Value("string")})
+    chosen = settings(captions, samples=2, held_out=2, text_share=0.5, text_source=f"hf:{folder}")
+    assert set(said(freeze(tmp_path, chosen))) > {("Why?", "Because."), ("How?", "Like this.")}
+
+
+def test_rows_with_pictures_are_no_text(captions, conversations, tmp_path):
+    chosen = settings(captions, text_share=0.5, text_source=f"hf:{conversations}")
+    with pytest.raises(InputError, match=r"more than half, .*found 1 <image>, expected at most 0"):
+        freeze(tmp_path, chosen)
+
+
+def test_paths_are_looked_up_in_the_folder_of_pictures(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index in range(ROWS):
+        (tmp_path / "images" / f"{index}.png").write_bytes(png(index))
+    columns = {"image": [f"{i}.png" for i in range(ROWS)], "conversations": [conversation(i) for i in range(ROWS)]}
+    folder = write(tmp_path / "paths", columns, {"image": Value("string"), "conversations": TURNS})
+    assert len(said(freeze(tmp_path, settings(folder, images=str(tmp_path / "images"))))) == 8
+    with pytest.raises(InputError, match=r"more than half, .*a path needs calibration\.images"):
+        freeze(tmp_path, settings(folder), "without")
+
+
+@pytest.mark.parametrize(
+    ("column", "feature", "cell"),
+    [
+        ("image", Value("binary"), lambda picture: picture["bytes"]),
+        ("images", List(datasets.Image()), lambda picture: [picture]),
+        ("img", {"bytes": Value("binary"), "path": Value("string")}, lambda picture: picture),
+    ],
+)
+def test_pictures_may_be_bytes_or_a_list_of_one(tmp_path, pictures, column, feature, cell):
+    columns = {column: [cell(picture) for picture in pictures], "text": [str(index) for index in range(ROWS)]}
+    folder = write(tmp_path / "forms", columns, {column: feature, "text": Value("string")})
+    (first, *_) = load_samples(freeze(tmp_path, settings(folder)).folder)
+    assert first.image.getpixel((0, 0)) == (int(first.assistant), 200, 0)
+
+
+def test_rows_with_several_pictures_are_no_samples(tmp_path, pictures):
+    columns = {"images": [pictures[:2]] * ROWS, "text": ["x"] * ROWS}
+    folder = write(tmp_path / "several", columns, {"images": List(datasets.Image()), "text": Value("string")})
+    with pytest.raises(InputError, match=r"more than half, 9 of 9 .*expected one picture"):
+        freeze(tmp_path, settings(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": "photo"}, r"image_column: found 'photo', .* are image, caption, img_id"),
+        ({"text_column": "story"}, r"text_column: found 'story', .* are image, caption, img_id"),
+        ({"conversation_column": "turns"}, r"conversation_column: found 'turns', .* are image, caption, img_id"),
+        ({"split": "train"}, r"split: found 'train', expected one of test, the splits of hf:"),
+        ({"subset": "small"}, r"source: cannot open 'hf:.*as a data set: .*small"),
+        ({"revision": "abc"}, r"revision: found 'abc', but .* is a folder and has none"),
+        ({"samples": 18}, r"samples: found 18, .* takes 21 .*at most the 20 of hf:.*, split test"),
+    ],
+)
+def test_what_the_data_set_does_not_have_is_named(captions, tmp_path, changes, message):
+    with pytest.raises(InputError, match=rf"calibration\.{message}"):
+        freeze(tmp_path, settings(captions, **changes))
+
+
+def test_a_column_that_is_not_known_by_name_has_to_be_given(conversations, texts, tmp_path):
+    with pytest.raises(InputError, match=r"image_column: not given, and none of image, .* are picture, conversations"):
+        freeze(tmp_path, settings(conversations))
+    with pytest.raises(InputError, match=r"text_source: found hf:.* with the columns .*expected one of conversations"):
+        columns = {"sentence": ["a", "b"]}
+        folder = write(tmp_path / "sentences", columns, {"sentence": Value("string")})
+        open_texts(CalibrationSettings(text_share=0.5, text_source=f"hf:{folder}"))
+
+
+def test_a_data_set_of_several_splits_needs_a_choice_unless_one_is_for_training(captions, tmp_path):
+    (captions / "test.parquet").rename(captions / "validation.parquet")
+    (captions / "test.parquet").write_bytes((captions / "validation.parquet").read_bytes())
+    with pytest.raises(InputError, match=r"split: found 'train', expected one of .*validation.*, the splits of"):
+        freeze(tmp_path, settings(captions))
+    assert open_pictures(settings(captions, split="validation")).name.endswith("split validation")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 and nothing more"])
+def test_a_folder_that_is_no_data_set_is_refused(tmp_path, content):
+    (tmp_path / "bad").mkdir()
+    if content is not None:
+        (tmp_path / "bad" / "train.parquet").write_bytes(content)
+    with pytest.raises(InputError, match=r"hf:.*bad"):
+        freeze(tmp_path, settings(tmp_path / "bad"))
+
+
+def test_what_is_streamed_from_the_hub_is_a_commit_and_it_is_recorded(captions, tmp_path, monkeypatch):
+    asked, load = {}, datasets.load_dataset
+
+    def dataset_info(self, name, revision=None):
+        asked["info"] = (name, revision)
+        return huggingface_hub.hf_api.DatasetInfo(id=name, sha=COMMIT)
+
+    def load_dataset(name, subset, **options):
+        asked["load"] = (name, subset, options)
+        return load(str(captions), streaming=True)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    frozen = freeze(tmp_path, settings("maker/pictures", revision="main", subset="small"))
+    assert asked["info"] == ("maker/pictures", "main")
+    assert asked["load"] == ("maker/pictures", "small", {"revision": COMMIT, "streaming": True})
+    assert open_calibration(frozen.folder).revision == COMMIT

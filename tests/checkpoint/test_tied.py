@@ -1,0 +1,254 @@
+"""What is tied is what the files say: a head beside the embedding is one table where both are equal, two where not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_families import gemma3, llava, make_tiny, qwen2_5_vl
+from transformers import AutoModelForImageTextToText, BlipConfig, UdopConfig
+
+from bivlm.checkpoint.linears import anatomy
+from bivlm.checkpoint.reading import TABLES_KEY, Checkpoint
+from bivlm.checkpoint.transformers_plugin import BiVLMConfig
+from bivlm.checkpoint.writing import check_loads, write_packed_checkpoint
+from bivlm.compression.embeddings import chosen_tables, pack_table
+from bivlm.errors import InputError
+from bivlm.numerics.uniform_grid import round_to_nearest
+from bivlm.packing import grouped, unpack
+from bivlm.recipe.loading import parse_recipe
+from bivlm.reports.bits import bits_of
+from bivlm.reports.inspection import inspect
+
+HEADS = ("absent", "equal", "different", "alone")  # beside the embedding; alone: the embedding is absent
+BUILDERS = [llava, *(pytest.param(build, marks=pytest.mark.slow) for build in (qwen2_5_vl, gemma3))]
+
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+
+
+def make_base(build, folder, tie, head, shards=False):
+    """A tiny model whose config says `tie`, with the tensors that `head` says, and inputs for it."""
+    untied = folder.with_name("untied")
+    config, inputs, image_tokens = build()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    inputs = make_tiny(lambda: (config, inputs, image_tokens), untied)
+    shutil.copytree(untied, folder)
+    said = json.loads((folder / "config.json").read_text())
+    said["tie_word_embeddings"] = said["text_config"]["tie_word_embeddings"] = tie
+    (folder / "config.json").write_text(json.dumps(said))
+    tensors = load_file(folder / "model.safetensors")
+    (its_head,) = (name for name in tensors if "lm_head" in name)
+    (embedding,) = (name for name in tensors if "embed_tokens" in name)
+    if head == "absent":
+        del tensors[its_head]
+    elif head == "equal":
+        tensors[its_head] = tensors[embedding].clone()
+    elif head == "alone":
+        del tensors[embedding]
+    (folder / "model.safetensors").unlink()
+    if shards:  # the head is in another file than the embedding
+        weight_map = {name: f"model-0000{1 + (name == its_head)}-of-00002.safetensors" for name in tensors}
+        for file in set(weight_map.values()):
+            inside = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+            save_file(inside, folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return inputs
+
+
+def pack(base, output, tables, modules=None):
+    """Pack the tables that the recipe says, and nothing else."""
+    said = {"name": "r", "format": 1, "components": {"language": {"method": "rtn", "bits": 4}}}
+    settings = parse_recipe(said | ({"tables": tables} if tables else {})).tables
+    checkpoint = Checkpoint.open(base, modules)
+    chosen, files = chosen_tables(anatomy(checkpoint), settings, []), {}
+    for number, (linear, how) in enumerate(chosen):
+        files[linear.name] = output.with_name(f"table-{number}")
+        pack_table(checkpoint.entries[linear.disk_name], how, files[linear.name])
+    linears = [linear for linear, _ in chosen]
+    return write_packed_checkpoint(checkpoint, files, linears, output, {TABLES_KEY: list(files)})
+
+
+def load(folder, dequantize=None):
+    asked = {"quantization_config": BiVLMConfig(dequantize=dequantize)} if dequantize else {}
+    return AutoModelForImageTextToText.from_pretrained(folder, **asked)
+
+
+def twin(base, tables):
+    """The base as transformers loads it, with its packed tables rounded."""
+    model = load(base)
+    said = {"tokens": ["input"], "head": ["output"], None: []}.get(tables, ["input", "output"])
+    rounded = [getattr(model, f"get_{which}_embeddings")().weight for which in said]
+    for weight in {id(weight): weight for weight in rounded}.values():  # one, if it is tied
+        weight.data = unpack(grouped.pack(round_to_nearest(weight.data, 4, 64), torch.bfloat16))
+    return model
+
+
+def asked(tables):
+    return {tables: 4} if isinstance(tables, str) else tables
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("tables", [None, 4, "tokens", "head"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("tie", [True, False])
+def test_both_ways_of_loading_compute_what_transformers_makes_of_the_base(tmp_path, build, tie, head, tables):
+    base = tmp_path / "base"
+    inputs = make_base(build, base, tie, head)
+    shares = tie and head != "different"
+    if not tie and head in ("absent", "alone"):
+        with pytest.raises(InputError, match=r"lm_head\.weight is missing|embed_tokens\.weight is missing"):
+            anatomy(Checkpoint.open(base))
+            check_loads(Checkpoint.open(base), base)
+        return
+    if shares and tables == "head":
+        with pytest.raises(InputError, match="lm_head shares its tensor with"):
+            pack(base, tmp_path / "packed", asked(tables))
+        return
+    folder = pack(base, tmp_path / "packed", asked(tables))
+    expected = twin(base, tables)
+    packed = [entry.name for entry in Checkpoint.open(folder).entries.values() if entry.dtype == "U8"]
+    assert len(packed) == {None: 0, 4: 1 if shares else 2}.get(tables, 1)
+    for dequantize in ("load", "forward"):
+        model = load(folder, dequantize)
+        assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == shares
+        assert torch.equal(logits(model, inputs), logits(expected, inputs))
+        said = [each.generate(**inputs, max_new_tokens=4, do_sample=False) for each in (model, expected)]
+        assert torch.equal(*said)
+        model.save_pretrained(tmp_path / dequantize)
+        for again in ("load", "forward") if dequantize == "forward" else (None,):
+            assert torch.equal(logits(load(tmp_path / dequantize, again), inputs), logits(expected, inputs))
+        if dequantize == "forward":
+            assert torch.equal(logits(model.dequantize(), inputs), logits(expected, inputs))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_an_equal_head_is_stored_and_counted_once(tmp_path, shards):
+    inputs = make_base(qwen2_5_vl, tmp_path / "base", True, "equal", shards)
+    folder = pack(tmp_path / "base", tmp_path / "packed", 4)
+    base, packed = Checkpoint.open(tmp_path / "base"), Checkpoint.open(folder)
+    embedding = anatomy(base).tokens
+    assert embedding.copies == ("lm_head.weight",)
+    assert set(base.entries) - set(packed.entries) == {"lm_head.weight"}
+    assert torch.equal(logits(load(folder), inputs), logits(twin(tmp_path / "base", 4), inputs))
+    assert bits_of(folder)["tables"]["weights"] == embedding.size
+    before, after = inspect(tmp_path / "base"), inspect(folder)
+    parameters = sum(weight.numel() for weight in load(tmp_path / "base").parameters())
+    assert before["parameters"] == after["parameters"] == parameters
+    assert [sum(part["share"] for part in found["parts"]) for found in (before, after)] == pytest.approx([1, 1])
+
+
+def test_a_head_that_differs_is_a_table_of_its_own(tmp_path):
+    make_base(qwen2_5_vl, tmp_path / "base", True, "different", shards=True)
+    folder = pack(tmp_path / "base", tmp_path / "packed", {"tokens": 4, "head": 8})
+    parts = anatomy(Checkpoint.open(folder))
+    assert parts.packable["lm_head"].tied_to is None
+    assert set(Checkpoint.open(folder).packed) == {"lm_head", parts.tokens.name}
+    assert bits_of(folder)["tables"]["weights"] == 2 * parts.tokens.size
+
+
+def test_equal_numbers_of_other_dtypes_are_one_table(tmp_path):
+    inputs = make_base(llava, tmp_path / "base", True, "equal")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    (head,) = (name for name in tensors if "lm_head" in name)
+    save_file(tensors | {head: tensors[head].float()}, file, metadata={"format": "pt"})
+    assert anatomy(Checkpoint.open(tmp_path / "base")).tokens.copies == (head,)
+    folder = pack(tmp_path / "base", tmp_path / "packed", 4)
+    assert torch.equal(logits(load(folder, "forward"), inputs), logits(twin(tmp_path / "base", 4), inputs))
+
+
+def test_a_head_that_differs_is_packed_as_a_linear_layer_beside_a_dense_embedding(tmp_path):
+    inputs = make_base(gemma3, tmp_path / "base", True, "different")
+    checkpoint = Checkpoint.open(tmp_path / "base")
+    head = anatomy(checkpoint).packable["lm_head"]
+    weight = grouped.pack(round_to_nearest(checkpoint.read(head.disk_name), 4, 64), torch.bfloat16)
+    folder = write_packed_checkpoint(checkpoint, {"lm_head": lambda: weight}, [head], tmp_path / "packed", {})
+    for dequantize in ("load", "forward"):
+        model = load(folder, dequantize)
+        assert torch.equal(logits(model, inputs), logits(twin(tmp_path / "base", "head"), inputs))
+
+
+def udop():
+    """The embedding is tied to those of encoder and decoder, and to the head."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "image_size": 32, "patch_size": 16}
+    config = UdopConfig(vocab_size=64, max_2d_position_embeddings=64, dropout_rate=0.0, **sizes)
+    inputs = {"input_ids": torch.tensor([[10, 11, 12]]), "bbox": torch.rand(1, 3, 4)}
+    inputs |= {"pixel_values": torch.randn(1, 3, 32, 32), "decoder_input_ids": torch.tensor([[0, 5, 6]])}
+    return config, inputs, {"vision": ["patch_embed"], "language": ["shared", "encoder", "decoder", "lm_head"]}
+
+
+def blip():
+    """The head has a bias, tied as well."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 64, "encoder_hidden_size": 32, "projection_dim": 16}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
+    config = BlipConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=16)
+    inputs = {"input_ids": torch.tensor([[10, 11, 12]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    return config, inputs, {"vision": ["vision_model"], "language": ["text_decoder"]}
+
+
+@pytest.mark.parametrize("on_disk", ["first", "all", "others"])
+@pytest.mark.parametrize("build", [udop, blip])
+def test_every_tied_pair_of_an_architecture_is_one_tensor(tmp_path, build, on_disk):
+    torch.manual_seed(0)
+    config, inputs, modules = build()
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    made = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    for weight in made.parameters():
+        if not weight.any():
+            weight.data.normal_(0, 0.1)
+    made.save_pretrained(tmp_path / "base")
+    file, pairs = tmp_path / "base" / "model.safetensors", made.all_tied_weights_keys
+    tensors = {name: tensor.contiguous() for name, tensor in made.state_dict().items() if name not in pairs}
+    if on_disk != "first":
+        tensors |= {name: tensors[other].clone() for name, other in pairs.items()}
+    if on_disk == "others":
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in pairs.values()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    folder = pack(tmp_path / "base", tmp_path / "packed", {"tokens": 4}, modules)
+    assert sum(entry.dtype == "U8" for entry in Checkpoint.open(folder).entries.values()) == 1
+    assert bits_of(folder)["tables"]["weights"] == 64 * 32
+    expected = logits(twin(tmp_path / "base", "tokens"), inputs)
+    for dequantize in ("load", "forward"):
+        model = load(folder, dequantize)
+        assert torch.equal(logits(model, inputs), expected)
+        model.save_pretrained(tmp_path / dequantize)
+        assert torch.equal(logits(load(tmp_path / dequantize), inputs), expected)
+    assert torch.equal(logits(model.dequantize(), inputs), expected)
+
+
+class TestAnOutputThatDoesNotLoad:
+    def test_is_never_put_in_place_and_leaves_the_earlier_one(self, tmp_path):
+        make_base(llava, tmp_path / "base", True, "different")
+        output = pack(tmp_path / "base", tmp_path / "packed", 4)
+        before = (output / "model.safetensors").read_bytes()
+        file = tmp_path / "base" / "model.safetensors"
+        tensors = load_file(file)
+        (norm,) = (name for name in tensors if name.endswith("language_model.model.norm.weight"))
+        save_file({name: tensor for name, tensor in tensors.items() if name != norm}, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match=r"tensor .*norm\.weight is missing"):
+            pack(tmp_path / "base", output, 4)
+        assert (output / "model.safetensors").read_bytes() == before
+        assert not list(tmp_path.glob(".packed*"))
+
+    @pytest.mark.parametrize("change", ["missing", "shape"])
+    def test_a_base_that_is_not_whole_is_named(self, tmp_path, change):
+        make_base(llava, tmp_path / "base", False, "different")
+        file = tmp_path / "base" / "model.safetensors"
+        tensors = load_file(file)
+        (norm,) = (name for name in tensors if name.endswith("language_model.model.norm.weight"))
+        tensors[norm] = torch.ones(7)
+        if change == "missing":
+            del tensors[norm]
+        save_file(tensors, file, metadata={"format": "pt"})
+        message = {"missing": r"norm\.weight is missing", "shape": r"norm\.weight .*F32 of shape \(7,\), expected"}
+        with pytest.raises(InputError, match=message[change]):
+            check_loads(Checkpoint.open(tmp_path / "base"), tmp_path / "base")

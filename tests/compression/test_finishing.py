@@ -1,0 +1,205 @@
+"""Finishing: the same bytes but for the numbers among them, and a smaller divergence on what it never saw."""
+
+import pytest
+import torch
+from tiny_llava import make_tiny_llava
+
+from bivlm.checkpoint.linears import linears
+from bivlm.checkpoint.reading import Checkpoint
+from bivlm.compression.finishing import finish
+from bivlm.errors import InputError
+from bivlm.evaluation.divergence import (
+    StoredLogProbabilities,
+    kl_by_token,
+    read_reply,
+    reference_logits,
+    reply_log_probabilities,
+)
+from bivlm.evaluation.generation import load_model
+from bivlm.methods import method
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.packing import open_packed, unpack
+from bivlm.recipe.finish import FinishSettings
+from bivlm.recipe.loading import parse_recipe
+from bivlm.reference.question_sets import calibration_samples
+from bivlm.sources.samples import Conversation
+
+SETTINGS = FinishSettings(steps=30, batch=4, learning_rate=0.02)
+METHODS = [
+    {"method": "bivlm", "groups": 2, "p_max": 0.05},
+    {"method": "rtn", "bits": 2, "group_size": 32},
+    {"method": "awq", "bits": 2, "group_size": 32},
+    {"method": "pb_llm"},
+    {"method": "billm", "block": 32},
+    {"method": "arb_rc", "block": 32},
+    {"method": "hbllm", "block": 32},
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = make_tiny_llava(tmp_path_factory.mktemp("finish") / "model")
+    model, processor = load_model(folder, "cpu")
+    conversations = calibration_samples(8, 0)
+    return folder, conversations, reference_logits(model, processor, conversations, folder.with_name("logits"))
+
+
+def packed_layers(folder, settings):
+    """Every linear but the head, packed without knowing more than that inputs are uncorrelated."""
+    checkpoint, chosen = Checkpoint.open(folder), method(settings["method"])
+    parsed = chosen.Settings.model_validate(settings)
+    packed = {}
+    for linear in linears(checkpoint):
+        if linear.name != "lm_head":
+            weight = checkpoint.read(linear.disk_name)
+            n = weight.shape[1]
+            inputs = SiteStatistics(torch.eye(n), torch.zeros(n), torch.ones(n), {"image": 0, "text": 4 * n})
+            plan = chosen.plan(LayerStatistics.measure(weight, chosen.tail_share(parsed)), parsed)
+            packed[linear.name] = chosen.quantize(weight, plan, inputs).packed
+    return packed
+
+
+def run(place, packed, settings=SETTINGS):
+    folder, conversations, logits = place
+    model, processor = load_model(folder, "cpu")
+    with StoredLogProbabilities(logits, len(conversations)) as full_precision:
+        return finish(model, processor, packed, conversations, full_precision, settings)
+
+
+def divergences(folder, packed, conversations):
+    """KL(full || packed) of each conversation, a mean over its reply's tokens, both models loaded anew."""
+    full, processor = load_model(folder, "cpu")
+    other, _ = load_model(folder, "cpu")
+    for name, tensor in packed.items():
+        other.get_submodule(name).weight.data = unpack(tensor).float()
+    found = []
+    for conversation in conversations:
+        reply = read_reply(full, processor, conversation)
+        one, two = reply_log_probabilities(full, reply), reply_log_probabilities(other, reply)
+        found.append(float(kl_by_token(one, two).mean()))
+    return found
+
+
+def mean_divergence(folder, packed, conversations):
+    return sum(divergences(folder, packed, conversations)) / len(conversations)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(each, marks=() if each["method"] in ("bivlm", "hbllm") else pytest.mark.slow) for each in METHODS],
+    ids=[each["method"] for each in METHODS],
+)
+def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, settings):
+    folder, _, _ = place
+    before = packed_layers(folder, settings)
+    finished = run(place, before)
+    other = calibration_samples(8, 99)
+    assert mean_divergence(folder, finished.packed, other) < 0.9 * mean_divergence(folder, before, other)
+    assert finished.kl_after < finished.kl_before
+    for name, tensor in before.items():
+        assert finished.packed[name].shape == tensor.shape
+        codec, header = open_packed(finished.packed[name], name)  # its checksum holds
+        tuned, first = codec.tunable(finished.packed[name], header), codec.tunable(tensor, header)
+        # What is no number stays: with the old numbers the new bytes rebuild the old weight.
+        assert torch.equal(tuned.rebuild(first.parameters), first.rebuild(first.parameters))
+
+
+def test_some_conversations_judge_and_in_the_end_all_are_tuned_on(place, tmp_path):
+    """Which ones judge is told from outside: by another reply of one of them the divergence before changes."""
+    folder, conversations, _ = place
+    packed, settings = packed_layers(folder, METHODS[0]), FinishSettings(steps=3, batch=8, judging_share=0.25)
+    first = run(place, packed, settings)
+    assert first.steps > 0
+    judging = []
+    for number, conversation in enumerate(conversations):
+        changed = [*conversations]
+        changed[number] = Conversation(conversation.image, conversation.user, "nothing of the kind")
+        model, processor = load_model(folder, "cpu")
+        other = run(
+            (folder, changed, reference_logits(model, processor, changed, tmp_path / "logits")), packed, settings
+        )
+        if other.kl_before != first.kl_before:
+            judging.append(conversation)
+        assert any(not torch.equal(first.packed[name], tensor) for name, tensor in other.packed.items())
+    assert len(judging) == 2
+    assert first.kl_before == pytest.approx(mean_divergence(folder, packed, judging), rel=1e-3)
+
+
+def test_too_high_a_rate_is_lowered(place):
+    packed = packed_layers(place[0], METHODS[0])
+    finished = run(place, packed, FinishSettings(steps=10, batch=2, learning_rate=0.3))
+    assert 0 < finished.learning_rate < 0.2
+    assert finished.kl_after < finished.kl_before
+
+
+def test_weights_that_no_step_makes_better_stay_byte_for_byte(place):
+    packed = packed_layers(place[0], METHODS[0])
+    finished = run(place, packed, FinishSettings(steps=2, batch=2, learning_rate=1.0))
+    assert finished.steps == 0
+    assert finished.kl_after == finished.kl_before
+    assert all(torch.equal(finished.packed[name], tensor) for name, tensor in packed.items())
+
+
+def test_a_single_conversation_cannot_judge_itself(place, tmp_path):
+    folder, conversations, _ = place
+    model, processor = load_model(folder, "cpu")
+    logits = reference_logits(model, processor, conversations[:1], tmp_path / "logits")
+    with pytest.raises(InputError, match="got one conversation, expected at least two"):
+        run((folder, conversations[:1], logits), packed_layers(folder, METHODS[0]))
+
+
+def test_layers_that_give_nan_fail_by_name(place):
+    folder, conversations, logits = place
+    packed = packed_layers(folder, METHODS[0])
+    model, processor = load_model(folder, "cpu")
+    model.get_submodule("lm_head").weight.data[5] = float("nan")
+    with (
+        StoredLogProbabilities(logits, len(conversations)) as full_precision,
+        pytest.raises(ArithmeticError, match=rf"^model {folder}: gives NaN or infinity: the divergence .* is nan"),
+    ):
+        finish(model, processor, packed, conversations, full_precision, SETTINGS)
+
+
+def test_the_same_request_gives_the_same_bytes(place):
+    packed = packed_layers(place[0], METHODS[0])
+    one, other = (run(place, packed, FinishSettings(steps=4, batch=2)) for _ in range(2))
+    assert all(torch.equal(one.packed[name], other.packed[name]) for name in packed)
+
+
+def test_conversations_together_are_tuned_on_as_one_by_one(place):
+    """Of different lengths, some without a picture; the two differ by float32's rounding alone."""
+    folder, conversations, _ = place
+    mixed = [
+        *conversations[:5],
+        *(Conversation(None, "How many sides has a cube?", text) for text in ("six", "6 of them")),
+    ]
+    model, processor = load_model(folder, "cpu")
+    logits = reference_logits(model, processor, mixed, folder.with_name("mixed"))
+    packed, settings = packed_layers(folder, METHODS[0]), FinishSettings(steps=3, batch=7)
+    found = []
+    for together in (1, 7):
+        with StoredLogProbabilities(logits, len(mixed)) as full_precision:
+            model, processor = load_model(folder, "cpu")
+            found.append(finish(model, processor, packed, mixed, full_precision, settings, together=together))
+    assert found[0].kl_before == pytest.approx(found[1].kl_before, rel=1e-4)
+    assert found[0].steps == found[1].steps > 0
+    for name, tensor in found[0].packed.items():
+        one, other = unpack(tensor, name).float(), unpack(found[1].packed[name], name).float()
+        assert (one - other).norm() < 0.01 * one.norm()
+
+
+def test_a_layer_that_is_not_there_is_named(place):
+    packed = packed_layers(place[0], METHODS[0])
+    with pytest.raises(InputError, match=r"no layer called model\.nowhere"):
+        run(place, {"model.nowhere": next(iter(packed.values()))})
+
+
+def test_a_recipe_asks_for_it_in_a_word_or_in_full():
+    recipe = {"name": "r", "format": 1, "components": {"language": METHODS[0]}}
+    assert parse_recipe(recipe).finish is None
+    assert parse_recipe({**recipe, "finish": "kl"}).finish == FinishSettings()
+    assert parse_recipe({**recipe, "finish": {"objective": "kl", "steps": 5}}).finish.steps == 5
+    for wrong, said in [("mse", "finish.objective"), ({"step": 1}, "finish.step"), ({"steps": 0}, "finish.steps")]:
+        with pytest.raises(InputError, match=said):
+            parse_recipe({**recipe, "finish": wrong})
