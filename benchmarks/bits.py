@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bivlm.checkpoint.linears import linears, select
+from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.compression.layer import pack_layer
 from bivlm.methods import method
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.recipe.loading import Recipe, parse_recipe
+from bivlm.recipe.selection import select
 from bivlm.reference import CHECKPOINT
 from bivlm.reports.bits import bits_of
 

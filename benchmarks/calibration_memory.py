@@ -39,7 +39,7 @@ from bivlm.calibration.blocks.model import BlockwiseModel
 from bivlm.calibration.blocks.run import UnitRun, run_unit
 from bivlm.calibration.blocks.sites import by_modality, names_of
 from bivlm.checkpoint.reading import Checkpoint
-from bivlm.evaluation.divergence import Reply
+from bivlm.sources.replies import Reply
 from bivlm.workspace.memory import peak_bytes, reset_peak
 
 BOUND = 2

@@ -32,7 +32,6 @@ from bivlm.calibration.blocks.sites import uniform
 from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.compression.layer import pack_layer
-from bivlm.evaluation.divergence import read_reply
 from bivlm.evaluation.generation import load_processor
 from bivlm.methods import method
 from bivlm.numerics.input_statistics import SiteStatistics
@@ -43,6 +42,7 @@ from bivlm.reference import CHECKPOINT
 from bivlm.reference.question_sets import calibration_samples
 from bivlm.reports.figures.saliency import salient_overlap
 from bivlm.reports.figures.style import svg
+from bivlm.sources.replies import read_reply
 
 SHARES = {"vision": 0.05, "adaptor": 0.05, "language": 0.01}  # salient weights at most, as in the paper
 GROUPS = 2

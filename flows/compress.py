@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime
 from rich.console import Console
 
-from bivlm.checkpoint.linears import Linear, select
 from bivlm.checkpoint.outputs import PAGE, lock_of
 from bivlm.checkpoint.reading import REPORT, TABLES_KEY
 from bivlm.checkpoint.remote_code import remote_code_allowed, trust
 from bivlm.errors import GateNotPassed
-from bivlm.evaluation.benchmark import Benchmark
-from bivlm.recipe.loading import Recipe, load_recipe, parse_recipe
+from bivlm.recipe.loading import load_recipe, parse_recipe
 from bivlm.recipe.pruning import PRUNING_KEY
+from bivlm.recipe.selection import select
 from bivlm.workspace.garbage import in_use
 from bivlm.workspace.locks import one_machine_at_a_time
 from bivlm.workspace.memory import peak_bytes, reset_peak
@@ -31,8 +30,9 @@ from flows.origin import trigger_of_run
 from flows.progress import FlowProgress, publish_page
 from flows.pruning import questions_of_sweep
 from flows.recording import record
+from flows.request import Request
 from flows.results import evaluate_both, sweep_both
-from flows.runners import Runner, parse_runner, started
+from flows.runners import parse_runner, started
 from tasks import (
     binarization,
     block_inputs,
@@ -51,27 +51,10 @@ from tasks import embeddings as tables
 from tasks.garbage import note_registry
 from tasks.layers import layers_of
 from tasks.report import code_version, earlier_report, full_precision_bits, make_report, report_text, write_records
-from tasks.runtime.device import Device, choose_device
+from tasks.runtime.device import choose_device
 from tasks.runtime.locks import one_at_a_time
 from tasks.runtime.naming import model_name
 from tasks.runtime.progress import shown_by
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be done: everything that the caller said, looked up and found to be in order."""
-
-    base: checkpoint.Base
-    recipe: Recipe
-    chosen: list[Linear]
-    tables: list[tables.Table]
-    output: str
-    store: Workspace
-    benchmarks: dict[str, Benchmark]
-    questions: int | None
-    device: Device
-    runner: Runner
-    trigger: str
 
 
 def _run_name() -> str:
@@ -112,7 +95,7 @@ def compress_flow(
     chosen_runner = parse_runner(runner, workers)
     chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
     output = str(output_folder(output))
-    check_places([output_place(Path(output))], [model], workspace, [chosen_recipe])
+    check_places([output_place(Path(output))], [model], workspace, chosen_recipe.data())
     store = Workspace.open(workspace or default_workspace())
     refuse_what_cannot_be_decided(chosen_recipe, evaluate)
     names = chosen_recipe.evaluation if evaluate else ()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bivlm.checkpoint.linears import Anatomy, anatomy, select
+from bivlm.checkpoint.linears import Anatomy, anatomy
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.writing import check_output
 from bivlm.compression.embeddings import chosen_tables
@@ -16,6 +16,7 @@ from bivlm.errors import InputError
 from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.methods import method
 from bivlm.recipe.loading import Recipe, load_recipe
+from bivlm.recipe.selection import select
 from bivlm.sources.models import resolve_model
 from bivlm.workspace.places import check_places, output_folder, output_place
 from bivlm.workspace.steps import Workspace
@@ -54,7 +55,7 @@ def told(
     """
     chosen_recipe, chosen_runner = load_recipe(recipe), parse_runner(runner, workers)
     names: Sequence[str] = chosen_recipe.evaluation if evaluate else ()
-    check_places([output_place(output_folder(output))], [model], workspace, [chosen_recipe])
+    check_places([output_place(output_folder(output))], [model], workspace, chosen_recipe.data())
     checkpoint = Checkpoint.open(resolve_model(model, revision).folder, chosen_recipe.modules)
     check_output(checkpoint, output)
     answers = 2 * sum(len(load_benchmark(name, questions)) for name in names)

@@ -9,7 +9,7 @@ from typing import Any
 from prefect import Task
 
 from bivlm.calibration.blocks.units import Unit
-from bivlm.compression.budget import BudgetSettings
+from bivlm.recipe.budget import BudgetSettings
 from bivlm.recipe.finish import FinishSettings
 from bivlm.recipe.search import SearchSettings
 from flows.runners import Workers

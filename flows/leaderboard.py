@@ -55,7 +55,7 @@ def leaderboard_flow(
     place = output_folder(output)
     outputs = [place / recipe.name for recipe in loaded]
     written = [Place("board", place, written=True), *map(output_place, outputs)]
-    check_places(written, [model], workspace, loaded)
+    check_places(written, [model], workspace, [name for each in loaded for name in each.data()])
     check_tables(place, BOARD_FILES.__contains__, BOARD_FILES)
     for each in outputs:
         check_replaceable(each, Path(model) if Path(model).is_dir() else None)

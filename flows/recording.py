@@ -22,9 +22,9 @@ from tasks.report import (
 from tasks.runtime.steps import Done
 
 if TYPE_CHECKING:
-    from flows.compress import Request
     from flows.layers import PackedLayers
     from flows.pruning import Swept
+    from flows.request import Request
     from flows.results import Results
 
 

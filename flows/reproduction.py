@@ -58,7 +58,8 @@ def reproduce_flow(
     place = output_folder(output)
     outputs = [place / column for column in recipes]
     written = [Place("reproduction", place, written=True), *map(output_place, outputs)]
-    check_places(written, [checkpoint or paper.id], workspace, recipes.values())
+    data = [name for each in recipes.values() for name in each.data()]
+    check_places(written, [checkpoint or paper.id], workspace, data)
     check_tables(place, FILES.__contains__, FILES[:2])
     for each in outputs:
         check_replaceable(each)

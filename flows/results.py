@@ -14,7 +14,7 @@ from tasks import checkpoint, evaluation, pruning
 from tasks.runtime.steps import Done
 
 if TYPE_CHECKING:
-    from flows.compress import Request
+    from flows.request import Request
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from bivlm.calibration.blocks.sites import Weigh, by_modality, names_of, uniform
 from bivlm.calibration.blocks.units import Unit
 from bivlm.calibration.frozen import load_samples
 from bivlm.checkpoint.architectures import MODULES_KEY
-from bivlm.evaluation.divergence import read_reply
 from bivlm.evaluation.generation import load_processor
 from bivlm.packing import unpack
 from bivlm.recipe.loading import CalibrationSettings, TokenWeights
+from bivlm.sources.replies import read_reply
 from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Reference, Workspace
 from tasks import binarization

@@ -9,9 +9,10 @@ from typing import Any
 
 from prefect import task
 
-from bivlm.compression.budget import BudgetSettings, Choices, allocate
+from bivlm.compression.budget import Choices, allocate
 from bivlm.methods.base import CurvePoint
 from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.recipe.budget import BudgetSettings
 from bivlm.reports.lineage import ALLOCATION_STAGE
 from bivlm.untrusted import parse_json
 from bivlm.workspace.hashing import canonical_json, step_identity
@@ -81,7 +82,7 @@ def allocate_bits(
 
 
 def _importance(layer: Layer, curvature: Mapping[str, float] | None) -> float:
-    """What a relative squared error of 1 in this layer costs, see `bivlm.compression.budget.BudgetSettings`."""
+    """What a relative squared error of 1 in this layer costs, see `bivlm.recipe.budget.BudgetSettings`."""
     figures = layer.statistics.record.figures
     square = figures["mean"] ** 2 + figures["std"] ** 2
     return square * (layer.weights if curvature is None else curvature.get(layer.name, 0.0))

@@ -11,7 +11,8 @@ from prefect import task
 
 from bivlm.checkpoint.linears import Linear
 from bivlm.checkpoint.reading import Checkpoint
-from bivlm.compression.embeddings import TableSettings, chosen_tables, pack_table
+from bivlm.compression.embeddings import chosen_tables, pack_table
+from bivlm.recipe.embeddings import TableSettings
 from bivlm.recipe.loading import Recipe
 from bivlm.workspace.hashing import step_identity
 from tasks.binarization import FILE

@@ -11,10 +11,11 @@ define_missing()
 from raw_codec import pack_raw  # noqa: E402
 from tiny_llava import make_tiny_llava  # noqa: E402
 
-from bivlm.checkpoint.linears import linears, select  # noqa: E402
+from bivlm.checkpoint.linears import linears  # noqa: E402
 from bivlm.checkpoint.reading import Checkpoint  # noqa: E402
 from bivlm.checkpoint.writing import write_packed_checkpoint  # noqa: E402
 from bivlm.recipe.loading import parse_recipe  # noqa: E402
+from bivlm.recipe.selection import select  # noqa: E402
 
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 

@@ -24,7 +24,7 @@ from bivlm.sources.hub_download import LargeFile, download_large
 from bivlm.sources.models import cached_model, resolve_model
 from bivlm.untrusted import _Loader
 from bivlm.workspace.steps import Workspace
-from bivlm.workspace.stores import open_store
+from bivlm.workspace.stores.opening import open_store
 from tasks.tracking.lookup import is_version
 
 ROOT = Path(__file__).parents[1]

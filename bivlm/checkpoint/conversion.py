@@ -1,13 +1,14 @@
-"""Parameters of the loaded model that transformers merges, splits or turns round while loading.
+"""Where every tensor on disk goes in the loaded model, and what transformers makes of it on the way.
 
-Of these, experts that lie on disk one by one, each a matrix, and are stacked in one 3-D parameter, can be packed: every
-matrix is a linear weight with a name of its own.
+Of parameters that are merged, split or turned round while loading, experts that lie on disk one by one, each a matrix,
+and are stacked in one 3-D parameter, can be packed: every matrix is a linear weight with a name of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
 
-    from bivlm.checkpoint.linears import LoadedName
+
+@dataclass(frozen=True)
+class LoadedName:
+    """Where a tensor on disk goes: `names` in the loaded model, and what becomes of it on the way.
+
+    Attributes:
+        names: in the loaded model; several where it is split.
+        converted: whether more than its name changes.
+        rule: the source pattern of the converter that does it, see `bivlm.checkpoint.conversion`; None without one.
+    """
+
+    names: tuple[str, ...]
+    converted: bool
+    rule: str | None = None
+
+
+def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, LoadedName]:
+    """Where `from_pretrained` puts every tensor on disk, by name on disk.
+
+    Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`: all renamings, then at most one
+    converter, then the base model's prefix; the order of the names matters to some renamings.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
+    state = model.state_dict()
+    loaded = {}
+    for disk_name in sorted(disk_names, key=dot_natural_key):
+        name, source = rename_source_key(disk_name, renamings, converters, model.base_model_prefix, state)
+        if name not in state and disk_name in state:
+            name, source = rename_source_key(disk_name, [], [], model.base_model_prefix, state)
+        names = (name,) if source is None else tuple(name.replace(targets[source][0], to) for to in targets[source])
+        loaded[disk_name] = LoadedName(names, converted=source is not None, rule=source)
+    return loaded
 
 
 def stacks_experts(rule: Any) -> bool:
@@ -53,7 +91,7 @@ def convert(
 ) -> torch.Tensor:
     """The parameter `name` of `model` from its tensors on disk, by the model's own conversion rules.
 
-    `loaded` is `bivlm.checkpoint.linears.loaded_names` of the checkpoint, whose order is that in which transformers
+    `loaded` is `loaded_names` of the checkpoint, whose order is that in which transformers
     collects tensors (expert by expert); ``read(disk_name)`` gives a tensor. Raises `InputError` if the tensors do not
     make the parameter in the shape that the model has.
     """

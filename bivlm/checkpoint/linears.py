@@ -6,7 +6,6 @@ by transformers' own conversion rules, the ones `from_pretrained` applies.
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,25 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bivlm.checkpoint.architectures import Family, families, family
-from bivlm.checkpoint.conversion import expert_names
+from bivlm.checkpoint.architectures import ARCHITECTURES, Architecture, architecture_of
+from bivlm.checkpoint.conversion import LoadedName, expert_names, loaded_names
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import CONFIG, QUANT_METHOD, Checkpoint
 from bivlm.checkpoint.remote_code import remote_code_allowed
 from bivlm.checkpoint.safetensors_file import DTYPES, TensorEntry, same_values
 from bivlm.errors import InputError
-from bivlm.methods import method
 from bivlm.packing.container import read_header
-from bivlm.untrusted import in_a_line, matching, short
+from bivlm.untrusted import in_a_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedModel
 
-    from bivlm.recipe.loading import Recipe
 
-_MAX_PATTERN = 500  # characters of an entry of ``keep``; names of layers are shorter
 _COUNT = re.compile(r"(layers?|depths?|blocks|(experts))$")  # what a config calls the number of some modules
 _FEW_LAYERS = 256  # made in a second or two, whatever the weights are
 _FEW_EXPERTS = 4096  # most are rows of one parameter and take no time
@@ -116,21 +112,6 @@ class Anatomy:
         return {linear.name: linear for linear in both}
 
 
-@dataclass(frozen=True)
-class LoadedName:
-    """Where a tensor on disk goes: `names` in the loaded model, and what becomes of it on the way.
-
-    Attributes:
-        names: in the loaded model; several where it is split.
-        converted: whether more than its name changes.
-        rule: the source pattern of the converter that does it, see `bivlm.checkpoint.conversion`; None without one.
-    """
-
-    names: tuple[str, ...]
-    converted: bool
-    rule: str | None = None
-
-
 def linears(checkpoint: Checkpoint) -> list[Linear]:
     """The linear layers that can be packed, in module order, `lm_head` included; see `anatomy`."""
     return anatomy(checkpoint).linears
@@ -204,45 +185,6 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     return Anatomy(found, left, tokens, head if head in {linear.name for linear in found} else None)
 
 
-def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Linear]]:
-    """(chosen, kept): the linears of the recipe's components less those that its `keep` names, and all others.
-
-    Raises `InputError` for a pattern that matches no linear, a component without linears, a tied head that nothing
-    keeps, an expert's matrix where the recipe has to run it as a layer, and a recipe that chooses nothing.
-    """
-    spared = set().union(*(_matched(pattern, linears) for pattern in recipe.keep))
-    for component in recipe.components:
-        if not any(linear.component == component for linear in linears):
-            raise InputError(
-                f"recipe {recipe.name}: components.{component}: the model has no linear layer in it; leave it out"
-            )
-    chosen = [linear for linear in linears if linear.component in recipe.components and linear.name not in spared]
-    for linear in chosen:
-        if linear.tied_to is not None:
-            raise InputError(
-                f"recipe {recipe.name}: {linear.name} shares its tensor with {linear.tied_to}, so that packing it "
-                f"would change that too; add {linear.name} to 'keep'"
-            )
-        if linear.stacked_in is not None and (reason := _not_for_experts(recipe, linear.component)):
-            raise InputError(
-                f"recipe {recipe.name}: {linear.name} is an expert's matrix, no layer of its own, and {reason}; add "
-                f"'re:.*\\.{linear.stacked_in.split('.')[-2]}\\..*' to 'keep'"
-            )
-    if not chosen:
-        raise InputError(f"recipe {recipe.name}: 'keep' leaves no linear layer to compress")
-    names = {linear.name for linear in chosen}  # of experts there are tens of thousands
-    return chosen, [linear for linear in linears if linear.name not in names]
-
-
-def _not_for_experts(recipe: Recipe, component: str) -> str | None:
-    """Why this recipe cannot pack an expert's matrix, if it cannot."""
-    settings = recipe.components[component]
-    if "inputs" in method(settings.method).needs(settings):
-        return f"{settings.method} looks at a layer's inputs"
-    stage = next((stage for stage in ("search", "finish") if getattr(recipe, stage) is not None), None)
-    return f"'{stage}' runs layers" if stage else None
-
-
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model without its weights, on the meta device.
 
@@ -267,34 +209,10 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     # package. Nothing of ours runs here, and nothing but the config decides.
     except Exception as error:
         model_type = checkpoint.config.get("model_type") or ""
-        if model_type not in families():
-            family(model_type)  # says which there are
+        if model_type not in ARCHITECTURES:
+            architecture_of(model_type)  # says which there are
         said = in_a_line(error)
         raise InputError(f"checkpoint {checkpoint.folder}: its config makes no image-text model: {said}") from error
-
-
-def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, LoadedName]:
-    """Where `from_pretrained` puts every tensor on disk, by name on disk.
-
-    Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`: all renamings, then at most one
-    converter, then the base model's prefix; the order of the names matters to some renamings.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    targets = {source: rule.target_patterns for rule in converters for source in rule.source_patterns}
-    state = model.state_dict()
-    loaded = {}
-    for disk_name in sorted(disk_names, key=dot_natural_key):
-        name, source = rename_source_key(disk_name, renamings, converters, model.base_model_prefix, state)
-        if name not in state and disk_name in state:
-            name, source = rename_source_key(disk_name, [], [], model.base_model_prefix, state)
-        names = (name,) if source is None else tuple(name.replace(targets[source][0], to) for to in targets[source])
-        loaded[disk_name] = LoadedName(names, converted=source is not None, rule=source)
-    return loaded
 
 
 def tied_tensors(
@@ -373,7 +291,7 @@ def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkp
 
 
 def _expert(
-    name: str, disk_name: str, parameter: str, model: PreTrainedModel, members: Family, checkpoint: Checkpoint
+    name: str, disk_name: str, parameter: str, model: PreTrainedModel, members: Architecture, checkpoint: Checkpoint
 ) -> Linear:
     """An expert's matrix, its columns checked; transformers checks the rows of all together."""
     header = read_header(checkpoint.read(disk_name), disk_name) if name in checkpoint.packed else None
@@ -392,7 +310,7 @@ def _left_alone(entry: TensorEntry, kind: str, component: str | None, copies: Ma
     return LeftAlone(entry.name, kind, entry.shape, entry.dtype, parameters, component)
 
 
-def _kind(model: PreTrainedModel, members: Family, goal: LoadedName) -> str:
+def _kind(model: PreTrainedModel, members: Architecture, goal: LoadedName) -> str:
     """What a tensor is, in words."""
     module_name, _, tensor_name = goal.names[0].rpartition(".")
     try:
@@ -408,26 +326,6 @@ def _kind(model: PreTrainedModel, members: Family, goal: LoadedName) -> str:
     if isinstance(module, nn.Linear) and tensor_name == "weight" and members.component(module_name) is None:
         return f"{kind}, outside vision, adaptor and language"
     return kind if tensor_name == "weight" else f"{kind}.{tensor_name}"
-
-
-def _matched(pattern: str, linears: list[Linear]) -> set[str]:
-    """Names of the linears that an entry of ``keep`` names; raises `InputError` if there is none."""
-    names = [linear.name for linear in linears]
-    if len(pattern) > _MAX_PATTERN:
-        raise InputError(f"recipe: keep: {short(pattern)}: expected at most {_MAX_PATTERN} characters")
-    if pattern.startswith("re:"):
-        found = matching(pattern.removeprefix("re:"), names, f"recipe: keep: {pattern!r}")
-    else:
-        found = {name for name in names if name == pattern}
-    if not found:
-        wanted = pattern.removeprefix("re:")
-        same_end = [name for name in names if name.rpartition(".")[2] == wanted.rpartition(".")[2]]
-        examples = (same_end or difflib.get_close_matches(wanted, names, n=3, cutoff=0))[:3]
-        raise InputError(
-            f"recipe: keep: {pattern!r} matches no linear layer of the model; names are as in the loaded model, "
-            f"for example {', '.join(examples)}"
-        )
-    return found
 
 
 def _check_counts(value: Any, most: int, place: str) -> None:

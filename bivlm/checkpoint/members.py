@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bivlm.checkpoint.architectures import MODULES_KEY, Family, Modules, families, family
+from bivlm.checkpoint.architectures import ARCHITECTURES, MODULES_KEY, Architecture, Modules, architecture_of
 from bivlm.errors import InputError
 from bivlm.untrusted import short
 
@@ -22,7 +22,7 @@ _EXAMPLE = f"""{MODULES_KEY}:
     language: [model.language_model, lm_head]"""
 
 
-def members_of(model: PreTrainedModel, modules: Modules | None = None) -> Family:
+def members_of(model: PreTrainedModel, modules: Modules | None = None) -> Architecture:
     """Its modules as `modules` say, else by the family of its type.
 
     Raises `InputError` for a name in `modules` that is no module of the model (with those that come near), and for an
@@ -30,14 +30,14 @@ def members_of(model: PreTrainedModel, modules: Modules | None = None) -> Family
     """
     if modules:
         _check_names(model, modules)
-        return Family.of_modules(modules)
-    if model.config.model_type not in families():
+        return Architecture.of_modules(modules)
+    if model.config.model_type not in ARCHITECTURES:
         raise InputError(unknown(model))
-    return family(model.config.model_type)
+    return architecture_of(model.config.model_type)
 
 
 def unknown(model: PreTrainedModel) -> str:
-    """What is said of an architecture without a file: its linear layers, with numbers as #, and how to name them."""
+    """What is said of an architecture that is not known: its linear layers, with numbers as #, and how to name them."""
     linears = Counter(
         (re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name), (module.out_features, module.in_features))
         for name, module in model.named_modules()
@@ -47,7 +47,7 @@ def unknown(model: PreTrainedModel) -> str:
     return "\n".join(
         [
             f"unknown architecture: model_type {short(model.config.model_type)}; "
-            f"known are {', '.join(sorted(families()))}.",
+            f"known are {', '.join(sorted(ARCHITECTURES))}.",
             "Name its modules in the recipe, for example",
             f"  {_EXAMPLE}",
             f"{type(model).__name__} has these linear layers (# stands for a number, shapes are outputs x inputs):",

@@ -27,8 +27,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bivlm.checkpoint.conversion import expert_names, stacks_experts
-from bivlm.checkpoint.linears import LoadedName, loaded_names, tied_tensors
+from bivlm.checkpoint.conversion import LoadedName, expert_names, loaded_names, stacks_experts
+from bivlm.checkpoint.linears import tied_tensors
 from bivlm.checkpoint.packed_modules import PackedEmbedding, PackedLinear
 from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD, Checkpoint, check_quantization
 from bivlm.checkpoint.safetensors_file import TensorEntry, read_entries

@@ -12,30 +12,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from bivlm.errors import InputError
 from bivlm.methods.base import CurvePoint
-
-Importance = Literal["energy", "curvature"]
-
-
-class BudgetSettings(BaseModel):
-    """What a recipe may say about bits across layers.
-
-    Attributes:
-        bits: stored bits a weight, over all linears that the recipe packs.
-        importance: what a layer's relative error is multiplied with. ``energy``: ``||W||^2``, so that the squared
-            error of all weights is made small. ``curvature``: how much the divergence from full precision rises,
-            ``mean(w^2) sum_ij F_ij`` with F the diagonal of its curvature (`bivlm.calibration.blocks.gradients`).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    bits: float = Field(gt=0, le=16, allow_inf_nan=False)
-    importance: Importance = "curvature"
 
 
 @dataclass(frozen=True)

@@ -9,58 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bivlm.checkpoint.linears import Anatomy, Linear
 from bivlm.checkpoint.safetensors_file import TensorEntry, tensor_rows
 from bivlm.compression.layer import LayerBits, LayerRecord
 from bivlm.errors import InputError
 from bivlm.packing import grouped, open_packed, unpack_rows
+from bivlm.recipe.embeddings import RecipeTables, TableSettings
 
 PIECE_WEIGHTS = 1 << 24  # read and rounded at a time
-
-
-class TableSettings(BaseModel):
-    """How one table is rounded: codes of `bits`, `group_size` neighbouring columns of a row on one grid."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    bits: Literal[4, 8]
-    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # 0: one group a row
-
-
-class RecipeTables(BaseModel):
-    """What a recipe may say about ``tables``; at least one of the two.
-
-    Attributes:
-        tokens: the embedding of tokens; with it a head that shares its tensor.
-        head: the layer that gives the logits, where it has a tensor of its own.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    tokens: TableSettings | None = None
-    head: TableSettings | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bits_alone(cls, value: Any) -> Any:
-        """``tables: 4`` is short for ``tables: {tokens: 4, head: 4}``, and ``tokens: 4`` for ``tokens: {bits: 4}``."""
-        if type(value) is int:
-            value = {"tokens": value, "head": value}
-        if isinstance(value, dict):
-            return {key: {"bits": each} if type(each) is int else each for key, each in value.items()}
-        return value
-
-    @model_validator(mode="after")
-    def _says_something(self) -> RecipeTables:
-        if self.tokens is None and self.head is None:
-            raise ValueError("expected 4, 8, or a mapping with tokens, head or both")
-        return self
 
 
 def chosen_tables(

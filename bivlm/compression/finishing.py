@@ -24,11 +24,12 @@ from torch import nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from bivlm.errors import InputError
-from bivlm.evaluation.divergence import Reply, StoredLogProbabilities, kl_by_token, read_reply
+from bivlm.evaluation.divergence import StoredLogProbabilities, kl_by_token
 from bivlm.numerics.logits import not_finite
 from bivlm.packing import open_packed
 from bivlm.recipe.finish import FinishSettings
 from bivlm.sources.chat_template import encode, render_dialogue
+from bivlm.sources.replies import Reply, read_reply
 from bivlm.sources.samples import Conversation
 
 Progress = Callable[[int, int], None]

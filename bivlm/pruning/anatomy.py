@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from bivlm.checkpoint.architectures import Family, Modules
+from bivlm.checkpoint.architectures import Architecture, Modules
 from bivlm.checkpoint.members import members_of
 from bivlm.errors import InputError
 
@@ -85,7 +85,7 @@ def _check_layer_types(model: PreTrainedModel) -> None:
         )
 
 
-def _layers(model: nn.Module, members: Family, component: str) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: nn.Module, members: Architecture, component: str) -> Iterator[tuple[str, nn.Module]]:
     """The entries of the outermost lists of modules in a component, by name."""
 
     def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

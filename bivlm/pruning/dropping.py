@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from bivlm.checkpoint.architectures import Modules, families
+from bivlm.checkpoint.architectures import ARCHITECTURES, Modules
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
 from bivlm.pruning.anatomy import anatomy
@@ -66,7 +66,7 @@ def pruned(model: PreTrainedModel, settings: PruningSettings, modules: Modules |
     not known, a layer out of range, and on reading a prompt for a share that leaves no token.
     """
     parts = anatomy(model, modules)
-    if settings.place in ("vision", "joint") and model.config.model_type not in families():
+    if settings.place in ("vision", "joint") and model.config.model_type not in ARCHITECTURES:
         raise InputError(
             f"pruning.place: found {settings.place!r}, expected 'input', 'language' or 'text': in which order the "
             f"vision encoder of {model.config.model_type} keeps its tokens is not known"

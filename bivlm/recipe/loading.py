@@ -19,12 +19,12 @@ from pydantic import (
 )
 
 from bivlm.checkpoint.architectures import Modules, parse_modules
-from bivlm.compression.budget import BudgetSettings
-from bivlm.compression.embeddings import RecipeTables
 from bivlm.errors import InputError
 from bivlm.methods import method
 from bivlm.methods.base import MethodSettings
-from bivlm.recipe.calibration import CalibrationSettings, TokenWeights
+from bivlm.recipe.budget import BudgetSettings
+from bivlm.recipe.calibration import HUB, CalibrationSettings, TokenWeights
+from bivlm.recipe.embeddings import RecipeTables
 from bivlm.recipe.finish import FinishSettings
 from bivlm.recipe.gate import GateSettings
 from bivlm.recipe.pruning import RecipePruning
@@ -151,6 +151,12 @@ class Recipe(BaseModel):
         if not isinstance(value, list | tuple):
             raise ValueError("expected a list of names")
         return tuple(value)
+
+    def data(self) -> list[str]:
+        """Return the folders, files and ids of the hub that calibration and evaluation read."""
+        drawn = self.calibration
+        sources = [(source or "").removeprefix(HUB) for source in (drawn.source, drawn.images, drawn.text_source)]
+        return sources + [task.partition(":")[2] for task in self.evaluation]
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as JSON-ready data with every default written out: what is hashed and stored.

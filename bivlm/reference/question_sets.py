@@ -61,7 +61,7 @@ class Question:
         return max(self.answers, key=self.answers.count)
 
 
-Family = Callable[[random.Random, Scene], list[Question]]
+Architecture = Callable[[random.Random, Scene], list[Question]]
 
 
 def _pair(
@@ -150,7 +150,7 @@ def _fact(rng: random.Random, attribute: str) -> tuple[str, str]:
     return creature.name, creature[attribute]
 
 
-def _recall_yes_no(attribute: str) -> Family:
+def _recall_yes_no(attribute: str) -> Architecture:
     def family(rng: random.Random, scene: Scene) -> list[Question]:
         name, value = _fact(rng, attribute)
         text = f"Does a {name} {_STATEMENT[attribute]} {{}}?"
@@ -217,7 +217,7 @@ def _choose_digit(rng: random.Random, scene: Scene) -> list[Question]:
     return _lettered(rng, "digit", _LOOK, f"What digit is on the {name}?", str(thing.digit), wrong)
 
 
-def _recall_choice(attribute: str) -> Family:
+def _recall_choice(attribute: str) -> Architecture:
     def family(rng: random.Random, scene: Scene) -> list[Question]:
         name, value = _fact(rng, attribute)
         wrong = rng.sample([v for v in VALUES[attribute] if v != value], len(LETTERS) - 1)
@@ -281,7 +281,7 @@ def _open_unanswerable(rng: random.Random, scene: Scene) -> list[Question]:
     return [Question(text + PHRASE, _ten_answers(rng, UNANSWERABLE, ("unsuitable image", "not there")), UNANSWERABLE)]
 
 
-FAMILIES: dict[str, tuple[Family, ...]] = {
+FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "perception": (_existence, _colour, _position, _count, _reading),
     "cognition": (_comparison, _parity, *(_recall_yes_no(a) for a in ("home", "trade"))),
     "choice": (_choose_colour, _choose_shape, _choose_digit, *(_recall_choice(a) for a in ATTRIBUTES)),

@@ -37,7 +37,7 @@ from bivlm.workspace.steps import (
     step_name,
     used_name,
 )
-from bivlm.workspace.stores import Entry, Store
+from bivlm.workspace.stores.base import Entry, Store
 
 RUNNING = "running"
 ALIVE_EVERY_SECONDS = 300

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from bivlm.workspace.stores import Store
+from bivlm.workspace.stores.base import Store
 
 
 @contextmanager

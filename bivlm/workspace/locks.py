@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bivlm.workspace.heartbeat import heartbeat
 from bivlm.workspace.steps import Workspace
-from bivlm.workspace.stores import Store
+from bivlm.workspace.stores.base import Store
 
 TURNS = "turns"
 ALIVE_EVERY_SECONDS = 10.0

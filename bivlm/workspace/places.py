@@ -9,13 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bivlm.errors import InputError
 from bivlm.workspace.stores.location import cache_folder, default_workspace
-
-if TYPE_CHECKING:
-    from bivlm.recipe.loading import Recipe
 
 
 @dataclass(frozen=True)
@@ -67,20 +63,15 @@ def refuse_overlaps(places: Sequence[Place]) -> None:
 
 
 def check_places(
-    places: Iterable[Place], models: Iterable[str], workspace: str | None, recipes: Iterable[Recipe] = ()
+    places: Iterable[Place], models: Iterable[str], workspace: str | None, data: Iterable[str] = ()
 ) -> None:
     """Raise `InputError` as `refuse_overlaps` for what a run writes, `places`, and everything else that it uses.
 
-    `models` are folders, ids of the hub or addresses in S3; `workspace` is None for the default one.
+    `models` and `data` are folders, ids of the hub or addresses in S3; `workspace` is None for the default one.
     """
     used = [base_place(model) for model in models if _is_there(model)]
     used += [_workspace_place(workspace or default_workspace()), *_surroundings()]
-    for recipe in recipes:
-        drawn = recipe.calibration
-        sources = (drawn.source, drawn.images, drawn.text_source)
-        data = [(source or "").removeprefix("hf:") for source in sources]
-        data += [task.partition(":")[2] for task in recipe.evaluation]
-        used += [Place("data", Path(name)) for name in data if _is_there(name)]
+    used += [Place("data", Path(name)) for name in data if _is_there(name)]
     refuse_overlaps([*places, *used])
 
 

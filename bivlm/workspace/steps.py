@@ -26,7 +26,8 @@ from bivlm.names import is_sha256
 from bivlm.untrusted import parse_object
 from bivlm.workspace.hashing import canonical_json, digest, file_digest
 from bivlm.workspace.scratch import scratch_folder
-from bivlm.workspace.stores import Entry, Store, open_store
+from bivlm.workspace.stores.base import Entry, Store
+from bivlm.workspace.stores.opening import open_store
 
 _SHA256 = r"^[0-9a-f]{64}$"
 OBJECTS, STEPS, USED, DOOMED = "objects", "steps", "used", "doomed"

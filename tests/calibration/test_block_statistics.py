@@ -21,9 +21,9 @@ from bivlm.calibration.blocks.model import BlockwiseModel
 from bivlm.calibration.blocks.run import image_tokens, run_unit
 from bivlm.calibration.blocks.sites import by_modality, uniform
 from bivlm.checkpoint.reading import Checkpoint
-from bivlm.evaluation.divergence import read_reply
 from bivlm.evaluation.generation import load_processor
 from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.sources.replies import read_reply
 from bivlm.sources.samples import Conversation
 
 CONVERSATIONS = [

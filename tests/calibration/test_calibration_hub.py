@@ -10,7 +10,8 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 
 from bivlm.calibration.frozen import freeze_samples, load_held_out, load_samples, open_calibration
-from bivlm.calibration.hub import open_pictures, open_texts
+from bivlm.calibration.sources import open_hub_pictures as open_pictures
+from bivlm.calibration.sources import open_hub_texts as open_texts
 from bivlm.errors import InputError
 from bivlm.recipe.calibration import CalibrationSettings
 

@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from bivlm.checkpoint.architectures import families
+from bivlm.checkpoint.architectures import ARCHITECTURES
 from bivlm.checkpoint.linears import anatomy
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
 from bivlm.reports.inspection import inspect
 
-KNOWN = sorted(families())
+KNOWN = sorted(ARCHITECTURES)
 OTHERS = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - set(KNOWN))
 
 

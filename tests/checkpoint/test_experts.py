@@ -7,12 +7,13 @@ from safetensors.torch import load_file, save_file
 from tiny_families import glm4v_moe, make_published, qwen3_vl_moe
 from transformers import AutoModelForImageTextToText
 
-from bivlm.checkpoint.linears import anatomy, linears, select
+from bivlm.checkpoint.linears import anatomy, linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.errors import InputError
 from bivlm.recipe.loading import parse_recipe
+from bivlm.recipe.selection import select
 from bivlm.reports.inspection import inspect
 
 EXPERTS = "model.language_model.layers.1.mlp.experts"

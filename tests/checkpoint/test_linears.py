@@ -9,10 +9,12 @@ from tiny_llava import make_tiny_llava
 from torch import nn
 from transformers import AutoModelForImageTextToText, MixtralConfig, MixtralForCausalLM
 
-from bivlm.checkpoint.linears import anatomy, linears, loaded_names, select
+from bivlm.checkpoint.conversion import loaded_names
+from bivlm.checkpoint.linears import anatomy, linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
 from bivlm.recipe.loading import parse_recipe
+from bivlm.recipe.selection import select
 
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 COMPONENTS = ("vision", "adaptor", "language")

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, VipLlavaConfig
 
 from bivlm.calibration.blocks.model import BlockwiseModel
-from bivlm.checkpoint.architectures import Family, parse_modules
-from bivlm.checkpoint.linears import linears, select
+from bivlm.checkpoint.architectures import Architecture, parse_modules
+from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 from bivlm.checkpoint.writing import write_packed_checkpoint
@@ -19,6 +19,7 @@ from bivlm.errors import InputError
 from bivlm.pruning.dropping import pruned
 from bivlm.recipe.loading import parse_recipe
 from bivlm.recipe.pruning import PruningSettings
+from bivlm.recipe.selection import select
 from bivlm.reports.inspection import inspect
 from flows.cli import main as cli
 
@@ -185,7 +186,7 @@ def test_a_name_that_matches_nothing_is_refused_with_those_that_come_near(strang
 
 
 def test_a_map_goes_before_what_a_family_says():
-    family = Family.of_modules(parse_modules({**MODULES, "adaptor": ["model.vision_tower.last"]}))
+    family = Architecture.of_modules(parse_modules({**MODULES, "adaptor": ["model.vision_tower.last"]}))
     assert family.component("model.vision_tower.last.linear") == "adaptor"
     assert family.component("model.multi_modal_projector") is None
 

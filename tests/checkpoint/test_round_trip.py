@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from bivlm.calibration.blocks.model import BlockwiseModel
 from bivlm.calibration.blocks.run import run_unit
 from bivlm.calibration.blocks.sites import uniform
-from bivlm.checkpoint.linears import linears, select
+from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 from bivlm.checkpoint.writing import write_packed_checkpoint
@@ -19,6 +19,7 @@ from bivlm.methods import method
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import unpack
 from bivlm.recipe.loading import parse_recipe
+from bivlm.recipe.selection import select
 from bivlm.reports.inspection import inspect
 
 METHODS = {

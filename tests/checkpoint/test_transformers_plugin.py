@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from bivlm.checkpoint.linears import linears, select
+from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.packed_modules import PackedLinear
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.transformers_plugin import BiVLMConfig
@@ -25,6 +25,7 @@ from bivlm.errors import InputError
 from bivlm.methods import method
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import container, unpack
+from bivlm.recipe.selection import select
 
 A_LAYER = "model.language_model.layers.1.mlp.up_proj"
 ITS_TENSOR = "language_model.model.layers.1.mlp.up_proj.weight"

@@ -10,12 +10,13 @@ import torch
 from raw_codec import pack_raw
 from safetensors.torch import load_file
 
-from bivlm.checkpoint.linears import linears, select
+from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.outputs import fresh_partial
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.errors import InputError
 from bivlm.packing import container
+from bivlm.recipe.selection import select
 
 SIDE_FILES = {
     "chat_template.jinja",

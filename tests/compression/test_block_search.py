@@ -26,10 +26,10 @@ from bivlm.compression.block_search import (
     relative_output_error,
     search_group,
 )
-from bivlm.evaluation.divergence import read_reply
 from bivlm.evaluation.generation import load_processor
 from bivlm.methods import method
 from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.sources.replies import read_reply
 from bivlm.sources.samples import Conversation
 
 CONVERSATIONS = [

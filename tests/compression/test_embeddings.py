@@ -16,10 +16,11 @@ from bivlm.checkpoint.safetensors_file import read_entries, tensor_rows
 from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.compression import embeddings as tables
-from bivlm.compression.embeddings import TableSettings, chosen_tables, pack_table
+from bivlm.compression.embeddings import chosen_tables, pack_table
 from bivlm.errors import InputError
 from bivlm.numerics.uniform_grid import round_to_nearest
 from bivlm.packing import grouped, unpack, unpack_rows
+from bivlm.recipe.embeddings import TableSettings
 from bivlm.recipe.loading import parse_recipe
 from bivlm.reports.bits import bits_of
 from bivlm.reports.inspection import inspect

@@ -8,13 +8,7 @@ from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.compression.finishing import finish
 from bivlm.errors import InputError
-from bivlm.evaluation.divergence import (
-    StoredLogProbabilities,
-    kl_by_token,
-    read_reply,
-    reference_logits,
-    reply_log_probabilities,
-)
+from bivlm.evaluation.divergence import StoredLogProbabilities, kl_by_token, reference_logits, reply_log_probabilities
 from bivlm.evaluation.generation import load_model
 from bivlm.methods import method
 from bivlm.numerics.input_statistics import SiteStatistics
@@ -23,6 +17,7 @@ from bivlm.packing import open_packed, unpack
 from bivlm.recipe.finish import FinishSettings
 from bivlm.recipe.loading import parse_recipe
 from bivlm.reference.question_sets import calibration_samples
+from bivlm.sources.replies import read_reply
 from bivlm.sources.samples import Conversation
 
 SETTINGS = FinishSettings(steps=30, batch=4, learning_rate=0.02)

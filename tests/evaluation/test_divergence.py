@@ -8,8 +8,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from bivlm.errors import InputError
-from bivlm.evaluation.divergence import MAX_POSITIONS, kl_divergence, read_reply, reference_logits
+from bivlm.evaluation.divergence import kl_divergence, reference_logits
 from bivlm.evaluation.generation import load_model
+from bivlm.sources.replies import MAX_POSITIONS, read_reply
 from bivlm.sources.samples import Conversation
 
 CONVERSATIONS = [

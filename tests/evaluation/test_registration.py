@@ -12,7 +12,7 @@ FILE = """
 from PIL import Image
 
 from bivlm.evaluation.benchmark import Benchmark
-from bivlm.samples import VqaSample
+from bivlm.sources.samples import VqaSample
 
 
 class Echo(Benchmark):

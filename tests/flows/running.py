@@ -14,9 +14,9 @@ from pathlib import Path
 SCRIPT = textwrap.dedent("""
     import signal, sys
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from flows.quiet import quieten
+    from flows.cli.quiet import quieten
     quieten()
-    from flows.cli import main
+    from flows.cli.main import main
     import flows.compress, mlflow.pyfunc, transformers.models.llava.modeling_llava
     print("ready", flush=True)
     sys.exit(main(sys.argv[1:]))

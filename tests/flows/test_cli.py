@@ -17,7 +17,7 @@ from tests.flows.running import Running
 def test_looking_at_a_checkpoint_loads_no_orchestrator(compressed):
     script = textwrap.dedent("""
         import sys
-        from flows.cli import main
+        from flows.cli.main import main
         assert main(["bits", sys.argv[1]]) == main(["inspect", "--model", sys.argv[1]]) == 0
         loaded = {"prefect", "mlflow", "boto3", "tasks"} & set(sys.modules)
         assert not loaded, loaded

@@ -74,7 +74,7 @@ def test_the_packages_and_processes_of_a_command_are_ours(folder):
         from multiprocessing import get_context
         from bivlm_command import put_own_packages_first
         put_own_packages_first()
-        import flows.runners, tasks.naming
+        import flows.runners, tasks.runtime.naming
         child = "import flows.cli.quiet, tasks, bivlm.addresses; print(flows.__file__)"
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             files = [flows.__file__, tasks.__file__, pool.submit(flows.runners.parse_runner, "threads").result().name]
@@ -187,8 +187,8 @@ TERMINALS = [
 ODD = "a ± b – 猫 \udcff"
 TABLE = f"""
 from rich.table import Table
-from flows.commands import print_json
-from flows.stacking import show
+from flows.cli.commands import print_json
+from flows.cli.stacking import show
 table = Table("name", "figure", title={ODD!a})
 table.add_row({ODD!a}, "12.345")
 show(table)

@@ -64,10 +64,10 @@ def test_an_orphaned_server_neither_stops_the_next_run_nor_stays(new_compression
 
 
 SERVED = """
-from flows.quiet import quieten
+from flows.cli.quiet import quieten
 quieten()
 from prefect import flow, task
-from flows.local import temporary_server
+from flows.cli.local_server import temporary_server
 
 @task
 def one():

@@ -101,7 +101,7 @@ DEVICE = Device("cuda", "any GPU", "0")
 
 HOLDER = """
 import os, signal, sys
-from tasks.device import Device, gpu_slot
+from tasks.runtime.device import Device, gpu_slot
 with gpu_slot(Device("cuda", "any GPU", "0")):
     print("held", flush=True)
     sys.stdin.read()

@@ -11,7 +11,7 @@ KILLED_AFTER = 5
 # Runs the flow and kills its own process group, as a lost machine would, when the sixth layer is to be packed.
 SCRIPT = textwrap.dedent("""
     import itertools, os, signal, sys
-    from flows.quiet import quieten
+    from flows.cli.quiet import quieten
     quieten()
     from tasks import binarization
     from flows.compress import compress_flow

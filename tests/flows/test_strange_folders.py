@@ -6,12 +6,13 @@ import shutil
 import pytest
 from strange_inputs import Tally, strange_folder, strange_recipe
 
-from bivlm.checkpoint.linears import anatomy, select
+from bivlm.checkpoint.linears import anatomy
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.writing import check_output
 from bivlm.compression.embeddings import chosen_tables
 from bivlm.evaluation.generation import load_processor
 from bivlm.recipe.loading import load_recipe, parse_recipe, shipped_recipes
+from bivlm.recipe.selection import select
 from bivlm.reports.bits import bits_of
 from bivlm.reports.inspection import inspect
 from bivlm.reports.lineage import read_lineage, verify

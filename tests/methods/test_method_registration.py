@@ -20,7 +20,7 @@ from pydantic import Field
 
 from bivlm.methods.base import Method, MethodSettings, Quantized
 from bivlm.packing import grouped
-from bivlm.uniform import round_to_nearest
+from bivlm.numerics.uniform_grid import round_to_nearest
 
 
 class CoarseSettings(MethodSettings):

@@ -5,10 +5,11 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bivlm.checkpoint.linears import linears, select
+from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.errors import InputError
+from bivlm.recipe.selection import select
 from bivlm.reports.bits import bits_of
 
 

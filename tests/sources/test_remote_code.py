@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
 from bivlm.calibration.blocks.model import _frame
-from bivlm.checkpoint.architectures import families
-from bivlm.checkpoint.linears import linears, select
+from bivlm.checkpoint.architectures import ARCHITECTURES
+from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.remote_code import VARIABLE, remote_code_allowed, trust, trusted
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.errors import InputError
 from bivlm.evaluation.generation import load_model, load_processor
+from bivlm.recipe.selection import select
 from bivlm.sources.models import resolve_model
 from flows.cli import main as cli
 
@@ -106,7 +107,7 @@ def marks(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv(VARIABLE, "")  # put back at the end, whatever is named until then
-    monkeypatch.setitem(families(), "marked_llava", families()["llava"])
+    monkeypatch.setitem(ARCHITECTURES, "marked_llava", ARCHITECTURES["llava"])
     yield lambda: sorted(path.name for path in place.iterdir())
     for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
         del sys.modules[name]

@@ -12,7 +12,7 @@ import pytest
 PARENT = """
 import multiprocessing, os, sys, time
 import torch
-from tasks.workers import begin
+from tasks.runtime.workers import begin
 
 def work(lifeline, ready, threads):
     begin(lifeline, threads)

@@ -99,7 +99,7 @@ def recipe(tmp_path):
 
 
 def check(tmp_path, recipe, output="out", workspace="workspace", model="model"):
-    check_places([output_place(tmp_path / output)], [str(tmp_path / model)], str(tmp_path / workspace), [recipe])
+    check_places([output_place(tmp_path / output)], [str(tmp_path / model)], str(tmp_path / workspace), recipe.data())
 
 
 REFUSED = {
@@ -144,7 +144,7 @@ def test_what_lies_in_one_another_without_harm_is_allowed(tmp_path, recipe, case
     if case == "the workspace above the model":
         with pytest.raises(InputError, match="overlaps the workspace"):  # the output would lie in it, too
             check(tmp_path, recipe, **USUAL[case])
-        check_places([], [str(tmp_path / "model")], str(tmp_path), [recipe])
+        check_places([], [str(tmp_path / "model")], str(tmp_path), recipe.data())
     else:
         check(tmp_path, recipe, **USUAL[case])
 

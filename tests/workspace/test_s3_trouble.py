@@ -7,7 +7,7 @@ import pytest
 
 from bivlm.errors import InputError, describe
 from bivlm.sources.s3_models import list_models, list_prefix
-from bivlm.workspace.stores import open_store
+from bivlm.workspace.stores.opening import open_store
 from bivlm.workspace.stores.s3 import S3Refusal, S3Store, s3_client
 from tasks.runtime.policy import is_passing
 

@@ -234,7 +234,7 @@ def test_the_folder_of_a_step_that_works_for_days_stays(tmp_path):
 def test_the_folder_of_a_killed_step_goes_after_a_day(tmp_path):
     script = """
 import os, signal, sys
-from bivlm.scratch import scratch_folder
+from bivlm.workspace.scratch import scratch_folder
 from pathlib import Path
 with scratch_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_bytes(b"half")
@@ -288,7 +288,7 @@ def test_a_writer_killed_in_the_middle_leaves_no_object(tmp_path):
     script = textwrap.dedent("""
         import sys, time
         from pathlib import Path
-        from bivlm.stores.folder import write_atomically
+        from bivlm.workspace.stores.folder import write_atomically
         def write(file):
             file.write(b"half"), file.flush()
             print("writing", flush=True)
@@ -315,7 +315,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 def test_the_peak_of_memory_counts_from_its_reset():
     """In a process of its own: other tests' threads and caches move this one's memory."""
     code = """
-from bivlm.memory import peak_bytes, reset_peak
+from bivlm.workspace.memory import peak_bytes, reset_peak
 block = bytearray(256 << 20)
 block[::4096] = b"x" * len(block[::4096])
 high = peak_bytes()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from bivlm.checkpoint.safetensors_file import TensorEntry, read_entries, read_tensor
 from bivlm.errors import InputError
-from bivlm.evaluation.divergence import Reply
+from bivlm.sources.replies import Reply
 
 _REPLY, _OUTPUT, _ABSENT = "reply", "output", "absent"
 

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from bivlm.calibration.blocks.units import Unit, find_units, predecessors
-from bivlm.checkpoint.architectures import MODULES_KEY, Family
-from bivlm.checkpoint.conversion import convert
-from bivlm.checkpoint.linears import linears, loaded_names, tied_tensors
+from bivlm.checkpoint.architectures import MODULES_KEY, Architecture
+from bivlm.checkpoint.conversion import convert, loaded_names
+from bivlm.checkpoint.linears import linears, tied_tensors
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.remote_code import remote_code_allowed
@@ -191,7 +191,7 @@ class BlockwiseModel:
         # Each tensor on disk is read for its own parameter; where two are tied, they are equal.
         return tied_tensors(self._model, sources, lambda *_: False)[1]
 
-    def _refuse_outsiders(self, members: Family) -> None:
+    def _refuse_outsiders(self, members: Architecture) -> None:
         """Linear layers of no component would compute with what passes through gates: if the model runs one, it ends.
 
         A family has none; `modules` of a recipe may have forgotten some.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bivlm.checkpoint.architectures import Family
+from bivlm.checkpoint.architectures import Architecture
 
 _ORDER = ("vision", "adaptor", "language")
 
@@ -27,7 +27,7 @@ class Unit:
     linears: tuple[str, ...]
 
 
-def find_units(model: nn.Module, members: Family, linears: Collection[str]) -> list[Unit]:
+def find_units(model: nn.Module, members: Architecture, linears: Collection[str]) -> list[Unit]:
     """The units of `model` in the order in which they run: vision, adaptor, language, each in module order.
 
     A block is an entry of the outermost `torch.nn.ModuleList` of the vision or language model that holds any linear

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bivlm.errors import InputError
-from bivlm.workspace.stores import Entry, Store
+from bivlm.workspace.stores.base import Entry, Store
 
 
 class FolderStore(Store):

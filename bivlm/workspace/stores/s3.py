@@ -23,7 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from bivlm.addresses import without_credentials
 from bivlm.errors import InputError, describe
 from bivlm.names import check_address
-from bivlm.workspace.stores import Entry, Store
+from bivlm.workspace.stores.base import Entry, Store
 from bivlm.workspace.stores.folder import temporary_beside
 from bivlm.workspace.stores.location import cache_folder
 

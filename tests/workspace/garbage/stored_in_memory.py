@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bivlm.workspace.stores import Entry, Store
+from bivlm.workspace.stores.base import Entry, Store
 
 
 class MemoryStore(Store):

@@ -274,10 +274,10 @@ def test_broken_off_at_any_moment_it_leaves_no_record_without_its_objects(new_pl
 # and is killed. Prints how many steps were left after each.
 KILLED = textwrap.dedent("""
     import itertools, os, random, signal, sys
-    from bivlm.collection import collect, look
-    from bivlm.retention import Needed, collectable
-    from bivlm.stores.folder import FolderStore
-    from bivlm.workspace import Workspace
+    from bivlm.workspace.garbage import collect, look
+    from bivlm.workspace.roots import Needed, collectable
+    from bivlm.workspace.stores.folder import FolderStore
+    from bivlm.workspace.steps import Workspace
 
     place, needed, kills = Workspace.open(sys.argv[1]), Needed(frozenset(sys.argv[2].split(","))), int(sys.argv[3])
     delete = FolderStore.delete

@@ -12,7 +12,7 @@ from stored_in_memory import MemoryStore
 from bivlm.workspace import locks as turns
 from bivlm.workspace.locks import one_machine_at_a_time, turn
 from bivlm.workspace.steps import Workspace
-from bivlm.workspace.stores import open_store
+from bivlm.workspace.stores.opening import open_store
 
 WHAT = "ab" * 32
 
