@@ -22,7 +22,7 @@ from tasks.layers import Layer, in_chunks
 from tasks.runtime.device import Device
 from tasks.runtime.policy import halves, is_out_of_memory
 from tasks.runtime.progress import advance, expect
-from tasks.runtime.steps import Done, check_that_workers_share, open_workspace
+from tasks.runtime.steps import StepResult, check_that_workers_share, open_workspace
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class PackedLayers:
     """
 
     layers: list[Layer]
-    shards: dict[str, Done]
-    between: list[Done]
-    tables: dict[str, Done] = field(default_factory=dict)
+    shards: dict[str, StepResult]
+    between: list[StepResult]
+    tables: dict[str, StepResult] = field(default_factory=dict)
 
 
 def pack_all(
@@ -53,7 +53,7 @@ def pack_all(
     measured = side_by_side(saliency.measure_layers, to_measure, workspace, publish, workers)
     layers = [replace(layer, statistics=measured[layer.name]) for layer in layers]
     try:
-        between: list[Done] = []
+        between: list[StepResult] = []
         by_curvature = _by_curvature(budget)
         squares = by_curvature or any("gradients" in layer.needs for layer in layers)
         walk = Walk(calibration, squares, publish, workers) if calibration is not None else None
@@ -87,7 +87,7 @@ def _by_curvature(budget: BudgetSettings | None) -> bool:
 
 
 def finish_all(
-    done: PackedLayers, base: Base, samples: Done, settings: FinishSettings, device: Device, workspace: str
+    done: PackedLayers, base: Base, samples: StepResult, settings: FinishSettings, device: Device, workspace: str
 ) -> PackedLayers:
     """The same layers with shards that were tuned together."""
     shards, between = finishing.finish_layers(base, done.layers, done.shards, samples, settings, device, workspace)
@@ -106,7 +106,7 @@ class Walk:
         self._calibration, self._squares, self._publish, self._workers = calibration, squares, publish, workers
         self._blocks, self._head = block_inputs.blocks_of(calibration)
         self._layers: dict[str, Layer] = {}
-        self._gradients: Done | None = None
+        self._gradients: StepResult | None = None
 
     def curvature(self) -> dict[str, float]:
         """By linear layer how much the divergence rises with the squared error of its weights."""
@@ -117,7 +117,7 @@ class Walk:
         names = {layer.name for layer in layers}
         units = self._up_to(names)
         expect(block_inputs.STAGE, len(units))
-        whole: dict[str, Done] = {}
+        whole: dict[str, StepResult] = {}
         for unit in units:
             whole[unit.name] = self._run(unit, whole)
             advance(block_inputs.STAGE)
@@ -141,7 +141,7 @@ class Walk:
                 before |= dict.fromkeys((unit.name for unit in group), done)
         return [replace(layer, settings=chosen[layer.name]) for layer in layers]
 
-    def pack(self, layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, Done]]:
+    def pack(self, layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, StepResult]]:
         """Observe the blocks and pack their layers, as the settings say; the layers with their inputs."""
         self._layers = {layer.name: layer for layer in layers}
         observed = {layer.name for layer in layers if "inputs" in layer.needs}
@@ -156,17 +156,17 @@ class Walk:
     def _up_to(self, linears: set[str]) -> list[Unit]:
         return block_inputs.up_to([*self._blocks, *([self._head] if self._head else [])], linears)
 
-    def _beforehand(self, units: list[Unit]) -> dict[str, Done]:
+    def _beforehand(self, units: list[Unit]) -> dict[str, StepResult]:
         """Every block on what the full-precision blocks before it give; then all layers side by side."""
-        done: dict[str, Done] = {}
+        done: dict[str, StepResult] = {}
         for unit in units:
             done[unit.name] = self._observe(unit, done)
         return self._pack(list(self._layers.values()))
 
-    def _in_turn(self, units: list[Unit]) -> dict[str, Done]:
+    def _in_turn(self, units: list[Unit]) -> dict[str, StepResult]:
         """Every block on what the packed blocks before it give: observed, packed, and run once more as it is stored."""
-        done: dict[str, Done] = {}
-        shards: dict[str, Done] = {}
+        done: dict[str, StepResult] = {}
+        shards: dict[str, StepResult] = {}
         for unit in units:
             self._observe(unit, done)
             packed = self._pack([self._layers[name] for name in unit.linears if name in self._layers])
@@ -174,7 +174,7 @@ class Walk:
             done[unit.name] = self._run(unit, done, packed=packed)
         return shards | self._pack([layer for name, layer in self._layers.items() if name not in shards])
 
-    def _observe(self, unit: Unit, before: dict[str, Done]) -> Done:
+    def _observe(self, unit: Unit, before: dict[str, StepResult]) -> StepResult:
         """The statistics of a unit's sites; its layers get to know them."""
         done = self._run(unit, before, observe=True, gradients=self._gradients)
         self._publish()
@@ -185,22 +185,22 @@ class Walk:
                 self._layers[name] = replace(self._layers[name], block=done, gradients=gradients)
         return done
 
-    def _measure_gradients(self) -> Done:
+    def _measure_gradients(self) -> StepResult:
         """They run back from the answer, so that all blocks have to be there first."""
         if self._gradients is None:
-            done: dict[str, Done] = {}
+            done: dict[str, StepResult] = {}
             for unit in self._blocks:
                 done[unit.name] = self._run(unit, done)
             self._gradients = block_inputs.measure_gradients(self._calibration, done, self._squares)
             self.steps.append(self._gradients)
         return self._gradients
 
-    def _run(self, unit: Unit, before: dict[str, Done], **further: Any) -> Done:
+    def _run(self, unit: Unit, before: dict[str, StepResult], **further: Any) -> StepResult:
         done = block_inputs.run_block(self._calibration, unit, before, **further)
         self.steps.append(done)
         return done
 
-    def _pack(self, layers: list[Layer]) -> dict[str, Done]:
+    def _pack(self, layers: list[Layer]) -> dict[str, StepResult]:
         if not layers:
             return {}
         workspace = self._calibration.workspace
@@ -208,21 +208,21 @@ class Walk:
 
 
 def side_by_side(
-    stage: Task[..., dict[str, Done]],
+    stage: Task[..., dict[str, StepResult]],
     layers: Sequence[Layer],
     workspace: str,
     publish: Callable[[], None],
     workers: Workers,
-) -> dict[str, Done]:
+) -> dict[str, StepResult]:
     """Run a stage over all layers, chunks side by side.
 
     A chunk that ran out of memory, or whose worker was killed, is done again in halves, one at a time, down to single
     layers.
     """
-    done: dict[str, Done] = {}
+    done: dict[str, StepResult] = {}
     too_large: list[Any] = []
 
-    def take(steps: dict[str, Done]) -> None:
+    def take(steps: dict[str, StepResult]) -> None:
         done.update(steps)
         if workers.elsewhere:
             check_that_workers_share(open_workspace(workspace), steps.values())

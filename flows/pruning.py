@@ -35,7 +35,7 @@ from tasks.pruning import ALL, Subject
 from tasks.runtime.device import Device, choose_device
 from tasks.runtime.naming import model_name
 from tasks.runtime.progress import shown_by
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 from tasks.tracking.sweeps import log_sweep
 
 
@@ -135,7 +135,7 @@ def models_let_go() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """What came of a sweep.
 
     Attributes:
@@ -166,12 +166,12 @@ def sweep_all(
     device: Device,
     workspace: str,
     publish: Callable[[], None],
-) -> Swept:
+) -> SweepResult:
     """Every cell of every model: one model after the other, and of each a task a place, score and layer."""
     cells, adaptive = settings.cells(), settings.adaptive_cells()
-    swept = Swept([], [], {}, [])
+    swept = SweepResult([], [], {}, [])
 
-    def prune(subject: Subject, some: list[PruningSettings]) -> list[dict[str, Done]]:
+    def prune(subject: Subject, some: list[PruningSettings]) -> list[dict[str, StepResult]]:
         found = pruning.prune_cells(subject, some, benchmarks, limit, device, workspace)
         publish()
         return found
@@ -180,13 +180,13 @@ def sweep_all(
         for subject in subjects:
             pruning.check_cells(subject, [*cells, *adaptive])
         for subject in subjects:
-            plain: dict[str, Done] = {}
+            plain: dict[str, StepResult] = {}
             for name in benchmarks:
                 plain[name] = evaluation.evaluate_checkpoint(
                     subject.folder, subject.sha256, name, limit, device, workspace
                 )
                 publish()
-            found: list[Mapping[str, Done]] = []
+            found: list[Mapping[str, StepResult]] = []
             for _, chunk in groupby(cells, key=lambda cell: (cell.place, cell.score, cell.layer)):
                 found += prune(subject, list(chunk))
             swept.rows.extend(pruning.rows_of(subject, cells, found, plain, workspace))
@@ -202,7 +202,7 @@ def sweep_all(
     return swept
 
 
-def _baseline(plain: Mapping[str, Done]) -> dict[str, float]:
+def _baseline(plain: Mapping[str, StepResult]) -> dict[str, float]:
     """Accuracy by benchmark, and that over the questions of all of them."""
     figures = {name: done.record.figures for name, done in plain.items()}
     found = {name: each["metrics"]["accuracy"] for name, each in figures.items()}
@@ -210,7 +210,7 @@ def _baseline(plain: Mapping[str, Done]) -> dict[str, float]:
     return found | ({ALL: accuracy(scores)} if len(found) > 1 else {})
 
 
-def _at_chance(plain: Mapping[str, Done], limit: int | None, model: str) -> list[dict[str, Any]]:
+def _at_chance(plain: Mapping[str, StepResult], limit: int | None, model: str) -> list[dict[str, Any]]:
     """Records of the benchmarks on which a model is not above chance before anything is pruned."""
     levels = {name: load_benchmark(name, limit).chance() for name in plain}
     found = at_chance({name: done.record.figures for name, done in plain.items()}, levels, model)

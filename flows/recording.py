@@ -19,11 +19,11 @@ from tasks.report import (
     with_at_chance,
     write_records,
 )
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 
 if TYPE_CHECKING:
     from flows.layers import PackedLayers
-    from flows.pruning import Swept
+    from flows.pruning import SweepResult
     from flows.request import Request
     from flows.results import Results
 
@@ -32,12 +32,12 @@ def record(
     request: Request,
     tracked: tracking.Tracking,
     done: PackedLayers,
-    samples: Done,
+    samples: StepResult,
     packed: checkpoint.PackedCheckpoint,
     report: dict[str, Any],
     results: Results | None,
-    measured: dict[str, Done],
-    swept: Swept | None,
+    measured: dict[str, StepResult],
+    swept: SweepResult | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the records, the page and the sweep's files beside the checkpoint, and everything into MLflow.
 

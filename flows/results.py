@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from bivlm.evaluation.chance import AtChance, at_chance
 from bivlm.recipe.calibration import held_out_samples
 from bivlm.recipe.pruning import PruningSettings
-from flows.pruning import Swept, sweep_all
+from flows.pruning import SweepResult, sweep_all
 from tasks import checkpoint, evaluation, pruning
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 
 if TYPE_CHECKING:
     from flows.request import Request
@@ -25,15 +25,15 @@ class Results:
     on.
     """
 
-    full_precision: dict[str, Done]
-    packed: dict[str, Done]
+    full_precision: dict[str, StepResult]
+    packed: dict[str, StepResult]
     loss: dict[str, dict[str, Any]]
-    logits: Done
-    divergence: Done
+    logits: StepResult
+    divergence: StepResult
     chance: dict[str, float | None]
     measured_on: str
 
-    def by_name(self) -> dict[str, Done]:
+    def by_name(self) -> dict[str, StepResult]:
         """Every step by what it measured, for the lineage record."""
         return {
             **{f"full precision, {benchmark}": done for benchmark, done in self.full_precision.items()},
@@ -49,7 +49,7 @@ class Results:
         """
         keys = ("n", "metrics", "ci95", "intervals")
 
-        def short(evaluations: dict[str, Done]) -> dict[str, Any]:
+        def short(evaluations: dict[str, StepResult]) -> dict[str, Any]:
             return {
                 benchmark: {key: value for key, value in done.record.figures.items() if key in keys}
                 | {"reused": done.reused}
@@ -73,7 +73,7 @@ class Results:
 
 
 def evaluate_both(
-    request: Request, packed: checkpoint.PackedCheckpoint, samples: Done, publish: Callable[[], None]
+    request: Request, packed: checkpoint.PackedCheckpoint, samples: StepResult, publish: Callable[[], None]
 ) -> Results:
     """Full precision first (once per base model, whatever the recipe), then the packed checkpoint as it is stored.
 
@@ -83,7 +83,7 @@ def evaluate_both(
 
     pruning = request.recipe.pruning.setting if request.recipe.pruning else None
 
-    def ask(folder: str, sha256: str, pruning: PruningSettings | None = None) -> dict[str, Done]:
+    def ask(folder: str, sha256: str, pruning: PruningSettings | None = None) -> dict[str, StepResult]:
         done = {}
         for name in request.benchmarks:
             done[name] = evaluation.evaluate_checkpoint(
@@ -109,7 +109,7 @@ def evaluate_both(
     return Results(full_precision, asked, loss, logits, divergence, chance, measured_on)
 
 
-def sweep_both(request: Request, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]) -> Swept:
+def sweep_both(request: Request, packed: checkpoint.PackedCheckpoint, publish: Callable[[], None]) -> SweepResult:
     """Ask both models in every cell of the recipe's sweep."""
     base, sweep = request.base, request.recipe.pruning.sweep
     subjects = [

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prefect.task_runners import TaskRunner
 
     from tasks.layers import Layer
-    from tasks.runtime.steps import Done
+    from tasks.runtime.steps import StepResult
 
 RUNNERS = ("threads", "processes", "dask", "ray")
 # Each worker holds one layer; more of them than cores would only add memory.
@@ -119,8 +119,8 @@ class Workers:
         self._pool = pool
 
     def carry_out(
-        self, stage: Task[..., dict[str, Done]], chunks: Sequence[list[Layer]], workspace: str
-    ) -> Iterator[tuple[list[Layer], dict[str, Done] | BaseException]]:
+        self, stage: Task[..., dict[str, StepResult]], chunks: Sequence[list[Layer]], workspace: str
+    ) -> Iterator[tuple[list[Layer], dict[str, StepResult] | BaseException]]:
         """Each chunk with its steps by layer, or with what went wrong: `WorkerLost` if its worker is gone."""
         from prefect import unmapped
 
@@ -142,8 +142,8 @@ class _Processes(Workers, AbstractContextManager):
         self._threads = runner.threads
 
     def carry_out(
-        self, stage: Task[..., dict[str, Done]], chunks: Sequence[list[Layer]], workspace: str
-    ) -> Iterator[tuple[list[Layer], dict[str, Done] | BaseException]]:
+        self, stage: Task[..., dict[str, StepResult]], chunks: Sequence[list[Layer]], workspace: str
+    ) -> Iterator[tuple[list[Layer], dict[str, StepResult] | BaseException]]:
         from tasks.runtime.policy import WorkerLost
 
         waiting = list(chunks)
@@ -187,7 +187,7 @@ class _Processes(Workers, AbstractContextManager):
         self._end()
 
 
-def _result(future: Any, chunk: Sequence[Layer]) -> dict[str, Done] | BaseException:
+def _result(future: Any, chunk: Sequence[Layer]) -> dict[str, StepResult] | BaseException:
     from tasks.runtime.policy import WorkerLost
 
     try:

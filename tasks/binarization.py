@@ -18,14 +18,14 @@ from bivlm.workspace.steps import Reference, Workspace
 from tasks import grouping
 from tasks.layers import Layer, do_layers, open_base
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Done, open_workspace
+from tasks.runtime.steps import StepResult, open_workspace
 
 STAGE = "pack"
 FILE = "weight.packed"
 
 
 @task(name="pack", task_run_name="pack-{chunk[0].name}", **OVER_NETWORK)
-def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
+def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
     """The packed weights of a chunk of layers whose plans, and input statistics if they need any, are done.
 
     One weight is in memory at a time.

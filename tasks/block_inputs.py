@@ -37,7 +37,7 @@ from tasks.checkpoint import Base
 from tasks.runtime.device import Device, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, do_step, open_workspace
+from tasks.runtime.steps import StepResult, do_step, open_workspace
 
 STAGE = "block inputs"
 SAMPLES_STAGE = "model inputs"
@@ -53,7 +53,7 @@ class Calibration:
 
     base: Base
     settings: CalibrationSettings
-    samples: Done
+    samples: StepResult
     device: Device
     workspace: str
 
@@ -75,7 +75,7 @@ class Calibration:
 
 @task(name="model-inputs", **OVER_NETWORK)
 def encode_samples(
-    base: Base, settings: CalibrationSettings, frozen: Done, device: Device, workspace: str
+    base: Base, settings: CalibrationSettings, frozen: StepResult, device: Device, workspace: str
 ) -> Calibration:
     """Pictures and conversations as the model takes them in, one set of tensors a sample."""
     store = open_workspace(workspace)
@@ -112,12 +112,12 @@ def up_to(units: Sequence[Unit], linears: Collection[str]) -> list[Unit]:
 def run_block(
     calibration: Calibration,
     unit: Unit,
-    before: dict[str, Done],
+    before: dict[str, StepResult],
     *,
     observe: bool = False,
-    gradients: Done | None = None,
-    packed: dict[str, Done] | None = None,
-) -> Done:
+    gradients: StepResult | None = None,
+    packed: dict[str, StepResult] | None = None,
+) -> StepResult:
     """One unit on all samples, given the steps of those `before` it by name.
 
     With `observe` also the input statistics: ``figures["sites"]`` has the file and the token counts of every site,
@@ -167,7 +167,7 @@ def run_block(
 
 
 @task(name="token-gradients", **OVER_NETWORK)
-def measure_gradients(calibration: Calibration, blocks: dict[str, Done], squares: bool) -> Done:
+def measure_gradients(calibration: Calibration, blocks: dict[str, StepResult], squares: bool) -> StepResult:
     """How much every token matters at every site, from the steps of all blocks; see
     `bivlm.calibration.blocks.gradients`.
 

@@ -37,7 +37,7 @@ from tasks.layers import Layer
 from tasks.runtime.device import gpu_slot
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, do_step, open_workspace
+from tasks.runtime.steps import StepResult, do_step, open_workspace
 
 STAGE = SEARCH_STAGE
 GROUPS_STAGE = "joint blocks"
@@ -55,8 +55,8 @@ def with_widest_tail(layers: Sequence[Layer], settings: SearchSettings) -> list[
 
 @task(name="joint-blocks", **OVER_NETWORK)
 def form_groups(
-    calibration: Calibration, units: list[Unit], whole: dict[str, Done], settings: SearchSettings
-) -> tuple[list[list[Unit]], Done]:
+    calibration: Calibration, units: list[Unit], whole: dict[str, StepResult], settings: SearchSettings
+) -> tuple[list[list[Unit]], StepResult]:
     """The units in groups that are searched together, and the step that says so.
 
     `whole` are the steps that ran every unit in full precision, by name. ``figures["entropy"]`` is by unit, in nats.
@@ -84,9 +84,9 @@ def search_blocks(
     calibration: Calibration,
     units: list[Unit],
     layers: list[Layer],
-    before: dict[str, Done],
+    before: dict[str, StepResult],
     settings: SearchSettings,
-) -> Done:
+) -> StepResult:
     """The settings of `layers`, which are those of a group of units and have statistics, by the group's output.
 
     `before` are the steps whose outputs the group goes on from, by unit. ``figures["settings"]`` has the
@@ -175,7 +175,7 @@ def _file(unit: str) -> str:
     return f"{unit}.safetensors"
 
 
-def _outputs(steps: Mapping[str, Done], unit: Unit) -> Reference:
+def _outputs(steps: Mapping[str, StepResult], unit: Unit) -> Reference:
     """What a unit gave: a block's own step has one file, a group's has one a unit."""
     outputs = steps[unit.name].record.outputs
     return outputs.get(_file(unit.name)) or outputs[block_inputs.OUTPUT_FILE]

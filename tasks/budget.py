@@ -19,7 +19,7 @@ from bivlm.workspace.hashing import canonical_json, step_identity
 from tasks import saliency
 from tasks.layers import Layer, do_layers
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Done, do_step, open_workspace
+from tasks.runtime.steps import StepResult, do_step, open_workspace
 
 STAGE = "choices"
 FILE = "points.json"
@@ -27,7 +27,7 @@ VERSION = 1
 
 
 @task(name="choices", task_run_name="choices-{chunk[0].name}", **OVER_NETWORK)
-def measure_choices(chunk: list[Layer], workspace: str) -> dict[str, Done]:
+def measure_choices(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
     """What each layer of a chunk could be given, as a file of points, without quantizing it."""
     store = open_workspace(workspace)
 
@@ -47,11 +47,11 @@ def measure_choices(chunk: list[Layer], workspace: str) -> dict[str, Done]:
 @task(name="allocate", **OVER_NETWORK)
 def allocate_bits(
     layers: Sequence[Layer],
-    choices: Mapping[str, Done],
+    choices: Mapping[str, StepResult],
     budget: BudgetSettings,
     curvature: Mapping[str, float] | None,
     workspace: str,
-) -> tuple[list[Layer], Done]:
+) -> tuple[list[Layer], StepResult]:
     """The layers with the settings that they were given, and the step that says so.
 
     `curvature` is, by layer, the sum of the diagonal of the divergence's curvature in its weights, for a budget that

@@ -12,14 +12,14 @@ from bivlm.recipe.calibration import CalibrationSettings
 from bivlm.workspace.hashing import digest, step_identity
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, finish, open_workspace
+from tasks.runtime.steps import StepResult, finish, open_workspace
 
 STAGE = "calibration"
 VERSION = 2  # raised when held-out samples joined
 
 
 @task(name="calibration", **OVER_NETWORK)
-def freeze_calibration(settings: dict[str, Any], workspace: str) -> Done:
+def freeze_calibration(settings: dict[str, Any], workspace: str) -> StepResult:
     """The samples that the settings ask for, as workspace files; `figures["sha256"]` is the hash over all of them.
 
     They are drawn anew each time, because a folder of pictures or a data set may have changed since: a second or two,
@@ -36,7 +36,7 @@ def freeze_calibration(settings: dict[str, Any], workspace: str) -> Done:
     identity = step_identity(STAGE, VERSION, {"samples": frozen.sha256}, chosen.selection(), exact=True)
     record = store.step(digest(identity))
     if record is not None:
-        done = Done(record, reused=True)
+        done = StepResult(record, reused=True)
     else:
         figures = {
             "sha256": frozen.sha256,

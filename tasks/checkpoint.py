@@ -23,7 +23,7 @@ from bivlm.workspace.places import output_folder
 from tasks import binarization
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, finish, open_workspace
+from tasks.runtime.steps import StepResult, finish, open_workspace
 
 STAGE = "checkpoint"
 VERSION = 1
@@ -82,14 +82,14 @@ class PackedCheckpoint:
     folder: str
     sha256: str
     files: dict[str, str]  # sha256 by name
-    step: Done
+    step: StepResult
 
 
 @task(name="checkpoint", **OVER_NETWORK)
 def write_checkpoint(
     base: Base,
     chosen: Sequence[Linear],
-    shards: dict[str, Done],
+    shards: dict[str, StepResult],
     quantization_config: dict[str, Any],
     output: str,
     workspace: str,
@@ -117,7 +117,7 @@ def write_checkpoint(
         files = _digests_at(folder, base)
         if digest_of_files(files) == record.figures["sha256"]:
             advance(STAGE)
-            return PackedCheckpoint(str(folder), record.figures["sha256"], files, Done(record, reused=True))
+            return PackedCheckpoint(str(folder), record.figures["sha256"], files, StepResult(record, reused=True))
     started = time.perf_counter()
     packed = {name: store.fetch(reference) for name, reference in references.items()}
     write_packed_checkpoint(base.open(), packed, chosen, waiting, quantization_config)

@@ -16,7 +16,7 @@ from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.workspace.hashing import step_identity
 from tasks.layers import Layer, do_layers, open_base
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 
 STAGE = "error curve"
 P_MAX = (0.01, 0.02, 0.05, 0.10)
@@ -43,7 +43,7 @@ def varied_layers(layers: Sequence[Layer]) -> list[Layer]:
 
 
 @task(name="error-curve", task_run_name="error-curve-{chunk[0].name}", **OVER_NETWORK)
-def measure_curves(chunk: list[Layer], workspace: str) -> dict[str, Done]:
+def measure_curves(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
     """``figures["error_by_p_max"]`` of a chunk of `varied_layers`: the plan's error at each of `P_MAX`.
 
     The statistics are measured again with the largest share, because those of the recipe keep fewer of the large

@@ -12,14 +12,14 @@ from prefect import task
 from bivlm.checkpoint.linears import Linear
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.compression.embeddings import chosen_tables, pack_table
-from bivlm.recipe.embeddings import TableSettings
+from bivlm.recipe.embeddings import EmbeddingSettings
 from bivlm.recipe.loading import Recipe
 from bivlm.workspace.hashing import step_identity
 from tasks.binarization import FILE
 from tasks.checkpoint import Base
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, do_step, open_workspace
+from tasks.runtime.steps import StepResult, do_step, open_workspace
 
 STAGE = "tables"
 VERSION = 1
@@ -32,7 +32,7 @@ class Table:
     folder: str
     linear: Linear
     weight_sha256: str
-    settings: TableSettings
+    settings: EmbeddingSettings
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ def tables_of(base: Base, recipe: Recipe, compressed: Sequence[Linear]) -> list[
 
 
 @task(name="tables", task_run_name="tables-{table.name}", **OVER_NETWORK)
-def pack_one(table: Table, workspace: str) -> Done:
+def pack_one(table: Table, workspace: str) -> StepResult:
     """The packed table; a few rows of it are in memory at a time."""
     settings = table.settings.model_dump(mode="json")
     identity = step_identity(STAGE, VERSION, {"weight": table.weight_sha256}, settings, exact=True)

@@ -30,7 +30,7 @@ from bivlm.workspace.steps import Workspace
 from tasks.runtime.device import Device, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, do_step, open_workspace
+from tasks.runtime.steps import StepResult, do_step, open_workspace
 
 STAGE = "evaluation"
 LOGITS_STAGE = "reference logits"
@@ -56,7 +56,7 @@ def evaluate_checkpoint(
     device: Device,
     workspace: str,
     pruning: PruningSettings | None = None,
-) -> Done:
+) -> StepResult:
     """One checkpoint on one benchmark: figures as `Evaluation.record`, the outcomes as a parquet file.
 
     With `pruning` it drops tokens.
@@ -96,7 +96,9 @@ def evaluate_checkpoint(
 
 
 @task(name="paired-losses", **OVER_NETWORK)
-def paired_losses(before: dict[str, Done], after: dict[str, Done], workspace: str) -> dict[str, dict[str, Any]]:
+def paired_losses(
+    before: dict[str, StepResult], after: dict[str, StepResult], workspace: str
+) -> dict[str, dict[str, Any]]:
     """What the second model lost against the first on every benchmark, question by question: `Loss` as a dict."""
     store = open_workspace(workspace)
     return {name: asdict(loss_between(_outcomes(before[name], store), _outcomes(after[name], store))) for name in after}
@@ -104,7 +106,7 @@ def paired_losses(before: dict[str, Done], after: dict[str, Done], workspace: st
 
 @task(name="largest-losses", **OVER_NETWORK)
 def largest_losses(
-    before: dict[str, Done], after: dict[str, Done], confidence: float, workspace: str
+    before: dict[str, StepResult], after: dict[str, StepResult], confidence: float, workspace: str
 ) -> dict[str, LargestLoss]:
     """What the second model may have lost against the first on every benchmark, at most, with this confidence."""
     store = open_workspace(workspace)
@@ -114,7 +116,9 @@ def largest_losses(
 
 
 @task(name="reference-logits", **OVER_NETWORK)
-def compute_reference_logits(folder: str, sha256: str, calibration: Done, device: Device, workspace: str) -> Done:
+def compute_reference_logits(
+    folder: str, sha256: str, calibration: StepResult, device: Device, workspace: str
+) -> StepResult:
     """What the full-precision model says at the assistant's tokens of the held-out samples."""
     store = open_workspace(workspace)
     identity = step_identity(
@@ -140,12 +144,12 @@ def compute_reference_logits(folder: str, sha256: str, calibration: Done, device
 def measure_divergence(
     folder: str,
     sha256: str,
-    calibration: Done,
-    logits: Done,
+    calibration: StepResult,
+    logits: StepResult,
     device: Device,
     workspace: str,
     pruning: PruningSettings | None = None,
-) -> Done:
+) -> StepResult:
     """`figures["kl"]`: mean KL divergence (nats a token) of the packed model from full precision.
 
     It is measured on the held-out samples, which neither calibration nor tuning has seen; with `pruning` the packed
@@ -179,7 +183,7 @@ def forget_models() -> None:
         _held.clear()
 
 
-def _outcomes(done: Done, store: Workspace) -> pd.DataFrame:
+def _outcomes(done: StepResult, store: Workspace) -> pd.DataFrame:
     return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
 
 
@@ -190,7 +194,7 @@ def _if_pruned(pruning: PruningSettings | None) -> dict[str, Any]:
 
 @contextmanager
 def _asked(
-    folder: str, sha256: str, calibration: Done, device: Device, store: Workspace
+    folder: str, sha256: str, calibration: StepResult, device: Device, store: Workspace
 ) -> Iterator[tuple[PreTrainedModel, ProcessorMixin, list[Conversation]]]:
     """Model, processor and the held-out samples."""
     with store.scratch() as samples:

@@ -24,7 +24,7 @@ from tasks.layers import Layer
 from tasks.runtime.device import Device, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, do_step, open_workspace
+from tasks.runtime.steps import StepResult, do_step, open_workspace
 
 STAGE = "finish"
 LOGITS_STAGE = "calibration logits"
@@ -37,12 +37,12 @@ LOGITS_FILE = "logits.safetensors"
 def finish_layers(
     base: Base,
     layers: Sequence[Layer],
-    shards: dict[str, Done],
-    samples: Done,
+    shards: dict[str, StepResult],
+    samples: StepResult,
     settings: FinishSettings,
     device: Device,
     workspace: str,
-) -> tuple[dict[str, Done], list[Done]]:
+) -> tuple[dict[str, StepResult], list[StepResult]]:
     """The new shard of every layer by name, and the steps in between, for the lineage record."""
     store = open_workspace(workspace)
     frozen = samples.record.figures["sha256"]
@@ -92,7 +92,7 @@ def finish_layers(
     return {layer.name: _measured(layer, shards[layer.name], tuned, store) for layer in layers}, [known, tuned]
 
 
-def _write_logits(base: Base, samples: Done, device: Device, store: Workspace, file: Path) -> dict[str, Any]:
+def _write_logits(base: Base, samples: StepResult, device: Device, store: Workspace, file: Path) -> dict[str, Any]:
     """What the full-precision model says to the calibration samples."""
     with gpu_slot(device), store.scratch() as folder:
         model, processor = load_model(base.model.folder, device.place)
@@ -100,7 +100,7 @@ def _write_logits(base: Base, samples: Done, device: Device, store: Workspace, f
     return {}
 
 
-def _measured(layer: Layer, shard: Done, tuned: Done, store: Workspace) -> Done:
+def _measured(layer: Layer, shard: StepResult, tuned: StepResult, store: Workspace) -> StepResult:
     """The tuned shard of one layer as a step like that of its packing, its errors measured again."""
     reference = tuned.record.outputs[layer.name]
     inputs = {"weight": layer.weight_sha256, "tuned": reference.sha256}

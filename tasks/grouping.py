@@ -13,14 +13,14 @@ from bivlm.workspace.steps import Reference
 from tasks import saliency
 from tasks.layers import Layer, do_layers
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Done, open_workspace
+from tasks.runtime.steps import StepResult, open_workspace
 
 STAGE = "plan"
 FILE = "plan.json"
 
 
 @task(name="plan", task_run_name="plan-{chunk[0].name}", **OVER_NETWORK)
-def plan_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
+def plan_layers(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
     """The plans of a chunk of layers whose statistics are done; steps by layer name."""
     store = open_workspace(workspace)
 

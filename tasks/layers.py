@@ -18,7 +18,7 @@ from bivlm.packing.neighbours import neighbours_up_to
 from bivlm.recipe.loading import Recipe
 from bivlm.workspace.steps import Reference
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, do_step, open_workspace
+from tasks.runtime.steps import StepResult, do_step, open_workspace
 
 # About ten seconds of the slowest stage on two cores. Smaller chunks would pay more for scheduling than they gain.
 CHUNK_WEIGHTS = 1 << 28
@@ -48,10 +48,10 @@ class Layer:
     shape: tuple[int, int]
     weight_sha256: str
     settings: dict[str, Any]
-    statistics: Done | None = None
-    plan: Done | None = None
-    block: Done | None = None
-    gradients: Done | None = None
+    statistics: StepResult | None = None
+    plan: StepResult | None = None
+    block: StepResult | None = None
+    gradients: StepResult | None = None
 
     @property
     def weights(self) -> int:
@@ -130,7 +130,7 @@ def do_layers(
     workspace: str,
     identity: Callable[[Layer], dict[str, Any]],
     work: Callable[[Layer, Path], dict[str, Any]],
-) -> dict[str, Done]:
+) -> dict[str, StepResult]:
     """One step a layer, one after the other; steps by layer name.
 
     ``identity(layer)`` is the step's identity, ``work(layer, folder)`` what `do_step` runs if it is not done yet.

@@ -13,7 +13,7 @@ from bivlm.workspace.hashing import digest
 from tasks.checkpoint import Base, PackedCheckpoint
 from tasks.embeddings import Table
 from tasks.layers import Layer
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 
 # What differs between two runs that did the same thing, where a workspace may have been moved in between.
 _CIRCUMSTANCES = {
@@ -31,13 +31,13 @@ def make_lineage(
     base: Base,
     recipe: Recipe,
     layers: Sequence[Layer],
-    shards: dict[str, Done],
+    shards: dict[str, StepResult],
     tables: Sequence[Table],
-    packed_tables: dict[str, Done],
-    calibration: Done,
-    between: Sequence[Done],
+    packed_tables: dict[str, StepResult],
+    calibration: StepResult,
+    between: Sequence[StepResult],
     packed: PackedCheckpoint,
-    evaluations: dict[str, Done],
+    evaluations: dict[str, StepResult],
     tracking: dict[str, str],
     trigger: str,
     workspace: str,

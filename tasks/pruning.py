@@ -32,7 +32,7 @@ from tasks.runtime.device import Device
 from tasks.runtime.naming import slug
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import Done, do_step, open_workspace
+from tasks.runtime.steps import StepResult, do_step, open_workspace
 
 STAGE = "pruning"
 VERSION = 1
@@ -75,7 +75,7 @@ def prune_cells(
     limit: int | None,
     device: Device,
     workspace: str,
-) -> list[dict[str, Done]]:
+) -> list[dict[str, StepResult]]:
     """The outcome of every cell, by benchmark: figures as of an evaluation and ``kept``, the shares of tokens kept.
 
     A cell that leaves a prompt no image token has ``refused``, the reason, instead.
@@ -86,7 +86,7 @@ def prune_cells(
 
 def _prune(
     subject: Subject, cell: PruningSettings, benchmark: str, limit: int | None, device: Device, store: Workspace
-) -> Done:
+) -> StepResult:
     questions = load_benchmark(benchmark, limit)
     identity = step_identity(
         STAGE,
@@ -123,8 +123,8 @@ def _if_named(subject: Subject) -> dict[str, Any]:
 def rows_of(
     subject: Subject,
     cells: Sequence[PruningSettings],
-    found: Sequence[Mapping[str, Done]],
-    plain: Mapping[str, Done],
+    found: Sequence[Mapping[str, StepResult]],
+    plain: Mapping[str, StepResult],
     workspace: str,
 ) -> list[dict[str, Any]]:
     """The rows of `bivlm.reports.pruning_tables.as_table`: a row a cell and benchmark, and one for all benchmarks
@@ -153,11 +153,11 @@ def rows_of(
     return rows
 
 
-def _refused(done: Done) -> bool:
+def _refused(done: StepResult) -> bool:
     return "refused" in done.record.figures
 
 
-def _outcomes(store: Workspace, done: Done) -> pd.DataFrame:
+def _outcomes(store: Workspace, done: StepResult) -> pd.DataFrame:
     return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
 
 
@@ -177,7 +177,7 @@ def _figures(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
     return {"accuracy": accuracy(after["score"]), "low": low, "high": high, **renamed}
 
 
-def kept_on_average(found: Mapping[str, Done]) -> float | None:
+def kept_on_average(found: Mapping[str, StepResult]) -> float | None:
     """The share of the image tokens that a cell kept, over the questions of all its benchmarks; None if refused."""
     if any(_refused(done) for done in found.values()):
         return None
@@ -189,9 +189,9 @@ def kept_on_average(found: Mapping[str, Done]) -> float | None:
 def adaptive_row(
     subject: Subject,
     cell: PruningSettings,
-    plain: Mapping[str, Done],
-    adaptive: Mapping[str, Done],
-    fixed: Mapping[str, Done],
+    plain: Mapping[str, StepResult],
+    adaptive: Mapping[str, StepResult],
+    fixed: Mapping[str, StepResult],
     workspace: str,
 ) -> dict[str, Any]:
     """What keeping a mass of attention loses, what a fixed share of as many tokens loses, and the one over the other.
@@ -235,7 +235,7 @@ def files_of_sweep(
     return texts
 
 
-def loss_of(plain: Mapping[str, Done], found: Mapping[str, Done], workspace: str) -> Loss | None:
+def loss_of(plain: Mapping[str, StepResult], found: Mapping[str, StepResult], workspace: str) -> Loss | None:
     """What one cell loses over all its benchmarks together; None for a cell that was refused."""
     if any(_refused(done) for done in found.values()):
         return None

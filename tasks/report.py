@@ -24,7 +24,7 @@ from bivlm.workspace.stores.folder import write_atomically
 from tasks.checkpoint import Base
 from tasks.embeddings import Table
 from tasks.layers import Layer
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 
 FORMAT = 3
 OTHERS = 8  # compressions that one picture compares with: the labels of more would leave it no room
@@ -39,9 +39,9 @@ def make_report(
     base: Base,
     recipe: Recipe,
     layers: Sequence[Layer],
-    shards: dict[str, Done],
+    shards: dict[str, StepResult],
     tables: Sequence[Table],
-    packed_tables: dict[str, Done],
+    packed_tables: dict[str, StepResult],
     folder: str,
     *,
     seconds: float,
@@ -173,7 +173,7 @@ def full_precision_bits(base: Base) -> dict[str, float]:
 
 
 def layers_for_figures(
-    report: dict[str, Any], layers: Sequence[Layer], curves: dict[str, Done]
+    report: dict[str, Any], layers: Sequence[Layer], curves: dict[str, StepResult]
 ) -> list[dict[str, Any]]:
     """The report's layers with what only pictures need: mean, std, histogram, and error by p_max where it is known."""
     described = {layer["name"]: layer for layer in report["layers"]}
@@ -225,7 +225,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _table(table: Table, shard: Done) -> dict[str, Any]:
+def _table(table: Table, shard: StepResult) -> dict[str, Any]:
     return {
         "name": table.name,
         "shape": list(table.linear.shape),
@@ -236,7 +236,7 @@ def _table(table: Table, shard: Done) -> dict[str, Any]:
     }
 
 
-def _layer(layer: Layer, shard: Done) -> dict[str, Any]:
+def _layer(layer: Layer, shard: StepResult) -> dict[str, Any]:
     statistics, plan = layer.statistics.record, layer.plan.record
     return {
         "name": layer.name,

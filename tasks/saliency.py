@@ -12,14 +12,14 @@ from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.workspace.hashing import step_identity
 from tasks.layers import Layer, do_layers, open_base
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 
 STAGE = "statistics"
 FILE = "statistics.safetensors"
 
 
 @task(name="statistics", task_run_name="statistics-{chunk[0].name}", **OVER_NETWORK)
-def measure_layers(chunk: list[Layer], workspace: str) -> dict[str, Done]:
+def measure_layers(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
     """The statistics of a chunk of layers, one weight in memory at a time; steps by layer name."""
     checkpoint = open_base(chunk)
 

@@ -18,14 +18,14 @@ from bivlm.checkpoint.safetensors_file import TensorEntry, tensor_rows
 from bivlm.compression.layer import LayerBits, LayerRecord
 from bivlm.errors import InputError
 from bivlm.packing import grouped, open_packed, unpack_rows
-from bivlm.recipe.embeddings import RecipeTables, TableSettings
+from bivlm.recipe.embeddings import EmbeddingSettings, RecipeEmbeddings
 
 PIECE_WEIGHTS = 1 << 24  # read and rounded at a time
 
 
 def chosen_tables(
-    parts: Anatomy, settings: RecipeTables | None, compressed: Iterable[Linear]
-) -> list[tuple[Linear, TableSettings]]:
+    parts: Anatomy, settings: RecipeEmbeddings | None, compressed: Iterable[Linear]
+) -> list[tuple[Linear, EmbeddingSettings]]:
     """The tables that a recipe packs, and how; a tied pair is one, under the name of the embedding.
 
     Raises `InputError` for a table that the model does not have, for settings of the head that are not the embedding's
@@ -53,7 +53,7 @@ def chosen_tables(
     return found
 
 
-def pack_table(entry: TensorEntry, settings: TableSettings, file: Path, sha256: str | None = None) -> LayerRecord:
+def pack_table(entry: TensorEntry, settings: EmbeddingSettings, file: Path, sha256: str | None = None) -> LayerRecord:
     """Write the packed table to `file`; the record is measured on what its bytes rebuild.
 
     Beside a piece of the table no more than the packed bytes is in memory. Raises `InputError` naming the tensor for

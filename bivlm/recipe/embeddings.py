@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from bivlm.packing import grouped
 
 
-class TableSettings(BaseModel):
+class EmbeddingSettings(BaseModel):
     """How one table is rounded: codes of `bits`, `group_size` neighbouring columns of a row on one grid."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -18,7 +18,7 @@ class TableSettings(BaseModel):
     group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # 0: one group a row
 
 
-class RecipeTables(BaseModel):
+class RecipeEmbeddings(BaseModel):
     """What a recipe may say about ``tables``; at least one of the two.
 
     Attributes:
@@ -28,8 +28,8 @@ class RecipeTables(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    tokens: TableSettings | None = None
-    head: TableSettings | None = None
+    tokens: EmbeddingSettings | None = None
+    head: EmbeddingSettings | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -42,7 +42,7 @@ class RecipeTables(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _says_something(self) -> RecipeTables:
+    def _says_something(self) -> RecipeEmbeddings:
         if self.tokens is None and self.head is None:
             raise ValueError("expected 4, 8, or a mapping with tokens, head or both")
         return self

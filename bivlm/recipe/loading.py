@@ -24,7 +24,7 @@ from bivlm.methods import method
 from bivlm.methods.base import MethodSettings
 from bivlm.recipe.budget import BudgetSettings
 from bivlm.recipe.calibration import HUB, CalibrationSettings, TokenWeights
-from bivlm.recipe.embeddings import RecipeTables
+from bivlm.recipe.embeddings import RecipeEmbeddings
 from bivlm.recipe.finish import FinishSettings
 from bivlm.recipe.gate import GateSettings
 from bivlm.recipe.pruning import RecipePruning
@@ -77,7 +77,7 @@ class Recipe(BaseModel):
     )
     keep: tuple[str, ...] = ("lm_head",)
     modules: Modules | None = None
-    tables: RecipeTables | None = None
+    tables: RecipeEmbeddings | None = None
     calibration: CalibrationSettings = CalibrationSettings()
     budget: BudgetSettings | None = None
     search: SearchSettings | None = None

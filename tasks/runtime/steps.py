@@ -17,7 +17,7 @@ from bivlm.workspace.steps import Reference, StepRecord, Workspace
 
 
 @dataclass(frozen=True)
-class Done:
+class StepResult:
     """A finished step: its record, and whether it had been done before. A few kilobytes; it travels."""
 
     record: StepRecord
@@ -43,7 +43,7 @@ def open_workspace(url: str) -> Workspace:
     return Workspace.open(url)
 
 
-def check_that_workers_share(workspace: Workspace, steps: Iterable[Done]) -> None:
+def check_that_workers_share(workspace: Workspace, steps: Iterable[StepResult]) -> None:
     """Raise `InputError` if what a worker says it has made is not in the workspace as this process sees it."""
     for done in steps:
         for name, reference in done.record.outputs.items():
@@ -54,7 +54,7 @@ def check_that_workers_share(workspace: Workspace, steps: Iterable[Done]) -> Non
                 )
 
 
-def do_step(workspace: Workspace, identity: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> Done:
+def do_step(workspace: Workspace, identity: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> StepResult:
     """The step of this identity (`step_identity`), from the workspace or by running ``work(folder)``.
 
     `work` writes what it makes as files in the folder, whose relative paths become the names of the outputs, and
@@ -62,7 +62,7 @@ def do_step(workspace: Workspace, identity: dict[str, Any], work: Callable[[Path
     """
     record = workspace.step(digest(identity))
     if record is not None:
-        return Done(record, reused=True)
+        return StepResult(record, reused=True)
     started = time.perf_counter()
     with workspace.scratch() as folder:
         figures = work(folder)
@@ -76,7 +76,7 @@ def finish(
     outputs: dict[str, Reference],
     figures: dict[str, Any],
     seconds: float,
-) -> Done:
+) -> StepResult:
     """Write down that a step is done, whose outputs are stored.
 
     Another worker may have finished it meanwhile: its record stands, so that all who use the step name the same one.
@@ -84,6 +84,6 @@ def finish(
     record = StepRecord(identity=identity, outputs=outputs, figures=figures, seconds=seconds, environment=software())
     earlier = workspace.step(record.key)
     if earlier is not None and earlier.says_the_same_as(record):
-        return Done(earlier, reused=False)
+        return StepResult(earlier, reused=False)
     workspace.finish_step(record)
-    return Done(record, reused=False)
+    return StepResult(record, reused=False)

@@ -16,7 +16,7 @@ from bivlm.reports.lineage import read_lineage
 from bivlm.workspace.hashing import digest, file_digest
 from tasks.runtime.naming import slug
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 from tasks.tracking.run import BASE_TAG, NOTE_TAG, ROLE_TAG, Tracking
 
 BENCHMARKS_TAG = "bivlm.benchmarks"
@@ -25,14 +25,14 @@ DOCUMENTS_TAG = "bivlm.documents"
 RUNS_READ = 1000
 
 
-def benchmarks_digest(evaluations: dict[str, Done]) -> str:
+def benchmarks_digest(evaluations: dict[str, StepResult]) -> str:
     """Equal for two runs that asked the same questions."""
     return digest({task: done.record.figures["benchmark_sha256"] for task, done in evaluations.items()})
 
 
 @task(name="other-compressions", **OVER_NETWORK)
 def other_points(
-    tracking: Tracking, base_sha256: str, evaluations: dict[str, Done], samples: Done
+    tracking: Tracking, base_sha256: str, evaluations: dict[str, StepResult], samples: StepResult
 ) -> list[dict[str, Any]]:
     """Stored bits, accuracy and KL of other finished compressions of this base model that answered the same questions.
 

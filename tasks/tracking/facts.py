@@ -10,7 +10,7 @@ from bivlm.evaluation.gate import Decision
 from bivlm.recipe.loading import Recipe
 from bivlm.reports.lineage import Lineage, stage_hashes
 from tasks.runtime.naming import slug
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 from tasks.tracking.documents import SAMPLES_TAG
 from tasks.tracking.record import CHANCE_TAG, LONGEST, PACKED_TAG, chance_in_words
 from tasks.tracking.run import Tracking
@@ -34,7 +34,7 @@ KL_SAMPLES_TAG = "bivlm.kl.samples"  # what the KL was measured on, in words
 def facts_of(
     tracking: Tracking,
     lineage: Lineage,
-    calibration: Done,
+    calibration: StepResult,
     report: dict[str, Any],
     base_model_id: str,
 ) -> dict[str, str]:

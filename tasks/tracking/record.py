@@ -19,7 +19,7 @@ from bivlm.evaluation.chance import AtChance
 from bivlm.workspace.hashing import digest
 from tasks.runtime.naming import slug
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Done, open_workspace
+from tasks.runtime.steps import StepResult, open_workspace
 from tasks.tracking.documents import BENCHMARKS_TAG, SAMPLES_TAG, benchmarks_digest
 from tasks.tracking.run import REQUEST_TAG, ROLE_TAG, Tracking, find_run
 
@@ -50,13 +50,13 @@ class LoggedData:
         )
 
 
-def benchmark_data(evaluation: Done) -> LoggedData:
+def benchmark_data(evaluation: StepResult) -> LoggedData:
     """The data set of an evaluation."""
     figures = evaluation.record.figures
     return LoggedData(slug(figures["task"]), figures["benchmark_sha256"][:32], figures["task"], figures["n"])
 
 
-def calibration_data(calibration: Done) -> LoggedData:
+def calibration_data(calibration: StepResult) -> LoggedData:
     """The calibration samples as a data set."""
     figures = calibration.record.figures
     return LoggedData(
@@ -66,7 +66,7 @@ def calibration_data(calibration: Done) -> LoggedData:
 
 @task(name="log-compression", **OVER_NETWORK)
 def log_compression(
-    tracking: Tracking, report: dict[str, Any], packed_sha256: str, calibration: Done, model_id: str
+    tracking: Tracking, report: dict[str, Any], packed_sha256: str, calibration: StepResult, model_id: str
 ) -> None:
     """Bits, layers, recipe and calibration set on the parent run; metrics belong to the logged model, too."""
     client, run = tracking.client, tracking.client.get_run(tracking.run_id)
@@ -96,7 +96,9 @@ def log_compression(
 
 
 @task(name="log-evaluation", **OVER_NETWORK)
-def log_evaluation(tracking: Tracking, role: str, sha256: str, evaluation: Done, model_id: str, workspace: str) -> None:
+def log_evaluation(
+    tracking: Tracking, role: str, sha256: str, evaluation: StepResult, model_id: str, workspace: str
+) -> None:
     """A child run for one model on one benchmark, its metrics linked to model and data set."""
     client, figures, data = tracking.client, evaluation.record.figures, benchmark_data(evaluation)
     subject = digest({"checkpoint": sha256, "step": evaluation.key})
@@ -127,10 +129,10 @@ def log_evaluation(tracking: Tracking, role: str, sha256: str, evaluation: Done,
 @task(name="log-comparison", **OVER_NETWORK)
 def log_comparison(
     tracking: Tracking,
-    full_precision: dict[str, Done],
-    packed: dict[str, Done],
-    divergence: Done,
-    calibration: Done,
+    full_precision: dict[str, StepResult],
+    packed: dict[str, StepResult],
+    divergence: StepResult,
+    calibration: StepResult,
     model_id: str,
     at_chance: Sequence[AtChance],
 ) -> None:

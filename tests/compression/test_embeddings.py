@@ -20,7 +20,7 @@ from bivlm.compression.embeddings import chosen_tables, pack_table
 from bivlm.errors import InputError
 from bivlm.numerics.uniform_grid import round_to_nearest
 from bivlm.packing import grouped, unpack, unpack_rows
-from bivlm.recipe.embeddings import TableSettings
+from bivlm.recipe.embeddings import EmbeddingSettings
 from bivlm.recipe.loading import parse_recipe
 from bivlm.reports.bits import bits_of
 from bivlm.reports.inspection import inspect
@@ -66,7 +66,7 @@ def test_a_table_in_pieces_has_the_bytes_of_the_whole(tiny_llava, tmp_path, monk
     entry = checkpoint.entries[anatomy(checkpoint).tokens.disk_name]
     weight = checkpoint.read(entry.name)
     for bits, group_size in ((4, 16), (8, 0), (4, 7)):
-        record = pack_table(entry, TableSettings(bits=bits, group_size=group_size), tmp_path / "table")
+        record = pack_table(entry, EmbeddingSettings(bits=bits, group_size=group_size), tmp_path / "table")
         whole = grouped.pack(round_to_nearest(weight, bits, group_size), weight.dtype)
         assert torch.equal(torch.from_numpy(np.fromfile(tmp_path / "table", np.uint8)), whole)
         lost = (weight.double() - unpack(whole).double()).square().sum() / weight.double().square().sum()
@@ -168,13 +168,13 @@ class TestWhatIsRefused:
         entry = checkpoint.entries[anatomy(checkpoint).tokens.disk_name]
         overwrite(entry, value)
         with pytest.raises(InputError, match=rf"{entry.name}: has NaN or infinite weights"):
-            pack_table(entry, TableSettings(bits=4), tmp_path / "table")
+            pack_table(entry, EmbeddingSettings(bits=4), tmp_path / "table")
 
     def test_a_table_that_has_changed(self, tiny_llava, tmp_path):
         checkpoint = Checkpoint.open(tiny_llava)
         entry = checkpoint.entries[anatomy(checkpoint).tokens.disk_name]
         with pytest.raises(InputError, match=r"other bytes than when the checkpoint was opened"):
-            pack_table(entry, TableSettings(bits=4), tmp_path / "table", "0" * 64)
+            pack_table(entry, EmbeddingSettings(bits=4), tmp_path / "table", "0" * 64)
         assert not (tmp_path / "table").exists()
 
 
@@ -183,7 +183,7 @@ def test_a_table_whose_rebuilt_rows_are_not_finite_is_refused_by_name(tmp_path):
     save_file({"embed.weight": table}, tmp_path / "model.safetensors")
     (entry,) = read_entries(tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"embed.weight, packed at 4 bits: .*infinite in torch.float16"):
-        pack_table(entry, TableSettings(bits=4), tmp_path / "table")
+        pack_table(entry, EmbeddingSettings(bits=4), tmp_path / "table")
 
 
 def test_rows_are_read_in_order_and_checked(tiny_llava):

@@ -17,7 +17,7 @@ from flows.runners import Runner, started
 from tasks.layers import Layer
 from tasks.runtime.device import Device, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 
 NOW = {"retry_delay_seconds": 0, "retry_jitter_factor": None}
 
@@ -71,7 +71,7 @@ def test_a_chunk_that_does_not_fit_is_done_in_smaller_ones():
         seen.append(len(chunk))
         if len(chunk) > 1:
             raise MemoryError
-        return {item.name: Done(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
+        return {item.name: StepResult(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
 
     @flow
     def run():

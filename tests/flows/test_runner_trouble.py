@@ -19,7 +19,7 @@ from bivlm.workspace.steps import StepRecord
 from flows.cli.main import BAD_INPUT, DONE, FAILED
 from flows.runners import Runner, started
 from tasks.layers import Layer
-from tasks.runtime.steps import Done
+from tasks.runtime.steps import StepResult
 from tests.flows.running import Running
 from tests.servers import Server, free_port, s3_files, s3_server  # noqa: F401  fixtures
 
@@ -122,7 +122,7 @@ def count_threads(chunk, workspace):
     import torch
 
     record = StepRecord(identity={"stage": "x"}, figures={"threads": torch.get_num_threads()}, seconds=0)
-    return {layer.name: Done(record, False) for layer in chunk}
+    return {layer.name: StepResult(record, False) for layer in chunk}
 
 
 @pytest.mark.parametrize("runner", LOCAL)

@@ -16,7 +16,7 @@ from tasks import binarization, curves, saliency
 from tasks.layers import Layer
 from tasks.runtime.policy import WorkerLost
 from tasks.runtime.progress import shown_by
-from tasks.runtime.steps import Done, check_that_workers_share, open_workspace
+from tasks.runtime.steps import StepResult, check_that_workers_share, open_workspace
 
 
 @pytest.fixture(autouse=True)
@@ -107,21 +107,21 @@ def carry_out(stage, layers, runner):
 def needs_little_at_once(chunk, workspace):
     if len(chunk) > 1:
         raise MemoryError
-    return {item.name: Done(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
+    return {item.name: StepResult(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
 
 
 @task
 def is_killed_by_large_chunks(chunk, workspace):
     if len(chunk) > 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return {item.name: Done(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
+    return {item.name: StepResult(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
 
 
 @task
 def is_killed_by_one_layer(chunk, workspace):
     if chunk[0].name == "huge":
         os.kill(os.getpid(), signal.SIGKILL)
-    return {item.name: Done(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
+    return {item.name: StepResult(StepRecord(identity={"stage": "x"}, seconds=0), False) for item in chunk}
 
 
 class TestProcesses:
@@ -169,7 +169,9 @@ class TestWorkersElsewhere:
 
     def test_a_worker_with_another_workspace_of_that_name_is_noticed(self, tmp_path):
         ours, theirs = Workspace.open(tmp_path / "ours"), Workspace.open(tmp_path / "theirs")
-        done = Done(StepRecord(identity={"stage": "x"}, outputs={"file": theirs.put_bytes(b"made")}, seconds=0), False)
+        done = StepResult(
+            StepRecord(identity={"stage": "x"}, outputs={"file": theirs.put_bytes(b"made")}, seconds=0), False
+        )
         check_that_workers_share(theirs, [done])
         with pytest.raises(InputError, match=r"a worker has made 'file' \(x\), which is not there"):
             check_that_workers_share(ours, [done])
