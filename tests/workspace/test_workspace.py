@@ -315,7 +315,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 def test_the_peak_of_memory_counts_from_its_reset():
     """In a process of its own: other tests' threads and caches move this one's memory."""
     code = """
-from bivlm.workspace.memory import peak_bytes, reset_peak
+from bivlm.workspace.environment import peak_bytes, reset_peak
 block = bytearray(256 << 20)
 block[::4096] = b"x" * len(block[::4096])
 high = peak_bytes()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from bivlm.workspace.garbage import collect, look
-from bivlm.workspace.roots import Needed, collectable
+from bivlm.workspace.garbage import Needed, collect, collectable, look
 from bivlm.workspace.steps import StepRecord, Workspace
 
 DAY = 24 * 3600.0

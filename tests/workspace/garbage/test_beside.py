@@ -12,8 +12,7 @@ from old_steps import DAY, GRAPHS, KEEP, NOTHING, build, gc, record_of
 from side_by_side import InTurn, every_order, one_before, side_by_side
 
 from bivlm.workspace import garbage as collection
-from bivlm.workspace.garbage import _discard_object, _discard_step
-from bivlm.workspace.roots import LEAST_SECONDS, Needed
+from bivlm.workspace.garbage import LEAST_SECONDS, Needed, _discard_object, _discard_step
 from bivlm.workspace.steps import Reference, StepRecord, Workspace, doomed_name, object_name
 
 WITH_FIXTURES = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}

@@ -16,9 +16,17 @@ from old_steps import DAY, GRAPHS, KEEP, NOTHING, build, gc, record_of
 
 from bivlm.errors import InputError
 from bivlm.workspace import garbage as collection
-from bivlm.workspace.garbage import _discard_step, collect, in_use, look
+from bivlm.workspace.garbage import (
+    LEAST_SECONDS,
+    Needed,
+    _discard_step,
+    collect,
+    collectable,
+    in_use,
+    lineage_steps,
+    look,
+)
 from bivlm.workspace.hashing import canonical_json, digest
-from bivlm.workspace.roots import LEAST_SECONDS, Needed, collectable, lineage_steps
 from bivlm.workspace.steps import Reference, Workspace, WorkspaceError, object_name, step_name, used_name
 
 
@@ -275,7 +283,7 @@ def test_broken_off_at_any_moment_it_leaves_no_record_without_its_objects(new_pl
 KILLED = textwrap.dedent("""
     import itertools, os, random, signal, sys
     from bivlm.workspace.garbage import collect, look
-    from bivlm.workspace.roots import Needed, collectable
+    from bivlm.workspace.garbage import Needed, collectable
     from bivlm.workspace.stores.folder import FolderStore
     from bivlm.workspace.steps import Workspace
 
