@@ -71,7 +71,7 @@ def one_machine_at_a_time(workspace: Workspace, what: str, wait: Callable[[], ob
 
 @contextmanager
 def turn(store: Store, what: str, machine: str, wait: Callable[[], object]) -> Iterator[None]:
-    """Have the turn for `what` as `machine` (12 hex digits). The caller holds its lock: its other names are of the dead."""
+    """Take the turn for `what` as `machine` (12 hex digits), whose lock is held: its other names are dead."""
     place, mine = f"{TURNS}/{what}", f"{machine}-{secrets.token_hex(8)}"
     with heartbeat(store, f"{place}/{mine}.asked", f"{place}/{mine}.alive", ALIVE_EVERY_SECONDS):
         time.sleep(SETTLED_SECONDS)
