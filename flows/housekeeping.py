@@ -57,13 +57,13 @@ def gc_flow(
             "held": {
                 "steps": len(held.steps),
                 "objects": len(held.objects),
-                "nbytes": sum(each.nbytes for each in (*held.steps.values(), *held.objects.values())),
+                "nbytes": held.nbytes({*held.steps, *held.objects}),
             },
             "marked": {
-                "steps": len(marked.steps),
-                "objects": len(marked.objects),
-                "leftovers": len(marked.leftovers),
-                "nbytes": marked.nbytes(held),
+                "steps": len(marked & held.steps.keys()),
+                "objects": len(marked & held.objects),
+                "leftovers": len(marked & held.leftovers),
+                "nbytes": held.nbytes(marked),
             },
             "removed": None,
         }

@@ -21,7 +21,7 @@ from bivlm.checkpoint.reading import LINEAGE
 from bivlm.errors import InputError
 from bivlm.untrusted import parse_object, short
 from bivlm.workspace import garbage
-from bivlm.workspace.garbage import Collectable, Inventory, Needed, lineage_steps
+from bivlm.workspace.garbage import Collected, Inventory, Names, collectable, lineage_steps, needed_by
 from bivlm.workspace.hashing import canonical_json, digest
 from bivlm.workspace.steps import StepRecord, Workspace
 from tasks.runtime.policy import OVER_NETWORK
@@ -50,7 +50,7 @@ class Kept:
     """The registered versions that stay, and what they need of the workspace."""
 
     versions: tuple[KeptVersion, ...]
-    needed: Needed
+    needed: Names
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class Found:
     """A first look: the contents of the workspace, and what of them may go."""
 
     inventory: Inventory
-    marked: Collectable
+    marked: Names
 
     def by_stage(self) -> dict[str, dict[str, int]]:
         """Return the numbers of steps, and of those that may go, by stage."""
         held, going = Counter(), Counter()
-        for key, step in self.inventory.steps.items():
-            stage = step.record.stage if step.record is not None else "(cannot be read)"
+        for name, record in self.inventory.steps.items():
+            stage = record.stage if record is not None else "(cannot be read)"
             held[stage] += 1
-            going[stage] += key in self.marked.steps
+            going[stage] += name in self.marked
         return {stage: {"steps": held[stage], "going": going[stage]} for stage in sorted(held)}
 
 
@@ -112,18 +112,18 @@ def versions_to_keep(workspace: str, keep_versions: int, although_empty: bool = 
             "one: is MLFLOW_TRACKING_URI right? --although-empty to go on"
         )
     kept = tuple(KeptVersion(version.name, int(version.version), reason) for version, reason in chosen)
-    return Kept(kept, Needed.by(steps for version, _ in chosen for steps in _lineages(client, version)))
+    return Kept(kept, needed_by(steps for version, _ in chosen for steps in _lineages(client, version)))
 
 
 @task(name="look-at-workspace", **OVER_NETWORK)
-def look(workspace: str, needed: Needed, keep_days: float) -> Found:
+def look(workspace: str, needed: Names, keep_days: float) -> Found:
     """Return what the workspace holds now, and what may go of it."""
     inventory = garbage.look(open_workspace(workspace))
-    return Found(inventory, garbage.collectable(inventory, needed, keep_days * DAY_SECONDS))
+    return Found(inventory, collectable(inventory, needed, keep_days * DAY_SECONDS))
 
 
 @task(name="collect", **OVER_NETWORK)
-def collect(workspace: str, found: Found, needed: Needed, keep_days: float) -> garbage.Collected:
+def collect(workspace: str, found: Found, needed: Names, keep_days: float) -> Collected:
     """Remove what may go by `found` and still may."""
     place = open_workspace(workspace)
     return garbage.collect(place, found.marked, found.inventory, needed, keep_days * DAY_SECONDS)

@@ -25,7 +25,8 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bivlm.errors import InputError
@@ -45,7 +46,6 @@ from bivlm.workspace.steps import (
     object_name,
     parse_record,
     step_name,
-    used_name,
 )
 from bivlm.workspace.stores.base import Entry, Store
 
@@ -58,20 +58,13 @@ LEAST_SECONDS = 2 * FRESH_SECONDS
 _LEFT_AFTER_SECONDS = 24 * 3600
 _AT_ONCE = 16  # requests to the store
 _STEP = re.compile(rf"(?:{STEPS}|{USED})/([0-9a-f]{{64}})\.json")
-_OBJECT = re.compile(rf"{OBJECTS}/([0-9a-f]{{2}})/(\1[0-9a-f]{{62}})")
+_OBJECT = re.compile(rf"{OBJECTS}/([0-9a-f]{{2}})/\1[0-9a-f]{{62}}")
 # What its writer removes again, by who that is: a run and a turn have two names, of which one is written again.
 _PASSING = re.compile(
     rf"((?:.*/)?\.partial-[0-9a-f]+|{DOOMED}/[0-9a-f]{{64}})|({RUNNING}/[0-9a-f]+|{TURNS}/.+)\.(?:began|asked|alive|clock)"
 )
 
-
-@dataclass(frozen=True)
-class HeldStep:
-    """A step in a workspace: its record (None if it cannot be read), its bytes, and when it was made or found last."""
-
-    record: StepRecord | None
-    nbytes: int
-    used: float
+Names = frozenset[str]  # of steps, objects and leftovers, as the store has them
 
 
 @dataclass(frozen=True)
@@ -80,17 +73,19 @@ class Inventory:
 
     Attributes:
         now: when it was looked at.
-        steps: by key.
-        objects: by sha256.
+        entries: what the store has, by name.
+        steps: record of every step, by name; None if it cannot be read.
+        objects: names of all objects.
+        leftovers: names of what killed writers left a day ago or earlier.
         began: when each run in progress began.
-        leftovers: what killed writers left a day ago or earlier, by name.
     """
 
     now: float
-    steps: Mapping[str, HeldStep]
-    objects: Mapping[str, Entry]
-    began: tuple[float, ...] = ()
-    leftovers: Mapping[str, Entry] = field(default_factory=dict)
+    entries: Mapping[str, Entry]
+    steps: Mapping[str, StepRecord | None]
+    objects: Names
+    leftovers: Names
+    began: tuple[float, ...]
 
     def horizon(self, keep_seconds: float) -> float:
         """Return the time since when whatever was used stays.
@@ -100,42 +95,10 @@ class Inventory:
         latest = self.now - max(keep_seconds, LEAST_SECONDS)
         return min([latest, *(began - LEAST_SECONDS for began in self.began)])
 
-
-@dataclass(frozen=True)
-class Needed:
-    """Keys of steps and sha256 of objects that stay, however old."""
-
-    steps: frozenset[str] = frozenset()
-    objects: frozenset[str] = frozenset()
-
-    @classmethod
-    def by(cls, lineages: Iterable[Mapping[str, StepRecord]]) -> Needed:
-        """Return what these lineage records name: their steps, what the steps made, and what they read."""
-        steps = [step for lineage in lineages for step in lineage.items()]  # one key may have made two things
-        made = [sha256 for _, record in steps for sha256 in _made(record)]
-        read = [sha256 for _, record in steps for sha256 in _hashes(record.identity.get("inputs"))]
-        return cls(frozenset(key for key, _ in steps), frozenset(made + read))
-
-    def __or__(self, other: Needed) -> Needed:
-        return Needed(self.steps | other.steps, self.objects | other.objects)
-
-
-@dataclass(frozen=True)
-class Collectable:
-    """Keys of steps, sha256 of objects and names of leftovers that may go."""
-
-    steps: frozenset[str]
-    objects: frozenset[str]
-    leftovers: frozenset[str]
-
-    def __and__(self, other: Collectable) -> Collectable:
-        return Collectable(self.steps & other.steps, self.objects & other.objects, self.leftovers & other.leftovers)
-
-    def nbytes(self, held: Inventory) -> int:
-        """Return their bytes."""
-        steps = sum(held.steps[key].nbytes for key in self.steps)
-        objects = sum(held.objects[sha256].nbytes for sha256 in self.objects)
-        return steps + objects + sum(held.leftovers[name].nbytes for name in self.leftovers)
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Return the bytes of steps, objects and leftovers."""
+        both = {each for name in names for each in (name, _note_of(name))}
+        return sum(self.entries[name].nbytes for name in both if name in self.entries)
 
 
 @dataclass(frozen=True)
@@ -160,44 +123,67 @@ def in_use(workspace: Workspace) -> Iterator[None]:
         yield
 
 
+def needed_by(lineages: Iterable[Mapping[str, StepRecord]]) -> Names:
+    """Return the steps that these lineage records name, and the objects that those made or read."""
+    names: set[str] = set()
+    for lineage in lineages:
+        names |= {step_name(key) for key in lineage}
+        for record in lineage.values():
+            names |= _made(record) | {object_name(sha256) for sha256 in _hashes(record.identity.get("inputs"))}
+    return frozenset(names)
+
+
 def look(workspace: Workspace, known: Inventory | None = None, at_once: int = _AT_ONCE) -> Inventory:
     """Return what the workspace holds. Records that are as old as in `known` are not read again."""
     store = workspace.store
     now = _now(store)
     folders = (OBJECTS, STEPS, USED, DOOMED, RUNNING, TURNS)
     found = {entry.name: entry for folder in folders for entry in store.entries(folder)}
-    keys = sorted({match[1] for name in found if (match := _STEP.fullmatch(name))})
-    with ThreadPoolExecutor(at_once) as threads:
-        held = threads.map(lambda key: _held_step(store, key, found, known), keys)
-        steps = {key: step for key, step in zip(keys, held, strict=True) if step is not None}
-    objects = {match[2]: entry for name, entry in found.items() if (match := _OBJECT.fullmatch(name))}
     passing = {name: match[1] or match[2] for name in found if (match := _PASSING.fullmatch(name))}
     last: dict[str, float] = {}  # when each writer was alive last
     for name, writer in passing.items():
         last[writer] = max(found[name].modified, last.get(writer, 0.0))
-    runs = {name for name in passing if name.endswith(".began")}
-    began = tuple(found[name].modified for name in runs if now - last[passing[name]] < DEAD_AFTER_SECONDS)
-    left = {name: found[name] for name, writer in passing.items() if now - last[writer] > _LEFT_AFTER_SECONDS}
-    return Inventory(now, steps, objects, began, left)
+    runs = [name for name in passing if name.endswith(".began")]
+
+    def read(name: str) -> dict[str, StepRecord | None]:
+        entries = _of_step(found, name)
+        if known is not None and name in known.steps and _of_step(known.entries, name) == entries:
+            return {name: known.steps[name]}
+        # A copy without a record stands for the one that it was found with.
+        data = next((data for entry in entries if (data := store.read_bytes(entry.name)) is not None), None)
+        return {name: parse_record(data, Path(name).stem)} if data is not None else {}
+
+    names = {step_name(match[1]) for name in found if (match := _STEP.fullmatch(name))}
+    with ThreadPoolExecutor(at_once) as threads:
+        steps = {name: record for step in threads.map(read, sorted(names)) for name, record in step.items()}
+    return Inventory(
+        now,
+        found,
+        steps,
+        objects=frozenset(name for name in found if _OBJECT.fullmatch(name)),
+        leftovers=frozenset(name for name, writer in passing.items() if now - last[writer] > _LEFT_AFTER_SECONDS),
+        began=tuple(found[name].modified for name in runs if now - last[passing[name]] < DEAD_AFTER_SECONDS),
+    )
 
 
-def collectable(held: Inventory, needed: Needed, keep_seconds: float) -> Collectable:
+def collectable(held: Inventory, needed: Names, keep_seconds: float) -> Names:
     """Return what may go: neither needed nor used since the horizon.
 
     An object stays as long as any step that stays made it, whether that is needed or young.
     """
     horizon = held.horizon(keep_seconds)
-    steps = {key for key, step in held.steps.items() if step.used < horizon} - needed.steps
-    made = {sha256 for key, step in held.steps.items() if key not in steps for sha256 in _made(step.record)}
-    old = {sha256 for sha256, entry in held.objects.items() if entry.modified < horizon}
-    return Collectable(frozenset(steps), frozenset(old - needed.objects - made), frozenset(held.leftovers))
+    last = {name: max(entry.modified for entry in _of_step(held.entries, name)) for name in held.steps}
+    steps = {name for name, used in last.items() if used < horizon} - needed
+    made = {made for name, record in held.steps.items() if name not in steps for made in _made(record)}
+    old = {name for name in held.objects if held.entries[name].modified < horizon}
+    return frozenset(steps | (old - needed - made) | held.leftovers)
 
 
 def collect(
     workspace: Workspace,
-    marked: Collectable,
+    marked: Names,
     known: Inventory,
-    needed: Needed,
+    needed: Names,
     keep_seconds: float,
     at_once: int = _AT_ONCE,
 ) -> Collected:
@@ -209,20 +195,22 @@ def collect(
     again = look(workspace, known, at_once)
     horizon = again.horizon(keep_seconds)
 
-    def discard(discard_one: Callable[[Store, str, float], bool], names: frozenset[str]) -> frozenset[str]:
+    def discard(discard_one: Callable[[Store, str, float], bool], names: Iterable[str]) -> Names:
+        names = sorted(names)
         with ThreadPoolExecutor(at_once) as threads:
-            went = threads.map(lambda name: discard_one(store, name, horizon), sorted(names))
-            return frozenset(name for name, gone in zip(sorted(names), went, strict=True) if gone)
+            went = threads.map(lambda name: discard_one(store, name, horizon), names)
+            return frozenset(name for name, gone in zip(names, went, strict=True) if gone)
 
     going = marked & collectable(again, needed, keep_seconds)
-    steps = discard(_discard_step, going.steps)
+    old, leftovers = going & again.steps.keys(), going & again.leftovers
+    steps = discard(_discard_step, old)
     # Once more, because of the steps that were put back, and of those that were finished meanwhile.
-    unused = going & collectable(look(workspace, again, at_once), needed, keep_seconds)
-    gone = Collectable(steps, discard(_discard_object, unused.objects), going.leftovers)
-    for name in gone.leftovers:
+    last = look(workspace, again, at_once)
+    objects = discard(_discard_object, going & last.objects & collectable(last, needed, keep_seconds))
+    for name in leftovers:
         store.delete(name)
-    put_back = len(going.steps) - len(steps)
-    return Collected(len(steps), len(gone.objects), len(gone.leftovers), gone.nbytes(again), put_back)
+    nbytes = again.nbytes(steps | objects | leftovers)
+    return Collected(len(steps), len(objects), len(leftovers), nbytes, put_back=len(old) - len(steps))
 
 
 def lineage_steps(data: bytes, source: str) -> dict[str, StepRecord]:
@@ -257,40 +245,31 @@ def _now(store: Store) -> float:
     return entry.modified
 
 
-def _held_step(store: Store, key: str, found: Mapping[str, Entry], known: Inventory | None) -> HeldStep | None:
-    """Return what is known of a step; a copy under ``used/`` without a record stands for the one it was found with."""
-    entries = [found[name] for name in (step_name(key), used_name(key)) if name in found]
-    nbytes, last = sum(entry.nbytes for entry in entries), max(entry.modified for entry in entries)
-    earlier = known.steps.get(key) if known is not None else None
-    if earlier is not None and (earlier.nbytes, earlier.used) == (nbytes, last):
-        return earlier
-    data = next((data for entry in entries if (data := store.read_bytes(entry.name)) is not None), None)
-    return HeldStep(parse_record(data, key), nbytes, last) if data is not None else None
-
-
-def _discard_step(store: Store, key: str, horizon: float) -> bool:
+def _discard_step(store: Store, name: str, horizon: float) -> bool:
     """Remove the record of a step; return False if it was found again, and is there as before."""
-    if _used_since(store, step_name(key), horizon) or _used_since(store, used_name(key), horizon):
+    note = _note_of(name)
+    if _used_since(store, name, horizon) or _used_since(store, note, horizon):
         return False
-    data = store.read_bytes(step_name(key))
-    store.delete(step_name(key))
-    if data is not None and _used_since(store, used_name(key), horizon):
-        store.put_bytes(step_name(key), data)
+    data = store.read_bytes(name)
+    store.delete(name)
+    if data is not None and _used_since(store, note, horizon):
+        store.put_bytes(name, data)
         return False
-    store.delete(used_name(key))
+    store.delete(note)
     return True
 
 
-def _discard_object(store: Store, sha256: str, horizon: float) -> bool:
+def _discard_object(store: Store, name: str, horizon: float) -> bool:
     """Remove an object; return False if it was put again, and stays."""
-    store.put_bytes(doomed_name(sha256), b"")
+    note = doomed_name(name.rpartition("/")[2])
+    store.put_bytes(note, b"")
     try:
-        if _used_since(store, object_name(sha256), horizon):
+        if _used_since(store, name, horizon):
             return False
-        store.delete(object_name(sha256))
+        store.delete(name)
         return True
     finally:
-        store.delete(doomed_name(sha256))
+        store.delete(note)
 
 
 def _used_since(store: Store, name: str, horizon: float) -> bool:
@@ -298,9 +277,18 @@ def _used_since(store: Store, name: str, horizon: float) -> bool:
     return entry is not None and entry.modified >= horizon
 
 
-def _made(record: StepRecord | None) -> list[str]:
-    """Return the sha256 of what a step made; nothing if its record cannot be read, which makes it no step."""
-    return [reference.sha256 for reference in record.outputs.values()] if record else []
+def _note_of(name: str) -> str:
+    """Return the name of the note, a copy of its record, that a step was found again."""
+    return name.replace(f"{STEPS}/", f"{USED}/", 1)
+
+
+def _of_step(entries: Mapping[str, Entry], name: str) -> list[Entry]:
+    return [entries[each] for each in (name, _note_of(name)) if each in entries]
+
+
+def _made(record: StepRecord | None) -> set[str]:
+    """Return the names of the objects that a step made; none if its record cannot be read, which makes it no step."""
+    return {object_name(reference.sha256) for reference in record.outputs.values()} if record else set()
 
 
 def _hashes(value: Any) -> Iterator[str]:

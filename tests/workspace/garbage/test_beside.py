@@ -8,12 +8,12 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from old_steps import DAY, GRAPHS, KEEP, NOTHING, build, gc, record_of
+from old_steps import DAY, GRAPHS, KEEP, NOTHING, build, done, gc, record_of
 from side_by_side import InTurn, every_order, one_before, side_by_side
 
 from bivlm.workspace import garbage as collection
-from bivlm.workspace.garbage import LEAST_SECONDS, Needed, _discard_object, _discard_step
-from bivlm.workspace.steps import Reference, StepRecord, Workspace, doomed_name, object_name
+from bivlm.workspace.garbage import LEAST_SECONDS, _discard_object, _discard_step, needed_by
+from bivlm.workspace.steps import Reference, StepRecord, Workspace, doomed_name, object_name, step_name
 
 WITH_FIXTURES = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
@@ -24,8 +24,7 @@ def in_turn(monkeypatch):
 
 
 def an_old_step(place: Workspace, clock) -> StepRecord:
-    record = record_of(1, {"file": place.put_bytes(b"x")})
-    place.finish_step(record)
+    record = done(place, 1)
     clock.now += 50 * DAY
     return record
 
@@ -43,7 +42,7 @@ def put_beside_a_collection(place, reference, clock, choose):
     """A worker puts an object of long ago again while it is being collected."""
     clock.now += 50 * DAY
     works = {
-        "collection": lambda: _discard_object(place.store, reference.sha256, clock.now - KEEP),
+        "collection": lambda: _discard_object(place.store, object_name(reference.sha256), clock.now - KEEP),
         "worker": lambda: place.put_bytes(b"x"),
     }
     side_by_side(place.store, works, choose, clock.pass_time)
@@ -81,7 +80,7 @@ def test_no_order_loses_the_record_of_a_step_that_was_found(new_place, clock):
         place = new_place()
         record = an_old_step(place, clock)
         works = {
-            "collection": lambda: _discard_step(place.store, record.key, clock.now - KEEP),
+            "collection": lambda: _discard_step(place.store, step_name(record.key), clock.now - KEEP),
             "worker": lambda: place.step(record.key),
         }
         found.append(side_by_side(place.store, works, choose, clock.pass_time)["worker"])
@@ -145,7 +144,7 @@ def test_each_moment_of_one_in_which_the_other_does_all(new_place, clock, first,
         kept = record_of(2, record.outputs)
         if of_two_steps:
             place.finish_step(kept)
-        needed = Needed.by([{kept.key: kept}]) if of_two_steps else NOTHING
+        needed = needed_by([{kept.key: kept}]) if of_two_steps else NOTHING
         if days_since_it_was_found is not None:
             place.step(record.key)
             clock.now += days_since_it_was_found * DAY
