@@ -40,7 +40,7 @@ from bivlm.calibration.blocks.run import UnitRun, run_unit
 from bivlm.calibration.blocks.sites import by_modality, names_of
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.sources.replies import Reply
-from bivlm.workspace.memory import peak_bytes, reset_peak
+from bivlm.workspace.environment import peak_bytes, reset_peak
 
 BOUND = 2
 IMAGE_SIZE, PATCH_SIZE = 336, 14

@@ -27,7 +27,7 @@ from bivlm.methods.base import MethodSettings
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.recipe.loading import load_recipe, shipped_recipes
-from bivlm.workspace.memory import peak_bytes, reset_peak
+from bivlm.workspace.environment import peak_bytes, reset_peak
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,9 +17,9 @@ from bivlm.errors import GateNotPassed
 from bivlm.recipe.loading import load_recipe, parse_recipe
 from bivlm.recipe.pruning import PRUNING_KEY
 from bivlm.recipe.selection import select
+from bivlm.workspace.environment import peak_bytes, reset_peak
 from bivlm.workspace.garbage import in_use
-from bivlm.workspace.locks import one_machine_at_a_time
-from bivlm.workspace.memory import peak_bytes, reset_peak
+from bivlm.workspace.locks import one_at_a_time, one_machine_at_a_time
 from bivlm.workspace.places import check_places, output_folder, output_place
 from bivlm.workspace.steps import Workspace
 from bivlm.workspace.stores.location import default_workspace
@@ -52,7 +52,6 @@ from tasks.garbage import note_registry
 from tasks.layers import layers_of
 from tasks.report import code_version, earlier_report, full_precision_bits, make_report, report_text, write_records
 from tasks.runtime.device import choose_device
-from tasks.runtime.locks import one_at_a_time
 from tasks.runtime.naming import model_name
 from tasks.runtime.progress import shown_by
 
@@ -127,12 +126,9 @@ def compress_flow(
 
     # Two identical requests at once would both find nothing done and do all of it twice, MLflow's runs included; two
     # that write one folder would report on each other's files.
-    request_digest = tracking.request_digest(base, chosen_recipe)
-    same_request = store.local / "locks" / f"{request_digest}.lock"
     with (
         in_use(store),
-        one_at_a_time(same_request, wait),
-        one_machine_at_a_time(store, request_digest, wait),
+        one_machine_at_a_time(store, tracking.request_digest(base, chosen_recipe), wait),
         one_at_a_time(lock_of(Path(output)), wait, left=False),
     ):
         return _compress(request, console)

@@ -1,4 +1,4 @@
-"""Housekeeping: what no registered version needs and nobody used for a while leaves the workspace."""
+"""Housekeeping: remove from the workspace what no registered version needs and nobody used for a while."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import Field
 
-from bivlm.workspace.hashing import digest
 from bivlm.workspace.locks import one_machine_at_a_time
 from bivlm.workspace.steps import Workspace
 from bivlm.workspace.stores.location import default_workspace
-from tasks import garbage as retention
-from tasks.runtime.locks import one_at_a_time
-
-_TURN = digest("housekeeping")
+from tasks import garbage
 
 
 @flow(name="housekeeping", persist_result=False)
@@ -31,26 +27,25 @@ def gc_flow(
 ) -> dict[str, Any]:
     """Remove the steps and objects of `workspace` that no version needs and nobody used for `keep_days`.
 
-    Needed is what the lineage records of registered versions name: of every version with an alias, of every one that
-    ever was champion, and of the latest `keep_versions` of each model. What was marked is looked at again after
-    `wait_seconds`, MLflow is asked again, and only what may still go does. With `dry_run` nothing goes. Returns what
-    was held, kept and removed, ready for JSON. Raises `InputError`, and removes nothing, if it is not certain what is
-    needed: see `tasks.garbage.versions_to_keep`.
+    A version needs what its lineage records name. What may go is marked; after `wait_seconds` MLflow is asked and the
+    workspace looked at again, and only what may still go is removed. Returns what was held, kept and removed, ready for
+    JSON. Raises `InputError`, and removes nothing, if it is not certain what is needed: see
+    `tasks.garbage.versions_to_keep`.
 
     Args:
         workspace: a folder or s3://bucket/prefix; without it that of the worker.
         keep_days: keep what was used since; the last two hours stay in any case.
         keep_versions: keep what the latest so many versions of each model need, beside those with an alias and former
             champions.
-        dry_run: say what would go, and remove nothing.
+        dry_run: show what would go, and remove nothing.
         wait_seconds: before the second look.
-        although_empty: go on if MLflow has no version that bivlm registered.
+        although_empty: continue if MLflow has no version that bivlm registered.
     """
     store = Workspace.open(workspace or default_workspace())
-    # One would take back what the other says of an object, and remove the record of a step that was just done again.
-    with one_at_a_time(store.local / "locks" / "gc.lock"), one_machine_at_a_time(store, _TURN):
-        kept = retention.versions_to_keep(store.url, keep_versions, although_empty)
-        found = retention.look(store.url, kept.needed, keep_days)
+    # One would take back the other's note of an object, and remove the record of a step that was just done again.
+    with one_machine_at_a_time(store, "gc"):
+        kept = garbage.versions_to_keep(store.url, keep_versions, although_empty)
+        found = garbage.look(store.url, kept.needed, keep_days)
         held, marked = found.inventory, found.marked
         said: dict[str, Any] = {
             "workspace": store.url,
@@ -62,26 +57,26 @@ def gc_flow(
             "held": {
                 "steps": len(held.steps),
                 "objects": len(held.objects),
-                "nbytes": sum(each.nbytes for each in (*held.steps.values(), *held.objects.values())),
+                "nbytes": held.nbytes({*held.steps, *held.objects}),
             },
             "marked": {
-                "steps": len(marked.steps),
-                "objects": len(marked.objects),
-                "leftovers": len(marked.leftovers),
-                "nbytes": marked.nbytes(held),
+                "steps": len(marked & held.steps.keys()),
+                "objects": len(marked & held.objects),
+                "leftovers": len(marked & held.leftovers),
+                "nbytes": held.nbytes(marked),
             },
             "removed": None,
         }
         if not dry_run:
             time.sleep(wait_seconds)
-            again = retention.versions_to_keep(store.url, keep_versions, although_empty)
-            said["removed"] = asdict(retention.collect(store.url, found, kept.needed | again.needed, keep_days))
+            again = garbage.versions_to_keep(store.url, keep_versions, although_empty)
+            said["removed"] = asdict(garbage.collect(store.url, found, kept.needed | again.needed, keep_days))
     create_markdown_artifact(in_words(said), key="housekeeping", description=f"What stays and goes of {store.url}")
     return said
 
 
 def in_words(said: dict[str, Any]) -> str:
-    """The result of `gc_flow` as Markdown."""
+    """Return the result of `gc_flow` as Markdown."""
     marked, removed = said["marked"], said["removed"]
     lines = [f"Workspace {said['workspace']}", "", "| stage | steps | not needed |", "|---|---:|---:|"]
     lines += [f"| {stage} | {each['steps']} | {each['going']} |" for stage, each in said["stages"].items()]

@@ -1,9 +1,9 @@
 """The output folder: which files in it are bivlm's, and how a new output takes the place of an earlier one.
 
-A packed checkpoint lists its own files in ``.bivlm-files``, one name a line. The listing comes with a checkpoint from
-elsewhere, so of its names only those that bivlm writes count. Nothing else is ever removed: whatever else lies in the
-folder is moved into the new output. What would be read there as a part of the new checkpoint, such as a tokenizer file
-of another model, is refused before any work.
+A packed checkpoint lists its own files in ``.bivlm-files``, one name a line; folders of tables do the same. The listing
+comes with a checkpoint from elsewhere, so of its names only those that bivlm writes count. Nothing else is ever
+removed: whatever else lies in the folder is moved into the new output. What would be read there as a part of the new
+checkpoint, such as a tokenizer file of another model, is refused before any work.
 
 A new output is made beside its place and renamed into it. Links are moved as links and never followed.
 """
@@ -53,48 +53,50 @@ def check_replaceable(output: Path, base: Path | None = None) -> None:
     `base` is the folder of the checkpoint that will be packed: a file that it has with the same bytes is no loss.
     The folder where the new output waits for its evaluation has to be free in the same way.
     """
-    for place in (output, unfinished_of(output)) if output.name else (output,):
-        _check_replaceable(place, base)
+    if not output.name:
+        raise InputError(f"output {output}: expected a folder with a name of its own")
+    for place in (output, unfinished_of(output)):
+        try:
+            _check_replaceable(place, base)
+        except OSError as error:
+            raise InputError(f"output {place}: cannot be used: {error.strerror}") from error
+        writable_folder(place.parent, f"folder of the output {place.name}:")
 
 
 def _check_replaceable(output: Path, base: Path | None) -> None:
-    if not output.name:
-        raise InputError(f"output {output}: expected a folder with a name of its own")
-    try:
-        left = earlier_of(output)
-        if output.is_symlink() or (output.exists() and not output.is_dir()):
-            raise InputError(f"output {output}: exists and is not a folder")
-        if os.path.ismount(output):
-            raise InputError(
-                f"output {output}: a disk is mounted there, which cannot be replaced; choose a folder in it"
-            )
-        for place in (left, _partial_of(output), _beside(output, "copy")):
-            if os.path.lexists(place) and not _is_ours(place):
-                raise InputError(f"{place}: needed beside the output, and not made by bivlm; move it or choose another")
-        if os.path.lexists(left) and os.path.lexists(output):
-            _refuse_clashes(_clashes(left, output, _expendable(left, output)), left, output)
-        for present in (place for place in (left, output) if place.is_dir() and any(place.iterdir())):
-            if present == output and not _has_our_config(output):
-                raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
-            if not os.access(present, os.W_OK | os.X_OK):
-                raise InputError(f"output {output}: cannot be written to")
-            _refuse_what_cannot_stay(present, base)
-    except OSError as error:
-        raise InputError(f"output {output}: cannot be used: {error.strerror}") from error
-    writable_folder(output.parent, f"folder of the output {output.name}:")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise InputError(f"output {output}: exists and is not a folder")
+    if os.path.ismount(output):
+        raise InputError(f"output {output}: a disk is mounted there, which cannot be replaced; choose a folder in it")
+    left = earlier_of(output)
+    for place in (left, _beside(output, "partial"), _beside(output, "copy")):
+        _refuse_strangers(place)
+    if os.path.lexists(left) and os.path.lexists(output):
+        _carry(left, output, _expendable(left, output), move=False)
+    for present in (place for place in (left, output) if place.is_dir() and any(place.iterdir())):
+        if present == output and not _has_our_config(output):
+            raise InputError(f"output {output}: not empty, and not an earlier output; choose a new folder")
+        if not os.access(present, os.W_OK | os.X_OK):
+            raise InputError(f"output {output}: cannot be written to")
+        _refuse_what_cannot_stay(present, base)
+
+
+def _refuse_strangers(place: Path) -> None:
+    """Raise `InputError` if something that bivlm did not make lies at `place`, which is beside an output."""
+    if os.path.lexists(place) and not _is_ours(place):
+        raise InputError(f"{place}: needed beside the output, and not made by bivlm; move it or choose another")
 
 
 def _refuse_what_cannot_stay(folder: Path, other: Path | None) -> None:
     """Raise `InputError` naming what is not bivlm's in `folder` and is read with a checkpoint, or cannot be moved.
 
-    What the folder `other` has with the same bytes would be no loss.
+    A file that the folder `other` has with the same bytes is no loss.
     """
     own = _expendable(folder, other)
     foreign = list(_foreign(folder, own))
     if SWEEP in foreign and _is_folder(folder / SWEEP):  # the new output may have one, too
         foreign += _foreign(folder, own, f"{SWEEP}/")
-    parents = {parent.as_posix() for name in own for parent in PurePosixPath(name).parents} - {"."}
-    for place in (folder / name for name in (*foreign, *sorted(parents))):
+    for place in (folder / name for name in (*foreign, *_folders_of(own))):
         if os.path.ismount(place) or (_is_folder(place) and not os.access(place, os.W_OK | os.X_OK)):
             raise InputError(
                 f"output {folder}: {place} cannot be moved (a mounted disk, or not writable); move it elsewhere"
@@ -190,13 +192,12 @@ def own_copy(folder: Path) -> Iterator[Path]:
 
 def fresh_partial(output: Path) -> Path:
     """Make the empty folder beside `output` in which the new one is built; what a killed run left there is removed."""
-    return _fresh(_partial_of(output))
+    return _fresh(_beside(output, "partial"))
 
 
 def _fresh(partial: Path) -> Path:
-    if os.path.lexists(partial):
-        if not _is_ours(partial):
-            raise InputError(f"{partial}: needed beside the output, and not made by bivlm; move it or choose another")
+    _refuse_strangers(partial)
+    if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     (partial / LISTING).touch()
@@ -223,13 +224,12 @@ def settle(output: Path) -> None:
     left = earlier_of(output)
     if not os.path.lexists(left):
         return
-    if not _is_ours(left):
-        raise InputError(f"{left}: needed beside the output, and not made by bivlm; move it or choose another")
+    _refuse_strangers(left)
     with _refused_by_the_disk(output):
         if _is_hollow(left):  # killed twice at the last step
             shutil.rmtree(left)
         elif os.path.lexists(output):
-            _carry_over(left, output)
+            _empty(left, output)
         else:
             left.rename(output)
 
@@ -248,7 +248,7 @@ def replace(output: Path, new: Path) -> None:
             if not _is_ours(output):
                 raise InputError(f"output {output}: made by something else meanwhile; move it, the new one is in {new}")
             _refuse_what_cannot_stay(output, new)
-            _refuse_clashes(_clashes(output, new, _expendable(output, new)), output, new)
+            _carry(output, new, _expendable(output, new), move=False)
             output.rename(left)
         try:
             new.rename(output)
@@ -270,57 +270,51 @@ def _refused_by_the_disk(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _carry_over(left: Path, output: Path) -> None:
+def _empty(left: Path, output: Path) -> None:
     """Move what is not bivlm's from `left` into `output`, and then remove `left` with the files that are."""
-    # Said before the first of them goes: without it, after a kill, what remains would pass for the user's.
+    # Listed before the first of them goes: without it, after a kill, what remains would pass for the user's.
     list_files(left, own_files(left))
     own = _expendable(left, output)
     for name in (f"{SWEEP}/tables", SWEEP, TEMPLATES, GENERATE):  # emptied by a run that was killed here
         with suppress(OSError):
             (left / name).rmdir()
-    _refuse_clashes(list(_move(left, output, "", own)), left, output)
+    _carry(left, output, own, move=True)
     for name in own - {LISTING}:
         (left / name).unlink()
-    folders = {parent.as_posix() for name in own for parent in PurePosixPath(name).parents} - {"."}
-    for name in sorted(folders, reverse=True):
+    for name in reversed(_folders_of(own)):
         (left / name).rmdir()
     (left / LISTING).unlink()
     left.rmdir()
 
 
-def _move(left: Path, output: Path, prefix: str, own: set[str]) -> Iterator[str]:
-    """Move what is not in `own`; return the names for which there is no room."""
-    for name in list(_foreign(left, own, prefix)):
-        source, target = left / name, output / name
-        if not os.path.lexists(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.rename(target)
-        elif _is_folder(source) and _is_folder(target):
-            kept = list(_move(left, output, f"{name}/", own))
-            if not kept:
-                source.rmdir()
-            yield from kept
-        else:
-            yield name
-
-
-def _clashes(left: Path, output: Path, own: set[str], prefix: str = "") -> list[str]:
-    """The names for which `_move` would find no room."""
-    found = []
-    for name in _foreign(left, own, prefix):
-        if os.path.lexists(output / name):
-            both = _is_folder(left / name) and _is_folder(output / name)
-            found += _clashes(left, output, own, f"{name}/") if both else [name]
-    return found
-
-
-def _refuse_clashes(names: list[str], left: Path, output: Path) -> None:
-    if names:
+def _carry(left: Path, output: Path, own: set[str], move: bool) -> None:
+    """Raise `InputError` naming what is not in `own` and has no room in `output`; with `move`, move all the rest."""
+    if names := list(_without_room(left, output, own, move)):
         raise InputError(f"{left}: {some_of(names)}: kept, because {output} has the same; move it elsewhere")
 
 
+def _without_room(left: Path, output: Path, own: set[str], move: bool, prefix: str = "") -> Iterator[str]:
+    for name in list(_foreign(left, own, prefix)):
+        source, target = left / name, output / name
+        if os.path.lexists(target) and not (_is_folder(source) and _is_folder(target)):
+            yield name
+        elif os.path.lexists(target):
+            kept = list(_without_room(left, output, own, move, f"{name}/"))
+            if move and not kept:
+                source.rmdir()
+            yield from kept
+        elif move:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
+
+
+def _folders_of(names: Iterable[str]) -> list[str]:
+    """Return the folders that files of these names lie in, each before those in it."""
+    return sorted({parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."})
+
+
 def _foreign(folder: Path, own: set[str], prefix: str = "") -> Iterator[str]:
-    """Names in `folder` that are not in `own`: a folder once, unless some of what lies in it is."""
+    """Return the names in `folder` that are not in `own`: a folder once, unless some of what lies in it is."""
     for entry in sorted(os.scandir(folder / prefix), key=lambda entry: entry.name):
         name = f"{prefix}{entry.name}"
         if name in own:
@@ -332,7 +326,7 @@ def _foreign(folder: Path, own: set[str], prefix: str = "") -> Iterator[str]:
 
 
 def _is_read(name: str, folder: Path) -> bool:
-    """Whether something of this name in a packed checkpoint's folder is taken for a part of it."""
+    """Return whether something of this name in a packed checkpoint's folder is taken for a part of it."""
     first, *rest = PurePosixPath(name).parts
     if rest or _is_folder(folder / name):
         filled = rest or any((folder / name).iterdir())
@@ -341,7 +335,7 @@ def _is_read(name: str, folder: Path) -> bool:
 
 
 def _expendable(folder: Path, other: Path | None) -> set[str]:
-    """The files in `folder` that are bivlm's, and those that `other` has with the same bytes, which are no loss."""
+    """Return the files in `folder` that are bivlm's, or that `other` has with the same bytes, which are no loss."""
     own = own_files(folder)
     if other is None:
         return own
@@ -350,7 +344,7 @@ def _expendable(folder: Path, other: Path | None) -> set[str]:
 
 
 def _recorded(folder: Path) -> set[str]:
-    """What an output of before there was a listing says that it is made of."""
+    """Return the names that an output without a listing records, as earlier versions wrote it."""
     if not _has_our_config(folder):
         return set()
     names = {CONFIG, WEIGHTS_INDEX}
@@ -367,7 +361,7 @@ def _recorded(folder: Path) -> set[str]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether bivlm made a folder at or beside an output; of an empty one nothing would be lost."""
+    """Return whether bivlm made a folder at or beside an output; of an empty one nothing would be lost."""
     return _is_folder(folder) and (_is_hollow(folder) or is_plain(folder, LISTING) or _has_our_config(folder))
 
 
@@ -397,10 +391,6 @@ def is_plain(folder: Path, name: str) -> bool:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _partial_of(output: Path) -> Path:
-    return _beside(output, "partial")
 
 
 def _beside(output: Path, kind: str) -> Path:

@@ -1,4 +1,4 @@
-"""Folders of tables (a board, a sweep, a reproduction): they list their files as a packed checkpoint does."""
+"""Folders of tables (a leaderboard, a sweep, a reproduction); they list their files as a packed checkpoint does."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bivlm.workspace.stores.folder import writable_folder, write_atomically
 def check_tables(folder: Path, is_ours: Callable[[str], bool], always: Iterable[str]) -> None:
     """Raise `InputError` unless the tables whose names `is_ours` accepts may be written into `folder`.
 
-    They may not be if files of such names lie there that bivlm did not write, or if a checkpoint does, whose digest
-    they would change, or if nothing can be written there. `always` are the names that every finished set of tables has:
-    where there are all of them and no listing, an earlier version wrote them.
+    Refused are files of such names that bivlm did not write, a checkpoint, whose digest tables would change, and a
+    folder where nothing can be written. `always` are the names that every finished set of tables has: where there are
+    all of them and no listing, an earlier version wrote them.
     """
     if os.path.lexists(folder / CONFIG):
         raise InputError(f"output {folder}: a checkpoint lies there, which tables would change; choose another folder")
@@ -37,7 +37,7 @@ def check_tables(folder: Path, is_ours: Callable[[str], bool], always: Iterable[
 def write_tables(folder: Path, texts: Mapping[str, str], is_ours: Callable[[str], bool]) -> None:
     """Write the `texts` by name into `folder`, in the place of all listed files whose names `is_ours` accepts.
 
-    The listing comes first: of a run that was killed here, the next one knows every file.
+    The listing is written first, so that after a kill the next run knows every file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     list_files(folder, texts)
@@ -51,7 +51,6 @@ def write_tables(folder: Path, texts: Mapping[str, str], is_ours: Callable[[str]
 
 
 def _named(folder: Path, is_ours: Callable[[str], bool]) -> Iterator[str]:
-    """The names in `folder`, and in a folder in it, that `is_ours` accepts."""
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if is_ours(name := path.relative_to(folder).as_posix()):
-            yield name
+    """Return the names in `folder`, and in the folders in it, that `is_ours` accepts."""
+    paths = sorted([*folder.glob("*"), *folder.glob("*/*")])
+    return filter(is_ours, (path.relative_to(folder).as_posix() for path in paths))

@@ -1,53 +1,46 @@
-"""What ran something: packages, processor, GPU. No names of machines, people or places."""
+"""The packages, processor, GPU and memory of this process. No names of machines, people or places."""
 
 from __future__ import annotations
 
 import platform
+import resource
 import subprocess
+import sys
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import psutil
-import torch
 
 from bivlm.workspace.hashing import digest, file_digest
 
 # What may change a byte or a figure. `software` names the first few, which touch weights.
 _NUMERIC = ("bivlm", "torch", "numpy", "scipy")
-_PACKAGES = (
-    *_NUMERIC,
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "pillow",
-    "pandas",
-    "pyarrow",
-    "pydantic",
-    "prefect",
-    "mlflow",
-    "boto3",
-)
+_PACKAGES = (*_NUMERIC, "transformers", "tokenizers", "safetensors", "datasets", "pillow", "pandas", "pyarrow")
+_PACKAGES += ("pydantic", "prefect", "mlflow", "boto3")
 _ROOT = Path(__file__).parents[2]
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 @cache
 def software() -> dict[str, str]:
-    """Versions of what computes: short, because it stands in every step record."""
+    """Return the versions of what computes: short, because every step record has them."""
     return {"python": platform.python_version(), **{name: _version(name) for name in _NUMERIC}}
 
 
 @cache
 def packages() -> dict[str, str]:
-    """Versions of Python and of every package that the pipeline builds on; those not installed are left out."""
+    """Return the versions of Python and of every installed package that the pipeline builds on."""
     found = {name: _version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
 @cache
 def hardware() -> dict[str, str | int]:
-    """Operating system, processor, cores, memory in bytes, GPU."""
+    """Return the operating system, processor, cores, memory in bytes and GPU."""
+    import torch
+
     found: dict[str, str | int] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -61,9 +54,9 @@ def hardware() -> dict[str, str | int]:
 
 @cache
 def code() -> dict[str, str | bool]:
-    """Version of this package and the digest of its source files; commit and whether it was changed, in a git checkout.
+    """Return the version of this package and the digest of its source files, and in a git checkout the commit.
 
-    The digest is over what runs, wherever it was installed from: two installations with the same one are the same code.
+    Two installations with the same digest run the same code, wherever they were installed from.
     """
     files = {
         path.relative_to(_ROOT).as_posix(): file_digest(path)
@@ -78,6 +71,25 @@ def code() -> dict[str, str | bool]:
     return found
 
 
+def reset_peak() -> bool:
+    """Let `peak_bytes` count from now; return False where the system cannot, and it counts from the process's start."""
+    try:
+        _CLEAR_REFS.write_text("5")  # 5 resets VmHWM, see proc_pid_clear_refs(5)
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> int:
+    """Return the largest resident size since the last `reset_peak`, or since the process began where there is none."""
+    with suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -86,16 +98,15 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return model or platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name") and (model := line.partition(":")[2].strip()):
+                return model
+    return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str | None:
-    """The answer of git if this package lies in a checkout of its own, not in somebody else's."""
+    """Return what git answers; None unless this package lies in a checkout of its own."""
     if not (_ROOT / ".git").exists():
         return None
     try:

@@ -1,7 +1,7 @@
 """Canonical hashes: two things have the same digest only if they are the same thing.
 
-What has no single stable form (NaN, sets, keys that are not strings, objects of unknown classes) is refused with its
-place in the value instead of being turned into some text: a guess here would hand out somebody else's cached result.
+Whatever has no single stable form (NaN, sets, keys that are not strings, objects of unknown classes) is refused with
+its place in the value: a guess here would return another step's cached result.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from typing import Any
 
 from bivlm.errors import InputError
 
-_READ_BYTES = 1 << 20
-
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON of `value` with sorted keys and no spaces; tuples are written as lists.
+    """Return UTF-8 JSON of `value` with sorted keys and no spaces; tuples are written as lists.
 
     Values are None, bool, int, finite float, str, list, tuple and dict with str keys, of exactly these classes. 1 and
     1.0 are different values. Raises `InputError` with the path of the first value that is something else.
@@ -30,27 +28,24 @@ def canonical_json(value: Any) -> bytes:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of `canonical_json(value)` in hex; raises `InputError` as it does."""
+    """Return the SHA-256 of `canonical_json(value)` in hex; raises `InputError` as it does."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes in hex, read a mebibyte at a time."""
-    sha = hashlib.sha256()
+    """Return the SHA-256 of a file's bytes in hex, read a part at a time."""
     with Path(path).open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            sha.update(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def step_identity(
     stage: str, version: int, inputs: Mapping[str, Any], recipe_part: Any, *, exact: bool, device: str = "cpu"
 ) -> dict[str, Any]:
-    """What makes a step the one it is: it changes with everything that may change what the step makes.
+    """Return the identity of a step, whose digest is its key: everything that may change what the step makes.
 
     `inputs` holds the hashes of what the step reads, `recipe_part` what the recipe says about it, `version` is raised
-    when the step's code makes something else. A step that is not `exact` across devices also carries the device class
-    and the torch version. The digest of it all is the step's key.
+    when the step's code makes something else. A step that is not `exact` across devices also has the device class and
+    the torch version.
     """
     identity: dict[str, Any] = {"stage": stage, "version": version, "inputs": dict(inputs), "recipe": recipe_part}
     if not exact:

@@ -1,4 +1,4 @@
-"""Folders for steps at work, which outlive neither the step nor, for long, a process that was killed."""
+"""Folders for steps at work, removed at the end of the step, or a day after a kill."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LOCK, _WORK = "lock", "work"
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """An empty folder in `parent` (made if missing) within this block.
+    """Give an empty folder in `parent` (made if missing) within this block.
 
-    What killed steps left there is removed once it is a day old. A folder's time does not tell whether anybody works
-    in it: a lock beside it does, which the operating system lets go of the moment its holder dies.
+    What killed steps left there is removed once it is a day old. A folder's time does not tell whether a process works
+    in it; the lock beside it does, which the operating system frees the moment its holder dies.
     """
     parent.mkdir(exist_ok=True)
     for left in parent.iterdir():

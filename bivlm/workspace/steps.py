@@ -3,10 +3,7 @@
 ``objects/<aa>/<sha256>`` holds bytes under their own hash, ``steps/<key>.json`` says that a step is done and what it
 made. A step counts as done only while every file it made is there with the right bytes; reads are checked against the
 hash. Writes appear whole or not at all, so any number of workers may share a workspace and any of them may be killed.
-
-``used/<key>.json`` is a copy of a step's record, written when the step is found again: its time says when that was.
-``doomed/<sha256>`` is there while an object is being collected. They make `bivlm.workspace.garbage` safe beside running
-compressions.
+``used/`` and ``doomed/`` keep the work of running compressions from a collection, see `bivlm.workspace.garbage`.
 """
 
 from __future__ import annotations
@@ -31,9 +28,9 @@ from bivlm.workspace.stores.opening import open_store
 
 _SHA256 = r"^[0-9a-f]{64}$"
 OBJECTS, STEPS, USED, DOOMED = "objects", "steps", "used", "doomed"
-# A step or object that was put, or said to be in use, this recently need not be said to be in use again.
+# A step or object that was put, or noted as used, this recently need not be noted again.
 FRESH_SECONDS = 3600
-# Whoever collects an object says so a few requests before it goes; a saying older than this is of one that was killed.
+# A collection notes that an object is doomed a few requests before it goes; an older note is of one that was killed.
 _DOOMED_SECONDS = 300
 _PAUSE_SECONDS = 0.2
 
@@ -56,10 +53,14 @@ class Reference(BaseModel):
 
 
 class StepRecord(BaseModel):
-    """What a finished step was and made: files by name, figures small enough to travel, how long it took, and where.
+    """A finished step.
 
-    `identity` is from `bivlm.workspace.hashing.step_identity`; `figures` is what later steps or the report need to know
-    without opening a file; `environment` says what ran it (`bivlm.workspace.environment.software`).
+    Attributes:
+        identity: what makes it the step it is, from `bivlm.workspace.hashing.step_identity`.
+        outputs: the files it made, by name.
+        figures: what later steps or the report need to know without opening a file.
+        seconds: how long it took.
+        environment: what ran it, from `bivlm.workspace.environment.software`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,7 +84,7 @@ class StepRecord(BaseModel):
         return digest(self.identity)
 
     def says_the_same_as(self, other: StepRecord) -> bool:
-        """Whether both are of one step that made one thing; how long that took, and where, may differ."""
+        """Return whether both are of one step that made the same; time and environment may differ."""
         return (self.identity, self.outputs, self.figures) == (other.identity, other.outputs, other.figures)
 
     @property
@@ -93,74 +94,66 @@ class StepRecord(BaseModel):
 
 
 class Workspace:
-    """A folder or an S3 prefix that holds objects and finished steps."""
+    """A folder or an S3 prefix that holds objects and finished steps; `store` is where the bytes are."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self.store = store
 
     @classmethod
     def open(cls, location: str | Path) -> Workspace:
-        """The workspace at a folder (made if missing) or ``s3://bucket/prefix``; raises `InputError` naming it."""
+        """Open a folder (made if missing) or ``s3://bucket/prefix``; raise `InputError` if it can be neither."""
         return cls(open_store(location))
 
     @classmethod
     def look_into(cls, location: str | Path) -> Workspace:
-        """The workspace at `location`, to be read only: nothing is made or tried there; raises `InputError`."""
+        """Open a workspace only to read it: nothing is made or tried there. Raises `InputError` as `open`."""
         return cls(open_store(location, look_only=True))
 
     @property
     def url(self) -> str:
-        """What opens this workspace again, on any machine that can reach it."""
-        return self._store.url
+        """The location that opens this workspace again, on any machine that can reach it."""
+        return self.store.url
 
     @property
     def local(self) -> Path:
         """A folder on this machine that belongs to the workspace: itself, or the cache of the S3 prefix."""
-        return self._store.local
-
-    @property
-    def store(self) -> Store:
-        """Where the bytes are, for what looks after the workspace as a whole."""
-        return self._store
+        return self.store.local
 
     def scratch(self) -> AbstractContextManager[Path]:
-        """An empty folder on the workspace's disk for a step at work, removed at the end."""
+        """Give an empty folder on the workspace's disk for a step at work, removed at the end."""
         return scratch_folder(self.local / "scratch")
 
     def put_file(self, path: str | Path) -> Reference:
         """Store a copy of the file at `path`; storing the same bytes again changes nothing but the object's time."""
         path = Path(path)
         reference = Reference(sha256=file_digest(path), nbytes=path.stat().st_size)
-        self._put(reference, lambda: self._store.put_file(_object_name(reference), path))
+        self._put(reference, lambda: self.store.put_file(object_name(reference.sha256), path))
         return reference
 
     def put_bytes(self, data: bytes) -> Reference:
         """Store `data`; storing the same bytes again changes nothing but the object's time."""
         reference = Reference(sha256=hashlib.sha256(data).hexdigest(), nbytes=len(data))
-        self._put(reference, lambda: self._store.put_bytes(_object_name(reference), data))
+        self._put(reference, lambda: self.store.put_bytes(object_name(reference.sha256), data))
         return reference
 
     def fetch(self, reference: Reference) -> Path:
-        """A local file with exactly these bytes, to be read only; raises `WorkspaceError` if there are none."""
+        """Return a local file with exactly these bytes, to be read only; raise `WorkspaceError` if there are none."""
+        said, again = f"{self.url}: object {reference.sha256}", "run the step that makes it again"
         # A local copy may be damaged, or gone, while the stored object is sound: the second time it is not looked at.
         for anew in (False, True):
-            path = self._store.path(_object_name(reference), anew)
+            path = self.store.path(object_name(reference.sha256), anew)
             if path is None:
-                raise MissingObject(
-                    f"{self.url}: object {reference.sha256} is missing; run the step that makes it again"
-                )
+                raise MissingObject(f"{said} is missing; {again}")
             if _is(path, reference):
                 return path
-        raise WorkspaceError(
-            f"{self.url}: object {reference.sha256} holds other bytes; run the step that makes it again"
-        )
+        raise WorkspaceError(f"{said} holds other bytes; {again}")
 
     def read(self, reference: Reference) -> bytes:
-        """The bytes of an object; raises `WorkspaceError` as `fetch` does."""
+        """Return the bytes of an object; raises `WorkspaceError` as `fetch` does."""
         return self.fetch(reference).read_bytes()
 
     def holds(self, reference: Reference) -> bool:
-        """Whether the object is there with the right bytes."""
+        """Return whether the object is there with the right bytes."""
         try:
             self.fetch(reference)
         except WorkspaceError:
@@ -168,11 +161,11 @@ class Workspace:
         return True
 
     def has(self, reference: Reference) -> bool:
-        """Whether an object of this name and length is there; unlike `holds` it reads no byte."""
-        return self._store.size(_object_name(reference)) == reference.nbytes
+        """Return whether an object of this name and length is there; unlike `holds` it reads no byte."""
+        return self.store.size(object_name(reference.sha256)) == reference.nbytes
 
     def fetch_folder(self, outputs: dict[str, Reference], folder: str | Path) -> Path:
-        """Lay copies of `outputs` under `folder` by their names (forward slashes make subfolders)."""
+        """Copy `outputs` into `folder` by their names (forward slashes make subfolders)."""
         folder = Path(folder)
         for name, reference in outputs.items():
             target = folder / name
@@ -183,105 +176,107 @@ class Workspace:
         return folder
 
     def put_folder(self, folder: str | Path) -> dict[str, Reference]:
-        """Store every file under `folder`; the names are paths relative to it, in order."""
+        """Store every file under `folder`; return them by their paths relative to it, in order."""
         folder = Path(folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): self.put_file(path) for path in files}
 
     def step(self, key: str) -> StepRecord | None:
-        """The finished step `key`; None if there is none, if its record cannot be read or is that of another step, or
-        if any of its outputs is missing or differs: all of which mean that the step must run again.
+        """Return the finished step `key`; None where it must run again.
 
-        One that is found is in use from now on, see `bivlm.workspace.garbage`.
+        That is where there is no record, or one that is damaged or of another step, or where an output is missing or
+        differs. From now on the step counts as used.
         """
-        data = self._store.read_bytes(step_name(key)) if is_sha256(key) else None
-        record = parse_record(data, key) if data is not None else None
-        # Said first and looked at afterwards: what is collected meanwhile is then either seen to be missing, or kept.
-        if record is None or not self._say_that_it_is_used(key, data):
+        record = self.record(key)
+        # Noted first and looked at afterwards: what is collected meanwhile is then either seen to be missing, or kept.
+        if record is None or not self._note_use(record):
             return None
         return record if all(self.holds(reference) for reference in record.outputs.values()) else None
 
     def record(self, key: str) -> StepRecord | None:
-        """What is written down of step `key`, whether or not its outputs are still there; None as in `step`."""
-        data = self._store.read_bytes(step_name(key)) if is_sha256(key) else None  # the key may be from outside
+        """Return the record of step `key`, whether or not its outputs are still there; None as in `step`."""
+        data = self.store.read_bytes(step_name(key)) if is_sha256(key) else None  # the key may be from outside
         return parse_record(data, key) if data is not None else None
 
     def finish_step(self, record: StepRecord) -> None:
-        """Write down that a step is done; its outputs must be stored already (`WorkspaceError` if one is not)."""
+        """Record that a step is done; its outputs must be stored already (`WorkspaceError` if one is not)."""
         for name, reference in record.outputs.items():
             if not self.has(reference):
                 raise WorkspaceError(f"{self.url}: output {name!r} of {record.stage} is not stored; put it first")
-        content: dict[str, Any] = record.model_dump(mode="json")
-        content["checksum"] = digest(content)  # a damaged figure would otherwise pass for a true one
-        self._store.put_bytes(step_name(record.key), canonical_json(content) + b"\n")
+        self.store.put_bytes(step_name(record.key), _sealed(record.model_dump(mode="json")))
 
     def state(self, name: str) -> dict[str, Any] | None:
-        """What was last put as the state `name`; None if nothing was, or it cannot be read.
+        """Return what was last put as the state `name`; None if nothing was, or it cannot be read.
 
-        Unlike steps, states change: the watcher's memory is kept so. `name` is made by this code, never by others.
+        Unlike steps, states change: the watcher's memory is one. `name` is made by this code, never by others.
         """
-        data = self._store.read_bytes(_state_name(name))
-        if data is None:
-            return None
-        try:
-            content = parse_object(data, self.url)
-            checksum = content.pop("checksum")
-            return content if digest(content) == checksum else None
-        except (InputError, KeyError):
-            return None
+        data = self.store.read_bytes(_state_name(name))
+        return None if data is None else _unsealed(data)
 
     def put_state(self, name: str, content: dict[str, Any]) -> None:
-        """Put `content` (JSON) as the state `name`, whole or not at all; what was there before is replaced."""
-        self._store.put_bytes(_state_name(name), canonical_json({**content, "checksum": digest(content)}) + b"\n")
+        """Put `content` (JSON) as the state `name`, whole or not at all, in the place of the one before."""
+        self.store.put_bytes(_state_name(name), _sealed(content))
 
-    def _say_that_it_is_used(self, key: str, data: bytes) -> bool:
-        """Put the step's record under ``used/`` unless it, or the record itself, is fresh; whether the step is there
-        afterwards."""
-        if _is_fresh(self._store.entry(step_name(key))):
+    def _note_use(self, record: StepRecord) -> bool:
+        """Note under ``used/`` that the step was found, unless that is fresh; return whether it is there afterwards."""
+        name, note = step_name(record.key), used_name(record.key)
+        if _is_fresh(self.store.entry(name)):
             return True
-        if not _is_fresh(self._store.entry(used_name(key))):
-            self._store.put_bytes(used_name(key), data)
-        return self._store.entry(step_name(key)) is not None
+        if not _is_fresh(self.store.entry(note)):
+            self.store.put_bytes(note, _sealed(record.model_dump(mode="json")))
+        return self.store.entry(name) is not None
 
     def _put(self, reference: Reference, put: Callable[[], None]) -> None:
         """Have the object there, and fresh: an old one is put again, because it may be about to be collected."""
-        name = _object_name(reference)
-        if self.holds(reference) and _is_fresh(self._store.entry(name)):
-            return
-        there = False
+        name = object_name(reference.sha256)
+        there = self.holds(reference) and _is_fresh(self.store.entry(name))
         while not there:
             put()
-            # Put first and looked at afterwards: whoever collects says it first, and looks at the time afterwards.
-            self._wait_while_doomed(reference)
-            there = self._store.entry(name) is not None
+            # Put first and looked at afterwards: a collection writes its note first and looks at the time afterwards.
+            self._wait_while_doomed(reference.sha256)
+            there = self.store.entry(name) is not None
 
-    def _wait_while_doomed(self, reference: Reference) -> None:
-        """Wait until the object, which was just put, is gone or nobody alive says that it is being collected."""
+    def _wait_while_doomed(self, sha256: str) -> None:
+        """Wait until the object, which was just put, is gone, or no living collection notes it as doomed."""
         began = time.monotonic()
-        while doomed := self._store.entry(doomed_name(reference.sha256)):
-            there = self._store.entry(_object_name(reference))
-            # How old the saying is: by the store's clock until the object was put, by a stopwatch since then.
+        while doomed := self.store.entry(doomed_name(sha256)):
+            there = self.store.entry(object_name(sha256))
+            # How old the note is: by the store's clock until the object was put, by a stopwatch since then.
             if there is None or there.modified - doomed.modified + time.monotonic() - began > _DOOMED_SECONDS:
                 return
             time.sleep(_PAUSE_SECONDS)
 
 
 def parse_record(data: bytes, key: str) -> StepRecord | None:
-    """The record that `data` holds of step `key`; None if it is damaged or that of another step."""
+    """Return the record of step `key` that `data` holds; None if it is damaged or of another step."""
     try:
-        content = parse_object(data, step_name(key))
-        checksum = content.pop("checksum")
-        if digest(content) != checksum:
-            return None
-        record = StepRecord.model_validate(content)
-    except (InputError, KeyError, ValidationError):
+        record = StepRecord.model_validate(_unsealed(data))
+    except ValidationError:
         return None
     return record if record.key == key else None
 
 
+def _sealed(content: dict[str, Any]) -> bytes:
+    """Return `content` as JSON with its checksum: a damaged figure would otherwise pass for a true one."""
+    return canonical_json({**content, "checksum": digest(content)}) + b"\n"
+
+
+def _unsealed(data: bytes) -> dict[str, Any] | None:
+    """Return the content of what `_sealed` made; None if it is damaged."""
+    try:
+        content = parse_object(data, "checked JSON")
+        checksum = content.pop("checksum")
+        return content if digest(content) == checksum else None
+    except (InputError, KeyError):
+        return None
+
+
 def _is_fresh(entry: Entry | None) -> bool:
-    """By this machine's clock, which only saves requests: ahead it asks for more of them, and an hour behind is safe,
-    because nothing goes that is younger than two."""
+    """Return whether the entry is young, by this machine's clock.
+
+    A clock that is ahead only costs requests, and one that is an hour behind is safe: nothing goes that is younger than
+    two hours.
+    """
     return entry is not None and time.time() - entry.modified < FRESH_SECONDS
 
 
@@ -292,29 +287,25 @@ def _is(path: Path, reference: Reference) -> bool:
         return False
 
 
-def _object_name(reference: Reference) -> str:
-    return object_name(reference.sha256)
-
-
 def _state_name(name: str) -> str:
     return f"state/{name}.json"
 
 
 def object_name(sha256: str) -> str:
-    """Where an object is in the store."""
+    """Return where an object is in the store."""
     return f"{OBJECTS}/{sha256[:2]}/{sha256}"
 
 
 def step_name(key: str) -> str:
-    """Where a step's record is in the store."""
+    """Return where a step's record is in the store."""
     return f"{STEPS}/{key}.json"
 
 
-def doomed_name(sha256: str) -> str:
-    """Where it is said that an object is being collected."""
-    return f"{DOOMED}/{sha256}"
-
-
 def used_name(key: str) -> str:
-    """Where it is said that a step was found again."""
+    """Return where it is noted that a step was found again."""
     return f"{USED}/{key}.json"
+
+
+def doomed_name(sha256: str) -> str:
+    """Return where it is noted that an object is being collected."""
+    return f"{DOOMED}/{sha256}"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bivlm.workspace.locks import one_at_a_time
 from bivlm.workspace.stores.location import cache_folder
-from tasks.runtime.locks import one_at_a_time
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from mlflow.exceptions import MlflowException
 
 from bivlm.errors import InputError
 from bivlm.workspace.hashing import digest
+from bivlm.workspace.locks import one_at_a_time
 from bivlm.workspace.stores.location import cache_folder
-from tasks.runtime.locks import one_at_a_time
 from tasks.tracking.champions import Kind, Move, champion_before, moves_of, next_key, now, stays
 from tasks.tracking.facts import GATE_TAG, LONGEST, PASSED, REASONS_TAG
 from tasks.tracking.registry import CHAMPION, MODEL_TAG, RECORDED_TAG, is_absent, version_at

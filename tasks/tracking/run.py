@@ -22,10 +22,10 @@ from bivlm.errors import InputError
 from bivlm.names import check_address
 from bivlm.recipe.loading import Recipe
 from bivlm.workspace.hashing import digest
+from bivlm.workspace.locks import one_at_a_time
 from bivlm.workspace.steps import Workspace
 from tasks.checkpoint import Base
 from tasks.report import code_version
-from tasks.runtime.locks import one_at_a_time
 from tasks.runtime.naming import model_name, run_name
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.steps import open_workspace

@@ -12,12 +12,12 @@ from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
 from bivlm.reports.lineage import read_lineage
 from bivlm.reports.pushing import package
+from bivlm.workspace.locks import one_at_a_time
 from flows import recording
 from flows.cli import main as cli
 from flows.leaderboard import leaderboard_flow
 from flows.pruning import sweep_flow
 from tasks import checkpoint, evaluation
-from tasks.runtime.locks import one_at_a_time
 
 MINE = {"notes.md": "mine", ".git/HEAD": "ref", "adapter/adapter_config.json": "{}", "pruning/notes.md": "mine"}
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a workspace are kept: a folder, or an S3 bucket.
+"""The place where the bytes of a workspace are: a folder, or an S3 bucket.
 
 A store knows names and bytes, not what they mean. Whatever is put under a name becomes visible whole or not at all.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Entry:
-    """What a store says of a name: bytes, and when it was last put, in seconds since 1970 on the store's clock."""
+    """A name in a store: its bytes, and when it was last put, in seconds since 1970 on the store's clock."""
 
     name: str
     nbytes: int
@@ -40,31 +40,31 @@ class Store(ABC):
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes | None:
-        """The bytes under `name`, or None if there are none."""
+        """Return the bytes under `name`, or None if there are none."""
 
     @abstractmethod
     def entry(self, name: str) -> Entry | None:
-        """What is under `name`, or None if there is nothing; no byte is read."""
+        """Return the entry of `name`, or None if there is none; no byte is read."""
 
     @abstractmethod
     def entries(self, folder: str) -> Iterator[Entry]:
-        """Everything under the names that begin with `folder` and a slash, in no order.
+        """Return all names that begin with `folder` and a slash, in no order.
 
         Whatever lies there is listed or an error is raised: what was overlooked could be taken for unused.
         """
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Take `name` and its bytes away; nothing happens if there is nothing."""
+        """Delete `name` and its bytes; do nothing if there is none."""
 
     def size(self, name: str) -> int | None:
-        """The number of bytes under `name`, or None if there is nothing."""
+        """Return the number of bytes under `name`, or None if there is none."""
         found = self.entry(name)
         return None if found is None else found.nbytes
 
     @abstractmethod
     def path(self, name: str, anew: bool = False) -> Path | None:
-        """A local file with the bytes under `name`, to be read only; None if there is nothing under that name.
+        """Return a local file with the bytes under `name`, to be read only; None if there is no such name.
 
         It may be a copy from earlier that is known by its length alone, so this is for names whose bytes never change;
         with `anew` it is none from earlier. Whoever deletes `name` takes the file away.

@@ -74,7 +74,7 @@ def _raise_unless_absent(error: OSError) -> None:
 
 
 def writable_folder(folder: Path, what: str) -> Path:
-    """`folder`, made if it is missing; raises `InputError` naming `what` it is for if nothing can be written there."""
+    """Return `folder`, made if missing; raise `InputError` naming `what` it is for if nothing can be written there."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{what} {folder}: not a folder; expected one, or a path where one can be made")
     try:

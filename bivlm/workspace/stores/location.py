@@ -1,4 +1,4 @@
-"""Where a workspace is when nobody says: once, so that every part of the product agrees."""
+"""The default places of the workspace and the cache, said once, so that every part of the product agrees."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _S3_MODEL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[^/\\]+)*")
 
 
 def cache_folder() -> Path:
-    """The folder for files that can be made again: ``BIVLM_CACHE``, else ``~/.cache/bivlm``."""
+    """Return the folder for files that can be made again: ``BIVLM_CACHE``, else ``~/.cache/bivlm``."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/bivlm").expanduser()
 
 
 def default_workspace() -> str:
-    """A folder or ``s3://bucket/prefix``: ``BIVLM_WORKSPACE``, else the folder ``workspace`` in the cache folder.
+    """Return ``BIVLM_WORKSPACE`` (a folder or ``s3://bucket/prefix``), else ``workspace`` in the cache folder.
 
     All compressions share it, so that a second recipe for the same model finds the statistics of the first.
     """
@@ -25,5 +25,5 @@ def default_workspace() -> str:
 
 
 def is_s3_model(url: str) -> bool:
-    """Whether `url` is ``s3://bucket/prefix`` of a form that leads nowhere else when it is made a path."""
+    """Return whether `url` is ``s3://bucket/prefix`` of a form that leads nowhere else when it is made a path."""
     return bool(_S3_MODEL.fullmatch(url)) and url.isprintable() and not {".", ".."} & set(url.split("/"))

@@ -1,4 +1,4 @@
-"""A store by its location."""
+"""Opening a store by its location."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bivlm.workspace.stores.folder import FolderStore
 
 
 def open_store(location: str | Path, look_only: bool = False) -> Store:
-    """The store at a folder (made if it is missing) or at ``s3://bucket/prefix``.
+    """Open the store at a folder (made if it is missing) or at ``s3://bucket/prefix``.
 
     With `look_only` nothing is written to find out whether that can be done, and a folder must be there already.
     Raises `InputError` naming the location if it cannot be one.
     """
     if str(location).startswith("s3://"):
-        # Imported when it is asked for, so that a folder never needs boto3.
+        # Imported here, so that a folder never needs boto3.
         from bivlm.workspace.stores.s3 import S3Store
 
         return S3Store(str(location))

@@ -185,7 +185,7 @@ def s3_trouble(what: str, refusal: type[Exception] = InputError) -> Iterator[Non
 
 
 def is_busy(error: BaseException) -> bool:
-    """Whether an exception of boto3 may be over in a moment: two writers at once, a server or network in trouble."""
+    """Return whether an exception of boto3 may be over soon: two writers at once, a server or network in trouble."""
     if isinstance(error, ClientError):
         return _status(error) in _BUSY_STATUS or error_code(error) in _BUSY_CODES
     return isinstance(error, _PASSING)

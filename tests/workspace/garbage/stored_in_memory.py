@@ -45,20 +45,22 @@ class MemoryStore(Store):
 
     def delete(self, name: str) -> None:
         self._request()
-        self.held.pop(name, None)
-        self._file(name).unlink(missing_ok=True)
+        if name in self.held:
+            self._file(name).unlink(missing_ok=True)
+            del self.held[name]
 
     def path(self, name: str, anew: bool = False) -> Path | None:
         self._request()
         if name not in self.held:
             return None
         path = self._file(name)
-        path.write_bytes(self.held[name][0])
+        if not path.exists():
+            path.write_bytes(self.held[name][0])
         self._request()  # the file may go before it is opened
         return path
 
     def _file(self, name: str) -> Path:
-        return self._folder / name.replace("/", "-")
+        return self._folder / f"{name.replace('/', '-')}-{hash(self.held[name][0])}"
 
     def _request(self) -> None:
         self.requests += 1
