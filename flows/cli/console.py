@@ -6,6 +6,7 @@ from collections import Counter
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -25,7 +26,50 @@ def print_bits(bits: dict[str, Any]) -> None:
         if figures is not None:
             shown = [_bits(figures.get(key)) for key in ("nominal", "entropy", "stored")]
             _row(table, name, f"{figures['weights']:,}", *shown)
-    print_table(table)
+    show(table)
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    """Print the result of `bivlm.reports.inspection.inspect`: the parts that add up to the whole, then every tensor."""
+    quantization = found["quantization"]
+    parts = Table(
+        Column("component", footer="all"),
+        Column("kind", overflow="fold"),
+        title=f"{found['model_type']}{f', packed by {quantization}' if quantization else ''}",
+        box=box.SIMPLE,
+        show_footer=True,
+        pad_edge=False,
+    )
+    for heading, footer in (
+        ("tensors", sum(part["tensors"] for part in found["parts"])),
+        ("parameters", f"{found['parameters']:,}"),
+        ("share", _percent(sum(part["share"] for part in found["parts"]))),
+    ):
+        parts.add_column(heading, str(footer), justify="right", no_wrap=True)
+    parts.add_column("", no_wrap=True)
+    before = None
+    for part in found["parts"]:
+        component = part["component"]
+        if before not in (None, component):
+            parts.add_section()
+        cells = (f"{part['tensors']:,}", f"{part['parameters']:,}", _percent(part["share"]), part["state"])
+        _row(parts, "" if component == before else component, part["kind"], *cells)
+        before = component
+    show(parts)
+
+    linears = Table("linear", "component", "shape", "dtype", "mean", "std", "kurtosis", "KL to Gaussian", box=None)
+    for linear in found["linears"]:
+        figures = [_figure(linear[key], ".4g") for key in ("mean", "std", "kurtosis", "kl_gaussian")]
+        dtype = f"{linear['dtype']}, packed" if linear["packed"] else linear["dtype"]
+        _row(linears, linear["name"], linear["component"], _shape(linear["shape"]), dtype, *figures)
+    print_whole(linears)
+
+    tensors = Table("left alone", "what it is", "shape", "dtype", "share", box=None)
+    for tensor in found["left_alone"]["tensors"]:
+        cells = (_shape(tensor["shape"]), tensor["dtype"], _percent(tensor["share"]))
+        _row(tensors, tensor["name"], tensor["kind"], *cells)
+    print()
+    print_whole(tensors)
 
 
 def print_evaluation(record: dict[str, Any]) -> None:
@@ -44,7 +88,7 @@ def print_evaluation(record: dict[str, Any]) -> None:
         _row(table, f"accuracy of {before['model']}", f"{before['metrics']['accuracy']:.2f}")
         _row(table, "loss on the same questions", f"{loss['loss']:.2f} ({loss['low']:.2f} to {loss['high']:.2f})")
         _row(table, "worse, better", f"{loss['worse']}, {loss['better']} (p = {loss['p_value']:.2g})")
-    print_table(table)
+    show(table)
     if source := record.get("source"):
         print(f"questions: {source['data_set']}, {source['split']}, revision {source['revision'] or 'of the folder'}")
     for each in record.get("at_chance", ()):
@@ -59,7 +103,7 @@ def print_estimate(found: dict[str, Any]) -> None:
         sizes = (_size(each[key]) for key in ("memory", "gpu", "disk"))
         _row(table, each["stage"], *sizes, "" if each["seconds"] is None else _duration(each["seconds"]))
     _row(table, "all", _size(found["memory"]), "", _size(found["disk"]), "")
-    print_table(table)
+    show(table)
     print("All: the largest stage with the libraries, and what is left on disk. Stages without a time were not timed.")
     if found["refused"]:
         print(f"It does not fit: {found['refused']}")
@@ -80,7 +124,7 @@ def print_compression(result: dict[str, Any]) -> None:
             for name, (low, high) in packed.get("intervals", {}).items():
                 both = (found[role][benchmark]["metrics"][name] for role in ("full_precision", "packed"))
                 _row(table, f"  {name}", *(f"{score:.1f}" for score in both), f"{low:.1f} to {high:.1f}", "")
-        print_table(table)
+        show(table)
         print(f"KL to full precision: {found['kl']:.4f} nats a token, on {found['measured_on']}")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
@@ -141,7 +185,7 @@ def print_reproduction(found: dict[str, Any]) -> None:
             pairs = ((row[score], row[f"{score}, published"]) for score in SCORES.values())
             shown = (" / ".join(_figure(None if value != value else value, ".2f") for value in pair) for pair in pairs)
             _row(table, row["column"], _bits(row["stored_bits"]), *shown)
-        print_table(table)
+        show(table)
     for said in found["columns"].get(FULL_PRECISION, {}).get("warnings", ()):
         print(f"warning: {said}")
     print(f"tables: {found['output']} (reproduction.md, .json, a .csv each)")
@@ -160,7 +204,7 @@ def print_sweep(result: dict[str, Any]) -> None:
         shown = Table("from layer", *wide.columns, box=None)
         for layer, accuracies in wide.iterrows():
             _row(shown, layer, *(_figure(None if value != value else value, ".1f") for value in accuracies))
-        print_table(shown)
+        show(shown)
     _print_adaptive(result["adaptive"])
     for each in result["at_chance"]:
         print(f"warning: {_sentence(each)}")
@@ -194,7 +238,7 @@ def print_redundancy(results: list[dict[str, Any]]) -> None:
         for share, loss in found["losses"].items():
             interval = f"{loss['low']:.1f} to {loss['high']:.1f}"
             _row(shown, f"{100 * share:g} %", f"{loss['loss']:.1f}", interval, loss["worse"], loss["better"])
-        print_table(shown)
+        show(shown)
 
 
 _MARKS = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "not checked": "[yellow]not checked[/]"}
@@ -220,11 +264,11 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     _row(chain, "on", "\n".join(f"{key} {value}" for key, value in lineage.hardware.items()))
     _row(chain, "with", ", ".join(f"{key} {value}" for key, value in lineage.packages.items()))
     _row(chain, "in MLflow", "\n".join(f"{key} {value}" for key, value in lineage.tracking.items()))
-    print_table(chain)
+    show(chain)
     found = Table("checked", "", Column("what was found", overflow="fold"))
     for finding in findings:
         found.add_row(finding.subject, _MARKS[finding.state], escape(finding.detail))
-    print_table(found)
+    show(found)
 
 
 def print_version(found: dict[str, Any]) -> None:
@@ -273,8 +317,12 @@ def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def shape_text(shape: list[int]) -> str:
-    """For example 64 x 32."""
+def _percent(share: float) -> str:
+    """Return the share with two places; what is there is never shown as nothing."""
+    return "< 0.01 %" if 0 < share < 0.00005 else f"{100 * share:.2f} %"
+
+
+def _shape(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
 
 
@@ -305,8 +353,3 @@ def in_short(result: dict[str, Any]) -> str:
     if gate := result["gate"]:
         said.append(f"gate {'passed' if gate['passed'] else 'not passed'}")
     return ", ".join(said)
-
-
-def print_table(table: Table) -> None:
-    """Print it as wide as the terminal; no figure is ever cut."""
-    show(table)

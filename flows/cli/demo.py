@@ -86,9 +86,9 @@ def _compress(recipe: str, output: Path, questions: int) -> dict[str, Any]:
 
 
 def _print(results: dict[str, dict[str, Any]]) -> None:
-    from flows.cli.console import print_table
+    from flows.cli.stacking import show
 
-    print_table(_table(results))
+    show(_table(results))
     last = results[RECIPES[-1]]
     print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision on")
     print(f"{last['evaluation']['measured_on']}. Seconds and memory: the compression.")

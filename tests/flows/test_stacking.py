@@ -10,7 +10,6 @@ from rich.table import Column, Table
 
 from flows.cli import console as tables
 from flows.cli import demo
-from flows.cli.inspection import print_inspection
 from flows.cli.stacking import show
 
 WIDTHS = [20, 40, 57, 60, 80, 100, 120]
@@ -106,7 +105,7 @@ def demonstration(_):
         "seconds": 31.25,
         "peak_memory_bytes": 812.4e6,
     }
-    tables.print_table(demo._table({"bivlm": result, "bivlm-paper": result}))
+    show(demo._table({"bivlm": result, "bivlm-paper": result}))
     return ["81.2"] * 6 + ["0.123"] * 2 + ["2.062"] * 2 + ["1.988"] * 2 + ["2.281"] * 2 + ["31.2"] * 2 + ["812"] * 2
 
 
@@ -114,7 +113,7 @@ def inspection(tiny_llava):
     from bivlm.reports.inspection import inspect
 
     found = inspect(tiny_llava)
-    print_inspection(found)
+    tables.print_inspection(found)
     return [f"{found['parameters']:,}", *(f"{part['parameters']:,}" for part in found["parts"])]
 
 

@@ -9,7 +9,7 @@ from tiny_families import gemma3, make_published, mllama, qwen3_vl_moe
 from tiny_llava import make_tiny_llava
 
 from bivlm.reports.inspection import inspect
-from flows.cli.inspection import print_inspection
+from flows.cli.console import print_inspection
 
 
 @pytest.fixture(scope="module")
