@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from bivlm.reports.markdown_table import markdown_table
 from bivlm.reports.paper_tables.published import Published
 from bivlm.reports.paper_tables.recipe_sets import FULL_PRECISION, OURS
 
@@ -74,8 +75,8 @@ def as_markdown(
     for table in tables:
         frame = as_table(paper, table, columns)
         headings = ["column", "nominal", "stored", "model", "KL", *SCORES.values()]
-        lines += [f"## {table}", "", _line(headings), _line([":--", *["--:"] * (len(headings) - 1)])]
-        lines += [_line(_cells(row)) for row in frame.to_dict("records")]
+        rows = map(_cells, frame.to_dict("records"))
+        lines += [f"## {table}", "", *markdown_table(headings, rows, left=("column",))]
         lines += [
             "",
             *(f"- {row.column}: {row.failed}" for row in frame.itertuples() if isinstance(row.failed, str)),
@@ -93,7 +94,3 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _number(value: Any, form: str) -> str:
     return _NONE if value is None or pd.isna(value) else format(value, form)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
