@@ -21,7 +21,7 @@ _NONE = "–"
 _LINEARS, _TABLES, _MODEL = "packed linears", "embedding and head", "whole model"
 _BITS = ("nominal", "entropy", "stored")
 _SHOWN_ELSEWHERE = frozenset({"format", "base_model", "recipe", "bits", "layers", "tables"})
-_LAYER_PICTURES = (
+_LAYER_FIGURES = (
     (
         figures.weight_histogram,
         "The cut-offs assume Gaussian weights; KL says how far from that they are. The lower row shows the tails.",
@@ -64,8 +64,8 @@ def render(
     environment.tests["tree"] = lambda value: isinstance(value, (dict, list, tuple))
     rows = _bits_rows(report["bits"])
     measured_on = (evaluation or {}).get("measured_on") or "held-out samples"
-    pictures = [(figures.accuracy_against_bits(points, chance, measured_on), _POINTS_CAPTION)] if points else []
-    pictures += [(draw(layers), caption) for draw, caption in _LAYER_PICTURES]
+    drawn = [(figures.accuracy_against_bits(points, chance, measured_on), _POINTS_CAPTION)] if points else []
+    drawn += [(draw(layers), caption) for draw, caption in _LAYER_FIGURES]
     return environment.get_template(_TEMPLATE).render(
         model=report["base_model"]["id"],
         recipe=report["recipe"]["name"],
@@ -79,7 +79,7 @@ def render(
         kl=(evaluation or {}).get("kl"),
         measured_on=measured_on,
         at_chance=[str(AtChance(**each)) for each in (evaluation or {}).get("at_chance", ())],
-        pictures=[(inline_svg(figure), caption) for figure, caption in pictures],
+        figures=[(inline_svg(figure), caption) for figure, caption in drawn],
         layers=[_layer_row(layer) for layer in layers],
         recipe_yaml=yaml.safe_dump(
             report["recipe"], sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
@@ -94,7 +94,7 @@ def inline_svg(figure: Figure) -> Markup:
     text = text[text.index("<svg ") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # numbered, so the same in every picture; nothing refers to them
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # numbered, so the same in every figure; nothing refers to them
     text = re.sub(f"(fill|stroke): {figures.INK}", r"\1: currentColor", text)
     text = re.sub(f"(fill|stroke): {figures.PAPER}", r"\1: var(--page)", text)
     named = Markup('<svg role="img" aria-label="{}" ').format(figure.get_suptitle())

@@ -1,4 +1,4 @@
-"""The pictures show the numbers of the records, leave out what is missing, and come out the same every time."""
+"""The figures show the numbers of the records, leave out what is missing, and come out the same every time."""
 
 import io
 import threading
@@ -16,7 +16,7 @@ from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.reports import figures
 
 SHARES = ("0.01", "0.02", "0.05", "0.1")
-LAYER_PICTURES = (figures.weight_histogram, figures.kl_per_layer, figures.error_by_p_max, figures.bits_and_error)
+LAYER_FIGURES = (figures.weight_histogram, figures.kl_per_layer, figures.error_by_p_max, figures.bits_and_error)
 NAMES = {
     "vision": [f"model.vision_tower.layers.{block}.self_attn.{kind}" for block in range(3) for kind in ("qkv", "proj")],
     "adaptor": ["model.merger.mlp.0", "model.merger.mlp.2"],
@@ -62,7 +62,7 @@ def by_label(axes, label):
 
 
 def texts(figure):
-    """All that the picture says."""
+    """All that the figure says."""
     return [element.text for element in ElementTree.fromstring(figures.svg(figure)).iter() if element.text]
 
 
@@ -171,7 +171,7 @@ def test_a_component_has_one_colour_in_every_picture(layers):
         assert matplotlib.colors.to_hex(histogram.axes[column].patches[0].get_facecolor()) == colour
 
 
-@pytest.mark.parametrize("draw", LAYER_PICTURES)
+@pytest.mark.parametrize("draw", LAYER_FIGURES)
 def test_a_layer_without_the_figure_is_left_out_and_the_others_keep_their_place(draw, layers):
     for key in ("kl_gaussian", "histogram", "error", "error_by_p_max"):
         layers[1][key] = None
@@ -192,7 +192,7 @@ def test_a_missing_p_max_leaves_out_only_that_mark(layers):
 
 
 @pytest.mark.parametrize("bare", [[], [{"name": "a", "component": "vision", "shape": [1, 1], "bits": None}]])
-@pytest.mark.parametrize("draw", LAYER_PICTURES)
+@pytest.mark.parametrize("draw", LAYER_FIGURES)
 def test_a_picture_of_nothing_says_why(draw, bare):
     assert any(text.startswith("No layer has ") for text in texts(draw(bare)))
 
@@ -250,7 +250,7 @@ def test_no_model_to_draw_says_why(points):
     assert "No model has both stored bits and an accuracy." in texts(figures.accuracy_against_bits(points))
 
 
-@pytest.mark.parametrize("draw", LAYER_PICTURES)
+@pytest.mark.parametrize("draw", LAYER_FIGURES)
 def test_the_same_records_give_the_same_document(draw, layers):
     assert figures.svg(draw(layers)) == figures.svg(draw(layers))
 
@@ -268,7 +268,7 @@ def test_settings_of_the_process_neither_change_a_picture_nor_are_changed(layers
         assert dict(matplotlib.rcParams) == before
 
 
-def test_pictures_may_be_made_in_threads(layers):
+def test_figures_may_be_made_in_threads(layers):
     expected, made = figures.svg(figures.kl_per_layer(layers)), []
     threads = [
         threading.Thread(target=lambda: made.append(figures.svg(figures.kl_per_layer(layers)))) for _ in range(2)

@@ -1,4 +1,4 @@
-"""The picture of a board shows every entry at its stored and its claimed bits, names the best, and invents nothing."""
+"""The figure of a board shows every entry at its stored and its claimed bits, names the best, and invents nothing."""
 
 import io
 import itertools

@@ -199,7 +199,7 @@ def test_what_users_wrote_stays_text(source, page):
     assert {"b", "i"}.isdisjoint(tag for tag, _ in page.tags)
     assert "<script" not in source
     labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
-    assert any("<script>" in label for label in labels), "the title of the picture is a label, escaped"
+    assert any("<script>" in label for label in labels), "the title of the figure is a label, escaped"
 
 
 def test_nothing_is_fetched(source, page):
@@ -220,7 +220,7 @@ def test_every_reference_within_the_page_has_one_target(page):
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_pictures_take_the_ink_and_the_paper_of_the_page(source, page):
+def test_figures_take_the_ink_and_the_paper_of_the_page(source, page):
     assert [tag for tag, _ in page.tags].count("svg") == 5
     assert source.count("<!DOCTYPE") == 1
     assert "<?xml" not in source

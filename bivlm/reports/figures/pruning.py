@@ -10,11 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from bivlm.reports.figures.style import INK, SERIES, empty, new_figure, one_line, settled, styled
+from bivlm.reports.figures.style import INK, ON_DARK, ON_LIGHT, SERIES, empty, new_figure, one_line, settled, styled
 from bivlm.reports.pruning_tables import grid
 
 _TITLE = "Accuracy lost by dropping tokens, percentage points (*: the 95 % interval leaves out zero)"
-_ON_LIGHT, _ON_DARK = "#101418", "#fcfdfe"  # letters on a colour keep theirs when a page swaps ink and paper
 
 
 @styled()
@@ -57,7 +56,7 @@ def _draw_map(axes: Axes, cells: pd.DataFrame, norm: TwoSlopeNorm) -> None:
     for (row, column), value in np.ndenumerate(values):
         sure = not low[row, column] <= 0 <= high[row, column]
         text = "–" if np.isnan(value) else f"{value:.1f}{'*' if sure else ''}"
-        ink = _ON_DARK if abs(norm(value) - 0.5) > 0.38 else _ON_LIGHT
+        ink = ON_DARK if abs(norm(value) - 0.5) > 0.38 else ON_LIGHT
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=7.5)
     axes.set_xticks(np.arange(values.shape[1]) + 0.5, losses.columns, fontsize=7.5)
     axes.set_yticks(np.arange(values.shape[0]) + 0.5, losses.index, fontsize=7.5)
