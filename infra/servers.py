@@ -145,10 +145,6 @@ class Servers:
                         self._make_databases()
         return self
 
-    def start_one(self, name: str) -> None:
-        """Start one server over its data, wherever it stopped or was killed."""
-        self.start([name])
-
     def stop(self, names: Iterable[str] = NAMES) -> None:
         """Ask servers to end, the last started first, and wait; one that does not listen is killed."""
         wanted = set(names)

@@ -2,7 +2,6 @@
 
 import io
 import threading
-import xml.etree.ElementTree as ElementTree
 from statistics import median
 
 import matplotlib
@@ -14,6 +13,7 @@ from scipy.special import ndtr
 
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.reports import figures
+from tests.reports.drawn import by_label, marks, texts
 
 SHARES = ("0.01", "0.02", "0.05", "0.1")
 LAYER_FIGURES = (figures.weight_histogram, figures.kl_per_layer, figures.error_by_p_max, figures.bits_and_error)
@@ -49,21 +49,6 @@ def layers():
 
 def point(label, bits, accuracy, **more):
     return {"label": label, "stored_bits": bits, "accuracy": accuracy, "kl": None, "this_run": False, **more}
-
-
-def marks(axes):
-    """Every marker of the axes as (x, y), from left to right."""
-    lines = [line for line in axes.lines if line.get_marker() not in ("None", "")]
-    return sorted((float(x), float(y)) for line in lines for x, y in line.get_xydata())
-
-
-def by_label(axes, label):
-    return [line for line in axes.lines if line.get_label() == label]
-
-
-def texts(figure):
-    """All that the figure says."""
-    return [element.text for element in ElementTree.fromstring(figures.svg(figure)).iter() if element.text]
 
 
 def test_a_histogram_is_drawn_as_density_in_standard_deviations(layers):
