@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from bivlm.evaluation.chance import AtChance
 from bivlm.reports import figures
+from bivlm.reports.bits import EMBEDDINGS, LINEARS, MODEL, named_parts
 
 _TEMPLATE = "report.html"
 _NONE = "–"
-_LINEARS, _TABLES, _MODEL = "packed linears", "embedding and head", "whole model"
 _BITS = ("nominal", "entropy", "stored")
 _SHOWN_ELSEWHERE = frozenset({"format", "base_model", "recipe", "bits", "layers", "tables"})
 _LAYER_FIGURES = (
@@ -71,8 +71,8 @@ def render(
         recipe=report["recipe"]["name"],
         facts=_facts(report),
         bits=rows,
-        total=next((row for row in rows if row["name"] == _LINEARS), None),
-        whole=next((row for row in rows if row["name"] == _MODEL), None),
+        total=next((row for row in rows if row["name"] == LINEARS), None),
+        whole=next((row for row in rows if row["name"] == MODEL), None),
         accuracy=_accuracy_rows(evaluation or {}, chance or {}),
         chance=bool(chance),
         tasks=len((evaluation or {}).get("full_precision") or ()),
@@ -123,14 +123,11 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
 
 def _bits_rows(bits: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table of bits; `megabytes` are stored bits times weights."""
-    parts = [(_LINEARS, bits.get("linears")), *(bits.get("by_component") or {}).items()]
-    parts += [(_TABLES, bits.get("tables")), (_MODEL, bits.get("model"))]
     rows = []
-    for name, part in parts:
-        if part:
-            row = {key: part.get(key) for key in ("weights", *_BITS)}
-            size = None if row["weights"] is None or row["stored"] is None else row["weights"] * row["stored"] / 8e6
-            rows.append({"name": name, "part": name not in (_LINEARS, _TABLES, _MODEL), "megabytes": size, **row})
+    for name, part in named_parts(bits):
+        row = {key: part.get(key) for key in ("weights", *_BITS)}
+        size = None if row["weights"] is None or row["stored"] is None else row["weights"] * row["stored"] / 8e6
+        rows.append({"name": name, "part": name not in (LINEARS, EMBEDDINGS, MODEL), "megabytes": size, **row})
     return rows
 
 

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 def print_bits(bits: dict[str, Any]) -> None:
     """The result of `bivlm.reports.bits.bits_of`."""
+    from bivlm.reports.bits import named_parts
+
     table = Table("", "weights", "nominal", "entropy", "stored", title="bits a weight")
-    rows = [("packed linears", bits["linears"]), *bits["by_component"].items()]
-    rows += [("embedding and head", bits["tables"]), ("whole model", bits["model"])]
-    for name, figures in rows:
-        if figures is not None:
-            shown = [_bits(figures.get(key)) for key in ("nominal", "entropy", "stored")]
-            _row(table, name, f"{figures['weights']:,}", *shown)
+    for name, part in named_parts(bits):
+        shown = [_bits(part.get(key)) for key in ("nominal", "entropy", "stored")]
+        _row(table, name, f"{part['weights']:,}", *shown)
     show(table)
 
 
@@ -78,9 +77,9 @@ def print_evaluation(record: dict[str, Any]) -> None:
     for name, value in record["metrics"].items():
         _row(table, name, f"{value:.2f}")
     low, high = record["ci95"]
-    _row(table, "accuracy, 95 % interval", f"{low:.2f} to {high:.2f}")
+    _row(table, "accuracy, 95 % interval", _interval(low, high, 2))
     for name, (low, high) in record.get("intervals", {}).items():
-        _row(table, f"{name}, 95 % interval", f"{low:.2f} to {high:.2f}")
+        _row(table, f"{name}, 95 % interval", _interval(low, high, 2))
     if record.get("chance") is not None:
         _row(table, "chance", f"{record['chance']:.2f}")
     if before := record.get("against"):
@@ -91,8 +90,7 @@ def print_evaluation(record: dict[str, Any]) -> None:
     show(table)
     if source := record.get("source"):
         print(f"questions: {source['data_set']}, {source['split']}, revision {source['revision'] or 'of the folder'}")
-    for each in record.get("at_chance", ()):
-        print(f"warning: {_sentence(each)}")
+    _warn_at_chance(record.get("at_chance", []))
     print(f"outcomes: {record['outcomes']}")
 
 
@@ -120,10 +118,10 @@ def print_compression(result: dict[str, Any]) -> None:
             loss = found["loss"][benchmark]
             lost = f"{loss['loss']:.1f} ({loss['low']:.1f} to {loss['high']:.1f})"
             after = f"{packed['metrics']['accuracy']:.1f}"
-            _row(table, benchmark, f"{before:.1f}", after, f"{low:.1f} to {high:.1f}", lost)
+            _row(table, benchmark, f"{before:.1f}", after, _interval(low, high), lost)
             for name, (low, high) in packed.get("intervals", {}).items():
                 both = (found[role][benchmark]["metrics"][name] for role in ("full_precision", "packed"))
-                _row(table, f"  {name}", *(f"{score:.1f}" for score in both), f"{low:.1f} to {high:.1f}", "")
+                _row(table, f"  {name}", *(f"{score:.1f}" for score in both), _interval(low, high), "")
         show(table)
         print(f"KL to full precision: {found['kl']:.4f} nats a token, on {found['measured_on']}")
     for warning in result["warnings"]:
@@ -206,8 +204,7 @@ def print_sweep(result: dict[str, Any]) -> None:
             _row(shown, layer, *(_figure(None if value != value else value, ".1f") for value in accuracies))
         show(shown)
     _print_adaptive(result["adaptive"])
-    for each in result["at_chance"]:
-        print(f"warning: {_sentence(each)}")
+    _warn_at_chance(result["at_chance"])
 
 
 def _print_adaptive(rows: list[dict[str, Any]]) -> None:
@@ -232,11 +229,10 @@ def print_redundancy(results: list[dict[str, Any]]) -> None:
     for found in results:
         layer = "" if found["layer"] is None else f" from layer {found['layer']}"
         print(f"{found['task']}, {found['place']}{layer}: {found['in_words']}")
-        for each in found["at_chance"]:
-            print(f"warning: {_sentence(each)}")
+        _warn_at_chance(found["at_chance"])
         shown = Table("dropped", "accuracy lost", "95 % interval", "worse", "better", box=None)
         for share, loss in found["losses"].items():
-            interval = f"{loss['low']:.1f} to {loss['high']:.1f}"
+            interval = _interval(loss["low"], loss["high"])
             _row(shown, f"{100 * share:g} %", f"{loss['loss']:.1f}", interval, loss["worse"], loss["better"])
         show(shown)
 
@@ -293,10 +289,15 @@ def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
     print_whole(table)
 
 
-def _sentence(at_chance: dict[str, Any]) -> str:
+def _interval(low: float, high: float, places: int = 1) -> str:
+    return f"{low:.{places}f} to {high:.{places}f}"
+
+
+def _warn_at_chance(found: list[dict[str, Any]]) -> None:
     from bivlm.evaluation.chance import AtChance
 
-    return str(AtChance(**at_chance))
+    for each in found:
+        print(f"warning: {AtChance(**each)}")
 
 
 def _bits(value: float | None) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import boto3
 import httpx
-import psutil
 import psycopg2
 import pytest
 from botocore.exceptions import ClientError
@@ -249,9 +248,7 @@ def test_a_rotation_in_another_shell_leaves_run_at_work_which_ends_the_new_serve
             shell.send_signal(signal.SIGINT)
         assert "ending the servers" in shell.communicate(timeout=120)[0]
     assert not any(map(second_stack.running, NAMES))
-    assert str(folder) not in "\n".join(
-        " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])
-    )
+    assert str(folder) not in "\n".join(command_lines())
 
 
 def test_another_process_finds_the_servers_of_a_folder_and_keeps_their_ports(stack):
