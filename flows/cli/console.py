@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -138,37 +139,34 @@ def print_compression(result: dict[str, Any]) -> None:
 
 
 def print_board(board: dict[str, Any]) -> None:
-    """The result of `bivlm.reports.leaderboard.ranking.board`, in 100 columns: of more than four benchmarks only the
-    mean."""
+    """Print a board of `bivlm.reports.leaderboard.ranking.board` in 100 columns.
+
+    Of more than four benchmarks only the mean is shown; the files have all columns.
+    """
     from bivlm.reports.leaderboard.ranking import not_above_chance
     from bivlm.reports.leaderboard.tables import SHANNON, as_cells, explanation
 
     headings, rows = as_cells(board)
-    begin, end = headings.index("accuracy") + 1, headings.index("KL")
-    if end - begin > 4:
-        headings, rows = headings[:begin] + headings[end:], [row[:begin] + row[end:] for row in rows]
-        end = begin
-    # Of all columns this one says least beside the others; it is in the files.
-    rows = [row[: (left_out := headings.index(SHANNON))] + row[left_out + 1 :] for row in rows]
-    headings = [heading for heading in headings if heading != SHANNON]
+    tasks = range(headings.index("accuracy") + 1, headings.index("KL"))
+    many = len(tasks) > 4
+    kept = [place for place in range(len(headings)) if headings[place] != SHANNON and not (many and place in tasks)]
     short = {"claimed": "claim-\ned", "accuracy": "accu-\nracy", "rank A/K": "rank\nA/K"}
     model = board["model"].get("name") or board["model"].get("id") or "the model"
     table = Table(title=f"leaderboard of {model}", box=None, padding=(0, 1, 0, 0))
-    for place, heading in enumerate(headings):
-        if begin <= place < end:
-            heading = heading if len(heading) <= 5 else f"{heading[:4]}."
+    for place in kept:
+        heading = headings[place]
+        if place in tasks and len(heading) > 5:
+            heading = f"{heading[:4]}."
         table.add_column(short.get(heading, heading), justify="left" if heading == "recipe" else "right", no_wrap=True)
-    for number, recipe, *cells in rows:
-        name = "\n".join(wrap(recipe, 20)) if end > begin else recipe  # at its hyphens
-        _row(table, number, name, *(cell.replace(" ± ", "±") for cell in cells))
+    for row in rows:
+        number, recipe, *cells = (row[place].replace(" ± ", "±") for place in kept)
+        _row(table, number, recipe if many or not tasks else "\n".join(wrap(recipe, 20)), *cells)  # at its hyphens
     show(table, piped=100)
-    console = Console()
     asked = ", ".join(f"{n:,} of {task}" for task, n in board["questions"].items())
-    console.print(escape(f"Questions: {asked}. {explanation(board)}"), highlight=False)
-    for found in not_above_chance(board):
-        console.print(escape(f"warning: {found}"), highlight=False)
-    for failure in board["failed"]:
-        console.print(escape(f"not on the board: {failure['recipe']}: {failure['reason']}"), highlight=False)
+    said = [f"Questions: {asked}. {explanation(board)}", *(f"warning: {each}" for each in not_above_chance(board))]
+    said += [f"not on the board: {failure['recipe']}: {failure['reason']}" for failure in board["failed"]]
+    for line in said:
+        Console().print(escape(line), highlight=False)
 
 
 def print_reproduction(found: dict[str, Any]) -> None:
@@ -249,17 +247,20 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
     drawn = calibration.identity.get("recipe") if calibration else None
     samples = drawn if isinstance(drawn, dict) else {}
     stages = Counter(stage for steps in lineage.layers.values() for stage in steps)
-    _row(chain, "base model", f"{base.id}, revision {base.revision or 'none (a folder)'}\nsha256 {base.sha256}")
-    _row(chain, "recipe", f"{lineage.recipe.get('name')}\nsha256 {lineage.recipe_sha256}")
-    _row(chain, "calibration", ", ".join(f"{key} {value}" for key, value in samples.items()))
-    _row(chain, "layers", ", ".join(f"{count} {stage}" for stage, count in stages.items()) + " steps")
-    _row(chain, "packed", f"sha256 {lineage.packed.sha256}")
-    _row(chain, "evaluated", "\n".join(lineage.evaluations) or "no")
-    _row(chain, "recorded", f"{lineage.created} by bivlm {code['version']}{commit}")
-    _row(chain, "asked for", lineage.trigger or "not recorded")
-    _row(chain, "on", "\n".join(f"{key} {value}" for key, value in lineage.hardware.items()))
-    _row(chain, "with", ", ".join(f"{key} {value}" for key, value in lineage.packages.items()))
-    _row(chain, "in MLflow", "\n".join(f"{key} {value}" for key, value in lineage.tracking.items()))
+    for name, value in (
+        ("base model", f"{base.id}, revision {base.revision or 'none (a folder)'}\nsha256 {base.sha256}"),
+        ("recipe", f"{lineage.recipe.get('name')}\nsha256 {lineage.recipe_sha256}"),
+        ("calibration", _listed(samples)),
+        ("layers", ", ".join(f"{count} {stage}" for stage, count in stages.items()) + " steps"),
+        ("packed", f"sha256 {lineage.packed.sha256}"),
+        ("evaluated", "\n".join(lineage.evaluations) or "no"),
+        ("recorded", f"{lineage.created} by bivlm {code['version']}{commit}"),
+        ("asked for", lineage.trigger or "not recorded"),
+        ("on", _listed(lineage.hardware, "\n")),
+        ("with", _listed(lineage.packages)),
+        ("in MLflow", _listed(lineage.tracking, "\n")),
+    ):
+        _row(chain, name, value)
     show(chain)
     found = Table("checked", "", Column("what was found", overflow="fold"))
     for finding in findings:
@@ -287,6 +288,10 @@ def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
         keys = ("version", "standing", "revision", "recipe", "trigger", "bits", "accuracy", "gate")
         _row(table, *("-" if shown[key] is None else shown[key] for key in keys))
     print_whole(table)
+
+
+def _listed(values: Mapping[str, Any], separator: str = ", ") -> str:
+    return separator.join(f"{key} {value}" for key, value in values.items())
 
 
 def _interval(low: float, high: float, places: int = 1) -> str:
