@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in order
     try:
-        return options.command(Servers(options.folder, dict(options.port), usual=True), options.names or NAMES)
+        return options.command(Servers(options.folder, dict(options.port), usual=True), options.names or NAMES) or 0
     except ServerTrouble as error:
         print(f"servers: {error}", file=sys.stderr)
         return 1

@@ -66,11 +66,7 @@ def test_no_figure_is_cut(width, columns, capsys):
 
 BITS = {"weights": 1_234_567_890, "nominal": 2.0625, "entropy": 1.98765, "stored": 2.28125}
 LOSS = {"loss": 1.25, "low": -0.5, "high": 3.125, "worse": 31, "better": 17, "p_value": 0.0421}
-EVALUATION = {
-    "metrics": {"accuracy": 81.25},
-    "ci95": [76.5, 85.75],
-    "intervals": {"yes/no": (70.5, 80.25)},
-}
+EVALUATION = {"metrics": {"accuracy": 81.25}, "ci95": [76.5, 85.75], "intervals": {"yes/no": (70.5, 80.25)}}
 
 
 def bits(_):
