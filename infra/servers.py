@@ -146,7 +146,7 @@ class Servers:
         return self
 
     def stop(self, names: Iterable[str] = NAMES) -> None:
-        """Ask servers to end, the last started first, and wait; one that does not listen is killed."""
+        """Ask servers to end, the last started first, and wait; kill those that do not."""
         wanted = set(names)
         with self.alone:
             for name in (name for name in reversed(NAMES) if name in wanted):
@@ -172,7 +172,7 @@ class Servers:
         return self.folder / "logs" / f"{name}.log"
 
     def rotate(self) -> None:
-        """New secrets for everybody; what is running is started again with them, and the old ones are refused.
+        """Make new secrets, and restart what is running with them; the old ones are refused.
 
         Interrupted at any moment, the next `start` or `rotate` puts it right: servers take what the settings say.
         """

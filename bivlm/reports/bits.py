@@ -18,7 +18,7 @@ LINEARS, EMBEDDINGS, MODEL = "packed linears", "embedding and head", "whole mode
 
 
 def bits_of(folder: str | Path) -> dict[str, Any]:
-    """Bits per weight of the checkpoint in `folder`, ready for JSON.
+    """Return the bits per weight of the checkpoint in `folder`, ready for JSON.
 
     ::
 

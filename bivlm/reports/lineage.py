@@ -44,7 +44,7 @@ class Files(BaseModel):
 
 
 class BaseModelFiles(Files):
-    """The full-precision checkpoint: the id it was asked for by, and the hub's commit (None for a folder).
+    """The full-precision checkpoint: the id in the request, and the hub's commit (None for a folder).
 
     `tensors` are the sha256 of the tensors that were packed, by their names on disk.
     """
@@ -125,7 +125,7 @@ class Finding:
 
 
 def read_lineage(folder: str | Path) -> Lineage:
-    """The record in the folder of a packed checkpoint; raises `InputError` naming the file and what is wrong."""
+    """Return the record of a packed checkpoint's folder; raise `InputError` naming the file and what is wrong."""
     file = Path(folder) / LINEAGE
     if not file.exists():
         raise InputError(f"{file}: the file is missing; expected the folder of a packed checkpoint")
@@ -137,7 +137,7 @@ def read_lineage(folder: str | Path) -> Lineage:
 
 
 def stage_hashes(lineage: Lineage) -> dict[str, str]:
-    """What every stage has made, in a hash: its step's key, or the digest of the keys by layer of a stage with many."""
+    """Return a hash per stage: its step's key, or the digest of its steps' keys by layer."""
     by_stage: dict[str, dict[str, str]] = {}
     for layer, steps in lineage.layers.items():
         for stage, key in steps.items():
@@ -171,7 +171,7 @@ def verify_folder(lineage: Lineage, folder: str | Path) -> list[Finding]:
 
 
 def find_workspace(location: str) -> Workspace | None:
-    """The workspace at `location` if it can be reached; nothing is written there."""
+    """Return the workspace at `location` if it can be reached; nothing is written there."""
     try:
         return Workspace.look_into(location)
     except (InputError, OSError):
@@ -179,7 +179,7 @@ def find_workspace(location: str) -> Workspace | None:
 
 
 def own_workspace(lineage: Lineage) -> Workspace | None:
-    """The workspace that the record names if it is this machine's own (`default_workspace`), to be read only.
+    """Return the workspace that the record names, read only, if it is this machine's own (`default_workspace`).
 
     A record may come from anybody. Any other place that it names is not looked into: that alone would send a signed
     request to a stranger's bucket.

@@ -153,7 +153,7 @@ def _size(count: float) -> str:
 
 
 def _score_rows(lineage: Lineage) -> list[tuple[str, str, str, str]]:
-    """Return a row a benchmark, then their mean: name, questions, full precision and packed."""
+    """Return one row per benchmark, then their mean: name, questions, full precision and packed."""
     names = [name.removeprefix(_PACKED) for name in lineage.evaluations if name.startswith(_PACKED)]
     names = [name for name in names if name != _HELD_OUT]
     packed = [_figures(lineage, _PACKED + name, _Score) for name in names]

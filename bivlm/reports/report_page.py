@@ -34,7 +34,9 @@ _LAYER_FIGURES = (
     ),
     (figures.bits_and_error, "Measured on the packed bytes; the entries in the files' headers are not counted here."),
 )
-_POINTS_CAPTION = "A column a model, a mark a task, a bar their mean. Dashes are chance. The ring is this compression."
+_POINTS_CAPTION = (
+    "One column per model, one mark per task; the bar is their mean. Dashes are chance. The ring is this compression."
+)
 
 
 def render(
@@ -46,7 +48,7 @@ def render(
     *,
     chance: dict[str, float] | None = None,
 ) -> str:
-    """The page's HTML; equal arguments give equal text.
+    """Return the page's HTML; equal arguments give equal text.
 
     `report` is compression_report.json, `layers` its layers with what `bivlm.reports.figures` reads beside.
     `evaluation` is ``{"full_precision": {task: {"n", "metrics": {"accuracy"}, "ci95": [low, high]}}, "packed": the
@@ -89,7 +91,7 @@ def render(
 
 
 def inline_svg(figure: Figure) -> Markup:
-    """The figure as an element of a page: named for readers of screens, in the page's ink and on its paper."""
+    """Return the figure as an element of a page: named for screen readers, in the page's ink and on its paper."""
     text = figures.svg(figure)
     text = text[text.index("<svg ") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def print_bits(bits: dict[str, Any]) -> None:
-    """The result of `bivlm.reports.bits.bits_of`."""
+    """Print the result of `bivlm.reports.bits.bits_of`."""
     from bivlm.reports.bits import named_parts
 
-    table = Table("", "weights", "nominal", "entropy", "stored", title="bits a weight")
+    table = Table("", "weights", "nominal", "entropy", "stored", title="bits per weight")
     for name, part in named_parts(bits):
         shown = [_bits(part.get(key)) for key in ("nominal", "entropy", "stored")]
         _row(table, name, f"{part['weights']:,}", *shown)
@@ -73,7 +73,7 @@ def print_inspection(found: dict[str, Any]) -> None:
 
 
 def print_evaluation(record: dict[str, Any]) -> None:
-    """The record that `bivlm evaluate --json` prints."""
+    """Print the record of `bivlm evaluate --json` as a table."""
     table = Table("metric", "value", title=f"{record['model']} on {record['task']} ({record['n']} questions)")
     for name, value in record["metrics"].items():
         _row(table, name, f"{value:.2f}")
@@ -96,7 +96,7 @@ def print_evaluation(record: dict[str, Any]) -> None:
 
 
 def print_estimate(found: dict[str, Any]) -> None:
-    """The result of `flows.estimates.told`."""
+    """Print the result of `flows.estimates.told`."""
     table = Table("stage", "memory", "GPU memory", "on disk", "time", title="about, on this machine")
     for each in found["stages"]:
         sizes = (_size(each[key]) for key in ("memory", "gpu", "disk"))
@@ -109,7 +109,7 @@ def print_estimate(found: dict[str, Any]) -> None:
 
 
 def print_compression(result: dict[str, Any]) -> None:
-    """What `flows.compress.compress_flow` returned."""
+    """Print what `flows.compress.compress_flow` returned."""
     print_bits(result["bits"])
     if found := result["evaluation"]:
         table = Table("accuracy", "full precision", "packed", "95 % interval", "loss, paired", title="evaluation")
@@ -124,7 +124,7 @@ def print_compression(result: dict[str, Any]) -> None:
                 both = (found[role][benchmark]["metrics"][name] for role in ("full_precision", "packed"))
                 _row(table, f"  {name}", *(f"{score:.1f}" for score in both), _interval(low, high), "")
         show(table)
-        print(f"KL to full precision: {found['kl']:.4f} nats a token, on {found['measured_on']}")
+        print(f"KL to full precision: {found['kl']:.4f} nats per token, on {found['measured_on']}")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
     if gate := result["gate"]:
@@ -170,7 +170,7 @@ def print_board(board: dict[str, Any]) -> None:
 
 
 def print_reproduction(found: dict[str, Any]) -> None:
-    """The result of `flows.reproduction.reproduce_flow`: every score as measured and, below it, as published."""
+    """Print the result of `flows.reproduction.reproduce_flow`: every score as measured and as published."""
     from bivlm.reports.paper_tables.published import published
     from bivlm.reports.paper_tables.recipe_sets import FULL_PRECISION
     from bivlm.reports.paper_tables.report import SCORES, as_table
@@ -188,7 +188,7 @@ def print_reproduction(found: dict[str, Any]) -> None:
 
 
 def print_sweep(result: dict[str, Any]) -> None:
-    """What `flows.pruning.sweep_flow` returned: a grid a model, place and score, over all questions together."""
+    """Print what `flows.pruning.sweep_flow` returned: one grid per model, place and score, over all questions."""
     from bivlm.reports.pruning_tables import as_table, grid
 
     table = as_table(result["rows"])
@@ -223,7 +223,7 @@ _COMPARED = ("adaptive", "fixed", "gain")
 
 
 def print_redundancy(results: list[dict[str, Any]]) -> None:
-    """What `flows.pruning.redundancy_flow` returned."""
+    """Print what `flows.pruning.redundancy_flow` returned."""
     for found in results:
         layer = "" if found["layer"] is None else f" from layer {found['layer']}"
         print(f"{found['task']}, {found['place']}{layer}: {found['in_words']}")
@@ -239,7 +239,7 @@ _MARKS = {"holds": "[green]holds[/]", "broken": "[bold red]BROKEN[/]", "not chec
 
 
 def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
-    """The chain from the base model to the packed files, then what was found of each link."""
+    """Print the chain from the base model to the packed files, then what was found of each link."""
     chain = Table("", Column(overflow="fold"), title=f"lineage of {name}", show_header=False)  # hashes whole
     base, code = lineage.base_model, lineage.code
     commit = f", commit {code['commit']}{' (changed)' if code.get('changed') else ''}" if "commit" in code else ""
@@ -269,7 +269,7 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
 
 
 def print_version(found: dict[str, Any]) -> None:
-    """The result of `tasks.tracking.audit.audit_version`."""
+    """Print the result of `tasks.tracking.audit.audit_version`."""
     table = Table("", "", title=f"{found['version']}: {found['standing']}", show_header=False)
     for key, value in found["tags"].items():
         _row(table, key, value)
@@ -281,7 +281,7 @@ def print_version(found: dict[str, Any]) -> None:
 
 
 def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
-    """The result of `tasks.tracking.audit.audit_base`."""
+    """Print the result of `tasks.tracking.audit.audit_base`."""
     table = Table("version", "", "revision", "recipe", "asked for", "bits", "accuracy", "gate", title=f"made of {base}")
     for row in rows:
         shown = row | {"revision": (row["revision"] or f"sha256 {row['sha256']}")[:19]}
@@ -338,15 +338,15 @@ def _row(table: Table, *cells: Any) -> None:
 
 
 def print_whole(table: Table) -> None:
-    """Print it with a line a row where it goes to no terminal: names and hashes are there to be copied."""
+    """Print one line per row where the output is no terminal: names and hashes are there to be copied."""
     show(table, piped=1000)
 
 
 def in_short(result: dict[str, Any]) -> str:
-    """What `flows.compress.compress_flow` returned, for a log."""
+    """Return one line for a log of what `flows.compress.compress_flow` returned."""
     bits, version = result["bits"], "{registered_model}/{version}".format_map(result["mlflow"])
     said = [
-        f"{version}: {bits['linears']['stored']:.3f} stored bits a linear weight",
+        f"{version}: {bits['linears']['stored']:.3f} stored bits per linear weight",
         f"{bits['model']['stored']:.2f} of the whole model",
     ]
     if found := result["evaluation"]:

@@ -133,7 +133,7 @@ def test_a_kl_of_zero_has_no_place_on_a_log_axis():
     positive = figures.quality_against_bits(made([entry(1), entry(2)])).axes[1]
     zero = figures.quality_against_bits(made([entry(1), entry(2, kl=0.0)])).axes[1]
     assert (positive.get_yscale(), zero.get_yscale()) == ("log", "linear")
-    assert zero.get_ylabel() == "KL to full precision, nats a token"
+    assert zero.get_ylabel() == "KL to full precision, nats per token"
 
 
 def test_one_entry_is_a_picture():

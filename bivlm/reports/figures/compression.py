@@ -144,7 +144,7 @@ def error_by_p_max(layers: Sequence[dict[str, Any]]) -> Figure:
 
 @styled()
 def bits_and_error(layers: Sequence[dict[str, Any]]) -> Figure:
-    """Stored bits a weight (above) and relative squared error (below) of each layer, in model order."""
+    """Stored bits per weight (above) and relative squared error (below) of each layer, in model order."""
     title = "Stored bits and error of each layer"
     known = [layer for layer in having(layers, "error") if _stored(layer) is not None]
     if not known:
@@ -160,7 +160,7 @@ def bits_and_error(layers: Sequence[dict[str, Any]]) -> Figure:
         sizes = [math.prod(layer["shape"]) for _, layer in drawn]
         mean = np.average([_stored(layer) for _, layer in drawn], weights=sizes)
         panel.rows[0].axhline(float(mean), color=INK, linewidth=0.8, label="mean")
-    panels[0].rows[0].set_ylabel("stored bits a weight,\nline: over all weights")
+    panels[0].rows[0].set_ylabel("stored bits per weight,\nline: over all weights")
     panels[0].rows[1].set_ylabel("relative squared error")
     return settled(figure)
 
@@ -207,8 +207,8 @@ def accuracy_against_bits(
     _draw_means(axes, known, len(tasks))
     axes.set_ylim(max(axes.get_ylim()[0], -4), min(axes.get_ylim()[1], 104))
     plain_ticks(axes.xaxis, LogLocator(base=2))
-    on = f"\nKL in nats a token, on {one_line(measured_on, 90)}" if measured_on else ""
-    axes.set_xlabel(f"stored bits a weight of the compressed linears, log axis{on}")
+    on = f"\nKL in nats per token, on {one_line(measured_on, 90)}" if measured_on else ""
+    axes.set_xlabel(f"stored bits per weight of the compressed linears, log axis{on}")
     axes.set_ylabel("accuracy, %")
     _label_columns(axes, known)
     figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3)

@@ -18,7 +18,7 @@ _TITLE = "Accuracy lost by dropping tokens, percentage points (*: the 95 % inter
 
 @styled()
 def loss_maps(table: pd.DataFrame) -> Figure:
-    """A map for every model and place: the loss in every cell, and a star where its interval leaves out zero.
+    """Draw a map per model and place: the loss in every cell, and a star where its interval excludes zero.
 
     `table` is of `bivlm.reports.pruning_tables.as_table`; of several benchmarks all together are drawn, of several
     scores the first.
@@ -65,7 +65,7 @@ def _draw_map(axes: Axes, cells: pd.DataFrame, norm: TwoSlopeNorm) -> None:
 
 @styled()
 def accuracy_by_share(table: pd.DataFrame, baselines: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Accuracy over the share that was dropped, a panel a model and place, a line a layer with its 95 % interval.
+    """Draw accuracy over the dropped share: one panel per model and place, one line per layer with its 95 % interval.
 
     `baselines` are accuracies without pruning, by model and benchmark: a level.
     """

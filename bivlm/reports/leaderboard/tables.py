@@ -12,11 +12,11 @@ from bivlm.reports.leaderboard.ranking import fronts_of, not_above_chance, ranks
 from bivlm.reports.markdown_table import markdown_table
 
 _EXPLANATION = (
-    "Bits a weight of the packed linears as the method's paper counts them (claimed) and as bytes in the files "
+    "Bits per weight of the packed linears as the method's paper counts them (claimed) and as bytes in the files "
     "(stored), and of the whole model's files (model). Accuracy in percent: the mean of the benchmarks ± its 95 % "
-    "interval. KL to full precision in nats a token, on {measured_on}. Rank: by accuracy and by KL, among the recipes "
-    "that store no more bits. Error is ‖W − Ŵ‖² / ‖W‖² of the packed linears. Front: no recipe of fewer stored bits "
-    "does as well, and none of as many does better, in accuracy (A), KL (K) or error (E)."
+    "interval. KL to full precision in nats per token, on {measured_on}. Rank: by accuracy and by KL, among the "
+    "recipes that store no more bits. Error is ‖W − Ŵ‖² / ‖W‖² of the packed linears. Front: no recipe of fewer "
+    "stored bits does as well, and none of as many does better, in accuracy (A), KL (K) or error (E)."
 )
 SHANNON = "× Shannon"
 _SHANNON = "× Shannon: the error over 2^(−2 × stored bits)."

@@ -33,7 +33,7 @@ def scores_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def as_table(paper: Published, table: str, columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """A row a column of the paper's `table`, and of ours that it does not have.
+    """Return one row per column of the paper's `table`, then per column of ours that it does not have.
 
     `columns` gives what was measured, by name: ``scores`` (of `scores_of`), and for all but full precision
     ``stored_bits`` of the linears that were packed, ``model_bits`` of the whole model, ``nominal_bits`` as the method's
@@ -64,9 +64,9 @@ def as_markdown(
     """
     lines = [f"# {paper.id}: the paper's tables", ""]
     lines += [
-        "Scores are measured on the stored checkpoints; in brackets as published (arXiv 2509.18763v1). Bits a weight "
+        "Scores are measured on the stored checkpoints; in brackets as published (arXiv 2509.18763v1). Bits per weight "
         "of the linears that a column packs, as the method's paper counts them (nominal) and as bytes in the files "
-        "(stored); of the whole model's files (model). KL to full precision in nats a token, on "
+        "(stored); of the whole model's files (model). KL to full precision in nats per token, on "
         f"{measured_on}.",
         "",
     ]

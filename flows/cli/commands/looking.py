@@ -1,4 +1,4 @@
-"""`bivlm evaluate`, `inspect` and `bits`: what a checkpoint can do, what it is made of, what it costs."""
+"""`bivlm evaluate`, `inspect` and `bits`: accuracy, parts and bits of a checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
 
-    bits = commands.add_parser("bits", help="bits a weight of a checkpoint: nominal, entropy and stored")
+    bits = commands.add_parser("bits", help="bits per weight of a checkpoint: nominal, entropy and stored")
     bits.add_argument("folder", metavar="DIR", type=Path)
     bits.add_argument("--json", action="store_true", help="print one JSON object")
     bits.set_defaults(run=_bits)
