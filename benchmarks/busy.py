@@ -28,11 +28,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=8, metavar="N", help="busy processes (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=60, metavar="MINUTES", help="give up (default: %(default)s)")
     parser.add_argument(
-        "--questions",
-        type=int,
-        default=50,
-        metavar="N",
-        help="of a benchmark, 0: none (default: %(default)s)",
+        "--questions", type=int, default=50, metavar="N", help="of a benchmark, 0: none (default: %(default)s)"
     )
     options = parser.parse_args()
     before = os.getloadavg()[0]

@@ -28,10 +28,10 @@ from typing import Any
 import psutil
 import torch
 import yaml
+from more_itertools import constrained_batches
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, Qwen2_5_VLConfig
 
 from bivlm.checkpoint.safetensors_file import OutgoingTensor, file_order, write_tensors
-from bivlm.packing.neighbours import neighbours_up_to
 from bivlm.recipe.loading import load_recipe
 from bivlm.reference import CHECKPOINT
 
@@ -154,7 +154,7 @@ def _write(folder: Path, config: PretrainedConfig, disk_name: Callable[[str], st
         OutgoingTensor(disk_name(name), "BF16", tuple(each.shape), 2 * each.numel(), _drawn(pool, name, each.numel()))
         for name, each in model.state_dict().items()
     ]
-    shards = neighbours_up_to(SHARD_BYTES, tensors, lambda tensor: tensor.nbytes)
+    shards = list(constrained_batches(tensors, SHARD_BYTES, get_len=lambda tensor: tensor.nbytes, strict=False))
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -2,7 +2,7 @@
 
 A run whose worker was killed, or whose machine is gone, cannot say so: without this it would be `Running` for ever.
 Runs send a heartbeat every ``PREFECT_FLOWS_HEARTBEAT_FREQUENCY`` seconds; one that has been silent for `SILENCE` is
-marked as crashed, which lets whoever waits for it know. Running it again goes on from its finished steps.
+marked as crashed, which lets whoever waits for it know. Run again, it resumes from its finished steps.
 
 A run that has not begun sends none. One whose worker died before that, or whose pod finds no node or no image, would be
 `Pending` for ever: after `WAITING` it is marked as crashed, too.
@@ -34,8 +34,8 @@ def lost_runs() -> Automation:
         within=SILENCE,
         name=LOST_RUNS,
         description="Its worker was killed or its machine is gone. Run it again: finished steps are not done twice.",
-        message=f"no heartbeat for {SILENCE.seconds} s: its worker or machine is lost; run it again, it goes "
-        "on from its finished steps",
+        message=f"no heartbeat for {SILENCE.seconds} s: its worker or machine is lost; run it again, it "
+        "resumes from its finished steps",
     )
 
 
@@ -48,7 +48,7 @@ def stuck_runs(waiting: timedelta = WAITING) -> Automation:
         name=STUCK_RUNS,
         description="Its worker died before it began, or its pod finds no node or no image: its log may say which.",
         message=f"it did not begin within {waiting.total_seconds():.0f} s: its worker died, or its pod found "
-        "no node or no image; mend that and run it again",
+        "no node or no image; fix that and run it again",
     )
 
 

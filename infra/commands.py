@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Sets `command`, a function of the servers and the names that are meant."""
+    """Return the parser; it sets `command`, a function of the servers and names that may return an exit code."""
     made = argparse.ArgumentParser(
         prog="python -m infra.servers", description="PostgreSQL, an S3 server, MLflow and Prefect as processes."
     )
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _run(servers: Servers, names: Sequence[str]) -> int:
+def _run(servers: Servers, names: Sequence[str]) -> None:
     try:
         servers.start()
         _tell(servers)
@@ -52,7 +52,6 @@ def _run(servers: Servers, names: Sequence[str]) -> int:
         print("ending the servers", flush=True)
     finally:
         servers.stop()
-    return 0
 
 
 def _any_runs(servers: Servers) -> bool:
@@ -65,21 +64,18 @@ def _any_runs(servers: Servers) -> bool:
         return True
 
 
-def _start(servers: Servers, names: Sequence[str]) -> int:
+def _start(servers: Servers, names: Sequence[str]) -> None:
     servers.start(names)
     _tell(servers)
-    return 0
 
 
-def _stop(servers: Servers, names: Sequence[str]) -> int:
+def _stop(servers: Servers, names: Sequence[str]) -> None:
     servers.stop(names)
-    return 0
 
 
-def _kill(servers: Servers, names: Sequence[str]) -> int:
+def _kill(servers: Servers, names: Sequence[str]) -> None:
     for name in names:
         servers.kill(name)
-    return 0
 
 
 def _status(servers: Servers, names: Sequence[str]) -> int:
@@ -89,10 +85,9 @@ def _status(servers: Servers, names: Sequence[str]) -> int:
     return 0 if all(up.values()) else 1
 
 
-def _rotate(servers: Servers, names: Sequence[str]) -> int:
+def _rotate(servers: Servers, names: Sequence[str]) -> None:
     servers.rotate()
     print(f"new secrets in {servers.folder}/env and admin.env: source them again, and start the workers again")
-    return 0
 
 
 def _tell(servers: Servers) -> None:

@@ -145,12 +145,8 @@ class Servers:
                         self._make_databases()
         return self
 
-    def start_one(self, name: str) -> None:
-        """Start one server over its data, wherever it stopped or was killed."""
-        self.start([name])
-
     def stop(self, names: Iterable[str] = NAMES) -> None:
-        """Ask servers to end, the last started first, and wait; one that does not listen is killed."""
+        """Ask servers to end, the last started first, and wait; kill those that do not."""
         wanted = set(names)
         with self.alone:
             for name in (name for name in reversed(NAMES) if name in wanted):
@@ -176,7 +172,7 @@ class Servers:
         return self.folder / "logs" / f"{name}.log"
 
     def rotate(self) -> None:
-        """New secrets for everybody; what is running is started again with them, and the old ones are refused.
+        """Make new secrets, and restart what is running with them; the old ones are refused.
 
         Interrupted at any moment, the next `start` or `rotate` puts it right: servers take what the settings say.
         """
@@ -384,7 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in order
     try:
-        return options.command(Servers(options.folder, dict(options.port), usual=True), options.names or NAMES)
+        return options.command(Servers(options.folder, dict(options.port), usual=True), options.names or NAMES) or 0
     except ServerTrouble as error:
         print(f"servers: {error}", file=sys.stderr)
         return 1

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from more_itertools import constrained_batches
+
 from bivlm.checkpoint.linears import Linear
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
 from bivlm.methods import method
 from bivlm.methods.base import Method, MethodSettings, Need
-from bivlm.packing.neighbours import neighbours_up_to
 from bivlm.recipe.loading import Recipe
 from bivlm.workspace.steps import Reference
 from tasks.runtime.progress import advance
@@ -111,7 +112,9 @@ def in_chunks(layers: Sequence[Layer], workers: int) -> list[list[Layer]]:
     """
     total = sum(layer.weights for layer in layers)
     limit = max(min(CHUNK_WEIGHTS, -(-total // workers)), SMALLEST_CHUNK_WEIGHTS)
-    return neighbours_up_to(limit, layers, lambda layer: layer.weights)
+    return [
+        list(chunk) for chunk in constrained_batches(layers, limit, get_len=lambda layer: layer.weights, strict=False)
+    ]
 
 
 def open_base(chunk: Sequence[Layer]) -> Checkpoint:

@@ -71,9 +71,6 @@ def build_model(tokenizer, size: Size = REFERENCE) -> LlavaForConditionalGenerat
     """A freshly initialised model in float32; the caller seeds torch."""
     model = LlavaForConditionalGeneration(build_config(tokenizer, size))
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=16,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False, max_new_tokens=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     return model

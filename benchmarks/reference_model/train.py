@@ -113,11 +113,7 @@ class Trainee(nn.Module):
             start = 1  # after `USER: `
             embeds = torch.cat([embeds[:, :start], image.to(embeds.dtype), embeds[:, start + image.shape[1] :]], dim=1)
         return self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=packed.mask,
-            position_ids=packed.positions,
-            use_cache=False,
-            **options,
+            inputs_embeds=embeds, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False, **options
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from more_itertools import constrained_batches
 
 from bivlm.checkpoint.architectures import MODULES_KEY
 from bivlm.checkpoint.linears import Linear, skeleton
@@ -25,7 +26,6 @@ from bivlm.checkpoint.reading import CONFIG, FORMAT, QUANT_METHOD, WEIGHTS, WEIG
 from bivlm.checkpoint.safetensors_file import CHUNK_BYTES, OutgoingTensor, file_order, tensor_chunks, write_tensors
 from bivlm.errors import InputError
 from bivlm.packing import open_packed
-from bivlm.packing.neighbours import neighbours_up_to
 from bivlm.workspace.places import base_place, output_folder, output_place, refuse_overlaps
 from bivlm.workspace.stores.folder import flush_folder
 
@@ -142,8 +142,8 @@ def _write_weights(
         for name, entry in checkpoint.entries.items()
         if name not in left_out
     ]
-    shards = neighbours_up_to(max_shard_bytes, outgoing, lambda tensor: tensor.nbytes)
-    if len(shards) == 1:
+    shards = list(constrained_batches(outgoing, max_shard_bytes, get_len=lambda tensor: tensor.nbytes, strict=False))
+    if len(shards) <= 1:
         write_tensors(folder / WEIGHTS, file_order(outgoing))
         return
     weight_map = {}

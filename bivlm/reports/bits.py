@@ -14,9 +14,11 @@ from bivlm.checkpoint.safetensors_file import TensorEntry, header_text
 from bivlm.errors import InputError
 from bivlm.packing import FormatBits, format_bits
 
+LINEARS, EMBEDDINGS, MODEL = "packed linears", "embedding and head", "whole model"
+
 
 def bits_of(folder: str | Path) -> dict[str, Any]:
-    """Bits per weight of the checkpoint in `folder`, ready for JSON.
+    """Return the bits per weight of the checkpoint in `folder`, ready for JSON.
 
     ::
 
@@ -53,6 +55,13 @@ def bits_of(folder: str | Path) -> dict[str, Any]:
         "model": {"stored": 8 * file_bytes / parameters, "weights": parameters},
         "by_component": {component: _per_weight(group) for component, group in costs.items()},
     }
+
+
+def named_parts(bits: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the parts of `bits_of` that there are, by the names that tables give them, the whole model last."""
+    parts = [(LINEARS, bits.get("linears")), *(bits.get("by_component") or {}).items()]
+    parts += [(EMBEDDINGS, bits.get("tables")), (MODEL, bits.get("model"))]
+    return [(name, part) for name, part in parts if part]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ OUTSIDE = "outside"  # of vision, adaptor and language
 
 
 def inspect(folder: str | Path, *, statistics: bool = True, modules: Modules | None = None) -> dict[str, Any]:
-    """A description of the checkpoint in `folder`, ready for JSON. Reads one weight at a time.
+    """Return a description of the checkpoint in `folder`, ready for JSON. Reads one weight at a time.
 
     `modules` say what is vision, adaptor and language in an architecture that bivlm does not know.
 

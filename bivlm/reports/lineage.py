@@ -8,7 +8,7 @@ which are the outputs of their steps byte for byte.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +44,7 @@ class Files(BaseModel):
 
 
 class BaseModelFiles(Files):
-    """The full-precision checkpoint: the id it was asked for by, and the hub's commit (None for a folder).
+    """The full-precision checkpoint: the id in the request, and the hub's commit (None for a folder).
 
     `tensors` are the sha256 of the tensors that were packed, by their names on disk.
     """
@@ -117,7 +117,7 @@ class Lineage(BaseModel):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what it is, whether it is as recorded, and what differs or could not be seen."""
+    """One thing that was checked: its name, whether it is as recorded, and what differs or could not be reached."""
 
     subject: str
     state: State
@@ -125,7 +125,7 @@ class Finding:
 
 
 def read_lineage(folder: str | Path) -> Lineage:
-    """The record in the folder of a packed checkpoint; raises `InputError` naming the file and what is wrong."""
+    """Return the record of a packed checkpoint's folder; raise `InputError` naming the file and what is wrong."""
     file = Path(folder) / LINEAGE
     if not file.exists():
         raise InputError(f"{file}: the file is missing; expected the folder of a packed checkpoint")
@@ -137,7 +137,7 @@ def read_lineage(folder: str | Path) -> Lineage:
 
 
 def stage_hashes(lineage: Lineage) -> dict[str, str]:
-    """What every stage has made, in a hash: its step's key, or the digest of the keys by layer of a stage with many."""
+    """Return a hash per stage: its step's key, or the digest of its steps' keys by layer."""
     by_stage: dict[str, dict[str, str]] = {}
     for layer, steps in lineage.layers.items():
         for stage, key in steps.items():
@@ -151,27 +151,27 @@ def stage_hashes(lineage: Lineage) -> dict[str, str]:
 
 
 def verify(lineage: Lineage, folder: str | Path, workspace: Workspace | None = None) -> list[Finding]:
-    """What holds and what does not, from the stored checkpoint back to the base model.
+    """Return what holds and what does not, from the stored checkpoint back to the base model.
 
-    Hashes every file that can be reached again: those of the checkpoint in `folder`, of the base model if this machine
-    has it, of the steps if `workspace` is given. What cannot be reached is "not checked", which is no failure.
+    Hashes every file that can be reached: those of the checkpoint in `folder`, of the base model if this machine has
+    it, of the steps if `workspace` is given. What cannot be reached is "not checked", which is no failure.
     """
     return [*verify_folder(lineage, folder), _base_model(lineage), *_workspace(lineage, workspace)]
 
 
 def verify_folder(lineage: Lineage, folder: str | Path) -> list[Finding]:
-    """As `verify`, of the stored checkpoint and the record alone: nothing else has to be at hand."""
+    """As `verify`, with the stored checkpoint and the record alone."""
     return [
-        _packed_files(lineage, Path(folder)),
-        _packed_tensors(lineage, Path(folder)),
-        _recipe(lineage),
-        _keys(lineage),
-        _links(lineage),
+        _finding("packed files", _packed_files, lineage, Path(folder)),
+        _finding("packed weights", _packed_tensors, lineage, Path(folder)),
+        _finding("recipe", _recipe, lineage),
+        _finding("step keys", _keys, lineage),
+        _finding("links", _links, lineage),
     ]
 
 
 def find_workspace(location: str) -> Workspace | None:
-    """The workspace at `location` if it can be reached; nothing is written there."""
+    """Return the workspace at `location` if it can be reached; nothing is written there."""
     try:
         return Workspace.look_into(location)
     except (InputError, OSError):
@@ -179,7 +179,7 @@ def find_workspace(location: str) -> Workspace | None:
 
 
 def own_workspace(lineage: Lineage) -> Workspace | None:
-    """The workspace that the record names if it is this machine's own (`default_workspace`), to be read only.
+    """Return the workspace that the record names, read only, if it is this machine's own (`default_workspace`).
 
     A record may come from anybody. Any other place that it names is not looked into: that alone would send a signed
     request to a stranger's bucket.
@@ -189,21 +189,21 @@ def own_workspace(lineage: Lineage) -> Workspace | None:
     return find_workspace(own) if own == lineage.workspace else None
 
 
-def _finding(subject: str, problems: list[str], holds: str) -> Finding:
+def _finding(subject: str, check: Callable[..., tuple[list[str], str]], *arguments: Any) -> Finding:
+    """Return what `check` finds: it returns the problems, and what to say where there is none."""
+    try:
+        problems, holds = check(*arguments)
+    except InputError as error:
+        problems, holds = [str(error)], ""
     if not problems:
         return Finding(subject, "holds", holds)
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return Finding(subject, "broken", "; ".join(problems[:3]) + more)
 
 
-def _packed_files(lineage: Lineage, folder: Path) -> Finding:
-    subject = "packed files"
-    try:
-        found = Checkpoint.open(folder).digests().files
-    except InputError as error:
-        return Finding(subject, "broken", str(error))
-    problems = list(_differences(lineage.packed, found))
-    return _finding(subject, problems, f"{len(found)} files, sha256 {lineage.packed.sha256}")
+def _packed_files(lineage: Lineage, folder: Path) -> tuple[list[str], str]:
+    found = Checkpoint.open(folder).digests().files
+    return list(_differences(lineage.packed, found)), f"{len(found)} files, sha256 {lineage.packed.sha256}"
 
 
 def _differences(recorded: Files, found: dict[str, str]) -> Iterator[str]:
@@ -218,14 +218,10 @@ def _differences(recorded: Files, found: dict[str, str]) -> Iterator[str]:
         yield "the recorded files do not give the recorded sha256"
 
 
-def _packed_tensors(lineage: Lineage, folder: Path) -> Finding:
+def _packed_tensors(lineage: Lineage, folder: Path) -> tuple[list[str], str]:
     """Whether each packed tensor of the checkpoint is the output of its layer's step, byte for byte."""
-    subject = "packed weights"
-    try:
-        checkpoint = Checkpoint.open(folder)
-        disk_names = {name: linear.disk_name for name, linear in anatomy(checkpoint).packable.items()}
-    except InputError as error:
-        return Finding(subject, "broken", str(error))
+    checkpoint = Checkpoint.open(folder)
+    disk_names = {name: linear.disk_name for name, linear in anatomy(checkpoint).packable.items()}
     problems = []
     for name in sorted(lineage.layers.keys() | checkpoint.packed.keys()):
         if name not in lineage.layers:
@@ -239,13 +235,12 @@ def _packed_tensors(lineage: Lineage, folder: Path) -> Finding:
             for chunk in tensor_chunks(checkpoint.entries[disk_names[name]]):
                 sha.update(chunk)
             step = lineage.steps.get(lineage.layers[name].get(PACK_STAGE, ""))
-            made = {reference.sha256 for reference in step.outputs.values()} if step else set()
-            if sha.hexdigest() not in made:
+            if step is None or sha.hexdigest() not in {reference.sha256 for reference in step.outputs.values()}:
                 problems.append(f"{name} is not what its step made")
-    return _finding(subject, problems, f"{len(lineage.layers)} tensors are the outputs of their steps")
+    return problems, f"{len(lineage.layers)} tensors are the outputs of their steps"
 
 
-def _recipe(lineage: Lineage) -> Finding:
+def _recipe(lineage: Lineage) -> tuple[list[str], str]:
     found = digest(lineage.recipe)
     problems = [] if found == lineage.recipe_sha256 else [f"sha256 {found}, recorded {lineage.recipe_sha256}"]
     settings = list((lineage.recipe.get("components") or {}).values())
@@ -258,18 +253,18 @@ def _recipe(lineage: Lineage) -> Finding:
             problems.append(f"{name} was planned with other settings")
         if packed is not None and packed.stage == TABLES_STAGE and packed.identity.get("recipe") not in of_tables:
             problems.append(f"{name} was rounded with other settings")
-    return _finding("recipe", problems, f"{lineage.recipe.get('name')}, sha256 {lineage.recipe_sha256}")
+    return problems, f"{lineage.recipe.get('name')}, sha256 {lineage.recipe_sha256}"
 
 
-def _keys(lineage: Lineage) -> Finding:
+def _keys(lineage: Lineage) -> tuple[list[str], str]:
     problems = [f"step {key} has the key {record.key}" for key, record in lineage.steps.items() if record.key != key]
     named = {lineage.calibration, lineage.checkpoint, *lineage.evaluations.values()}
     named.update(key for steps in lineage.layers.values() for key in steps.values())
     problems += [f"step {key} is named and not recorded" for key in sorted(named - lineage.steps.keys())]
-    return _finding("step keys", problems, f"{len(lineage.steps)} keys are the digests of their steps")
+    return problems, f"{len(lineage.steps)} keys are the digests of their steps"
 
 
-def _links(lineage: Lineage) -> Finding:
+def _links(lineage: Lineage) -> tuple[list[str], str]:
     """Whether every step's inputs are the base model, the packed checkpoint, or something that a step made."""
     known = {lineage.base_model.sha256, lineage.packed.sha256, *lineage.base_model.tensors.values()}
     for record in lineage.steps.values():
@@ -286,10 +281,10 @@ def _links(lineage: Lineage) -> Finding:
     final = lineage.steps.get(lineage.checkpoint)
     if final is not None and final.figures.get("sha256") != lineage.packed.sha256:
         problems.append(f"the checkpoint step made {final.figures.get('sha256')}, not {lineage.packed.sha256}")
-    return _finding("links", problems, "every input is the base model or was made by a recorded step")
+    return problems, "every input is the base model or was made by a recorded step"
 
 
-def _hashes(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def _hashes(value: JsonValue, name: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _hashes(item, f"{name}.{key}" if name else key)
@@ -298,35 +293,32 @@ def _hashes(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _base_model(lineage: Lineage) -> Finding:
-    subject, base = "base model", lineage.base_model
+    base = lineage.base_model
     shown = f"{base.id}, revision {base.revision}" if base.revision else base.id
     folder = _find_base(base)
     if folder is None:
-        return Finding(subject, "not checked", f"{shown} is not on this machine")
-    try:
+        return Finding("base model", "not checked", f"{shown} is not on this machine")
+
+    def check() -> tuple[list[str], str]:
         found = Checkpoint.open(folder).digests()
-    except InputError as error:
-        return Finding(subject, "broken", str(error))
-    problems = list(_differences(base, found.files))
-    problems += [
-        f"tensor {name} has other bytes" for name in base.tensors if found.tensors.get(name) != base.tensors[name]
-    ]
-    return _finding(subject, problems, f"{shown}, sha256 {base.sha256}")
+        changed = [name for name, sha256 in base.tensors.items() if found.tensors.get(name) != sha256]
+        problems = [*_differences(base, found.files), *(f"tensor {name} has other bytes" for name in changed)]
+        return problems, f"{shown}, sha256 {base.sha256}"
+
+    return _finding("base model", check)
 
 
 def _find_base(base: BaseModelFiles) -> Path | None:
-    # The record may come from anybody: what it names is looked at if it is a usable name, and never fetched.
+    """Return the base model's folder on this machine. The record may be a stranger's: nothing it names is fetched."""
     if base.revision is None:
         try:
             return Path(base.id) if Path(base.id).is_dir() else None
         except OSError:
             return None
     if base.id.startswith("s3://"):
-        if not is_s3_model(base.id):
-            return None
         from bivlm.sources.s3_models import cached_copy
 
-        return cached_copy(base.id, base.revision)
+        return cached_copy(base.id, base.revision) if is_s3_model(base.id) else None
     try:
         return cached_model(base.id, base.revision)
     except HFValidationError:
@@ -335,10 +327,9 @@ def _find_base(base: BaseModelFiles) -> Path | None:
 
 def _workspace(lineage: Lineage, workspace: Workspace | None) -> list[Finding]:
     """Whether the workspace holds every step's record as it is here, and the bytes of every output."""
-    subject = "workspace"
     if workspace is None:
         said = f"{lineage.workspace} was not given, or cannot be opened here; say --workspace {lineage.workspace}"
-        return [Finding(subject, "not checked", said)]
+        return [Finding("workspace", "not checked", said)]
     problems, absent, held = [], 0, 0
     for key, record in lineage.steps.items():
         stored = workspace.record(key)
@@ -352,7 +343,7 @@ def _workspace(lineage: Lineage, workspace: Workspace | None) -> list[Finding]:
                 absent += 1
             except WorkspaceError:
                 problems.append(f"{name} of {record.stage} step {key} has other bytes than {reference.sha256}")
-    findings = [_finding(subject, problems, f"{held} files of steps at {workspace.url}")]
+    findings = [_finding("workspace", lambda: (problems, f"{held} files of steps at {workspace.url}"))]
     if absent:
-        findings.append(Finding(subject, "not checked", f"{absent} files of steps are no longer there"))
+        findings.append(Finding("workspace", "not checked", f"{absent} files of steps are no longer there"))
     return findings

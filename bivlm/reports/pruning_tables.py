@@ -1,4 +1,4 @@
-"""What came of a sweep as tables: a long one, and those of the paper."""
+"""The results of a sweep as tables: a long one, and those of the paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROW = (
 
 
 def as_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """A row a model, benchmark and cell, with the columns `ROW`.
+    """Return one row per model, benchmark and cell, with the columns `ROW`.
 
     Accuracy and loss against the same model without pruning are in percent and percentage points with their 95 %
     intervals; ``kept_image`` and ``kept_text`` are shares of tokens. A cell that could not be has the reason in
@@ -37,7 +37,7 @@ def as_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def grid(
     table: pd.DataFrame, model: str, task: str, place: Place, score: Score, value: str = "accuracy"
 ) -> pd.DataFrame:
-    """One of the paper's tables (7 to 21): a row a layer, a column a share.
+    """Return one of the paper's tables (7 to 21): one row per layer, one column per share.
 
     At ``input``, where there is no layer, the only row is called "-".
     """

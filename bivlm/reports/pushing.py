@@ -1,4 +1,4 @@
-"""A packed checkpoint to the Hugging Face hub, as one commit, if it is what its records say."""
+"""Push a packed checkpoint to the Hugging Face hub as one commit, if it is what its records say."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NEW = {".gitattributes", CARD}  # what a repository has when it was just made, 
 
 @dataclass(frozen=True)
 class Package:
-    """What is to be pushed: the files of a packed checkpoint by their names on the hub, and its card."""
+    """The files of a packed checkpoint by their names on the hub, and its card."""
 
     lineage: Lineage
     report: dict[str, Any]
@@ -75,7 +75,7 @@ class _Report(BaseModel):
 
 @dataclass(frozen=True)
 class Pushed:
-    """What came of it: the commit that now holds the checkpoint, the files that were `written` in it and `deleted`.
+    """The commit that now holds the checkpoint, and the files that it wrote and deleted.
 
     Both are empty if the hub had it all already; then `commit` is an earlier one.
     """
@@ -89,7 +89,7 @@ class Pushed:
 
 
 def package(folder: str | Path, name: str) -> Package:
-    """The packed checkpoint in `folder`, to be loaded by `name`, checked against its own records.
+    """Return the packed checkpoint in `folder`, to be loaded by `name`, checked against its own records.
 
     Every packed byte is hashed. Raises `InputError` if it is no packed checkpoint, if a file is not the one of its
     lineage record, or if its report is about something else.
@@ -111,7 +111,7 @@ def package(folder: str | Path, name: str) -> Package:
 
 
 def push(package: Package, repository: str, *, private: bool = False, branch: str | None = None) -> Pushed:
-    """Make the repository if it is missing, and `branch` (default main), and commit what it does not have yet.
+    """Make the repository and `branch` (default main) if they are missing, and commit what they do not have yet.
 
     Files of an earlier push that this checkpoint does not have are deleted in the same commit; other files stay.
     Raises `InputError` for a name, token or right that is not good enough, for a repository that holds something else
@@ -166,7 +166,7 @@ def _push(package: Package, repository: str, private: bool, branch: str) -> Push
                     revision=branch,
                     parent_commit=info.sha,
                 )
-            except ValueError as error:  # the hub's judgement of the card's header
+            except ValueError as error:  # the hub refuses the card's header
                 raise InputError(f"push to {repository}: {error}") from error
         commit = done.oid
     return Pushed(

@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 
 from bivlm.evaluation.chance import AtChance
 from bivlm.reports import figures
+from bivlm.reports.bits import EMBEDDINGS, LINEARS, MODEL, named_parts
 
 _TEMPLATE = "report.html"
 _NONE = "–"
-_LINEARS, _TABLES, _MODEL = "packed linears", "embedding and head", "whole model"
 _BITS = ("nominal", "entropy", "stored")
 _SHOWN_ELSEWHERE = frozenset({"format", "base_model", "recipe", "bits", "layers", "tables"})
-_LAYER_PICTURES = (
+_LAYER_FIGURES = (
     (
         figures.weight_histogram,
         "The cut-offs assume Gaussian weights; KL says how far from that they are. The lower row shows the tails.",
@@ -34,7 +34,9 @@ _LAYER_PICTURES = (
     ),
     (figures.bits_and_error, "Measured on the packed bytes; the entries in the files' headers are not counted here."),
 )
-_POINTS_CAPTION = "A column a model, a mark a task, a bar their mean. Dashes are chance. The ring is this compression."
+_POINTS_CAPTION = (
+    "One column per model, one mark per task; the bar is their mean. Dashes are chance. The ring is this compression."
+)
 
 
 def render(
@@ -46,7 +48,7 @@ def render(
     *,
     chance: dict[str, float] | None = None,
 ) -> str:
-    """The page's HTML; equal arguments give equal text.
+    """Return the page's HTML; equal arguments give equal text.
 
     `report` is compression_report.json, `layers` its layers with what `bivlm.reports.figures` reads beside.
     `evaluation` is ``{"full_precision": {task: {"n", "metrics": {"accuracy"}, "ci95": [low, high]}}, "packed": the
@@ -64,22 +66,22 @@ def render(
     environment.tests["tree"] = lambda value: isinstance(value, (dict, list, tuple))
     rows = _bits_rows(report["bits"])
     measured_on = (evaluation or {}).get("measured_on") or "held-out samples"
-    pictures = [(figures.accuracy_against_bits(points, chance, measured_on), _POINTS_CAPTION)] if points else []
-    pictures += [(draw(layers), caption) for draw, caption in _LAYER_PICTURES]
+    drawn = [(figures.accuracy_against_bits(points, chance, measured_on), _POINTS_CAPTION)] if points else []
+    drawn += [(draw(layers), caption) for draw, caption in _LAYER_FIGURES]
     return environment.get_template(_TEMPLATE).render(
         model=report["base_model"]["id"],
         recipe=report["recipe"]["name"],
         facts=_facts(report),
         bits=rows,
-        total=next((row for row in rows if row["name"] == _LINEARS), None),
-        whole=next((row for row in rows if row["name"] == _MODEL), None),
+        total=next((row for row in rows if row["name"] == LINEARS), None),
+        whole=next((row for row in rows if row["name"] == MODEL), None),
         accuracy=_accuracy_rows(evaluation or {}, chance or {}),
         chance=bool(chance),
         tasks=len((evaluation or {}).get("full_precision") or ()),
         kl=(evaluation or {}).get("kl"),
         measured_on=measured_on,
         at_chance=[str(AtChance(**each)) for each in (evaluation or {}).get("at_chance", ())],
-        pictures=[(inline_svg(figure), caption) for figure, caption in pictures],
+        figures=[(inline_svg(figure), caption) for figure, caption in drawn],
         layers=[_layer_row(layer) for layer in layers],
         recipe_yaml=yaml.safe_dump(
             report["recipe"], sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
@@ -89,12 +91,12 @@ def render(
 
 
 def inline_svg(figure: Figure) -> Markup:
-    """The figure as an element of a page: named for readers of screens, in the page's ink and on its paper."""
+    """Return the figure as an element of a page: named for screen readers, in the page's ink and on its paper."""
     text = figures.svg(figure)
     text = text[text.index("<svg ") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # numbered, so the same in every picture; nothing refers to them
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # numbered, so the same in every figure; nothing refers to them
     text = re.sub(f"(fill|stroke): {figures.INK}", r"\1: currentColor", text)
     text = re.sub(f"(fill|stroke): {figures.PAPER}", r"\1: var(--page)", text)
     named = Markup('<svg role="img" aria-label="{}" ').format(figure.get_suptitle())
@@ -123,14 +125,11 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
 
 def _bits_rows(bits: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table of bits; `megabytes` are stored bits times weights."""
-    parts = [(_LINEARS, bits.get("linears")), *(bits.get("by_component") or {}).items()]
-    parts += [(_TABLES, bits.get("tables")), (_MODEL, bits.get("model"))]
     rows = []
-    for name, part in parts:
-        if part:
-            row = {key: part.get(key) for key in ("weights", *_BITS)}
-            size = None if row["weights"] is None or row["stored"] is None else row["weights"] * row["stored"] / 8e6
-            rows.append({"name": name, "part": name not in (_LINEARS, _TABLES, _MODEL), "megabytes": size, **row})
+    for name, part in named_parts(bits):
+        row = {key: part.get(key) for key in ("weights", *_BITS)}
+        size = None if row["weights"] is None or row["stored"] is None else row["weights"] * row["stored"] / 8e6
+        rows.append({"name": name, "part": name not in (LINEARS, EMBEDDINGS, MODEL), "megabytes": size, **row})
     return rows
 
 

@@ -86,9 +86,9 @@ def _compress(recipe: str, output: Path, questions: int) -> dict[str, Any]:
 
 
 def _print(results: dict[str, dict[str, Any]]) -> None:
-    from flows.cli.console import print_table
+    from flows.cli.stacking import show
 
-    print_table(_table(results))
+    show(_table(results))
     last = results[RECIPES[-1]]
     print("Accuracy in percent, of the model loaded from its stored bytes. KL to full precision on")
     print(f"{last['evaluation']['measured_on']}. Seconds and memory: the compression.")
@@ -102,7 +102,7 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _table(results: dict[str, dict[str, Any]]) -> Any:
-    """A row a model, narrow enough for a terminal of 80 characters."""
+    """Return a table of one row per model, narrow enough for a terminal of 80 characters."""
     from rich.table import Table
 
     from bivlm.checkpoint.linears import linears
@@ -113,7 +113,7 @@ def _table(results: dict[str, dict[str, Any]]) -> Any:
     rows = sorted(results.items(), key=lambda item: -item[1]["bits"]["linears"]["stored"])
     before = rows[0][1]["evaluation"]["full_precision"]
     questions = next(iter(before.values()))["n"]
-    title = f"the reference model, {questions} questions a set; bits a weight of the linears"
+    title = f"the reference model, {questions} questions a set; bits per weight of the linears"
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     names = [task.partition(":")[2] for task in before]

@@ -74,11 +74,7 @@ def _evaluate(
     with _bar(f"{place.name} on {benchmark.task}", len(benchmark)) as bar, pruned_if(model, pruning, modules):
         (row,) = bar.task_ids
         result = evaluate(
-            model,
-            processor,
-            benchmark,
-            batch_size=batch_size,
-            progress=lambda done, _: bar.update(row, completed=done),
+            model, processor, benchmark, batch_size=batch_size, progress=lambda done, _: bar.update(row, completed=done)
         )
     outcomes = write_outcomes(result.outcomes, files / f"{stem}.parquet")
     return result, {"model": str(folder), **result.record(), "outcomes": str(outcomes)}

@@ -109,7 +109,7 @@ def _is_outside(error: BaseException) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bivlm",
-        description="Vision-language models at one to four bits a weight, counted as bytes on disk.",
+        description="Vision-language models at one to four bits per weight, counted as bytes on disk.",
         epilog=_EXIT_CODES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""Overlap and concentration of salient weights against counting by hand, and the picture of them."""
+"""Overlap and concentration of salient weights against counting by hand, and the figure of them."""
 
 import json
 import math

@@ -7,7 +7,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 # "ready" is said after the imports, which take longer than the work on the tiny model.
 # What is started in the background may have inherited that Ctrl-C is ignored.
@@ -68,3 +72,12 @@ class Running:
     def errors(self) -> str:
         """What it has written to stderr."""
         return self.log.read_text()
+
+
+def command_lines(processes: Iterable[psutil.Process] | None = None) -> set[str]:
+    """What `ps` shows of `processes` (default: all) that have not ended meanwhile."""
+    lines = set()
+    for process in psutil.process_iter() if processes is None else processes:
+        with suppress(psutil.Error):
+            lines.add(" ".join(process.cmdline()))
+    return lines

@@ -214,7 +214,7 @@ def test_a_gate_refuses_a_set_on_which_full_precision_is_at_chance_and_everythin
     assert cli.main(["compress", *compression.arguments()]) == NOT_PASSED
     printed = capsys.readouterr().out
     assert f"warning: {said}" in printed and f"gate: accuracy on {said}" in printed
-    assert f"nats a token, on 2 held-out samples of {source}" in printed
+    assert f"nats per token, on 2 held-out samples of {source}" in printed
 
 
 def _flow_runs():

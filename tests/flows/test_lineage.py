@@ -266,11 +266,5 @@ def test_the_run_and_the_registered_version_have_the_record_and_the_page(compres
     assert {"lineage.json", "report.html"} <= artifacts
     assert figures == {
         f"figures/{name}.svg"
-        for name in (
-            "weight_histogram",
-            "kl_per_layer",
-            "error_by_p_max",
-            "bits_and_error",
-            "accuracy_against_bits",
-        )
+        for name in ("weight_histogram", "kl_per_layer", "error_by_p_max", "bits_and_error", "accuracy_against_bits")
     }

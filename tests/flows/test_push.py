@@ -370,8 +370,8 @@ def test_the_card_says_what_the_records_say(packed):
         "tags": ["bivlm", "quantized"],
     }
     bits = bits_of(packed)
-    assert f"**{bits['linears']['stored']:.3f} stored bits a weight**" in text
-    assert f"{bits['model']['stored']:.2f} bits a parameter" in text
+    assert f"**{bits['linears']['stored']:.3f} stored bits per weight**" in text
+    assert f"{bits['model']['stored']:.2f} bits per parameter" in text
     for part in bits["by_component"].values():
         assert (
             f"| {part['weights']:,} | {part['nominal']:.3f} | {part['entropy']:.3f} | **{part['stored']:.3f}** |"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -12,7 +11,7 @@ import pytest
 from flows.cli.main import DONE, FAILED
 from infra.processes import family
 from tasks.tracking.run import public_uri, ui_command
-from tests.flows.running import Running
+from tests.flows.running import Running, command_lines
 from tests.servers import ACCESS_KEY, SECRET, mlflow_server, s3_files, s3_server  # noqa: F401  fixtures
 
 PASSWORD = "tracking-passw0rd"
@@ -25,17 +24,6 @@ def files_with(secret: str, *folders: Path) -> list[Path]:
     return [path for path in paths if secret.encode() in path.read_bytes()]
 
 
-def command_lines(processes: Iterable[psutil.Process]) -> str:
-    """What `ps` shows of those that have not ended meanwhile."""
-    lines = []
-    for process in processes:
-        try:
-            lines.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return "\n".join(lines)
-
-
 @pytest.mark.slow
 def test_credentials_of_s3_are_written_nowhere(new_compression, s3_server, s3_files, tmp_path):  # noqa: F811
     """The server itself is given its key on its command line, which is not ours, so processes are looked at by name."""
@@ -43,11 +31,12 @@ def test_credentials_of_s3_are_written_nowhere(new_compression, s3_server, s3_fi
     database = f"sqlite:///{compression.workspace / 'mlflow.db'}"
     loud = {"PREFECT_LOGGING_LEVEL": "DEBUG", "MLFLOW_LOGGING_LEVEL": "DEBUG", "MLFLOW_TRACKING_URI": database}
     run = Running(compression, "s3://bivlm/work", tmp_path / "place" / "log", **loud)
-    ours, seen = psutil.Process(run.process.pid), ""
+    ours, seen = psutil.Process(run.process.pid), set()
     while run.process.poll() is None:
-        seen += command_lines(family(ours))
+        seen |= command_lines(family(ours))
         time.sleep(0.5)
-    assert "flows.cli.main" in seen and SECRET not in seen
+    printed = "\n".join(seen)
+    assert "flows.cli.main" in printed and SECRET not in printed
     assert run.end() == DONE, run.errors()
     assert files_with(SECRET, tmp_path / "place", s3_files, tmp_path / "cache") == []
     assert files_with(ACCESS_KEY + ",", tmp_path / "place", s3_files, tmp_path / "cache") == []
@@ -64,7 +53,7 @@ def test_a_password_of_the_tracking_server_is_written_nowhere(new_compression, t
     try:
         run = Running(compression, str(compression.workspace), tmp_path / "place" / "log", **environment)
         while run.process.poll() is None:
-            assert PASSWORD not in command_lines(psutil.process_iter())
+            assert PASSWORD not in "\n".join(command_lines())
             time.sleep(0.5)
         assert run.end() == DONE, run.errors()
         assert server.address in run.printed

@@ -10,7 +10,6 @@ from rich.table import Column, Table
 
 from flows.cli import console as tables
 from flows.cli import demo
-from flows.cli.inspection import print_inspection
 from flows.cli.stacking import show
 
 WIDTHS = [20, 40, 57, 60, 80, 100, 120]
@@ -67,11 +66,7 @@ def test_no_figure_is_cut(width, columns, capsys):
 
 BITS = {"weights": 1_234_567_890, "nominal": 2.0625, "entropy": 1.98765, "stored": 2.28125}
 LOSS = {"loss": 1.25, "low": -0.5, "high": 3.125, "worse": 31, "better": 17, "p_value": 0.0421}
-EVALUATION = {
-    "metrics": {"accuracy": 81.25},
-    "ci95": [76.5, 85.75],
-    "intervals": {"yes/no": (70.5, 80.25)},
-}
+EVALUATION = {"metrics": {"accuracy": 81.25}, "ci95": [76.5, 85.75], "intervals": {"yes/no": (70.5, 80.25)}}
 
 
 def bits(_):
@@ -106,7 +101,7 @@ def demonstration(_):
         "seconds": 31.25,
         "peak_memory_bytes": 812.4e6,
     }
-    tables.print_table(demo._table({"bivlm": result, "bivlm-paper": result}))
+    show(demo._table({"bivlm": result, "bivlm-paper": result}))
     return ["81.2"] * 6 + ["0.123"] * 2 + ["2.062"] * 2 + ["1.988"] * 2 + ["2.281"] * 2 + ["31.2"] * 2 + ["812"] * 2
 
 
@@ -114,7 +109,7 @@ def inspection(tiny_llava):
     from bivlm.reports.inspection import inspect
 
     found = inspect(tiny_llava)
-    print_inspection(found)
+    tables.print_inspection(found)
     return [f"{found['parameters']:,}", *(f"{part['parameters']:,}" for part in found["parts"])]
 
 

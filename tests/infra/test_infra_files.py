@@ -94,8 +94,7 @@ def variables_of(service: dict[str, Any], **given: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("given", "served"),
-    [({}, []), ({"MLFLOW_PUBLIC_HOST": "mlflow.example.org"}, ["https://mlflow.example.org"])],
+    ("given", "served"), [({}, []), ({"MLFLOW_PUBLIC_HOST": "mlflow.example.org"}, ["https://mlflow.example.org"])]
 )
 def test_mlflow_takes_from_its_pages_what_they_send_also_behind_a_proxy(compose, monkeypatch, given, served):
     from mlflow.server.security_utils import get_allowed_origins_from_env, should_block_cors_request

@@ -103,7 +103,7 @@ def test_killed_in_the_middle_and_brought_back(
     server.kill(*arguments)
     killed = time.monotonic()
     time.sleep(away)
-    server.start() if victim == "worker" else stack.start_one(victim)
+    server.start() if victim == "worker" else stack.start([victim])
     first = api.wait(run, 600)
     seconds = time.monotonic() - killed
     attempts = 1

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import boto3
 import httpx
-import psutil
 import psycopg2
 import pytest
 from botocore.exceptions import ClientError
 
 from infra.servers import Servers
 from infra.settings import NAMES
+from tests.flows.running import command_lines
 from tests.integration.platform_processes import client_environment, secrets_of, until
 
 pytestmark = pytest.mark.integration
@@ -102,11 +102,11 @@ def test_databases_open_with_a_password_only_and_never_for_the_superuser(stack):
 
 def test_no_secret_is_in_a_command_line_or_a_log(stack):
     Clients(stack.environment).let_in()
-    command_lines = "\n".join(" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
-    assert str(stack.folder) in command_lines  # so that they were really read
+    shown = "\n".join(command_lines())
+    assert str(stack.folder) in shown  # so that they were really read
     logs = "\n".join(stack.log(name).read_text(errors="replace") for name in NAMES)
     for secret in secrets_of(stack):
-        assert secret not in command_lines
+        assert secret not in shown
         assert secret not in logs
     for name in ("env", "admin.env", "settings.json"):
         assert (stack.folder / name).stat().st_mode & 0o077 == 0
@@ -118,7 +118,7 @@ def test_a_server_that_is_killed_is_started_again_alone_and_has_lost_nothing(sta
     clients.write(f"before_{name}")
     stack.kill(name)
     assert [other for other in NAMES if stack.running(other)] == [other for other in NAMES if other != name]
-    stack.start_one(name)
+    stack.start([name])
     # Whoever had a connection to it finds it again by itself, at the latest on the second attempt.
     for _ in range(2):
         try:
@@ -248,9 +248,7 @@ def test_a_rotation_in_another_shell_leaves_run_at_work_which_ends_the_new_serve
             shell.send_signal(signal.SIGINT)
         assert "ending the servers" in shell.communicate(timeout=120)[0]
     assert not any(map(second_stack.running, NAMES))
-    assert str(folder) not in "\n".join(
-        " ".join(each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])
-    )
+    assert str(folder) not in "\n".join(command_lines())
 
 
 def test_another_process_finds_the_servers_of_a_folder_and_keeps_their_ports(stack):

@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 from bivlm.reports.lineage import find_workspace, read_lineage, verify
 from infra.settings import SECRETS
 from infra.surroundings import postgres_program
-from tests.flows.running import Running
+from tests.flows.running import Running, command_lines
 from tests.integration.platform_processes import client_environment, secrets_of
 
 pytestmark = pytest.mark.integration
@@ -84,17 +84,6 @@ def eight(stack, request_of, tmp_path_factory) -> Together:
     codes = [run.end() for run in runs]
     logs = [run.printed + run.errors() for run in runs]
     return Together(codes, outputs, logs, seen, home, recipes, asked["model"], time.monotonic() - began)
-
-
-def command_lines() -> set[str]:
-    """What `ps` shows of every process."""
-    lines = set()
-    for process in psutil.process_iter():
-        try:
-            lines.add(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
-    return lines
 
 
 def weights(output: Path) -> dict[str, str]:

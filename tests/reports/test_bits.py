@@ -49,7 +49,7 @@ def test_the_denominator_is_the_weights_that_are_rebuilt(tiny_llava, whole_recip
 
 
 def test_nominal_and_entropy_are_the_formats(packed_llava):
-    # The test codec's format: eight bits a weight, 7.5 of them needed.
+    # The test codec's format: eight bits per weight, 7.5 of them needed.
     found = bits_of(packed_llava)["linears"]
     assert (found["nominal"], found["entropy"]) == (8.0, 7.5)
 

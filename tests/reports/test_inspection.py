@@ -9,7 +9,7 @@ from tiny_families import gemma3, make_published, mllama, qwen3_vl_moe
 from tiny_llava import make_tiny_llava
 
 from bivlm.reports.inspection import inspect
-from flows.cli.inspection import print_inspection
+from flows.cli.console import print_inspection
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +46,11 @@ def test_statistics_are_those_of_the_weight(found, tensors):
 
 
 def test_linears_say_where_they_belong_and_what_they_are(found):
-    assert {key: found["components"][key]["linears"] for key in found["components"]} == {
-        "vision": 12,
-        "adaptor": 2,
-        "language": 15,
-    }
+    counts = {component: part["linears"] for component, part in found["components"].items()}
+    assert counts == {"vision": 12, "adaptor": 2, "language": 15}
     head = found["linears"][-1]
-    assert (head["name"], head["component"], head["shape"], head["dtype"], head["packed"]) == (
-        "lm_head",
-        "language",
-        [259, 64],
-        "bfloat16",
-        False,
-    )
+    keys = ("name", "component", "shape", "dtype", "packed")
+    assert [head[key] for key in keys] == ["lm_head", "language", [259, 64], "bfloat16", False]
 
 
 def test_a_packed_layer_is_described_by_its_rebuilt_weight(packed_llava, tensors):

@@ -242,7 +242,7 @@ def test_markdown_is_one_table_with_full_precision_first_and_chance_last():
         "front": "AKE",
     }
     assert dict(zip(table[0], table[4], strict=True))["front"] == "KE"  # no more accurate than with fewer bits
-    assert lines[-1].startswith("Bits a weight") and lines[-1].endswith(
+    assert lines[-1].startswith("Bits per weight") and lines[-1].endswith(
         "× Shannon: the error over 2^(−2 × stored bits)."
     )
     assert dict(zip(table[0], table[-1], strict=True))["accuracy"] == "17.5"
@@ -323,8 +323,8 @@ def test_what_the_kl_was_measured_on_stands_in_every_form_of_the_board(capsys):
     samples = "64 held-out samples of /data/mine"
     found = board([entry()], FULL, model=MODEL, chance=CHANCE, measured_on=samples)
     print_board(found)
-    assert f"KL to full precision in nats a token, on {samples}." in " ".join(capsys.readouterr().out.split())
-    assert f"KL to full precision in nats a token, on {samples}." in as_markdown(found)
+    assert f"KL to full precision in nats per token, on {samples}." in " ".join(capsys.readouterr().out.split())
+    assert f"KL to full precision in nats per token, on {samples}." in as_markdown(found)
     assert fingerprint(found) != fingerprint(made([entry()]))
 
 

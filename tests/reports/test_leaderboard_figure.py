@@ -1,9 +1,8 @@
-"""The picture of a board shows every entry at its stored and its claimed bits, names the best, and invents nothing."""
+"""The figure of a board shows every entry at its stored and its claimed bits, names the best, and invents nothing."""
 
 import io
 import itertools
 import math
-import xml.etree.ElementTree as ElementTree
 
 import matplotlib
 import numpy as np
@@ -16,6 +15,7 @@ from bivlm.reports.figures.labels import Label, place_labels
 from bivlm.reports.leaderboard.entries import Entry, FullPrecision, shannon_bound
 from bivlm.reports.leaderboard.ranking import board
 from bivlm.reports.report_page import inline_svg
+from tests.reports.drawn import by_label, texts
 
 METHODS = ("bivlm", "rtn", "gptq", "awq", "pb-llm", "billm", "arb-rc", "hbllm", "trellis", "q-vlm", "awq+bivlm", "new")
 LOSS_PANELS = {"accuracy": 0, "kl": 1, "relative_error": 2}
@@ -51,14 +51,6 @@ def made(entries, chance=25.0):
 @pytest.fixture
 def found():
     return made([entry(number) for number in range(30)])
-
-
-def by_label(axes, label):
-    return [line for line in axes.lines if line.get_label() == label]
-
-
-def texts(figure):
-    return [element.text for element in ElementTree.fromstring(figures.svg(figure)).iter() if element.text]
 
 
 def value(record, loss):
@@ -141,7 +133,7 @@ def test_a_kl_of_zero_has_no_place_on_a_log_axis():
     positive = figures.quality_against_bits(made([entry(1), entry(2)])).axes[1]
     zero = figures.quality_against_bits(made([entry(1), entry(2, kl=0.0)])).axes[1]
     assert (positive.get_yscale(), zero.get_yscale()) == ("log", "linear")
-    assert zero.get_ylabel() == "KL to full precision, nats a token"
+    assert zero.get_ylabel() == "KL to full precision, nats per token"
 
 
 def test_one_entry_is_a_picture():

@@ -141,8 +141,8 @@ def test_accuracies_stand_beside_their_intervals_and_change(page):
     assert page.row("set:a") == ["250", "25.0", "90.0", "86.0 to 94.0", "84.5", "80.2 to 88.0", "−5.5"]
     assert page.row("set:b") == ["250", "50.0", "80.0", "75.0 to 85.0", "81.5", "76.0 to 86.0", "+1.5"]
     assert page.row("mean") == ["–", "–", "85.0", "–", "83.0", "–", "−2.0"]
-    assert "64 held-out samples of /data/<b>mine: 0.2691 nats a token" in page.text
-    assert "KL to full precision: 0.269 nats a token, on 64 held-out samples of /data/<b>mine." in page.text
+    assert "64 held-out samples of /data/<b>mine: 0.2691 nats per token" in page.text
+    assert "KL to full precision: 0.269 nats per token, on 64 held-out samples of /data/<b>mine." in page.text
 
 
 def test_it_says_where_full_precision_is_not_above_chance(page):
@@ -165,21 +165,8 @@ def test_the_recipe_is_there_as_yaml(source):
 
 def test_lineage_is_written_out_to_its_leaves(page):
     lineage = page.text[page.text.index("Lineage") :].split()
-    assert lineage == [
-        "Lineage",
-        "request",
-        SHA,
-        "steps",
-        "stage",
-        "plan<i>",
-        "inputs",
-        "statistics",
-        "abc",
-        "device",
-        "–",
-        "dirty",
-        "yes",
-    ]
+    leaves = ["steps", "stage", "plan<i>", "inputs", "statistics", "abc", "device", "–", "dirty", "yes"]
+    assert lineage == ["Lineage", "request", SHA, *leaves]
 
 
 def test_a_long_part_of_the_lineage_is_folded_and_complete():
@@ -199,7 +186,7 @@ def test_what_users_wrote_stays_text(source, page):
     assert {"b", "i"}.isdisjoint(tag for tag, _ in page.tags)
     assert "<script" not in source
     labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
-    assert any("<script>" in label for label in labels), "the title of the picture is a label, escaped"
+    assert any("<script>" in label for label in labels), "the title of the figure is a label, escaped"
 
 
 def test_nothing_is_fetched(source, page):
@@ -220,7 +207,7 @@ def test_every_reference_within_the_page_has_one_target(page):
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_pictures_take_the_ink_and_the_paper_of_the_page(source, page):
+def test_figures_take_the_ink_and_the_paper_of_the_page(source, page):
     assert [tag for tag, _ in page.tags].count("svg") == 5
     assert source.count("<!DOCTYPE") == 1
     assert "<?xml" not in source
@@ -245,7 +232,7 @@ def test_a_task_asked_of_one_model_only_has_no_change():
     packed = {"new": {"n": 9, "metrics": {"accuracy": 50.0}, "ci95": None}}
     page = Page(render(REPORT, None, {"full_precision": {}, "packed": packed, "kl": None}, [], []))
     assert page.row("new") == ["9", "–", "–", "50.0", "–", "–"]
-    assert "nats a token" not in page.text
+    assert "nats per token" not in page.text
 
 
 def test_the_template_is_a_file_of_the_package():

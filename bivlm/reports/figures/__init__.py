@@ -1,8 +1,8 @@
-"""Every picture, drawn from records alone; no checkpoint is read.
+"""Every figure, drawn from records alone; no checkpoint is read.
 
 `layers` are the records of compression_report.json in model order; a value that is None, missing or not finite leaves
-its layer out of the picture, and a picture with nothing left says so in a sentence. Components keep their colour in
-every picture.
+its layer out of the figure, and a figure with nothing left says so in a sentence. Components keep their colour in
+every figure.
 """
 
 from bivlm.reports.figures.compression import (

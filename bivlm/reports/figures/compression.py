@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
@@ -143,7 +144,7 @@ def error_by_p_max(layers: Sequence[dict[str, Any]]) -> Figure:
 
 @styled()
 def bits_and_error(layers: Sequence[dict[str, Any]]) -> Figure:
-    """Stored bits a weight (above) and relative squared error (below) of each layer, in model order."""
+    """Stored bits per weight (above) and relative squared error (below) of each layer, in model order."""
     title = "Stored bits and error of each layer"
     known = [layer for layer in having(layers, "error") if _stored(layer) is not None]
     if not known:
@@ -159,9 +160,25 @@ def bits_and_error(layers: Sequence[dict[str, Any]]) -> Figure:
         sizes = [math.prod(layer["shape"]) for _, layer in drawn]
         mean = np.average([_stored(layer) for _, layer in drawn], weights=sizes)
         panel.rows[0].axhline(float(mean), color=INK, linewidth=0.8, label="mean")
-    panels[0].rows[0].set_ylabel("stored bits a weight,\nline: over all weights")
+    panels[0].rows[0].set_ylabel("stored bits per weight,\nline: over all weights")
     panels[0].rows[1].set_ylabel("relative squared error")
     return settled(figure)
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A model at its stored bits per weight, with what is known of its accuracy in percent."""
+
+    label: str
+    bits: float
+    accuracy: dict[str, float]
+    mean: float | None
+    this_run: bool
+    kl: float | None
+
+    @property
+    def name(self) -> str:
+        return one_line(self.label, 26) + ("" if self.mean is None else f", {self.mean:.1f} %")
 
 
 @styled()
@@ -175,67 +192,74 @@ def accuracy_against_bits(
     names the samples that the KL in the labels is measured on.
     """
     title = "Accuracy over stored bits"
-    known = [
-        point | {"accuracy": accuracy}
-        for point in points
-        if (finite_number(point.get("stored_bits")) or 0) > 0 and (accuracy := finite_values(point.get("accuracy")))
-    ]
+    tasks = list(dict.fromkeys(task for point in points for task in finite_values(point.get("accuracy"))))
+    known = _known_points(points, tasks)
     if not known:
         return empty(title, "No model has both stored bits and an accuracy.")
-    known.sort(key=lambda point: point["stored_bits"])
-    tasks = list(dict.fromkeys(task for point in points for task in finite_values(point.get("accuracy"))))
-    levels = {task: level for task, level in finite_values(chance).items() if task in tasks}
-    for point in known:
-        figures = point["accuracy"].values()
-        point["mean"] = fmean(figures) if len(figures) == len(tasks) else None
-        point["name"] = one_line(point["label"], 26)
-        point["name"] += "" if point["mean"] is None else f", {point['mean']:.1f} %"
-    chosen = next((point for point in known if point.get("this_run")), known[0])
-    said = [f"{point['name']} at {point['stored_bits']:.3g} bits" for point in (chosen, known[-1])]
-    longest = max(len(point["name"]) for point in known)
+    chosen = next((point for point in known if point.this_run), known[0])
+    said = [f"{point.name} at {point.bits:.3g} bits" for point in (chosen, known[-1])]
+    longest = max(len(point.name) for point in known)
     figure = new_figure(f"{title}: {'; '.join(dict.fromkeys(said))}", 4.5 + 0.04 * longest)
     axes = figure.subplots()
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(1, known[0]["stored_bits"]) / 1.1, max(16, known[-1]["stored_bits"]) * 1.1)
-    for number, task in enumerate(tasks):
-        look = SERIES[number % len(SERIES)]
-        of_task = [(point["stored_bits"], point["accuracy"][task]) for point in known if task in point["accuracy"]]
-        label = f"{task} (chance {levels[task]:.3g})" if task in levels else task
-        dots(axes, of_task, look, label=label, zorder=2.5)
-        if task in levels:
-            dashes = (6 * number, (6, 6 * max(1, len(tasks) - 1)))  # equal levels lie side by side
-            axes.axhline(levels[task], color=look[0], linewidth=0.8, linestyle=dashes, label="_chance")
-    means = [(point["stored_bits"], point["mean"]) for point in known if point["mean"] is not None]
-    if len(tasks) > 1:
-        dots(axes, means, (INK, "_"), markersize=18, markeredgewidth=2.5, label=f"mean of the {len(tasks)}")
-    best = [place for i, place in enumerate(means) if place[1] > max((y for _, y in means[:i]), default=-1)]
-    dots(axes, best, (INK, ""), linewidth=0.8, label="no smaller model is better", zorder=1)
-    this_run = [point for point in known if point.get("this_run") and point["mean"] is not None]
-    rings = [(point["stored_bits"], point["mean"]) for point in this_run]
-    dots(axes, rings, (INK, "o"), markersize=20, fillstyle="none", markeredgewidth=1.2, label="_this run")
+    axes.set_xlim(min(1, known[0].bits) / 1.1, max(16, known[-1].bits) * 1.1)
+    _draw_tasks(axes, known, tasks, finite_values(chance))
+    _draw_means(axes, known, len(tasks))
     axes.set_ylim(max(axes.get_ylim()[0], -4), min(axes.get_ylim()[1], 104))
     plain_ticks(axes.xaxis, LogLocator(base=2))
-    said = f"\nKL in nats a token, on {one_line(measured_on, 90)}" if measured_on else ""
-    axes.set_xlabel(f"stored bits a weight of the compressed linears, log axis{said}")
+    on = f"\nKL in nats per token, on {one_line(measured_on, 90)}" if measured_on else ""
+    axes.set_xlabel(f"stored bits per weight of the compressed linears, log axis{on}")
     axes.set_ylabel("accuracy, %")
     _label_columns(axes, known)
     figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3)
     return settled(figure)
 
 
-def _label_columns(axes: Axes, points: list[dict[str, Any]]) -> None:
-    """A thin line up from every point's marks to its label above the axes; labels keep a distance from each other."""
+def _known_points(points: Sequence[dict[str, Any]], tasks: list[str]) -> list[_Point]:
+    """Return the points with stored bits and an accuracy, by rising bits."""
+    known = []
+    for point in points:
+        bits, accuracy = finite_number(point.get("stored_bits")), finite_values(point.get("accuracy"))
+        if bits and bits > 0 and accuracy:
+            mean = fmean(accuracy.values()) if len(accuracy) == len(tasks) else None
+            this_run, kl = bool(point.get("this_run")), finite_number(point.get("kl"))
+            known.append(_Point(point["label"], bits, accuracy, mean, this_run, kl))
+    return sorted(known, key=lambda point: point.bits)
+
+
+def _draw_tasks(axes: Axes, points: list[_Point], tasks: list[str], levels: dict[str, float]) -> None:
+    for number, task in enumerate(tasks):
+        look = SERIES[number % len(SERIES)]
+        of_task = [(point.bits, point.accuracy[task]) for point in points if task in point.accuracy]
+        label = f"{task} (chance {levels[task]:.3g})" if task in levels else task
+        dots(axes, of_task, look, label=label, zorder=2.5)
+        if task in levels:
+            dashes = (6 * number, (6, 6 * max(1, len(tasks) - 1)))  # equal levels lie side by side
+            axes.axhline(levels[task], color=look[0], linewidth=0.8, linestyle=dashes, label="_chance")
+
+
+def _draw_means(axes: Axes, points: list[_Point], tasks: int) -> None:
+    means = [(point.bits, point.mean) for point in points if point.mean is not None]
+    if tasks > 1:
+        dots(axes, means, (INK, "_"), markersize=18, markeredgewidth=2.5, label=f"mean of the {tasks}")
+    best = [place for i, place in enumerate(means) if place[1] > max((y for _, y in means[:i]), default=-1)]
+    dots(axes, best, (INK, ""), linewidth=0.8, label="no smaller model is better", zorder=1)
+    rings = [(point.bits, point.mean) for point in points if point.this_run and point.mean is not None]
+    dots(axes, rings, (INK, "o"), markersize=20, fillstyle="none", markeredgewidth=1.2, label="_this run")
+
+
+def _label_columns(axes: Axes, points: list[_Point]) -> None:
+    """Draw a thin line up from every point's marks to its label above the axes; labels keep a distance."""
     place = -1.0
     for point in points:
-        kl = "" if finite_number(point.get("kl")) is None else f", KL {point['kl']:.2g}"
-        begin = axes.transAxes.inverted().transform(axes.transData.transform((point["stored_bits"], 0)))[0]
+        begin = axes.transAxes.inverted().transform(axes.transData.transform((point.bits, 0)))[0]
         place = max(begin, place + 0.04)
         line = {"color": MUTED, "linewidth": 0.6, "zorder": 0.5}
-        axes.axvline(point["stored_bits"], alpha=0.4, label="_column", **line)
+        axes.axvline(point.bits, alpha=0.4, label="_column", **line)
         axes.plot([begin, place], [1, 1.03], transform=axes.transAxes, clip_on=False, label="_leader", **line)
-        bold = "bold" if point.get("this_run") else "normal"
+        text = point.name if point.kl is None else f"{point.name}, KL {point.kl:.2g}"
         turned = {"rotation": 35, "rotation_mode": "anchor", "transform": axes.transAxes}
-        axes.text(place, 1.04, point["name"] + kl, fontweight=bold, **turned)
+        axes.text(place, 1.04, text, fontweight="bold" if point.this_run else "normal", **turned)
 
 
 def _kind(name: str) -> tuple[tuple[str, str], str]:

@@ -1,4 +1,4 @@
-"""The leaderboard as a picture: what is lost at the bits that are stored, and how few were claimed."""
+"""The leaderboard as a figure: what is lost at the bits that are stored, and how few were claimed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MIXED, _OTHER = (ORANGE, "h"), (MUTED, "d")
 _SIZE = 6.5
 _PANELS: tuple[tuple[Loss, str, Callable[[Mapping[str, Any]], float]], ...] = (
     ("accuracy", "mean accuracy, %", lambda entry: entry["mean_accuracy"]["accuracy"]),
-    ("kl", "KL to full precision, nats a token", lambda entry: entry["kl"]),
+    ("kl", "KL to full precision, nats per token", lambda entry: entry["kl"]),
     ("relative_error", "relative squared error", lambda entry: entry["relative_error"]),
 )
 
@@ -86,7 +86,7 @@ def quality_against_bits(board: Mapping[str, Any]) -> Figure:
         if all(line.get_ydata().min() > 0 for line in axes.lines):
             log_scale(axes)
             axes.set_ylabel(f"{axes.get_ylabel()}, log axis")
-    error.set_xlabel("bits a weight of the packed linears")
+    error.set_xlabel("bits per weight of the packed linears")
     fronts = [_draw_front(axes, board, loss, value) for axes, (loss, _, value) in zip(panels, _PANELS, strict=True)]
     figure.legend(handles=_legend(entries), loc="outside lower center", ncols=6, handletextpad=0.4, columnspacing=1.4)
     settled(figure)

@@ -83,7 +83,7 @@ def having(layers: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 
 def colour_of(component: str) -> str:
-    """The component's colour, the same in every picture."""
+    """The component's colour, the same in every figure."""
     return COMPONENT_COLOURS.get(component, MUTED)
 
 

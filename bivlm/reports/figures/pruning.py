@@ -10,16 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from bivlm.reports.figures.style import INK, SERIES, empty, new_figure, one_line, settled, styled
+from bivlm.reports.figures.style import INK, ON_DARK, ON_LIGHT, SERIES, empty, new_figure, one_line, settled, styled
 from bivlm.reports.pruning_tables import grid
 
 _TITLE = "Accuracy lost by dropping tokens, percentage points (*: the 95 % interval leaves out zero)"
-_ON_LIGHT, _ON_DARK = "#101418", "#fcfdfe"  # letters on a colour keep theirs when a page swaps ink and paper
 
 
 @styled()
 def loss_maps(table: pd.DataFrame) -> Figure:
-    """A map for every model and place: the loss in every cell, and a star where its interval leaves out zero.
+    """Draw a map per model and place: the loss in every cell, and a star where its interval excludes zero.
 
     `table` is of `bivlm.reports.pruning_tables.as_table`; of several benchmarks all together are drawn, of several
     scores the first.
@@ -57,7 +56,7 @@ def _draw_map(axes: Axes, cells: pd.DataFrame, norm: TwoSlopeNorm) -> None:
     for (row, column), value in np.ndenumerate(values):
         sure = not low[row, column] <= 0 <= high[row, column]
         text = "–" if np.isnan(value) else f"{value:.1f}{'*' if sure else ''}"
-        ink = _ON_DARK if abs(norm(value) - 0.5) > 0.38 else _ON_LIGHT
+        ink = ON_DARK if abs(norm(value) - 0.5) > 0.38 else ON_LIGHT
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=7.5)
     axes.set_xticks(np.arange(values.shape[1]) + 0.5, losses.columns, fontsize=7.5)
     axes.set_yticks(np.arange(values.shape[0]) + 0.5, losses.index, fontsize=7.5)
@@ -66,7 +65,7 @@ def _draw_map(axes: Axes, cells: pd.DataFrame, norm: TwoSlopeNorm) -> None:
 
 @styled()
 def accuracy_by_share(table: pd.DataFrame, baselines: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Accuracy over the share that was dropped, a panel a model and place, a line a layer with its 95 % interval.
+    """Draw accuracy over the dropped share: one panel per model and place, one line per layer with its 95 % interval.
 
     `baselines` are accuracies without pruning, by model and benchmark: a level.
     """

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure, SubFigure
 from bivlm.reports.figures.panels import by_component, colour_of, panels_of
 from bivlm.reports.figures.style import (
     BLUE,
+    ON_DARK,
+    ON_LIGHT,
     PAPER,
     SERIES,
     dots,
@@ -29,7 +31,6 @@ from bivlm.reports.figures.style import (
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#eaf3fa", BLUE])
 _OVERLAP = "Overlap: weights that both metrics choose, of those that either does; mean over layers"
 _CONCENTRATION = "Concentration: how many of a layer's salient weights stand in the 1 % of columns, or rows, with most"
-_ON_LIGHT, _ON_DARK = "#101418", "#fcfdfe"  # letters on a colour keep theirs when a page swaps ink and paper
 
 
 @styled()
@@ -75,7 +76,7 @@ def _draw_overlaps(figure: SubFigure, known: list[dict[str, Any]], metrics: list
                 cell = [column - 0.5, column + 0.5], [row - 0.5, row + 0.5]
                 mesh = axes.pcolormesh(*cell, [[mean]], cmap=_BLUES, vmin=0, vmax=1, edgecolors=PAPER, linewidth=1.5)
                 mesh.set_label(f"{upper}|{lower}")
-                ink = _ON_LIGHT if mean < 0.72 else _ON_DARK
+                ink = ON_LIGHT if mean < 0.72 else ON_DARK
                 axes.text(column, row, f"{mean:.2f}", ha="center", va="center", color=ink)
         places = range(len(metrics) - 1)
         axes.set(xlim=(-0.5, len(metrics) - 1.5), ylim=(len(metrics) - 1.5, -0.6))

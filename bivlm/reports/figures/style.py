@@ -1,7 +1,7 @@
-"""How every picture looks: colours, the page's letters, axes; and how a figure becomes a file.
+"""How every figure looks: colours, the page's letters, axes; and how a figure becomes a file.
 
-matplotlib's settings belong to the whole process: they are changed under a lock, while a picture is made or rendered,
-and put back, so that pictures may be made in several threads and look the same on any machine.
+matplotlib's settings belong to the whole process: they are changed under a lock, while a figure is made or rendered,
+and put back, so that figures may be made in several threads and look the same on any machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 INK, PAPER, MUTED = "#1b1f24", "#ffffff", "#6e7781"  # a page may swap the first two for its own
+ON_LIGHT, ON_DARK = "#101418", "#fcfdfe"  # letters on a colour keep theirs
 # Okabe and Ito's palette, all of it of middling lightness: told apart by most eyes, on white and on black.
 BLUE, SKY, GREEN, PINK, ORANGE, RED = "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#d55e00"
 COMPONENT_COLOURS = {"vision": BLUE, "adaptor": GREEN, "language": RED}
@@ -50,7 +51,7 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The settings of every picture, for a ``with`` or as a decorator of the function that draws."""
+    """The settings of every figure, for a ``with`` or as a decorator of the function that draws."""
     with _LOCK, matplotlib.style.context(["default", _STYLE]):
         yield
 
@@ -58,7 +59,7 @@ def styled() -> Iterator[None]:
 def svg(figure: Figure) -> str:
     """The figure as an SVG document, the same text every time; letters stay letters.
 
-    Ids are hashes salted with the title, so that several pictures can stand in one page.
+    Ids are hashes salted with the title, so that several figures can stand in one page.
     """
     buffer = io.StringIO()
     with styled(), matplotlib.rc_context({"svg.hashsalt": figure.get_suptitle()}):
@@ -82,7 +83,7 @@ def new_figure(title: str, height: float) -> Figure:
 
 
 def empty(title: str, reason: str) -> Figure:
-    """The picture of nothing: a sentence that says why."""
+    """The figure of nothing: a sentence that says why."""
     figure = new_figure(title, 1.6)
     axes = figure.subplots()
     axes.set(xticks=[], yticks=[])

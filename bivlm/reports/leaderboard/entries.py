@@ -34,8 +34,8 @@ class FullPrecision(BaseModel):
     """The model before compression.
 
     Attributes:
-        bits: stored bits a weight of the linears that the recipes pack: 16 for a bfloat16 model.
-        model_bits: stored bits a parameter of the whole model.
+        bits: stored bits per weight of the linears that the recipes pack: 16 for a bfloat16 model.
+        model_bits: stored bits per parameter of the whole model.
         accuracy: by benchmark, in the order of the board's columns.
     """
 
@@ -54,10 +54,10 @@ class Entry(BaseModel):
         method: see `method_label`.
         finish: whether the shards were tuned together after packing.
         needs_calibration: whether calibration samples were looked at.
-        bits: bits a weight of the packed linears: as claimed by the method's paper (nominal), entropy, stored.
-        model_bits: stored bits a parameter of the whole model.
+        bits: bits per weight of the packed linears: as claimed by the method's paper (nominal), entropy, stored.
+        model_bits: stored bits per parameter of the whole model.
         relative_error: see `relative_error`, measured on the stored bytes.
-        kl: mean KL divergence from full precision, nats a token.
+        kl: mean KL divergence from full precision, nats per token.
         accuracy: by benchmark.
         seconds: what the compression took.
         failed: why there are no figures; then all of them are left out.
@@ -108,7 +108,7 @@ class Entry(BaseModel):
         return self.relative_error / shannon_bound(self.bits.stored)
 
     def loss(self, loss: Loss) -> float:
-        """What is lost, 0 is nothing: 100 - mean accuracy in percent, KL in nats a token, or relative error."""
+        """What is lost, 0 is nothing: 100 - mean accuracy in percent, KL in nats per token, or relative error."""
         return 100 - self.mean["accuracy"] if loss == "accuracy" else getattr(self, loss)
 
 

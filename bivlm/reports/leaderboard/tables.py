@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import pandas as pd
 
 from bivlm.reports.leaderboard.entries import LOSSES, Loss
 from bivlm.reports.leaderboard.ranking import fronts_of, not_above_chance, ranks_of
+from bivlm.reports.markdown_table import markdown_table
 
 _EXPLANATION = (
-    "Bits a weight of the packed linears as the method's paper counts them (claimed) and as bytes in the files "
+    "Bits per weight of the packed linears as the method's paper counts them (claimed) and as bytes in the files "
     "(stored), and of the whole model's files (model). Accuracy in percent: the mean of the benchmarks ± its 95 % "
-    "interval. KL to full precision in nats a token, on {measured_on}. Rank: by accuracy and by KL, among the recipes "
-    "that store no more bits. Error is ‖W − Ŵ‖² / ‖W‖² of the packed linears. Front: no recipe of fewer stored bits "
-    "does as well, and none of as many does better, in accuracy (A), KL (K) or error (E)."
+    "interval. KL to full precision in nats per token, on {measured_on}. Rank: by accuracy and by KL, among the "
+    "recipes that store no more bits. Error is ‖W − Ŵ‖² / ‖W‖² of the packed linears. Front: no recipe of fewer "
+    "stored bits does as well, and none of as many does better, in accuracy (A), KL (K) or error (E)."
 )
 SHANNON = "× Shannon"
 _SHANNON = "× Shannon: the error over 2^(−2 × stored bits)."
 _MARKS: dict[Loss, str] = {"accuracy": "A", "kl": "K", "relative_error": "E"}
+_WHAT = ("number", "recipe", "method", "finish", "needs_calibration")
 _NONE = "–"
 
 
@@ -38,53 +40,26 @@ def as_cells(board: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     tasks = list(board["questions"])
     headings = ["#", "recipe", "claimed", "stored", "model", "accuracy", *short_names(tasks)]
     headings += ["KL", "rank A/K", "error", SHANNON, "front"]
-    plain = f"{full['bits']:.3f}"
-    rows = [
-        [
-            "",
-            "full precision",
-            plain,
-            plain,
-            f"{full['model_bits']:.2f}",
-            *_accuracies(full, tasks),
-            "0",
-            "",
-            "0",
-            _NONE,
-            "",
-        ]
-    ]
+    plain, model = f"{full['bits']:.3f}", f"{full['model_bits']:.2f}"
+    rows = [["", "full precision", plain, plain, model, *_accuracies(full, tasks), "0", "", "0", _NONE, ""]]
     for entry in board["entries"]:
         bits, front, ranks = entry["bits"], fronts_of(board, entry["recipe"]), ranks_of(board, entry["recipe"])
-        rows.append(
-            [
-                str(entry["number"]),
-                entry["recipe"],
-                f"{bits['nominal']:.3f}",
-                f"{bits['stored']:.3f}",
-                f"{entry['model_bits']:.2f}",
-                *_accuracies(entry, tasks),
-                f"{entry['kl']:.3f}",
-                f"{ranks['accuracy']}/{ranks['kl']}",
-                f"{entry['relative_error']:.4f}",
-                f"{entry['times_shannon']:.2f}",
-                "".join(_MARKS[loss] for loss in front),
-            ]
-        )
+        row = [str(entry["number"]), entry["recipe"], f"{bits['nominal']:.3f}", f"{bits['stored']:.3f}"]
+        row += [f"{entry['model_bits']:.2f}", *_accuracies(entry, tasks), f"{entry['kl']:.3f}"]
+        row += [f"{ranks['accuracy']}/{ranks['kl']}", f"{entry['relative_error']:.4f}", f"{entry['times_shannon']:.2f}"]
+        rows.append([*row, "".join(_MARKS[loss] for loss in front)])
     levels = [_percent(level) for level in (chance["mean"], *chance["accuracy"].values())]
     rows.append(["", "chance", *[_NONE] * 3, *levels, _NONE, "", *[_NONE] * 2, ""])
     return headings, rows
 
 
 def as_markdown(board: Mapping[str, Any]) -> str:
-    """The board as a table in Markdown, with what its columns mean, and the recipes that failed with their reasons.
+    """Return the board as a table in Markdown, then what its columns mean, and the recipes that failed with reasons.
 
     Before it stand the benchmarks on which full precision is not above chance.
     """
-    headings, rows = as_cells(board)
-    aligned = [":---" if heading in ("recipe", "front") else "---:" for heading in headings]
     lines = [line for found in not_above_chance(board) for line in (f"Warning: {_one_line(str(found))}.", "")]
-    lines += [_line(headings), _line(aligned), *map(_line, rows), "", f"{explanation(board)} {_SHANNON}"]
+    lines += [*markdown_table(*as_cells(board), left=("recipe", "front")), "", f"{explanation(board)} {_SHANNON}"]
     if board["failed"]:
         lines += ["", "Not on the board:", ""]
         lines += [f"- {failure['recipe']}: {_one_line(failure['reason'])}" for failure in board["failed"]]
@@ -92,10 +67,10 @@ def as_markdown(board: Mapping[str, Any]) -> str:
 
 
 def as_csv(board: Mapping[str, Any]) -> str:
-    """The board as CSV, six significant digits: a row for full precision, each recipe, those that failed, and chance.
+    """Return the board as CSV: a row for full precision, each recipe, those that failed, and chance.
 
-    `kind` tells them apart. Accuracies and their limits are in percent, KL in nats a token, 1 in `front_*` is a member,
-    `rank_*` are of `ranks_of`.
+    `kind` tells them apart. Numbers have six significant digits; accuracies and their limits are in percent, KL in nats
+    per token, 1 in `front_*` is a member, `rank_*` are of `ranks_of`.
     """
     tasks = list(board["questions"])
     rows: list[dict[str, Any]] = [{"kind": "full precision", **_values(board["full_precision"], tasks)}]
@@ -103,19 +78,14 @@ def as_csv(board: Mapping[str, Any]) -> str:
     for entry in board["entries"]:
         front = {f"front_{loss}": int(entry["recipe"] in board["pareto"][loss]) for loss in LOSSES}
         ranks = {f"rank_{loss}": rank for loss, rank in ranks_of(board, entry["recipe"]).items()}
-        rows.append(
-            {"kind": "recipe", **_values(entry, tasks), **front, **ranks, "seconds": board["seconds"][entry["recipe"]]}
-        )
+        seconds = board["seconds"][entry["recipe"]]
+        rows.append({"kind": "recipe", **_values(entry, tasks), **front, **ranks, "seconds": seconds})
     rows += [{"kind": "failed", **failure} for failure in board["failed"]]
-    levels = {"accuracy": board["chance"]["mean"], **board["chance"]["accuracy"]}
-    rows.append({"kind": "chance", **levels})
+    rows.append({"kind": "chance", "accuracy": board["chance"]["mean"], **board["chance"]["accuracy"]})
     known = next((row for row in rows if row["kind"] == "recipe"), rows[0])
-    columns = dict.fromkeys(["kind", "number", "recipe", "method", "finish", "needs_calibration", *known, "reason"])
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
-    return buffer.getvalue()
+    columns = dict.fromkeys(["kind", *_WHAT, *known, "reason"])
+    table = pd.DataFrame(rows, columns=list(columns)).convert_dtypes()
+    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def short_names(tasks: Sequence[str]) -> list[str]:
@@ -136,9 +106,7 @@ def _percent(value: float | None) -> str:
 
 def _values(record: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     """The columns of `as_csv` that full precision and a recipe have."""
-    values = {
-        key: record[key] for key in ("number", "recipe", "method", "finish", "needs_calibration") if key in record
-    }
+    values = {key: record[key] for key in _WHAT if key in record}
     bits = record["bits"] if isinstance(record["bits"], dict) else {"stored": record["bits"]}
     values |= {"claimed_bits" if key == "nominal" else f"{key}_bits": bits[key] for key in bits}
     values["model_bits"] = record["model_bits"]
@@ -146,10 +114,6 @@ def _values(record: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     for name, result in parts.items():
         values |= {name: result["accuracy"], f"{name}_low": result["ci95"][0], f"{name}_high": result["ci95"][1]}
     return values | {key: record[key] for key in ("kl", "relative_error", "times_shannon") if key in record}
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _one_line(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from bivlm.reports.markdown_table import markdown_table
 from bivlm.reports.paper_tables.published import Published
 from bivlm.reports.paper_tables.recipe_sets import FULL_PRECISION, OURS
 
@@ -32,7 +33,7 @@ def scores_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def as_table(paper: Published, table: str, columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """A row a column of the paper's `table`, and of ours that it does not have.
+    """Return one row per column of the paper's `table`, then per column of ours that it does not have.
 
     `columns` gives what was measured, by name: ``scores`` (of `scores_of`), and for all but full precision
     ``stored_bits`` of the linears that were packed, ``model_bits`` of the whole model, ``nominal_bits`` as the method's
@@ -63,9 +64,9 @@ def as_markdown(
     """
     lines = [f"# {paper.id}: the paper's tables", ""]
     lines += [
-        "Scores are measured on the stored checkpoints; in brackets as published (arXiv 2509.18763v1). Bits a weight "
+        "Scores are measured on the stored checkpoints; in brackets as published (arXiv 2509.18763v1). Bits per weight "
         "of the linears that a column packs, as the method's paper counts them (nominal) and as bytes in the files "
-        "(stored); of the whole model's files (model). KL to full precision in nats a token, on "
+        "(stored); of the whole model's files (model). KL to full precision in nats per token, on "
         f"{measured_on}.",
         "",
     ]
@@ -74,8 +75,8 @@ def as_markdown(
     for table in tables:
         frame = as_table(paper, table, columns)
         headings = ["column", "nominal", "stored", "model", "KL", *SCORES.values()]
-        lines += [f"## {table}", "", _line(headings), _line([":--", *["--:"] * (len(headings) - 1)])]
-        lines += [_line(_cells(row)) for row in frame.to_dict("records")]
+        rows = map(_cells, frame.to_dict("records"))
+        lines += [f"## {table}", "", *markdown_table(headings, rows, left=("column",))]
         lines += [
             "",
             *(f"- {row.column}: {row.failed}" for row in frame.itertuples() if isinstance(row.failed, str)),
@@ -93,7 +94,3 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _number(value: Any, form: str) -> str:
     return _NONE if value is None or pd.isna(value) else format(value, form)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

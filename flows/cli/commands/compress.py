@@ -41,7 +41,7 @@ def _compress(options: argparse.Namespace) -> int:
     from bivlm.recipe.loading import load_recipe
     from flows.runners import parse_runner
 
-    load_recipe(options.recipe)  # a mistake in it is told before anything is started
+    load_recipe(options.recipe)  # a mistake fails before anything is started
     parse_runner(options.runner, options.workers)
     asked = {
         "model": options.model,

@@ -1,13 +1,16 @@
-"""`bivlm evaluate`, `inspect` and `bits`: what a checkpoint can do, what it is made of, what it costs."""
+"""`bivlm evaluate`, `inspect` and `bits`: accuracy, parts and bits of a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.cli.commands import DONE, print_json
 from flows.cli.quiet import hide_loading_bars
+
+if TYPE_CHECKING:
+    from bivlm.checkpoint.architectures import Modules
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
@@ -39,7 +42,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=_inspect)
 
-    bits = commands.add_parser("bits", help="bits a weight of a checkpoint: nominal, entropy and stored")
+    bits = commands.add_parser("bits", help="bits per weight of a checkpoint: nominal, entropy and stored")
     bits.add_argument("folder", metavar="DIR", type=Path)
     bits.add_argument("--json", action="store_true", help="print one JSON object")
     bits.set_defaults(run=_bits)
@@ -66,13 +69,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from bivlm.reports.inspection import inspect
     from bivlm.sources.models import resolve_model
-    from flows.cli.inspection import modules_from, print_inspection
 
     folder = resolve_model(options.model, options.revision).folder
     found = inspect(folder, modules=modules_from(options.recipe, options.modules))
     if options.json:
         print_json(found)
     else:
+        from flows.cli.console import print_inspection
+
         print_inspection(found)
     return DONE
 
@@ -88,3 +92,25 @@ def _bits(options: argparse.Namespace) -> int:
 
         print_bits(bits)
     return DONE
+
+
+def modules_from(recipe: str | None, file: Path | None) -> Modules | None:
+    """Return the modules that a recipe or a YAML file names by vision, adaptor and language; None without either.
+
+    Raises `InputError` for a recipe or file that is not valid, and for a recipe that names none.
+    """
+    from bivlm.checkpoint.architectures import MODULES_KEY, parse_modules
+    from bivlm.errors import InputError
+    from bivlm.recipe.loading import load_recipe
+    from bivlm.untrusted import read_yaml
+
+    if recipe is not None:
+        return load_recipe(recipe).modules
+    if file is None:
+        return None
+    if not file.exists():
+        raise InputError(f"{file}: no such file; expected names of modules by vision, adaptor and language")
+    data = read_yaml(file)
+    if isinstance(data, dict) and list(data) == [MODULES_KEY]:  # as it stands in a recipe
+        data = data[MODULES_KEY]
+    return parse_modules(data, str(file))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.cli.commands import DONE, print_json
+from flows.cli.commands.looking import modules_from
 from flows.cli.quiet import hide_loading_bars
 
 
@@ -55,8 +56,6 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
 
 def _sweep(options: argparse.Namespace) -> int:
     given = {key: getattr(options, key) for key in ("places", "layers", "shares", "scores", "masses", "questions")}
-    from flows.cli.inspection import modules_from
-
     modules = modules_from(None, options.modules)
     print("starting: Prefect and the models", file=sys.stderr)
     from flows.cli.console import print_sweep
@@ -87,8 +86,6 @@ def _redundancy(options: argparse.Namespace) -> int:
     layers = options.layers or ([None] if options.place == "input" else [1])
     score = {} if options.score is None else {"score": options.score}
     cells = [{"place": options.place, "layer": layer, **score} for layer in layers]
-    from flows.cli.inspection import modules_from
-
     modules = modules_from(None, options.modules)
     print("starting: Prefect and the model", file=sys.stderr)
     from flows.cli.console import print_redundancy

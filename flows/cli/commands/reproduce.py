@@ -38,7 +38,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     """Run the flow on a temporary server and print the tables."""
     from bivlm.reports.paper_tables.published import published
 
-    published(options.model)  # a mistake in it is told before anything is started
+    published(options.model)  # a mistake fails before anything is started
     print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
     from flows.cli.console import print_reproduction
     from flows.cli.local_server import temporary_server
