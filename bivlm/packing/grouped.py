@@ -28,13 +28,14 @@ import torch
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
 from bivlm.numerics.uniform_grid import GroupedCodes, group_width, range_exponent, round_to_nearest
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,
     count_symbols,
     pack_symbols,
+    planes_of,
     radix,
     symbols_at,
     unpack_values,
@@ -138,7 +139,7 @@ class GroupedCodec(Codec):
             }
         )
         packed, header = contents.packed, contents.header
-        zeros = _planes_of(section(packed, header, 2), stored.bits, 1, numbers)
+        zeros = planes_of(contents.section(2), 1 << stored.bits, 1, numbers)
         check_symbols(contents, zeros, 1 << stored.bits, numbers, "zero points")
         check_symbols(contents, _planes(packed, header, stored), 1 << stored.bits, columns, "codes")
         largest = ((1 << stored.bits) - 1) * contents.largest_half(contents.section(1), "scales", stored.exponent)
@@ -173,7 +174,7 @@ class GroupedCodec(Codec):
         halves = section(packed, header, 1).view(header.shape[0], -1)[rows_m]
         scales_mG = from_halves(halves.view(-1), stored.exponent).view(-1, groups)
         places = rows_m.unsqueeze(1) * groups + torch.arange(groups, device=packed.device)
-        planes = _planes_of(section(packed, header, 2), stored.bits, 1, header.shape[0] * groups)
+        planes = planes_of(section(packed, header, 2), 1 << stored.bits, 1, header.shape[0] * groups)
         zeros = symbols_at(planes, 1 << stored.bits, header.shape[0] * groups, places.view(-1))
         zeros_mG = zeros.view(-1, groups).to(torch.float32)
         table = torch.arange(1 << stored.bits, dtype=torch.float32, device=packed.device)
@@ -213,16 +214,17 @@ class GroupedCodec(Codec):
             sections[4] = to_halves(numbers["channel_scales"], stored.channel_exponent)
         return container.rewrite(packed, header, sections)
 
-    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+    def bits(self, packed: Bytes, header: Header) -> FormatBits:
         """Nominal: b bits a weight, as the papers count. Entropy: that of the codes, all else as it is stored."""
         stored = _read_parameters(packed, header)
+        packed = as_array(packed)
         counts = count_symbols(_planes(packed, header, stored), 1 << stored.bits, header.shape[1])
         size, used = header.shape[0] * header.shape[1], counts[counts > 0]
         begin, end = header.sections[3]
         return FormatBits(
             nominal=stored.bits * size,
-            entropy=float(used @ np.log2(size / used)) + 8 * (packed.numel() - (end - begin)),
-            stored=8 * packed.numel(),
+            entropy=float(used @ np.log2(size / used)) + 8 * (len(packed) - (end - begin)),
+            stored=8 * len(packed),
         )
 
 
@@ -277,7 +279,7 @@ def _by_groups(chunk: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slic
     return views
 
 
-def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
+def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
     return _Parameters(*container.fields(packed, header, _PARAMETERS))
 
 
@@ -292,14 +294,8 @@ def _zeros(packed: torch.Tensor, header: Header, stored: _Parameters) -> torch.T
     rows, columns = header.shape
     count = rows * -(-columns // stored.width)
     table = torch.arange(1 << stored.bits, dtype=torch.float32, device=packed.device)
-    return unpack_values(_planes_of(section(packed, header, 2), stored.bits, 1, count), table, count).view(rows, -1)
+    return unpack_values(planes_of(section(packed, header, 2), 1 << stored.bits, 1, count), table, count).view(rows, -1)
 
 
-def _planes(packed: torch.Tensor, header: Header, stored: _Parameters) -> list[torch.Tensor]:
-    return _planes_of(section(packed, header, 3), stored.bits, *header.shape)
-
-
-def _planes_of(content: torch.Tensor, bits: int, rows: int, columns: int) -> list[torch.Tensor]:
-    """The planes (rows, row bytes) of a packed matrix of symbols."""
-    sizes = radix(1 << bits).plane_row_bytes(columns)
-    return [part.view(rows, -1) for part in content.split([rows * size for size in sizes])]
+def _planes(packed: Bytes, header: Header, stored: _Parameters) -> list[Bytes]:
+    return planes_of(section(packed, header, 3), 1 << stored.bits, *header.shape)

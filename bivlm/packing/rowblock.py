@@ -30,7 +30,7 @@ import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.rowtables import (
     base_of,
@@ -41,7 +41,9 @@ from bivlm.packing.rowtables import (
     look_up,
     pack_columns,
     pack_two_bits,
+    read_columns,
     read_rows,
+    read_two_bits,
     row_chunks,
     two_bit_nbytes,
     unpack_columns,
@@ -161,25 +163,25 @@ class RowBlockCodec(Codec):
         exponent = _read_parameters(packed, header).exponent
         return container.rewrite(packed, header, {2: _row_bytes(parameters, exponent), 4: _column_bytes(parameters)})
 
-    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+    def bits(self, packed: Bytes, header: Header) -> FormatBits:
         """Nominal is BiLLM's and ARB-LLM's count: a sign for every weight and a second one for the salient.
 
         It leaves out the group of a weight, the bitmap of the columns and all scales.
         """
-        stored = _read_parameters(packed, header)
+        packed, stored = as_array(packed), _read_parameters(packed, header)
         m, n = header.shape
-        salient_N = unpack_columns(packed, header, 1)
+        salient_N = read_columns(packed, header, 1)
         salient = int(salient_N.sum())
-        counts = torch.zeros(8, dtype=torch.int64, device=packed.device)
+        counts = np.zeros(8, np.int64)
         for rows in row_chunks(header.shape):
-            kinds = unpack_two_bits(packed, header, 3, n, rows) + 4 * salient_N.to(torch.uint8)
-            counts += torch.bincount(kinds.view(-1), minlength=8)
-        ordinary, twice = counts.cpu().numpy().reshape(2, 4)
+            kinds = read_two_bits(packed, header, 3, n, rows) + 4 * salient_N.astype(np.uint8)
+            counts += np.bincount(kinds.reshape(-1), minlength=8)
+        ordinary, twice = counts.reshape(2, 4)
         numbers = m * blocks_of(n, stored.block) * (SCALES + stored.means) + (0 if stored.means else FACTORS * n)
         return FormatBits(
             nominal=float(m * n + m * salient),
             entropy=entropy(ordinary) + entropy(twice) + entropy([salient, n - salient]) + 16 * numbers,
-            stored=8 * packed.numel(),
+            stored=8 * len(packed),
         )
 
 
@@ -209,6 +211,6 @@ def _column_bytes(numbers: dict[str, torch.Tensor]) -> np.ndarray:
     return to_halves(numbers["factors"].detach().cpu().numpy())
 
 
-def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
+def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
     block, layout, _, exponent = container.fields(packed, header, _PARAMETERS)
     return _Parameters(block, layout, exponent)

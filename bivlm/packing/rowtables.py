@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import from_halves
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.radix import check_symbols, pack_symbols, radix, unpack_values
+from bivlm.packing.radix import check_symbols, pack_symbols, radix, read_symbols, unpack_values
 
 SYMBOLS = 4
 LEVELS = 8  # of a row and block: four symbols, two kinds of column
@@ -44,6 +44,12 @@ def unpack_two_bits(
         return torch.empty(count, 0, dtype=torch.uint8, device=packed.device)
     plane = section(packed, header, index).view(header.shape[0], -1)[rows]
     return unpack_values([plane], torch.arange(SYMBOLS, dtype=torch.uint8, device=packed.device), columns)
+
+
+def read_two_bits(packed: np.ndarray, header: Header, index: int, columns: int, rows: slice) -> np.ndarray:
+    """As `unpack_two_bits`, without torch."""
+    plane = section(packed, header, index).reshape(header.shape[0], -1)[rows]
+    return read_symbols([plane], SYMBOLS, columns) if columns else np.empty((len(plane), 0), np.uint8)
 
 
 def read_rows(
@@ -90,16 +96,21 @@ def pack_columns(chosen_N: torch.Tensor) -> np.ndarray:
     return np.packbits(chosen_N.cpu().numpy(), bitorder="little")
 
 
+def read_columns(packed: Bytes, header: Header, index: int) -> np.ndarray:
+    """Undo `pack_columns` for section `index`, without torch: bool (N,)."""
+    bits = as_array(section(packed, header, index))
+    return np.unpackbits(bits, count=header.shape[1], bitorder="little").astype(bool)
+
+
 def unpack_columns(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
-    """Undo `pack_columns` for section `index`: bool (N,)."""
-    bits = np.unpackbits(section(packed, header, index).cpu().numpy(), count=header.shape[1], bitorder="little")
-    return torch.from_numpy(bits).to(device=packed.device, dtype=torch.bool)
+    """Undo `pack_columns` for section `index`: bool (N,), on the device of `packed`."""
+    return torch.from_numpy(read_columns(packed, header, index)).to(packed.device)
 
 
 def check_two_bits(contents: Contents, index: int, columns: int, what: str) -> None:
     """Raise `InputError` unless section `index`, of the right length, holds rows of so many two-bit symbols."""
     if columns:
-        plane = torch.from_numpy(contents.section(index)).view(contents.header.shape[0], -1)
+        plane = contents.section(index).reshape(contents.header.shape[0], -1)
         check_symbols(contents, [plane], SYMBOLS, columns, what)
 
 
