@@ -18,7 +18,7 @@ from bivlm.checkpoint.conversion import LoadedName, expert_names, loaded_names
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import CONFIG, QUANT_METHOD, Checkpoint
 from bivlm.checkpoint.remote_code import remote_code_allowed
-from bivlm.checkpoint.safetensors_file import DTYPES, TensorEntry, same_values
+from bivlm.checkpoint.safetensors_file import TensorEntry, same_values, torch_dtype
 from bivlm.errors import InputError
 from bivlm.packing.container import read_header
 from bivlm.untrusted import in_a_line
@@ -274,20 +274,15 @@ def _tokens(
 
 
 def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The weight's dtype, its shape on disk checked."""
+    """Return the weight's dtype after a check of its shape on disk."""
     entry = checkpoint.entries[disk_name]
-    if name in checkpoint.packed:
-        header = read_header(checkpoint.read(disk_name), disk_name)
-        found, dtype = header.shape, header.dtype
-    else:
-        found, dtype = entry.shape, DTYPES.get(entry.dtype)
+    header = read_header(checkpoint.read(disk_name), disk_name) if name in checkpoint.packed else None
+    found = entry.shape if header is None else header.shape
     if found != shape:
         raise InputError(f"{disk_name}: shape {found} on disk, {shape} by the config")
     if 0 in shape:
         raise InputError(f"{disk_name}: shape {shape}, expected at least one row and one column")
-    if dtype is None:
-        raise InputError(f"{disk_name}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
-    return dtype
+    return torch_dtype(entry) if header is None else header.dtype
 
 
 def _expert(

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
+from transformers.quantizers import auto
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bivlm.checkpoint.conversion import LoadedName, expert_names, loaded_names, stacks_experts

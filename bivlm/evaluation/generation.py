@@ -16,7 +16,6 @@ from transformers import (
     ProcessorMixin,
 )
 
-import bivlm  # noqa: F401  registers the quantization method, so that packed checkpoints load
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.remote_code import code_refused, remote_code_allowed
 from bivlm.errors import InputError

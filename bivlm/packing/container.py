@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import torch  # on first use, see `flows.cli.commands.imported_late`
+import torch  # on first use, see `flows.cli.commands.import_late`
 
 from bivlm.errors import InputError
 

@@ -20,13 +20,12 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.numerics.uniform_grid import GroupedCodes, group_width, range_exponent, round_to_nearest
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
@@ -40,6 +39,9 @@ from bivlm.packing.radix import (
     symbols_at,
     unpack_values,
 )
+
+if TYPE_CHECKING:
+    from bivlm.numerics.uniform_grid import GroupedCodes
 
 NAME = "grouped"
 CodeBits = Literal[2, 3, 4, 8]
@@ -62,6 +64,8 @@ class _Parameters:
 
 def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, channel_scales: bool = False) -> int:
     """Bytes that `pack` would store for a layer of this shape, without packing it."""
+    from bivlm.numerics.uniform_grid import group_width  # needs torch
+
     rows, columns = shape
     numbers = rows * -(-columns // group_width(columns, group_size))
     halves = numbers + (columns if channel_scales else 0)
@@ -90,6 +94,8 @@ def pack_rows(
     ``pieces()`` gives all rows of a weight of this shape, one piece after another; it is called twice. Beside a piece
     no more is held than the packed bytes.
     """
+    from bivlm.numerics.uniform_grid import group_width, range_exponent, round_to_nearest
+
     lowest, highest = torch.stack([torch.stack(piece.aminmax()).float() for piece in pieces()]).unbind(1)
     exponent = range_exponent(float(lowest.min()), float(highest.max()), bits)
     width = group_width(shape[1], group_size)

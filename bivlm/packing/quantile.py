@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.numerics.weight_statistics import magnitude_patterns
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
@@ -261,6 +260,7 @@ def by_magnitude(weight_MN: torch.Tensor, boundaries_K: list[int]) -> Callable[[
 
     What lies above the last boundary is in the top group.
     """
+    from bivlm.numerics.weight_statistics import magnitude_patterns  # needs torch
 
     def symbols(begin: int, end: int) -> torch.Tensor:
         rows = weight_MN[begin:end].contiguous()

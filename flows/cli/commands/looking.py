@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flows.cli.commands import DONE, print_json
+from flows.cli.commands import DONE, import_late, print_json
 from flows.cli.quiet import hide_loading_bars
 
 
@@ -78,6 +78,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _bits(options: argparse.Namespace) -> int:
+    import_late("torch")
     from bivlm.reports.bits import bits_of
 
     bits = bits_of(options.folder)
