@@ -35,6 +35,12 @@ def bits_of(folder: str | Path) -> dict[str, Any]:
     that is packed beside it, which do not count as linears. The model's are the bytes of its safetensors files, over
     all parameters once rebuilt. `nominal` and `entropy` are explained at `bivlm.packing.FormatBits`. What is not packed
     is None, and "by_component" without it. Raises `InputError` naming a damaged tensor or file.
+
+    >>> import bivlm
+    >>> from bivlm.reference import CHECKPOINT
+    >>> bits = bivlm.measure_bits(CHECKPOINT)
+    >>> bits["linears"], bits["model"]["weights"], round(bits["model"]["stored"], 1)
+    (None, 7177984, 16.0)
     """
     checkpoint = Checkpoint.open(folder)
     costs = [_cost(checkpoint.entries[disk_name], part) for disk_name, part in _packed_parts(checkpoint).items()]

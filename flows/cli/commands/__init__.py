@@ -37,6 +37,21 @@ def import_late(name: str) -> None:
         sys.modules[name].__spec__ = spec
 
 
+def announce_start(parts: str) -> None:
+    """Say on stderr that `parts` are being started, which takes seconds.
+
+    Raises ModuleNotFoundError in a core installation.
+    """
+    if missing := missing_of_pipeline():
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+    print(f"starting: {parts}", file=sys.stderr)
+
+
+def missing_of_pipeline() -> str | None:
+    """Return what of ``bivlm[pipeline]`` a core installation lacks, None where it is installed."""
+    return next((name for name in ("prefect", "mlflow") if find_spec(name) is None), None)
+
+
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout, with escapes for what its encoding may lack."""
     escaped = not (sys.stdout.encoding or "").lower().startswith("utf")

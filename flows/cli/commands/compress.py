@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from flows.cli.commands import BAD_INPUT, DONE, NOT_PASSED
+from flows.cli.commands import BAD_INPUT, DONE, NOT_PASSED, announce_start
 from flows.cli.quiet import hide_loading_bars
 
 
@@ -61,7 +61,7 @@ def _compress(options: argparse.Namespace) -> int:
         found = told(**asked)
         print_estimate(found)
         return BAD_INPUT if found["refused"] else DONE
-    print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
+    announce_start("Prefect, MLflow and the model's anatomy")
     from bivlm.errors import GateNotPassed
     from flows.cli.console import print_compression
     from flows.cli.local_server import temporary_server

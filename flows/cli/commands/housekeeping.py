@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from typing import Any
 
-from flows.cli.commands import DONE, print_json
+from flows.cli.commands import DONE, announce_start, print_json
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
@@ -41,7 +40,7 @@ def _gc(options: argparse.Namespace) -> int:
 
     if options.dry_run and options.forget_registry is not None:
         raise InputError("--forget-registry is for good, and --dry-run changes nothing: expected one of them")
-    print("starting: Prefect and MLflow", file=sys.stderr)
+    announce_start("Prefect and MLflow")
     from flows.cli.local_server import temporary_server
     from flows.housekeeping import gc_flow, in_words
 

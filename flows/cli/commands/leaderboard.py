@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from flows.cli.commands import DONE
+from flows.cli.commands import DONE, announce_start
 from flows.cli.quiet import hide_loading_bars
 
 
@@ -32,7 +31,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     recipes = [name for given in options.recipes for name in (shipped_recipes() if given == "all" else [given])]
     for name in recipes:
         load_recipe(name)
-    print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
+    announce_start("Prefect, MLflow and the model's anatomy")
     from flows.cli.console import print_board
     from flows.cli.local_server import temporary_server
     from flows.leaderboard import leaderboard_flow

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.cli.commands import DONE, print_json
+from flows.cli.commands import DONE, announce_start, print_json
 from flows.cli.quiet import hide_loading_bars
 
 
@@ -58,7 +57,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from flows.cli.inspection import modules_from
 
     modules = modules_from(None, options.modules)
-    print("starting: Prefect and the models", file=sys.stderr)
+    announce_start("Prefect and the models")
     from flows.cli.console import print_sweep
     from flows.cli.local_server import temporary_server
     from flows.pruning import parse_sweep, sweep_flow
@@ -90,7 +89,7 @@ def _redundancy(options: argparse.Namespace) -> int:
     from flows.cli.inspection import modules_from
 
     modules = modules_from(None, options.modules)
-    print("starting: Prefect and the model", file=sys.stderr)
+    announce_start("Prefect and the model")
     from flows.cli.console import print_redundancy
     from flows.cli.local_server import temporary_server
     from flows.pruning import redundancy_flow

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from flows.cli.commands import DONE
+from flows.cli.commands import DONE, announce_start
 from flows.cli.quiet import hide_loading_bars
 
 
@@ -39,7 +38,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     from bivlm.reports.paper_tables.published import published
 
     published(options.model)  # a mistake in it is told before anything is started
-    print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
+    announce_start("Prefect, MLflow and the model's anatomy")
     from flows.cli.console import print_reproduction
     from flows.cli.local_server import temporary_server
     from flows.reproduction import reproduce_flow
