@@ -46,7 +46,7 @@ def pair_names(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, st
 
 
 def _by_end(lengths: Mapping[str, int], depth: int) -> dict[tuple[int, tuple[str, ...]], list[str]]:
-    """Names of `depth` parts or more by their length and their last parts."""
+    """Return names of `depth` parts or more by their length and their last parts."""
     found = defaultdict(list)
     for name, nbytes in lengths.items():
         parts = name.split(".")

@@ -82,7 +82,7 @@ class TensorEntry:
 
 
 def read_entries(file: Path) -> list[TensorEntry]:
-    """The tensors of `file` in the order of its header.
+    """Return the tensors of `file` in the order of its header.
 
     Raises `InputError` naming the file if it is absent, cut short, or no safetensors file.
     """
@@ -133,7 +133,7 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
 
 
 def tensor_rows(entry: TensorEntry, count: int, sha256: str | None = None) -> Iterator[torch.Tensor]:
-    """The tensor `count` rows at a time, each piece alone in memory; raises as `read_tensor`, on the bytes at the end.
+    """Yield the tensor `count` rows at a time, each piece alone in memory; raises as `read_tensor`, at the end.
 
     A piece is overwritten by the next.
     """
@@ -167,7 +167,7 @@ def same_values(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def digest_file(file: Path, entries: Iterable[TensorEntry]) -> tuple[str, dict[str, str]]:
-    """sha256 of the file's bytes, and of each of its tensors by name (`tensor_hash`), in one read.
+    """Return sha256 of the file's bytes, and of each of its tensors by name (`tensor_hash`), in one read.
 
     `entries` are all of the file's tensors; there is nothing but its header before the first and between them.
     """
@@ -186,12 +186,12 @@ def digest_file(file: Path, entries: Iterable[TensorEntry]) -> tuple[str, dict[s
 
 
 def tensor_hash(dtype: str, shape: Sequence[int]) -> hashlib._Hash:
-    """The beginning of a tensor's sha256: dtype (the format's name) and shape; its bytes are to follow."""
+    """Return the beginning of a tensor's sha256: dtype (the format's name) and shape; its bytes are to follow."""
     return hashlib.sha256(f"{dtype} {'x'.join(map(str, shape))}\n".encode())
 
 
 def tensor_chunks(entry: TensorEntry) -> Iterator[memoryview]:
-    """The tensor's bytes, a few megabytes at a time."""
+    """Yield the tensor's bytes, a few megabytes at a time."""
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(entry.nbytes, 1))))
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.begin)
@@ -204,7 +204,7 @@ def tensor_chunks(entry: TensorEntry) -> Iterator[memoryview]:
 
 
 def header_text(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
-    """A tensor's entry as it stands in a header: ``"name":{...},`` with offsets into the data part."""
+    """Return a tensor's entry as it stands in a header: ``"name":{...},`` with offsets into the data part."""
     record = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     return f"{_compact(name)}:{_compact(record)},"
 

@@ -63,22 +63,22 @@ class Codec(ABC):
         """
 
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
-        """The rebuilt weight (M, N), dtype `header.dtype`, on the device of `packed`."""
+        """Return the rebuilt weight (M, N), dtype `header.dtype`, on the device of `packed`."""
         opened = self.tunable(packed, header)
         return opened.rebuild(opened.parameters).to(header.dtype)
 
     def rows(self, packed: torch.Tensor, header: Header, rows_m: torch.Tensor) -> torch.Tensor:
-        """The rebuilt rows (m, N) of these numbers, int64 (m,); by default taken from the whole weight."""
+        """Return the rebuilt rows (m, N) of these numbers, int64 (m,); by default taken from the whole weight."""
         return self.unpack(packed, header)[rows_m]
 
     @abstractmethod
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Scales and levels, and the weight as a function of them; rounded to `header.dtype` it is what `unpack`
+        """Return scales and levels, and the weight as a function of them; rounded to `header.dtype` it is what `unpack`
         gives."""
 
     @abstractmethod
     def retuned(self, packed: torch.Tensor, header: Header, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The packed weight with other `parameters`, rounded to what the format stores; of the same length."""
+        """Return the packed weight with other `parameters`, rounded to what the format stores; of the same length."""
 
     @abstractmethod
     def bits(self, packed: Bytes, header: Header) -> FormatBits:

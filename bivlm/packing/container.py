@@ -74,7 +74,7 @@ class Header:
 
 
 def envelope_nbytes(sections: int) -> int:
-    """Bytes of the header and the table of `sections` lengths."""
+    """Return the bytes of the header and the table of `sections` lengths."""
     return _HEADER.size + 4 * sections
 
 
@@ -89,14 +89,14 @@ def write(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequ
 def write_file(
     file: Path, codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]
 ) -> None:
-    """The bytes of `write`, straight into `file`: the sections are not held twice."""
+    """Write the bytes of `write` straight into `file`: the sections are not held twice."""
     with file.open("wb") as stream:
         for part in _parts(codec, shape, dtype, sections):
             stream.write(memoryview(part))
 
 
 def _parts(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The packed tensor in pieces: header, table of lengths, sections."""
+    """Return the packed tensor in pieces: header, table of lengths, sections."""
     names = list(_DTYPES)
     name = str(dtype).removeprefix("torch.")
     if name not in names:
@@ -130,7 +130,7 @@ def fields(packed: Bytes, header: Header, layout: struct.Struct) -> tuple[int, .
 
 
 def rewrite(packed: torch.Tensor, header: Header, sections: Mapping[int, np.ndarray]) -> torch.Tensor:
-    """The packed tensor with other bytes, as many as before, in some `sections`; the checksum follows."""
+    """Return the packed tensor with other bytes, as many as before, in some `sections`, and its new checksum."""
     kept = [as_array(section(packed, header, index)) for index in range(len(header.sections))]
     for index, content in sections.items():
         if content.nbytes != kept[index].nbytes:

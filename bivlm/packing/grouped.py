@@ -63,7 +63,7 @@ class _Parameters:
 
 
 def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, channel_scales: bool = False) -> int:
-    """Bytes that `pack` would store for a layer of this shape, without packing it."""
+    """Return the bytes that `pack` would store for a layer of this shape, without packing it."""
     from bivlm.numerics.uniform_grid import group_width  # needs torch
 
     rows, columns = shape
@@ -75,7 +75,7 @@ def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, channel_sc
 
 
 def pack(coded: GroupedCodes, dtype: torch.dtype, channel_scales_N: torch.Tensor | None = None) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+    """Return the packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
 
     `channel_scales_N`, float32 as `stored_channel_scales` gives them, multiply the rebuilt columns.
     """
@@ -113,7 +113,7 @@ def pack_rows(
 
 
 def stored_channel_scales(channel_scales_N: torch.Tensor) -> torch.Tensor:
-    """Positive channel scales, float32 (N,), as they will be stored: rounded to float16 times one power of two."""
+    """Return positive channel scales, float32 (N,), as stored: rounded to float16 times one power of two."""
     numbers = channel_scales_N.cpu().numpy()
     exponent = exponent_of(float(np.max(numbers)))
     return from_halves(torch.from_numpy(to_halves(numbers, exponent)), exponent).to(channel_scales_N.device)
@@ -192,7 +192,7 @@ class GroupedCodec(Codec):
         return weight_mN.to(header.dtype)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``scales`` (M, G) and, if there are any, ``channel_scales`` (N,); zero points are integers."""
+        """Return ``scales`` (M, G) and, if there are any, ``channel_scales`` (N,); zero points are integers."""
         stored = _read_parameters(packed, header)
         scales_MG, channels_N = _scales(packed, header, stored)
         parameters = {"scales": scales_MG}
@@ -259,7 +259,7 @@ def _sections(
     grids: tuple[int, int, int],
     channel_scales_N: torch.Tensor | None,
 ) -> list[np.ndarray]:
-    """All sections; `grids` are bits, columns of a group and exponent."""
+    """Return all sections; `grids` are bits, columns of a group and exponent."""
     bits, width, exponent = grids
     channels = np.empty(0, np.float32) if channel_scales_N is None else channel_scales_N.cpu().numpy()
     channel_exponent = exponent_of(float(np.max(channels, initial=0.0)))
@@ -290,13 +290,13 @@ def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
 
 
 def _scales(packed: torch.Tensor, header: Header, stored: _Parameters) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales (M, G) and channel scales (N,) or None, float32."""
+    """Return scales (M, G) and channel scales (N,) or None, float32."""
     scales = from_halves(section(packed, header, 1), stored.exponent).view(header.shape[0], -1)
     return scales, from_halves(section(packed, header, 4), stored.channel_exponent) if stored.channels else None
 
 
 def _zeros(packed: torch.Tensor, header: Header, stored: _Parameters) -> torch.Tensor:
-    """Zero points (M, G), float32."""
+    """Return zero points (M, G), float32."""
     rows, columns = header.shape
     count = rows * -(-columns // stored.width)
     table = torch.arange(1 << stored.bits, dtype=torch.float32, device=packed.device)

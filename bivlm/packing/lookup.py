@@ -29,7 +29,7 @@ def _function() -> type[torch.autograd.Function]:
 
 
 def lookup(table_S: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
-    """``table[symbols]`` for uint8 `symbols` of any shape, differentiable in the table.
+    """Return ``table[symbols]`` for uint8 `symbols` of any shape, differentiable in the table.
 
     torch's own gradient adds the entries up one by one.
     """

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def neighbours_up_to(limit: int, items: Sequence[T], size: Callable[[T], int]) -> list[list[T]]:
-    """`items` in their order, cut so that no part's total size is above `limit`, unless one item alone is.
+    """Return `items` in their order, cut so that no part's total size is above `limit`, unless one item alone is.
 
     Without items there is one empty part.
     """

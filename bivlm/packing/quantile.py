@@ -75,7 +75,7 @@ class _Parameters:
 
 
 def packed_nbytes(shape: tuple[int, int], groups: int, salient_bits: int, positions_S: np.ndarray) -> int:
-    """Bytes that `pack` would store for a layer with salient weights at `positions_S`, without packing it."""
+    """Return the bytes that `pack` would store for a layer with salient weights at `positions_S`."""
     salient = len(positions_S)
     numbers = groups + ((1 << salient_bits) + shape[0] if salient else 0)
     head = container.envelope_nbytes(_SECTIONS) + _PARAMETERS.size + 2 * numbers
@@ -94,7 +94,7 @@ def pack(
     centres_L: np.ndarray,
     row_scales_M: np.ndarray,
 ) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,).
+    """Return the packed weight, uint8 (bytes,).
 
     ``symbols(begin, end)`` gives ``2 * group + (w < 0)`` of every weight in these rows, uint8; what it says of salient
     weights does not matter. See `by_magnitude`.
@@ -179,7 +179,7 @@ class QuantileCodec(Codec):
         return weight_MN
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``group_scales`` (K,) and, if S > 0, ``row_scales`` (M,) and ``centres`` (2^N_b,)."""
+        """Return parameters ``group_scales`` (K,) and, if S > 0, ``row_scales`` (M,) and ``centres`` (2^N_b,)."""
         stored = _read_parameters(packed, header)
         group_scales = torch.from_numpy(stored.group_scales_K)
         parameters = {"group_scales": torch.ldexp(group_scales, torch.tensor(stored.exponent))}
@@ -242,7 +242,7 @@ class QuantileCodec(Codec):
 def _body_nbytes(
     shape: tuple[int, int], groups: int, salient_bits: int, positions_S: np.ndarray
 ) -> tuple[int, int, int]:
-    """The smaller mode, the bytes of its symbols and sparse streams, and the Rice parameter."""
+    """Return the smaller mode, the bytes of its symbols and sparse streams, and the Rice parameter."""
     rice, streams = rice_cost(positions_S)
     extra = -(-len(positions_S) * _extra_bits(groups, salient_bits) // 8)
     sparse = radix(2 * groups).nbytes(*shape) + streams + extra
@@ -251,12 +251,12 @@ def _body_nbytes(
 
 
 def _extra_bits(groups: int, salient_bits: int) -> int:
-    """Bits of a level that its symbol cannot hold."""
+    """Return the bits of a level that its symbol cannot hold."""
     return (-(-(1 << salient_bits) // (2 * groups)) - 1).bit_length()
 
 
 def by_magnitude(weight_MN: torch.Tensor, boundaries_K: list[int]) -> Callable[[int, int], torch.Tensor]:
-    """Symbols for `pack`, groups by magnitude: group k holds the bit patterns above boundary k-1 and up to boundary k.
+    """Return symbols for `pack`: group k holds the magnitudes' bit patterns above boundary k-1 and up to boundary k.
 
     What lies above the last boundary is in the top group.
     """
@@ -275,7 +275,7 @@ def by_magnitude(weight_MN: torch.Tensor, boundaries_K: list[int]) -> Callable[[
 
 
 def ready(symbols_MN: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    """Symbols for `pack` that are there already, uint8 (M, N)."""
+    """Return symbols for `pack` that are there already, uint8 (M, N)."""
     return lambda begin, end: symbols_MN[begin:end].clone()
 
 
@@ -286,7 +286,7 @@ def _pack_all_symbols(
     positions_S: np.ndarray,
     marked_S: np.ndarray,
 ) -> np.ndarray:
-    """All planes, one after another, made a few rows at a time so that temporaries stay small."""
+    """Return all planes, one after another, made a few rows at a time so that temporaries stay small."""
     rows, columns = shape
     code = radix(alphabet)
     planes = [np.empty((rows, nbytes), np.uint8) for nbytes in code.plane_row_bytes(columns)]
@@ -329,7 +329,7 @@ def _salient(packed: Bytes, header: Header, parameters: _Parameters) -> tuple[By
 
 
 def _sparse_levels(packed: Bytes, header: Header, groups: int, salient_bits: int, positions: Bytes) -> Bytes:
-    """Levels, int64 (S,), of the salient weights at these positions in sparse mode."""
+    """Return levels, int64 (S,), of the salient weights at these positions in sparse mode."""
     low = symbols_at(_planes(packed, header, 2 * groups), 2 * groups, header.shape[1], positions)
     high = unpack_small(section(packed, header, 5), len(positions), _extra_bits(groups, salient_bits))
     return low + 2 * groups * high

@@ -35,21 +35,21 @@ class Radix:
         return (8,) * (self.bits // 8) + tuple(width for width in (4, 2, 1) if self.bits & width)
 
     def row_words(self, columns: int) -> int:
-        """Words in a row of `columns` symbols."""
+        """Return words in a row of `columns` symbols."""
         return -(-columns // self.per_word)
 
     def plane_row_bytes(self, columns: int) -> tuple[int, ...]:
-        """Bytes of one row in each plane."""
+        """Return the bytes of one row in each plane."""
         return tuple(-(-self.row_words(columns) * width // 8) for width in self.planes)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes of a packed (rows, columns) matrix of symbols."""
+        """Return the bytes of a packed (rows, columns) matrix of symbols."""
         return rows * sum(self.plane_row_bytes(columns))
 
 
 @cache
 def radix(symbols: int) -> Radix:
-    """The densest grouping whose table of words has at most 65,536 rows; whole bytes and short words break ties."""
+    """Return the densest grouping with at most 65,536 words; whole bytes and short words break ties."""
     choices = []
     per_word = 1
     while symbols**per_word <= _LARGEST_TABLE:
@@ -187,14 +187,14 @@ def check_symbols(
 
 
 def _word_chunks(planes: Sequence[np.ndarray], code: Radix, words: int) -> Iterator[np.ndarray]:
-    """Words (rows, words) of a few rows at a time."""
+    """Yield words (rows, words) of a few rows at a time."""
     step = max(1, CHUNK_SYMBOLS // (words * code.per_word))
     for begin in range(0, len(planes[0]), step):
         yield _read_words([plane[begin : begin + step] for plane in planes], code, words)
 
 
 def _read_words(planes: Sequence[np.ndarray], code: Radix, count: int) -> np.ndarray:
-    """Words (rows, count) from their planes, without torch."""
+    """Return words (rows, count) from their planes, without torch."""
     if code.planes == (8,):
         return planes[0]
     words, shift = np.zeros((len(planes[0]), count), np.int32), 0
@@ -206,7 +206,7 @@ def _read_words(planes: Sequence[np.ndarray], code: Radix, count: int) -> np.nda
 
 
 def _words(symbols: torch.Tensor, code: Radix) -> torch.Tensor:
-    """Words (rows, words) from symbols (rows, words, per_word): symbol i has place value ``alphabet^i``."""
+    """Return words (rows, words) from symbols (rows, words, per_word): symbol i has place value ``alphabet^i``."""
     if code.symbols == 2 and code.per_word == 8:
         # Multiplying moves the lowest bit of byte i to bit 56 + i; nothing else reaches the top byte.
         gathered = symbols.view(torch.int64).squeeze(-1) * 0x0102040810204080
@@ -254,7 +254,7 @@ def _unpack_small(packed: torch.Tensor, width: int, count: int) -> torch.Tensor:
 
 
 def _join_planes(planes: list[torch.Tensor], code: Radix, count: int) -> torch.Tensor:
-    """Words (rows, count) from their planes; uint8 where the word is one byte, int32 otherwise."""
+    """Return words (rows, count) from their planes; uint8 where the word is one byte, int32 otherwise."""
     if code.planes == (8,):
         return planes[0]
     words, shift = None, 0
@@ -267,19 +267,19 @@ def _join_planes(planes: list[torch.Tensor], code: Radix, count: int) -> torch.T
 
 @cache
 def _symbols_of_words(symbols: int, per_word: int, bits: int) -> np.ndarray:
-    """Symbols, uint8 (2^bits, per_word), of every word; where no symbols make a word, they are modulo the alphabet."""
+    """Return the symbols, uint8 (2^bits, per_word), of every word; modulo the alphabet where no symbols make a word."""
     words = np.arange(1 << bits)[:, None]
     return (words // symbols ** np.arange(per_word) % symbols).astype(np.uint8)
 
 
 @cache
 def _word_symbols(symbols: int, per_word: int, bits: int) -> torch.Tensor:
-    """The symbols of every word as a tensor that can be an index."""
+    """Return the symbols of every word as a tensor that can be an index."""
     return torch.from_numpy(_symbols_of_words(symbols, per_word, bits)).long()
 
 
 def _gather_rows(table: torch.Tensor, words: torch.Tensor, out: torch.Tensor) -> None:
-    """``out[i] = table[words[i]]`` for rows of a few values."""
+    """Write ``out[i] = table[words[i]]`` for rows of a few values."""
     row_bytes = table.shape[1] * table.element_size()
     whole = {2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}.get(row_bytes)
     if words.device.type != "cpu" or whole is None:

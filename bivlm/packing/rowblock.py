@@ -77,7 +77,7 @@ def pack(
     exponent: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+    """Return the packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
 
     `symbols_MN` are uint8 below 4, `salient_N` bool; `numbers` are "scales" (M, blocks, 4) and either "means"
     (M, blocks, 3) or "factors" (2, N). Scales and means are in units of 2^exponent.
@@ -96,7 +96,7 @@ def pack(
 def rebuild(
     symbols_MN: torch.Tensor, salient_N: torch.Tensor, numbers: dict[str, torch.Tensor], block: int
 ) -> torch.Tensor:
-    """The weight (M, N) that symbols and numbers stand for, see the head of the module; differentiable in the latter.
+    """Return the weight (M, N), see the head of the module; differentiable in the numbers.
 
     M may be any run of rows of the weight, if the numbers are those of its rows.
     """
@@ -151,7 +151,7 @@ class RowBlockCodec(Codec):
         return weight_MN
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``scales`` (M, blocks, 4) and either ``means`` (M, blocks, 3) or ``factors`` (2, N)."""
+        """Return parameters ``scales`` (M, blocks, 4) and either ``means`` (M, blocks, 3) or ``factors`` (2, N)."""
         stored = _read_parameters(packed, header)
         salient_N = unpack_columns(packed, header, 1)
         symbols_MN = unpack_two_bits(packed, header, 3, header.shape[1])
@@ -192,7 +192,7 @@ def _look_up(levels: list[torch.Tensor], base_N: torch.Tensor, symbols_MN: torch
 def _numbers(
     packed: torch.Tensor, header: Header, stored: _Parameters, rows: slice = slice(None)
 ) -> dict[str, torch.Tensor]:
-    """Scales and means of `rows`, factors of all columns, float32 as stored."""
+    """Return scales and means of `rows`, factors of all columns, float32 as stored."""
     shape = (blocks_of(header.shape[1], stored.block), stored.means + SCALES)
     by_row = read_rows(packed, header, 2, stored.exponent, shape, rows)
     if stored.means:

@@ -74,7 +74,7 @@ def pack(
     exponent: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+    """Return the packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
 
     `negative_MN` is bool; `positions_S` are flat, row-major and ascending, `levels_S` below 256. `numbers` are
     "row_scales", "row_steps" and "row_zeros", (M,) each, in units of 2^exponent; only the first if S = 0.
@@ -154,7 +154,7 @@ class SignsCodec(Codec):
         return weight_MN
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``row_scales`` (M,) and, if S > 0, ``row_steps`` (M,) and ``row_zeros`` (M,)."""
+        """Return parameters ``row_scales`` (M,) and, if S > 0, ``row_steps`` (M,) and ``row_zeros`` (M,)."""
         stored = _read_parameters(packed, header)
         bits_MN = _bits(packed, header)
         positions, levels = _salient(packed, header, stored) if stored.salient else (None, None)
@@ -210,7 +210,7 @@ def _plane(packed: Bytes, header: Header) -> Bytes:
 
 
 def _bits(packed: torch.Tensor, header: Header, rows: slice = slice(None)) -> torch.Tensor:
-    """The bit of every weight of `rows`, uint8 (rows, N)."""
+    """Return the bit of every weight of `rows`, uint8 (rows, N)."""
     table = torch.arange(2, dtype=torch.uint8, device=packed.device)
     return unpack_values([_plane(packed, header)[rows]], table, header.shape[1])
 

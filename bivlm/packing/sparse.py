@@ -15,7 +15,7 @@ from bivlm.packing.contents import Contents
 
 
 def rice_cost(positions: np.ndarray) -> tuple[int, int]:
-    """The best Rice parameter k for `positions` (S,), ascending, and the bytes of both streams together."""
+    """Return the best Rice parameter k for `positions` (S,), ascending, and the bytes of both streams together."""
     if len(positions) == 0:
         return 0, 0
     gaps = _gaps(positions)
@@ -29,7 +29,7 @@ def rice_cost(positions: np.ndarray) -> tuple[int, int]:
 
 
 def pack_positions(positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unary and remainder streams, uint8 arrays, of ascending `positions` (S,) at Rice parameter `k`."""
+    """Return unary and remainder streams, uint8 arrays, of ascending `positions` (S,) at Rice parameter `k`."""
     gaps = _gaps(positions)
     ends = np.cumsum((gaps >> k) + 1) - 1
     unary = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
@@ -103,6 +103,6 @@ def _gaps(positions: np.ndarray) -> np.ndarray:
 
 
 def _bits(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 bits (8 * bytes,), lowest first."""
+    """Return uint8 bits (8 * bytes,), lowest first."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 1).view(-1)

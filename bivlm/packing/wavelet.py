@@ -82,7 +82,7 @@ class Coded:
 
 
 def pack(coded: Coded, numbers: dict[str, torch.Tensor], *, exponent: int, dtype: torch.dtype) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+    """Return the packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
 
     `numbers` are "rows" (M, blocks, 2, 3) and "columns" (S, 2, 3), in units of 2^exponent.
     """
@@ -101,7 +101,7 @@ def pack(coded: Coded, numbers: dict[str, torch.Tensor], *, exponent: int, dtype
 
 
 def rebuild(coded: Coded, numbers: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The weight (M, N) as at the head of the module; differentiable in the numbers.
+    """Return the weight (M, N) as at the head of the module; differentiable in the numbers.
 
     M may be any run of rows that begins with an even one, if symbols and numbers are those of its rows.
     """
@@ -114,7 +114,7 @@ def rebuild(coded: Coded, numbers: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def rebuild_rows(coded: Coded, rows: torch.Tensor) -> torch.Tensor:
-    """The weight (M, N) without what salient columns add, from the rows' numbers (M, blocks, 2, 3)."""
+    """Return the weight (M, N) without what salient columns add, from the rows' numbers (M, blocks, 2, 3)."""
     parity_N = torch.arange(coded.symbols_MN.shape[1], device=rows.device) % 2
     weight_MN = haar(look_up(_levels(rows), base_of(parity_N, coded.block), coded.symbols_MN), 1)
     return weight_MN if coded.order_N is None else weight_MN[:, coded.order_N.argsort()]
@@ -169,7 +169,7 @@ class WaveletCodec(Codec):
         return weight_MN
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``rows`` (M, blocks, 2, 3) and ``columns`` (S, 2, 3): mean, inner and outer scale of a band."""
+        """Return ``rows`` (M, blocks, 2, 3) and ``columns`` (S, 2, 3): mean, inner and outer scale of a band."""
         block, ordered, exponent = _read_parameters(packed, header)
         coded = _coded(packed, header, block, ordered)
         return Tunable(_numbers(packed, header, block, exponent), lambda values: rebuild(coded, values))
@@ -204,13 +204,13 @@ class WaveletCodec(Codec):
 
 
 def _levels(numbers: torch.Tensor) -> torch.Tensor:
-    """Levels (X, blocks * 8) of numbers (X, blocks, 2, 3): both groups of the low band, then of the high one."""
+    """Return levels (X, blocks * 8) of numbers (X, blocks, 2, 3): both groups of the low band, then of the high one."""
     mean, inner, outer = numbers.unbind(-1)
     return torch.stack([mean + inner, mean - inner, mean + outer, mean - outer], dim=-1).flatten(1)
 
 
 def _symbol_entropy(packed: np.ndarray, header: Header, index: int, columns: int, *, along_rows: bool) -> float:
-    """Bits that the symbols of a section need, each band with a code of its own."""
+    """Return the bits that the symbols of a section need, each band with a code of its own."""
     counts = np.zeros((2, 4), np.int64)
     for rows in row_chunks(header.shape):
         symbols = read_two_bits(packed, header, index, columns, rows)
@@ -232,7 +232,7 @@ def _coded(packed: torch.Tensor, header: Header, block: int, ordered: bool, rows
 
 
 def _order(packed: torch.Tensor, header: Header, block: int) -> torch.Tensor:
-    """The column that stands at each place, int64 (N,)."""
+    """Return the column that stands at each place, int64 (N,)."""
     columns = torch.arange(header.shape[1], device=packed.device)
     return columns // block * block + unpack_small(section(packed, header, 6), header.shape[1], _order_bits(block))
 
@@ -240,14 +240,14 @@ def _order(packed: torch.Tensor, header: Header, block: int) -> torch.Tensor:
 def _numbers(
     packed: torch.Tensor, header: Header, block: int, exponent: int, rows: slice = slice(None)
 ) -> dict[str, torch.Tensor]:
-    """Numbers of `rows` and of all salient columns, float32 as stored."""
+    """Return numbers of `rows` and of all salient columns, float32 as stored."""
     shape = (blocks_of(header.shape[1], block), BANDS, NUMBERS)
     columns = from_halves(section(packed, header, 4), exponent).view(-1, BANDS, NUMBERS)
     return {"rows": read_rows(packed, header, 2, exponent, shape, rows), "columns": columns}
 
 
 def _read_parameters(packed: Bytes, header: Header) -> tuple[int, bool, int]:
-    """Block, whether there is an order, and the exponent."""
+    """Return the block, whether there is an order, and the exponent."""
     block, ordered, _, exponent = container.fields(packed, header, _PARAMETERS)
     return block, bool(ordered), exponent
 

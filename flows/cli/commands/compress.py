@@ -11,7 +11,7 @@ from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     compress = commands.add_parser("compress", help="compress a model, evaluate it and record everything in MLflow")
     compress.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the full-precision checkpoint")
     compress.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub; sha256 of a folder")

@@ -10,7 +10,7 @@ from flows.cli.commands import DONE, announce_start, print_json
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     gc = commands.add_parser("gc", help="remove what no registered version needs from the workspace")
     gc.add_argument("--workspace", metavar="DIR_OR_URL", help="as for compress")
     gc.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")

@@ -10,7 +10,7 @@ from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     leaderboard = commands.add_parser("leaderboard", help="many recipes on one model, at the bits they store")
     leaderboard.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the full-precision checkpoint")
     leaderboard.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub; sha256 of a folder")

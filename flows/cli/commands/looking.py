@@ -11,7 +11,7 @@ from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     evaluate = commands.add_parser("evaluate", help="accuracy of a checkpoint, packed or not, on one task")
     evaluate.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     evaluate.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")

@@ -12,7 +12,7 @@ from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     sweep = commands.add_parser("sweep", help="drop tokens by layer and share, and see what that costs")
     sweep.add_argument(
         "--model", required=True, nargs="+", metavar="DIR_OR_HUB_ID", help="checkpoints, packed or not, side by side"

@@ -10,7 +10,7 @@ from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     reproduce = commands.add_parser("reproduce", help="the tables of arXiv 2509.18763 for one of its models")
     reproduce.add_argument(
         "--model", required=True, metavar="NAME", help="qwen2.5-vl-7b, llava-onevision-7b or llama-3.2-vision-11b"
