@@ -1,7 +1,10 @@
 """Bi-VLM: the linear layers of vision-language models at one to four bits a weight, counted as bytes on disk.
 
-Importing this package registers the quantization method ``bivlm`` with transformers, after which
-``AutoModelForImageTextToText.from_pretrained`` loads packed checkpoints.
+Importing this package lets ``AutoModelForImageTextToText.from_pretrained`` load packed checkpoints. It imports neither
+torch nor transformers: once transformers' quantizers are imported, before or after, ``bivlm`` is registered with them.
+
+What a notebook needs is here: `load_recipe`, `pack_layer`, `compress_model`, `measure_bits` and `load_model`. Each is
+imported when it is asked for.
 
 Shapes are written as suffix letters, here and everywhere below:
 
@@ -19,4 +22,43 @@ letter meaning
 ====== ==========================================
 """
 
-import bivlm.checkpoint.transformers_plugin  # noqa: F401
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from wrapt import when_imported
+
+if TYPE_CHECKING:
+    from bivlm.compression.model import compress_model, pack_layer
+    from bivlm.evaluation.generation import load_model
+    from bivlm.recipe.loading import load_recipe
+    from bivlm.reports.bits import bits_of as measure_bits
+
+__all__ = ["compress_model", "load_model", "load_recipe", "measure_bits", "pack_layer"]
+
+_PLACES = {
+    "compress_model": ("bivlm.compression.model", "compress_model"),
+    "load_model": ("bivlm.evaluation.generation", "load_model"),
+    "load_recipe": ("bivlm.recipe.loading", "load_recipe"),
+    "measure_bits": ("bivlm.reports.bits", "bits_of"),
+    "pack_layer": ("bivlm.compression.model", "pack_layer"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function of `__all__` when it is asked for."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+@when_imported("transformers.quantizers.auto")
+def _register(_: ModuleType) -> None:
+    import bivlm.checkpoint.transformers_plugin  # noqa: F401

@@ -30,7 +30,7 @@ class TopByte(Codec):
 
     def bits(self, packed, header):
         weights = header.shape[0] * header.shape[1]
-        return FormatBits(nominal=8.0 * weights, entropy=7.5 * weights, stored=8 * packed.numel())
+        return FormatBits(nominal=8.0 * weights, entropy=7.5 * weights, stored=8 * len(packed))
 
 
 packing._codecs.cache_clear()

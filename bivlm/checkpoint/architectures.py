@@ -37,7 +37,7 @@ class Architecture:
     language: tuple[str, ...]
 
     def component(self, module: str) -> str | None:
-        """The component that `module` is part of, by the longest name that it lies within; None outside all."""
+        """Return the component that `module` is part of, by the longest name that it lies within; None outside all."""
         found = [
             (len(prefix), component)
             for component in COMPONENTS
@@ -48,12 +48,12 @@ class Architecture:
 
     @classmethod
     def of_modules(cls, modules: Modules) -> Architecture:
-        """The architecture that `modules` describe, as `parse_modules` gives them."""
+        """Return the architecture that `modules` describe, as `parse_modules` gives them."""
         return cls((), *(tuple(modules.get(component, ())) for component in COMPONENTS))
 
 
 def parse_modules(value: Any, source: str = MODULES_KEY) -> Modules:
-    """Names of modules in the loaded model by component, from what stands in a recipe; components without are left out.
+    """Return names of modules in the loaded model by component, from what a recipe says; empty components are left out.
 
     Raises `InputError` naming `source` for anything but lists of names under vision, adaptor and language, for a name
     that is there twice, and for a map without a language or vision module.
@@ -150,7 +150,7 @@ ARCHITECTURES = {model_type: each for each in _KNOWN for model_type in each.mode
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The architecture of `model_type`; raises `InputError` with the types that are known."""
+    """Return the architecture of `model_type`; raises `InputError` with the types that are known."""
     try:
         return ARCHITECTURES[model_type]
     except KeyError:

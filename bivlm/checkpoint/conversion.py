@@ -36,7 +36,7 @@ class LoadedName:
 
 
 def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, LoadedName]:
-    """Where `from_pretrained` puts every tensor on disk, by name on disk.
+    """Return where `from_pretrained` puts every tensor on disk, by name on disk.
 
     Follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`: all renamings, then at most one
     converter, then the base model's prefix; the order of the names matters to some renamings.
@@ -60,7 +60,7 @@ def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str,
 
 
 def stacks_experts(rule: Any) -> bool:
-    """Whether a conversion rule stacks matrices and does no more than to put those of several projections together."""
+    """Return whether a conversion rule stacks matrices, and at most joins those of several projections."""
     from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
     if not isinstance(rule, WeightConverter):
@@ -70,7 +70,7 @@ def stacks_experts(rule: Any) -> bool:
 
 
 def expert_names(model: PreTrainedModel, loaded: Mapping[str, LoadedName]) -> dict[str, str]:
-    """By name on disk, the name of every expert's matrix: the module that stacks them, and the rest of its own name.
+    """Return the name of every expert's matrix by name on disk: the module that stacks them, then the rest of its name.
 
     For example "model.language_model.layers.1.mlp.experts.3.gate_proj". `loaded` is as in `convert`.
     """
@@ -89,7 +89,7 @@ def expert_names(model: PreTrainedModel, loaded: Mapping[str, LoadedName]) -> di
 def convert(
     model: PreTrainedModel, name: str, loaded: Mapping[str, LoadedName], read: Callable[[str], torch.Tensor]
 ) -> torch.Tensor:
-    """The parameter `name` of `model` from its tensors on disk, by the model's own conversion rules.
+    """Return the parameter `name` of `model` from its tensors on disk, by the model's own conversion rules.
 
     `loaded` is `loaded_names` of the checkpoint, whose order is that in which transformers
     collects tensors (expert by expert); ``read(disk_name)`` gives a tensor. Raises `InputError` if the tensors do not

@@ -18,7 +18,7 @@ from bivlm.checkpoint.conversion import LoadedName, expert_names, loaded_names
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import CONFIG, QUANT_METHOD, Checkpoint
 from bivlm.checkpoint.remote_code import remote_code_allowed
-from bivlm.checkpoint.safetensors_file import DTYPES, TensorEntry, same_values
+from bivlm.checkpoint.safetensors_file import TensorEntry, same_values, torch_dtype
 from bivlm.errors import InputError
 from bivlm.packing.container import read_header
 from bivlm.untrusted import in_a_line
@@ -113,19 +113,18 @@ class Anatomy:
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
-    """The linear layers that can be packed, in module order, `lm_head` included; see `anatomy`."""
+    """Return the linear layers that can be packed, in module order, `lm_head` included; see `anatomy`."""
     return anatomy(checkpoint).linears
 
 
 def anatomy(checkpoint: Checkpoint) -> Anatomy:
-    """Linear layers and what is left alone, from config and headers (and the headers of packed weights).
+    """Return the linear layers and what is left alone, from the config and the headers of files and packed weights.
 
-    Experts that lie on disk one by one are linears too. Left alone are tensors that no plain `torch.nn.Linear` uses as
-    they are: embeddings, norms, biases, convolutions, subclasses of Linear whose code reads the weight itself, and
-    weights that transformers splits, permutes or merges in another way while loading. Where the config ties two
-    tensors and both are on disk, both are read and compared, see `tied_tensors`. Raises `InputError` for an unknown
-    architecture, for a checkpoint quantized by another method, and for a Linear whose weight is missing on disk, there
-    twice, or of another shape than the config says.
+    Experts that lie on disk one by one are linears too. Left alone is what no plain `torch.nn.Linear` uses as it is:
+    embeddings, norms, biases, convolutions, weights that a subclass of Linear reads itself, and weights that
+    transformers splits, permutes or merges in another way. Two tensors that the config ties are read and compared if
+    both are on disk, see `tied_tensors`. Raises `InputError` for an unknown architecture, a checkpoint quantized by
+    another method, and a Linear whose weight is missing on disk, there twice, or not of the config's shape.
     """
     quantized_by = (checkpoint.quantization or {}).get("quant_method", QUANT_METHOD)
     if quantized_by != QUANT_METHOD:
@@ -142,10 +141,7 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     copies_of: dict[str, tuple[str, ...]] = {}
     for copy, original in sorted(copies.items()):
         copies_of[original] = (*copies_of.get(original, ()), copy)
-    experts: dict[str, list[tuple[str, str, str]]] = {}
-    for disk_name, expert in expert_names(model, loaded).items():
-        parameter = loaded[disk_name].names[0]
-        experts.setdefault(parameter.rpartition(".")[0], []).append((expert, disk_name, parameter))
+    experts = _experts_by_module(model, loaded)
     found = []
     for name, module in model.named_modules():
         if name in experts and members.component(name) is not None:
@@ -170,23 +166,21 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     packable = {linear.disk_name for linear in found if linear.tied_to is None}
     if tokens is not None and tokens.name in checkpoint.packed:
         packable.add(tokens.disk_name)
-    kinds = {
-        disk_name: _kind(model, members, loaded[disk_name])
-        for disk_name in checkpoint.entries
-        if disk_name not in packable
-    }
-    if tokens is not None and tokens.disk_name in kinds:  # also where it lies under the name of a head tied to it
-        kinds[tokens.disk_name] = type(model.get_submodule(tokens.name)).__name__
-    left = [
-        _left_alone(checkpoint.entries[disk_name], kind, members.component(loaded[disk_name].names[0]), copies)
-        for disk_name, kind in kinds.items()
-    ]
+    left = []
+    for disk_name, entry in checkpoint.entries.items():
+        if disk_name in packable:
+            continue
+        goal = loaded[disk_name]
+        kind = _kind(model, members, goal)
+        if tokens is not None and disk_name == tokens.disk_name:  # also where it lies under the name of a tied head
+            kind = type(model.get_submodule(tokens.name)).__name__
+        left.append(_left_alone(entry, kind, members.component(goal.names[0]), copies))
     head = names.get(model.get_output_embeddings())
     return Anatomy(found, left, tokens, head if head in {linear.name for linear in found} else None)
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without its weights, on the meta device.
+    """Return the model without its weights, on the meta device.
 
     Raises `InputError` for a config that makes no model, and for an unknown architecture that is none for images.
     """
@@ -244,7 +238,7 @@ def tied_tensors(
 
 
 def _sources(loaded: dict[str, LoadedName], checkpoint: Checkpoint) -> dict[str, str]:
-    """Name on disk by name in the loaded model, of tensors that are loaded as they are."""
+    """Return the name on disk by name in the loaded model, of tensors that are loaded as they are."""
     sources: dict[str, str] = {}
     for disk_name, goal in loaded.items():
         if goal.converted:
@@ -257,10 +251,19 @@ def _sources(loaded: dict[str, LoadedName], checkpoint: Checkpoint) -> dict[str,
     return sources
 
 
+def _experts_by_module(model: PreTrainedModel, loaded: dict[str, LoadedName]) -> dict[str, list[tuple[str, str, str]]]:
+    """Return (name, name on disk, parameter) of every expert's matrix, by the module that stacks them."""
+    experts: dict[str, list[tuple[str, str, str]]] = {}
+    for disk_name, expert in expert_names(model, loaded).items():
+        parameter = loaded[disk_name].names[0]
+        experts.setdefault(parameter.rpartition(".")[0], []).append((expert, disk_name, parameter))
+    return experts
+
+
 def _tokens(
     names: dict[nn.Module, str], model: PreTrainedModel, sources: dict[str, str], checkpoint: Checkpoint
 ) -> Linear | None:
-    """The embedding of tokens, unless the model's class names none, or it is no table or merged while loading."""
+    """Return the embedding of tokens; None if the class names none, or it is no table, or merged while loading."""
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
@@ -274,26 +277,21 @@ def _tokens(
 
 
 def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The weight's dtype, its shape on disk checked."""
+    """Return the weight's dtype after a check of its shape on disk."""
     entry = checkpoint.entries[disk_name]
-    if name in checkpoint.packed:
-        header = read_header(checkpoint.read(disk_name), disk_name)
-        found, dtype = header.shape, header.dtype
-    else:
-        found, dtype = entry.shape, DTYPES.get(entry.dtype)
+    header = read_header(checkpoint.read(disk_name), disk_name) if name in checkpoint.packed else None
+    found = entry.shape if header is None else header.shape
     if found != shape:
         raise InputError(f"{disk_name}: shape {found} on disk, {shape} by the config")
     if 0 in shape:
         raise InputError(f"{disk_name}: shape {shape}, expected at least one row and one column")
-    if dtype is None:
-        raise InputError(f"{disk_name}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
-    return dtype
+    return torch_dtype(entry) if header is None else header.dtype
 
 
 def _expert(
     name: str, disk_name: str, parameter: str, model: PreTrainedModel, members: Architecture, checkpoint: Checkpoint
 ) -> Linear:
-    """An expert's matrix, its columns checked; transformers checks the rows of all together."""
+    """Return an expert's matrix after a check of its columns; transformers checks the rows of all together."""
     header = read_header(checkpoint.read(disk_name), disk_name) if name in checkpoint.packed else None
     shape = checkpoint.entries[disk_name].shape if header is None else header.shape
     columns = model.get_parameter(parameter).shape[-1]
@@ -311,7 +309,7 @@ def _left_alone(entry: TensorEntry, kind: str, component: str | None, copies: Ma
 
 
 def _kind(model: PreTrainedModel, members: Architecture, goal: LoadedName) -> str:
-    """What a tensor is, in words."""
+    """Return what a tensor is, in words."""
     module_name, _, tensor_name = goal.names[0].rpartition(".")
     try:
         module = model.get_submodule(module_name)

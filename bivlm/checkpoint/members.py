@@ -23,7 +23,7 @@ _EXAMPLE = f"""{MODULES_KEY}:
 
 
 def members_of(model: PreTrainedModel, modules: Modules | None = None) -> Architecture:
-    """Its modules as `modules` say, else by the family of its type.
+    """Return the modules of `model` as `modules` say, else by its architecture.
 
     Raises `InputError` for a name in `modules` that is no module of the model (with those that come near), and for an
     unknown architecture (with its linear layers, from which `modules` can be written).
@@ -37,7 +37,7 @@ def members_of(model: PreTrainedModel, modules: Modules | None = None) -> Archit
 
 
 def unknown(model: PreTrainedModel) -> str:
-    """What is said of an architecture that is not known: its linear layers, with numbers as #, and how to name them."""
+    """Return the message for an unknown architecture: its linear layers, numbers as #, and how to name its modules."""
     linears = Counter(
         (re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name), (module.out_features, module.in_features))
         for name, module in model.named_modules()

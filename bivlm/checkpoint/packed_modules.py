@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device | None = None,
     ):
-        """An empty one; `nbytes` is the length of the packed weight."""
+        """Make an empty layer; `nbytes` is the length of the packed weight."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def replacing(cls, linear: nn.Linear, nbytes: int, name: str) -> PackedLinear:
-        """An empty one for the place of `linear`, on its device."""
+        """Return an empty layer for the place of `linear`, on its device."""
         return cls(
             linear.in_features,
             linear.out_features,
@@ -74,7 +74,7 @@ class PackedLinear(nn.Module):
         _verify(self.weight.data, (self.out_features, self.in_features), f"{self.name}.weight")
 
     def unpacked(self) -> torch.Tensor:
-        """The weight W (M, N) in the dtype it was packed from. The checksum is `verify`'s business."""
+        """Return the weight W (M, N) in the dtype it was packed from. The checksum is `verify`'s business."""
         return unpack(self.weight.data, f"{self.name}.weight", check=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,11 +92,11 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, weight, self.bias)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ordinary layer with W and this layer's bias in `dtype` (by default this layer's)."""
+        """Return an ordinary layer with W and this layer's bias in `dtype` (by default this layer's)."""
         return self.with_weight(nn.Parameter(self.unpacked().to(dtype or self.dtype)))
 
     def with_weight(self, weight: nn.Parameter) -> nn.Linear:
-        """An ordinary layer with this weight (M, N) and this layer's bias in the weight's dtype."""
+        """Return an ordinary layer with this weight (M, N) and this layer's bias in the weight's dtype."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         linear.weight = weight
@@ -129,7 +129,7 @@ class PackedEmbedding(nn.Module):
     """
 
     def __init__(self, embedding: nn.Embedding, nbytes: int, name: str):
-        """An empty one for the place of `embedding`, on its device; `nbytes` is the length of the packed weight."""
+        """Make an empty layer for the place of `embedding`, on its device; `nbytes` is the packed weight's length."""
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.name = name
@@ -160,7 +160,7 @@ class PackedEmbedding(nn.Module):
         _verify(self.weight.data, (self.num_embeddings, self.embedding_dim), f"{self.name}.weight")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Rows of these numbers, (...) to (..., D); raises `IndexError` for a number that is no row's."""
+        """Return rows of these numbers, (...) to (..., D); raises `IndexError` for a number that is no row's."""
         shape = (self.num_embeddings, self.embedding_dim)
         rows = _rebuilt_rows(self.weight, input.flatten(), *shape, self.dtype, f"{self.name}.weight")
         places = torch.arange(len(rows), device=rows.device).view(input.shape)
@@ -169,12 +169,12 @@ class PackedEmbedding(nn.Module):
         return embedding(places)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> nn.Embedding:
-        """The ordinary layer with the whole table in `dtype` (by default this layer's)."""
+        """Return the ordinary layer with the whole table in `dtype` (by default this layer's)."""
         rows = unpack(self.weight.data, f"{self.name}.weight", check=False).to(dtype or self.dtype)
         return self.with_weight(nn.Parameter(rows, requires_grad=False))
 
     def with_weight(self, weight: nn.Parameter) -> nn.Embedding:
-        """The ordinary layer with this table (V, D)."""
+        """Return the ordinary layer with this table (V, D)."""
         embedding = copy.copy(self.embedding)
         embedding._buffers = {key: buffer for key, buffer in self.embedding._buffers.items() if key != "weight"}
         embedding._non_persistent_buffers_set = self.embedding._non_persistent_buffers_set - {"weight"}

@@ -20,7 +20,7 @@ _COMMAND = (
 
 
 def pickle_names(names: Iterable[str]) -> list[str]:
-    """The files at the top of a checkpoint that hold weights as pickles, by name."""
+    """Return the files at the top of a checkpoint that hold weights as pickles, by name."""
     return sorted(
         name
         for name in names
@@ -29,7 +29,7 @@ def pickle_names(names: Iterable[str]) -> list[str]:
 
 
 def conversion_command(model: str, revision: str | None = None) -> str:
-    """A command line that writes `model`, a folder or hub id, with safetensors into the folder CONVERTED.
+    """Return a command line that writes `model`, a folder or hub id, with safetensors into the folder CONVERTED.
 
     transformers reads pickles of tensors and nothing else (``weights_only``), but holds the whole model in memory.
     """
@@ -38,7 +38,7 @@ def conversion_command(model: str, revision: str | None = None) -> str:
 
 
 def pickles_refused(subject: str, model: str, names: Sequence[str], revision: str | None = None) -> InputError:
-    """The refusal of `subject`, whose weights are the pickles `names`; `model` is what transformers knows it by."""
+    """Return the error for `subject`, whose weights are the pickles `names`; transformers knows it as `model`."""
     said = (
         f"{subject}: its weights are pickles ({names[0]}), which can run code when they are read; expected safetensors"
     )

@@ -139,7 +139,7 @@ class Checkpoint:
         return sorted(file for file in self.folder.iterdir() if file.is_file() and is_licence_name(file.name))
 
     def read(self, disk_name: str, sha256: str | None = None) -> torch.Tensor:
-        """The tensor called `disk_name` on disk; raises `InputError` if there is none, or if it is not of `sha256`."""
+        """Return the tensor called `disk_name`; raises `InputError` if there is none, or it is not of `sha256`."""
         try:
             entry = self.entries[disk_name]
         except KeyError:
@@ -147,7 +147,7 @@ class Checkpoint:
         return read_tensor(entry, sha256)
 
     def digests(self) -> Digests:
-        """sha256 of the checkpoint's files and tensors; every file is streamed once, shards side by side."""
+        """Return sha256 of the checkpoint's files and tensors; every file is streamed once, shards side by side."""
         files = {CONFIG: file_digest(self.folder / CONFIG)}
         files |= {self._name(file): file_digest(file) for file in self.side_files}
         tensors: dict[str, str] = {}
@@ -162,7 +162,7 @@ class Checkpoint:
         return Digests(dict(sorted(files.items())), tensors)
 
     def digest(self) -> str:
-        """sha256 of what the checkpoint is, wherever it lies: see `Digests`."""
+        """Return sha256 of what the checkpoint is, wherever it lies: see `Digests`."""
         return self.digests().sha256
 
     def _name(self, file: Path) -> str:
@@ -183,7 +183,7 @@ class Digests:
 
 
 def digest_of_files(digests: Mapping[str, str]) -> str:
-    """One sha256 over names and sha256 of files."""
+    """Return one sha256 over names and sha256 of files."""
     total = hashlib.sha256(b"bivlm checkpoint 1\n")
     for name, sha256 in sorted(digests.items()):
         total.update(f"{sha256} {name}\n".encode())
@@ -191,7 +191,7 @@ def digest_of_files(digests: Mapping[str, str]) -> str:
 
 
 def check_quantization(format: Any, packed: Any, source: str | Path) -> dict[str, int]:
-    """`packed`, the lengths by linear; raises `InputError` naming `source` for an unknown format or bad lengths."""
+    """Return `packed`, lengths by linear; raises `InputError` naming `source` for an unknown format or bad lengths."""
     if format != FORMAT:
         found = short(format)
         raise InputError(f"{source}: quantization_config: format {found}, this code reads {FORMAT}; update bivlm")
@@ -202,7 +202,7 @@ def check_quantization(format: Any, packed: Any, source: str | Path) -> dict[str
 
 
 def is_side_name(name: str) -> bool:
-    """Whether a file of this name in a checkpoint's folder is read beside config and weights."""
+    """Return whether a file of this name in a checkpoint's folder is read beside config and weights."""
     return Path(name).suffix in _SIDE_SUFFIXES and name not in _NOT_SIDE_FILES and not is_licence_name(name)
 
 
@@ -216,12 +216,12 @@ def is_part_name(name: str) -> bool:
 
 
 def is_licence_name(name: str) -> bool:
-    """Whether a file of this name in a checkpoint's folder is a licence or a notice."""
+    """Return whether a file of this name in a checkpoint's folder is a licence or a notice."""
     return name.lower().startswith(_LICENCES)
 
 
 def names_code(folder: Path) -> bool:
-    """Whether transformers would take code from files in `folder` if it were trusted: `code_maps`, or ``generate``."""
+    """Return whether transformers would run code from `folder` if it were trusted: `code_maps`, or ``generate``."""
     return next(code_maps(folder), None) is not None or (folder / GENERATE / "generate.py").is_file()
 
 
@@ -264,12 +264,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def weights_of_index(folder: Path) -> list[str]:
-    """The files of weights that the index in `folder` names, sorted; raises `InputError` as `Checkpoint.open`."""
+    """Return the weight files that the index in `folder` names, sorted; raises `InputError` as `Checkpoint.open`."""
     return sorted({file for _, file in _indexed_tensors(folder)})
 
 
 def _indexed_tensors(folder: Path) -> list[tuple[str, str]]:
-    """(tensor, file) of the index of shards, checked; empty where a single file holds the weights."""
+    """Return (tensor, file) pairs of the index of shards, checked; empty where a single file holds the weights."""
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).exists() or not index.exists():
         return []
@@ -278,7 +278,7 @@ def _indexed_tensors(folder: Path) -> list[tuple[str, str]]:
 
 
 def indexed_files(data: bytes, source: str) -> list[str]:
-    """The files of weights that an index of shards names, sorted; raises `InputError` naming `source`."""
+    """Return the weight files that an index of shards names, sorted; raises `InputError` naming `source`."""
     return sorted(set(_weight_map(parse_object(data, source, MODEL_CONFIG), source).values()))
 
 
@@ -294,7 +294,7 @@ def _weight_map(index: dict[str, Any], source: Path | str) -> dict[str, str]:
 
 
 def is_inside(file: str) -> bool:
-    """Whether a name from a record is that of a file in the record's own folder or below it."""
+    """Return whether a name from a record is that of a file in the record's own folder or below it."""
     # Judged by the text: in the hub's cache the files themselves are links to a folder beside this one.
     path = PurePosixPath(file)
     drive = PureWindowsPath(file).drive

@@ -45,12 +45,12 @@ def trust(names: Sequence[str]) -> None:
 
 
 def trusted() -> tuple[str, ...]:
-    """The models whose code may run: hub ids and folders."""
+    """Return the models whose code may run: hub ids and folders."""
     return tuple(name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name)
 
 
 def remote_code_allowed(folder: str | Path) -> bool:
-    """What transformers is to be told as ``trust_remote_code`` for the checkpoint in `folder`.
+    """Return the value of ``trust_remote_code`` for the checkpoint in `folder`.
 
     Raises `InputError` that explains what to do if the checkpoint cannot be used without code of its own and was not
     named, or if it takes code from another repository, which no revision pins.
@@ -73,7 +73,7 @@ def remote_code_allowed(folder: str | Path) -> bool:
 
 
 def code_refused(folder: str | Path, reason: str) -> InputError:
-    """The refusal of a checkpoint that needs code of its own for `reason` and was not named, with what to do."""
+    """Return the error for a checkpoint that needs code of its own for `reason` and was not named, with what to do."""
     files = sorted({f"{reference.rpartition('.')[0]}.py" for _, reference in _references(Path(folder))})
     given = ", ".join(trusted()) or "none"
     return InputError(
@@ -84,7 +84,7 @@ def code_refused(folder: str | Path, reason: str) -> InputError:
 
 
 def code_needed(folder: str | Path) -> str | None:
-    """Why the checkpoint in `folder` cannot be used without running code that comes with it; None if it can.
+    """Return why the checkpoint in `folder` cannot be used without running code that comes with it; None if it can.
 
     Code for an architecture that transformers has too is not needed: transformers' own class is taken.
     """
@@ -107,7 +107,7 @@ def code_needed(folder: str | Path) -> str | None:
 
 
 def unknown_architecture(folder: str | Path) -> str | None:
-    """Why no code at all, transformers' or the checkpoint's own, makes an image-text model of it; None if some does."""
+    """Return why neither transformers nor the checkpoint's code makes an image-text model of it; None if one does."""
     from transformers import __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
@@ -120,7 +120,7 @@ def unknown_architecture(folder: str | Path) -> str | None:
 
 
 def shown(folder: str | Path) -> str:
-    """The hub id if `folder` is a snapshot in the hub's cache, else the folder."""
+    """Return the hub id if `folder` is a snapshot in the hub's cache, else the folder."""
     return _hub_id(Path(folder)) or str(folder)
 
 
@@ -133,7 +133,7 @@ def _is_named(folder: Path) -> bool:
 
 
 def _hub_id(folder: Path) -> str | None:
-    """owner/name of a snapshot in the hub's cache; any other folder of that form is only a folder."""
+    """Return owner/name of a snapshot in the hub's cache; any other folder of that form is only a folder."""
     place = folder.absolute()
     repository = place.parent.parent
     in_cache = repository.parent.resolve() == Path(constants.HF_HUB_CACHE).expanduser().resolve()
@@ -143,7 +143,7 @@ def _hub_id(folder: Path) -> str | None:
 
 
 def _references(folder: Path) -> Iterator[tuple[str, str]]:
-    """(auto class, ``file.Class``) of every class of its own that a config in `folder` names."""
+    """Yield (auto class, ``file.Class``) of every class of its own that a config in `folder` names."""
     for auto_map in code_maps(folder):
         # Of a tokenizer it may be a list by itself.
         for auto_class, reference in auto_map.items() if isinstance(auto_map, dict) else [("", auto_map)]:
@@ -151,7 +151,7 @@ def _references(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """A class, or several: a tokenizer's slow and fast one in a list, an image processor's by backend."""
+    """Yield a class, or several: a tokenizer's slow and fast one in a list, an image processor's by backend."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -175,7 +175,7 @@ def _kernels(value: Any, key: str = "") -> Iterator[str]:
 
 
 def _place(reference: str) -> str:
-    """The repository that a reference names, or the file in another folder."""
+    """Return the repository that a reference names, or the file in another folder."""
     repository, separator, _ = reference.partition("--")
     return repository if separator else f"{reference.rpartition('.')[0]}.py"
 

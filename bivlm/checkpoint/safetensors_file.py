@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from bivlm.errors import InputError
@@ -27,22 +28,23 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _HEADER = Kind(MAX_HEADER_BYTES)
 _MAX_DIMENSIONS = 64  # torch's own limit
 CHUNK_BYTES = 16 << 20
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# torch's name of each dtype, and the bytes of a number. Headers are read without torch.
+_DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 
 
@@ -80,7 +82,7 @@ class TensorEntry:
 
 
 def read_entries(file: Path) -> list[TensorEntry]:
-    """The tensors of `file` in the order of its header.
+    """Return the tensors of `file` in the order of its header.
 
     Raises `InputError` naming the file if it is absent, cut short, or no safetensors file.
     """
@@ -100,16 +102,14 @@ def read_entries(file: Path) -> list[TensorEntry]:
 
 
 def read_tensor(entry: TensorEntry, sha256: str | None = None) -> torch.Tensor:
-    """The tensor, alone in memory.
+    """Return the tensor, alone in memory.
 
     Raises `InputError` naming it for an unknown dtype, a file that ends early, or bytes that are not those of `sha256`
     (as `digest_file` gives it).
     """
-    dtype = _dtype_of(entry)
+    dtype = torch_dtype(entry)
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-    with entry.file.open("rb", buffering=0) as stream:
-        stream.seek(entry.begin)
-        _read_into(stream, memoryview(raw.numpy()), entry)
+    _fill(raw.numpy(), entry)
     if sha256 is not None:
         found = tensor_hash(entry.dtype, entry.shape)
         found.update(raw.numpy())
@@ -117,12 +117,27 @@ def read_tensor(entry: TensorEntry, sha256: str | None = None) -> torch.Tensor:
     return raw.view(dtype).reshape(entry.shape)
 
 
+def read_raw(entry: TensorEntry) -> np.ndarray:
+    """Return the tensor's bytes, uint8 (nbytes,); raises `InputError` naming it if the file ends early."""
+    raw = np.empty(entry.nbytes, np.uint8)
+    _fill(raw, entry)
+    return raw
+
+
+def torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """Return torch's dtype of a tensor; raises `InputError` naming it for an unknown dtype."""
+    if entry.dtype not in _DTYPES:
+        known = ", ".join(_DTYPES)
+        raise InputError(f"{entry.name} in {entry.file}: dtype {entry.dtype}, readable are {known}")
+    return getattr(torch, _DTYPES[entry.dtype][0])
+
+
 def tensor_rows(entry: TensorEntry, count: int, sha256: str | None = None) -> Iterator[torch.Tensor]:
-    """The tensor `count` rows at a time, each piece alone in memory; raises as `read_tensor`, on the bytes at the end.
+    """Yield the tensor `count` rows at a time, each piece alone in memory; raises as `read_tensor`, at the end.
 
     A piece is overwritten by the next.
     """
-    dtype = _dtype_of(entry)
+    dtype = torch_dtype(entry)
     row = entry.nbytes // entry.shape[0]
     buffer = torch.empty(min(count, entry.shape[0]) * row, dtype=torch.uint8)
     found = tensor_hash(entry.dtype, entry.shape)
@@ -152,7 +167,7 @@ def same_values(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def digest_file(file: Path, entries: Iterable[TensorEntry]) -> tuple[str, dict[str, str]]:
-    """sha256 of the file's bytes, and of each of its tensors by name (`tensor_hash`), in one read.
+    """Return sha256 of the file's bytes, and of each of its tensors by name (`tensor_hash`), in one read.
 
     `entries` are all of the file's tensors; there is nothing but its header before the first and between them.
     """
@@ -171,12 +186,12 @@ def digest_file(file: Path, entries: Iterable[TensorEntry]) -> tuple[str, dict[s
 
 
 def tensor_hash(dtype: str, shape: Sequence[int]) -> hashlib._Hash:
-    """The beginning of a tensor's sha256: dtype (the format's name) and shape; its bytes are to follow."""
+    """Return the beginning of a tensor's sha256: dtype (the format's name) and shape; its bytes are to follow."""
     return hashlib.sha256(f"{dtype} {'x'.join(map(str, shape))}\n".encode())
 
 
 def tensor_chunks(entry: TensorEntry) -> Iterator[memoryview]:
-    """The tensor's bytes, a few megabytes at a time."""
+    """Yield the tensor's bytes, a few megabytes at a time."""
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(entry.nbytes, 1))))
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.begin)
@@ -189,7 +204,7 @@ def tensor_chunks(entry: TensorEntry) -> Iterator[memoryview]:
 
 
 def header_text(name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
-    """A tensor's entry as it stands in a header: ``"name":{...},`` with offsets into the data part."""
+    """Return a tensor's entry as it stands in a header: ``"name":{...},`` with offsets into the data part."""
     record = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     return f"{_compact(name)}:{_compact(record)},"
 
@@ -207,7 +222,7 @@ class OutgoingTensor:
 
 def file_order(tensors: Iterable[OutgoingTensor]) -> list[OutgoingTensor]:
     """Wide dtypes first, then by name: every tensor begins at a multiple of its item size, as the library does it."""
-    return sorted(tensors, key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
+    return sorted(tensors, key=lambda tensor: (-_DTYPES[tensor.dtype][1], tensor.name))
 
 
 def write_tensors(file: Path, tensors: Sequence[OutgoingTensor]) -> None:
@@ -234,13 +249,6 @@ def write_tensors(file: Path, tensors: Sequence[OutgoingTensor]) -> None:
         os.fsync(stream.fileno())
 
 
-def _dtype_of(entry: TensorEntry) -> torch.dtype:
-    dtype = DTYPES.get(entry.dtype)
-    if dtype is None:
-        raise InputError(f"{entry.name} in {entry.file}: dtype {entry.dtype}, readable are {', '.join(DTYPES)}")
-    return dtype
-
-
 def _check_hash(entry: TensorEntry, expected: str | None, found: hashlib._Hash) -> None:
     if expected is not None and found.hexdigest() != expected:
         raise InputError(
@@ -261,9 +269,9 @@ def _entry(name: str, record: dict[str, Any], file: Path, data: int) -> TensorEn
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
         raise ValueError(f"{name}: offsets {short(record['data_offsets'])} and shape {short(shape)}")
     entry = TensorEntry(name, file, record["dtype"], tuple(shape), data + begin, end - begin, data)
-    dtype = DTYPES.get(entry.dtype)
+    _, itemsize = _DTYPES.get(entry.dtype, ("", None))
     # Of a dtype that is not known, a number takes a bit or more.
-    if entry.numel > 8 * entry.nbytes or (dtype is not None and entry.nbytes != entry.numel * dtype.itemsize):
+    if entry.numel > 8 * entry.nbytes or (itemsize is not None and entry.nbytes != entry.numel * itemsize):
         raise ValueError(f"{name}: {entry.nbytes} bytes for {entry.dtype} of shape {short(entry.shape)}")
     return entry
 
@@ -278,6 +286,12 @@ def _check_layout(entries: list[TensorEntry], file: Path, begin: int, end: int) 
             raise InputError(f"{file}: cut short: tensor {entry.name} ends at byte {position} of {end}")
     if position != end:
         raise InputError(f"{file}: {end - position} bytes after the last tensor")
+
+
+def _fill(raw: np.ndarray, entry: TensorEntry) -> None:
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.begin)
+        _read_into(stream, memoryview(raw), entry)
 
 
 def _read_into(stream: BinaryIO, target: memoryview, entry: TensorEntry) -> None:

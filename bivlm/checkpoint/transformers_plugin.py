@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
+from transformers.quantizers import auto
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bivlm.checkpoint.conversion import LoadedName, expert_names, loaded_names, stacks_experts
@@ -71,7 +73,7 @@ class BiVLMConfig(QuantizationConfigMixin):
         return self.when == "load"
 
     def get_loading_attributes(self) -> dict[str, str]:
-        """What a config passed to `from_pretrained` overrides."""
+        """Return what a config passed to `from_pretrained` overrides."""
         return {"when": self.when}
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,7 +116,7 @@ class BiVLMQuantizer(HfQuantizer):
                 raise InputError(f"{name}.weight: {_ON_DISK}")
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
-        """Bytes an element takes once loaded: transformers plans device memory with it."""
+        """Return the bytes that an element takes once loaded: transformers plans device memory with it."""
         module = model.get_submodule(param_name.rpartition(".")[0])
         if self.quantization_config.dequantize and isinstance(module, _PACKED) and param is module.weight:
             return module.size * module.dtype.itemsize / param.numel()
@@ -146,7 +148,7 @@ class BiVLMQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """The model's rules, of which those that stack experts rebuild packed ones first."""
+        """Return the model's rules, of which those that stack experts rebuild packed ones first."""
         if not self._experts(model):
             return weight_conversions
         return [
@@ -161,7 +163,7 @@ class BiVLMQuantizer(HfQuantizer):
         ]
 
     def _experts(self, model: PreTrainedModel) -> list[str]:
-        """Packed weights that are experts' matrices: they lie within a module that holds 3-D parameters."""
+        """Return the packed weights that are experts' matrices: they lie within a module that holds 3-D parameters."""
         prefix = f"{model.base_model_prefix}."
         owners = {
             name
@@ -260,12 +262,12 @@ def _packed_layers(model: nn.Module) -> list[str]:
 
 
 def _tied(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that share the tensor of another, by name; once weights are loaded, those that really do."""
+    """Return parameters that share the tensor of another, by name; once weights are loaded, those that really do."""
     return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _tables(model: PreTrainedModel) -> list[nn.Module | None]:
-    """The embedding of tokens and the head, as far as the model's class names them."""
+    """Return the embedding of tokens and the head, as far as the model's class names them."""
     try:
         return [model.get_input_embeddings(), model.get_output_embeddings()]
     except NotImplementedError:
@@ -302,7 +304,7 @@ def _has(model: PreTrainedModel, name: str) -> bool:
 
 
 def _find_layer(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear | nn.Embedding]:
-    """The layer called `name`, also where `model` is the base model of the one that was packed."""
+    """Return the layer called `name`, also where `model` is the base model of the one that was packed."""
     for path in (name, name.removeprefix(f"{model.base_model_prefix}.")):
         try:
             module = model.get_submodule(path)

@@ -116,7 +116,7 @@ def _check_packed(packed: Mapping[str, Packed], chosen: Sequence[Linear]) -> Non
 
 
 def _spooled(linear: Linear, packed: Packed, spool: Path) -> Path:
-    """A file with the packed bytes, verified. Lengths must be known before a safetensors header can be written."""
+    """Return a file with the packed bytes, verified: their lengths are part of the safetensors header."""
     if isinstance(packed, Path):
         file, tensor = packed, torch.from_numpy(np.fromfile(packed, dtype=np.uint8))
     else:

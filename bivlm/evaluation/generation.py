@@ -16,7 +16,6 @@ from transformers import (
     ProcessorMixin,
 )
 
-import bivlm  # noqa: F401  registers the quantization method, so that packed checkpoints load
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.remote_code import code_refused, remote_code_allowed
 from bivlm.errors import InputError
@@ -41,6 +40,14 @@ def load_model(
     checkpoint's ("auto") on a GPU and float32 on a CPU, where bf16 is slower and less exact. The weights are the stored
     ones whatever it is, since float32 holds every bf16 and fp16 number; they then take four bytes each in memory.
     Raises `InputError` when the folder holds no checkpoint, or one that lacks weights or the processor.
+
+    >>> import bivlm
+    >>> from bivlm.reference import CHECKPOINT, questions
+    >>> model, processor = bivlm.load_model(CHECKPOINT, device="cpu")
+    >>> from bivlm.evaluation.generation import answer_batch
+    >>> sample = next(iter(questions("perception")))
+    >>> answer_batch(model, processor, [sample], max_new_tokens=4), sample.answers
+    (['yes'], ('yes',))
     """
     folder = Path(folder)
     Checkpoint.open(folder)  # says which file is missing or damaged; transformers does not

@@ -17,7 +17,7 @@ import torch
 
 from bivlm.errors import InputError
 from bivlm.packing import container
-from bivlm.packing.container import Header
+from bivlm.packing.container import Bytes, Header
 from bivlm.packing.contents import Contents
 
 
@@ -59,30 +59,30 @@ class Codec(ABC):
 
         Raises `InputError` naming the tensor unless its contents are ones that this codec's `pack` could have written:
         lengths are those that shape and parameters need, numbers are finite, and what counts, points or permutes does
-        so within the weight. The other methods trust contents that were checked.
+        so within the weight. The other methods trust contents that were checked. It needs no torch.
         """
 
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
-        """The rebuilt weight (M, N), dtype `header.dtype`, on the device of `packed`."""
+        """Return the rebuilt weight (M, N), dtype `header.dtype`, on the device of `packed`."""
         opened = self.tunable(packed, header)
         return opened.rebuild(opened.parameters).to(header.dtype)
 
     def rows(self, packed: torch.Tensor, header: Header, rows_m: torch.Tensor) -> torch.Tensor:
-        """The rebuilt rows (m, N) of these numbers, int64 (m,); by default taken from the whole weight."""
+        """Return the rebuilt rows (m, N) of these numbers, int64 (m,); by default taken from the whole weight."""
         return self.unpack(packed, header)[rows_m]
 
     @abstractmethod
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Scales and levels, and the weight as a function of them; rounded to `header.dtype` it is what `unpack`
+        """Return scales and levels, and the weight as a function of them; rounded to `header.dtype` it is what `unpack`
         gives."""
 
     @abstractmethod
     def retuned(self, packed: torch.Tensor, header: Header, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The packed weight with other `parameters`, rounded to what the format stores; of the same length."""
+        """Return the packed weight with other `parameters`, rounded to what the format stores; of the same length."""
 
     @abstractmethod
-    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
-        """Nominal, entropy and stored bits, counted from the packed bytes."""
+    def bits(self, packed: Bytes, header: Header) -> FormatBits:
+        """Return nominal, entropy and stored bits, counted from the packed bytes; like `check`, without torch."""
 
 
 @cache
@@ -92,7 +92,7 @@ def _codecs() -> dict[str, Codec]:
     return {codec.name: codec() for codec in Codec.__subclasses__()}
 
 
-def open_packed(packed: torch.Tensor, name: str = "packed weight", *, check: bool = True) -> tuple[Codec, Header]:
+def open_packed(packed: Bytes, name: str = "packed weight", *, check: bool = True) -> tuple[Codec, Header]:
     """Return the codec and header of `packed`.
 
     Checksum and contents are checked, and that every rebuilt weight is finite, unless `check` is false. Raises
@@ -103,11 +103,11 @@ def open_packed(packed: torch.Tensor, name: str = "packed weight", *, check: boo
     if codec is None:
         raise InputError(f"{name}: unknown codec {header.codec!r}; this code knows {', '.join(sorted(_codecs()))}")
     if check:
-        contents = Contents(packed.cpu(), header, name)
+        contents = Contents(container.as_array(packed), header, name)
         container.verify(contents.packed, header, name)
-        if not codec.check(contents) <= torch.finfo(header.dtype).max:
+        if not codec.check(contents) <= header.largest:
             # The bound is a coarse one: the weights themselves decide.
-            finite = bool(codec.unpack(contents.packed, header).isfinite().all())
+            finite = bool(codec.unpack(torch.from_numpy(contents.packed), header).isfinite().all())
             contents.require(finite, f"a rebuilt weight is NaN or infinite in {header.dtype}, expected finite weights")
     return codec, header
 
@@ -124,7 +124,7 @@ def unpack_rows(packed: torch.Tensor, rows_m: torch.Tensor, name: str = "packed 
     return codec.rows(packed, header, rows_m)
 
 
-def format_bits(packed: torch.Tensor, name: str = "packed weight") -> FormatBits:
-    """Nominal, entropy and stored bits of a packed weight; raises `InputError` naming `name`."""
+def format_bits(packed: Bytes, name: str = "packed weight") -> FormatBits:
+    """Return nominal, entropy and stored bits of a packed weight; raises `InputError` naming `name`."""
     codec, header = open_packed(packed, name)
     return codec.bits(packed, header)

@@ -15,6 +15,9 @@ Layout, little-endian::
     28:    the sections' lengths, uint32 each, then the sections one after another
 
 The envelope knows nothing of what the sections mean; that is the codec's business.
+
+Packed bytes are a tensor on any device, or a numpy array: whatever only reads bytes takes both, so that bits can be
+counted without torch.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
-import torch
+import torch  # on first use, see `flows.cli.commands.import_late`
 
 from bivlm.errors import InputError
 
@@ -34,7 +38,10 @@ MAGIC = b"BVLM"
 FORMAT_VERSION = 1
 _HEADER = struct.Struct("<4sBBBB8sIII")
 _CHECKSUM_AT = 24
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The largest number of each dtype that a weight can be rebuilt in.
+_DTYPES = {"bfloat16": 3.3895313892515355e38, "float16": 65504.0, "float32": float(np.finfo(np.float32).max)}
+
+Bytes: TypeAlias = "np.ndarray | torch.Tensor"
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,19 @@ class Header:
 
     codec: str
     shape: tuple[int, int]
-    dtype: torch.dtype
+    dtype_name: str
     crc32: int
     sections: tuple[tuple[int, int], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the rebuilt weight."""
+        return getattr(torch, self.dtype_name)
+
+    @property
+    def largest(self) -> float:
+        """The largest number of that dtype."""
+        return _DTYPES[self.dtype_name]
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +74,7 @@ class Header:
 
 
 def envelope_nbytes(sections: int) -> int:
-    """Bytes of the header and the table of `sections` lengths."""
+    """Return the bytes of the header and the table of `sections` lengths."""
     return _HEADER.size + 4 * sections
 
 
@@ -72,42 +89,49 @@ def write(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequ
 def write_file(
     file: Path, codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]
 ) -> None:
-    """The bytes of `write`, straight into `file`: the sections are not held twice."""
+    """Write the bytes of `write` straight into `file`: the sections are not held twice."""
     with file.open("wb") as stream:
         for part in _parts(codec, shape, dtype, sections):
             stream.write(memoryview(part))
 
 
 def _parts(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The packed tensor in pieces: header, table of lengths, sections."""
-    if dtype not in _DTYPES:
+    """Return the packed tensor in pieces: header, table of lengths, sections."""
+    names = list(_DTYPES)
+    name = str(dtype).removeprefix("torch.")
+    if name not in names:
         raise InputError(f"a packed weight is rebuilt as bfloat16, float16 or float32, not {dtype}")
     lengths = [section.nbytes for section in sections]
     if max(lengths) >= 2**32:
         raise InputError(f"a section of a packed weight has {max(lengths)} bytes; the format holds less than 4 GiB")
     table = np.array(lengths, dtype="<u4").view(np.uint8)
     body = [table, *(np.ascontiguousarray(section, dtype=np.uint8).reshape(-1) for section in sections)]
-    fields = (MAGIC, FORMAT_VERSION, _DTYPES.index(dtype), len(sections), 0, codec.encode("ascii"), *shape)
+    fields = (MAGIC, FORMAT_VERSION, names.index(name), len(sections), 0, codec.encode("ascii"), *shape)
     checksum = zlib.crc32(_HEADER.pack(*fields, 0)[:_CHECKSUM_AT])
     for part in body:
         checksum = zlib.crc32(part, checksum)
     return [np.frombuffer(_HEADER.pack(*fields, checksum), dtype=np.uint8), *body]
 
 
-def section(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
-    """The bytes of a section, uint8, a view."""
+def as_array(packed: Bytes) -> np.ndarray:
+    """Return packed bytes as an array, without a copy where they lie on the CPU."""
+    return packed if isinstance(packed, np.ndarray) else packed.cpu().numpy()
+
+
+def section(packed: Bytes, header: Header, index: int) -> Bytes:
+    """Return the bytes of a section, uint8, a view."""
     begin, end = header.sections[index]
     return packed[begin:end]
 
 
-def fields(packed: torch.Tensor, header: Header, layout: struct.Struct) -> tuple[int, ...]:
+def fields(packed: Bytes, header: Header, layout: struct.Struct) -> tuple[int, ...]:
     """Read the first section, whose contents were checked, as `layout`."""
-    return layout.unpack(section(packed, header, 0).cpu().numpy().tobytes())
+    return layout.unpack(as_array(section(packed, header, 0)).tobytes())
 
 
 def rewrite(packed: torch.Tensor, header: Header, sections: Mapping[int, np.ndarray]) -> torch.Tensor:
-    """The packed tensor with other bytes, as many as before, in some `sections`; the checksum follows."""
-    kept = [section(packed, header, index).cpu().numpy() for index in range(len(header.sections))]
+    """Return the packed tensor with other bytes, as many as before, in some `sections`, and its new checksum."""
+    kept = [as_array(section(packed, header, index)) for index in range(len(header.sections))]
     for index, content in sections.items():
         if content.nbytes != kept[index].nbytes:
             raise ValueError(f"section {index} has {kept[index].nbytes} bytes, not {content.nbytes}")
@@ -115,18 +139,18 @@ def rewrite(packed: torch.Tensor, header: Header, sections: Mapping[int, np.ndar
     return write(header.codec, header.shape, header.dtype, kept)
 
 
-def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
+def read_header(packed: Bytes, name: str = "packed weight") -> Header:
     """Parse and check the header of `packed`, uint8 of shape (bytes,).
 
     Raises `InputError`, naming `name`, if the tensor is not a packed weight of a known version, has no weights, or has
     another length than its header says. The checksum is checked by `verify`, the contents by the codec.
     """
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < _HEADER.size:
+    if str(packed.dtype) not in ("uint8", "torch.uint8") or packed.ndim != 1 or len(packed) < _HEADER.size:
         raise InputError(
             f"{name}: expected a packed weight (1-D uint8, {_HEADER.size} bytes or more), "
             f"found {packed.dtype} of shape {tuple(packed.shape)}"
         )
-    head = bytes(packed[: _HEADER.size].cpu().numpy())
+    head = as_array(packed[: _HEADER.size]).tobytes()
     magic, version, dtype, count, reserved, codec, m, n, crc32 = _HEADER.unpack(head)
     if magic != MAGIC:
         raise InputError(f"{name}: not a packed weight (begins with {magic!r}, expected {MAGIC!r})")
@@ -135,30 +159,30 @@ def read_header(packed: torch.Tensor, name: str = "packed weight") -> Header:
             f"{name}: packed format version {version}, this code reads version {FORMAT_VERSION}; update bivlm"
         )
     begin = envelope_nbytes(count)
-    if dtype >= len(_DTYPES) or count == 0 or reserved or packed.numel() < begin:
+    if dtype >= len(_DTYPES) or count == 0 or reserved or len(packed) < begin:
         raise InputError(
-            f"{name}: damaged header (dtype code {dtype}, {count} sections, reserved byte {reserved}, {packed.numel()} "
+            f"{name}: damaged header (dtype code {dtype}, {count} sections, reserved byte {reserved}, {len(packed)} "
             f"bytes; expected a code below {len(_DTYPES)}, a section or more, 0, at least {begin} bytes)"
         )
     if m == 0 or n == 0:
         raise InputError(f"{name}: packed weight of shape {(m, n)}, expected one row and one column or more")
-    lengths = packed[_HEADER.size : begin].cpu().numpy().view("<u4")
+    lengths = as_array(packed[_HEADER.size : begin]).view("<u4")
     ends = begin + np.cumsum(lengths, dtype=np.int64)
-    if int(ends[-1]) != packed.numel():
-        raise InputError(f"{name}: {packed.numel()} bytes, its header says {int(ends[-1])}: truncated or damaged")
+    if int(ends[-1]) != len(packed):
+        raise InputError(f"{name}: {len(packed)} bytes, its header says {int(ends[-1])}: truncated or damaged")
     begins = [begin, *ends[:-1].tolist()]
     return Header(
         codec=codec.rstrip(b"\0").decode("ascii", errors="backslashreplace"),
         shape=(m, n),
-        dtype=_DTYPES[dtype],
+        dtype_name=list(_DTYPES)[dtype],
         crc32=crc32,
         sections=tuple(zip(begins, ends.tolist(), strict=True)),
     )
 
 
-def verify(packed: torch.Tensor, header: Header, name: str = "packed weight") -> None:
+def verify(packed: Bytes, header: Header, name: str = "packed weight") -> None:
     """Raise `InputError`, naming `name`, if the contents of `packed` do not have the checksum of its header."""
-    content = packed.cpu().numpy()
+    content = as_array(packed)
     found = zlib.crc32(content[_HEADER.size :], zlib.crc32(content[:_CHECKSUM_AT]))
     if found != header.crc32:
         raise InputError(f"{name}: checksum {found:08x}, its header says {header.crc32:08x}: the tensor is damaged")

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from bivlm.errors import InputError
 from bivlm.packing.container import Header
 
 _HALF_MAGNITUDE, _HALF_INFINITY = 0x7FFF, 0x7C00  # bit patterns; those of magnitudes are in the order of the values
-_LARGEST = float(torch.finfo(torch.float32).max)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,12 @@ class Contents:
     """A packed weight whose contents are to be checked.
 
     Attributes:
-        packed: uint8 (bytes,), on the CPU.
+        packed: uint8 (bytes,).
         header: of `packed`; its lengths add up.
         name: of the tensor, for messages.
     """
 
-    packed: torch.Tensor
+    packed: np.ndarray
     header: Header
     name: str
 
@@ -48,7 +47,7 @@ class Contents:
     def section(self, index: int) -> np.ndarray:
         """Return the bytes of a section, uint8, a view."""
         begin, end = self.header.sections[index]
-        return self.packed.numpy()[begin:end]
+        return self.packed[begin:end]
 
     def parameters(self, layout: struct.Struct, *, more: bool = False) -> tuple[int, ...]:
         """Read the first section as `layout`; with `more`, other bytes may follow.

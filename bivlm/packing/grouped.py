@@ -20,25 +20,28 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.numerics.uniform_grid import GroupedCodes, group_width, range_exponent, round_to_nearest
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,
     count_symbols,
     pack_symbols,
+    planes_of,
     radix,
     symbols_at,
     unpack_values,
 )
+
+if TYPE_CHECKING:
+    from bivlm.numerics.uniform_grid import GroupedCodes
 
 NAME = "grouped"
 CodeBits = Literal[2, 3, 4, 8]
@@ -60,7 +63,9 @@ class _Parameters:
 
 
 def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, channel_scales: bool = False) -> int:
-    """Bytes that `pack` would store for a layer of this shape, without packing it."""
+    """Return the bytes that `pack` would store for a layer of this shape, without packing it."""
+    from bivlm.numerics.uniform_grid import group_width  # needs torch
+
     rows, columns = shape
     numbers = rows * -(-columns // group_width(columns, group_size))
     halves = numbers + (columns if channel_scales else 0)
@@ -70,7 +75,7 @@ def packed_nbytes(shape: tuple[int, int], bits: int, group_size: int, channel_sc
 
 
 def pack(coded: GroupedCodes, dtype: torch.dtype, channel_scales_N: torch.Tensor | None = None) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+    """Return the packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
 
     `channel_scales_N`, float32 as `stored_channel_scales` gives them, multiply the rebuilt columns.
     """
@@ -89,6 +94,8 @@ def pack_rows(
     ``pieces()`` gives all rows of a weight of this shape, one piece after another; it is called twice. Beside a piece
     no more is held than the packed bytes.
     """
+    from bivlm.numerics.uniform_grid import group_width, range_exponent, round_to_nearest
+
     lowest, highest = torch.stack([torch.stack(piece.aminmax()).float() for piece in pieces()]).unbind(1)
     exponent = range_exponent(float(lowest.min()), float(highest.max()), bits)
     width = group_width(shape[1], group_size)
@@ -106,7 +113,7 @@ def pack_rows(
 
 
 def stored_channel_scales(channel_scales_N: torch.Tensor) -> torch.Tensor:
-    """Positive channel scales, float32 (N,), as they will be stored: rounded to float16 times one power of two."""
+    """Return positive channel scales, float32 (N,), as stored: rounded to float16 times one power of two."""
     numbers = channel_scales_N.cpu().numpy()
     exponent = exponent_of(float(np.max(numbers)))
     return from_halves(torch.from_numpy(to_halves(numbers, exponent)), exponent).to(channel_scales_N.device)
@@ -138,7 +145,7 @@ class GroupedCodec(Codec):
             }
         )
         packed, header = contents.packed, contents.header
-        zeros = _planes_of(section(packed, header, 2), stored.bits, 1, numbers)
+        zeros = planes_of(contents.section(2), 1 << stored.bits, 1, numbers)
         check_symbols(contents, zeros, 1 << stored.bits, numbers, "zero points")
         check_symbols(contents, _planes(packed, header, stored), 1 << stored.bits, columns, "codes")
         largest = ((1 << stored.bits) - 1) * contents.largest_half(contents.section(1), "scales", stored.exponent)
@@ -173,7 +180,7 @@ class GroupedCodec(Codec):
         halves = section(packed, header, 1).view(header.shape[0], -1)[rows_m]
         scales_mG = from_halves(halves.view(-1), stored.exponent).view(-1, groups)
         places = rows_m.unsqueeze(1) * groups + torch.arange(groups, device=packed.device)
-        planes = _planes_of(section(packed, header, 2), stored.bits, 1, header.shape[0] * groups)
+        planes = planes_of(section(packed, header, 2), 1 << stored.bits, 1, header.shape[0] * groups)
         zeros = symbols_at(planes, 1 << stored.bits, header.shape[0] * groups, places.view(-1))
         zeros_mG = zeros.view(-1, groups).to(torch.float32)
         table = torch.arange(1 << stored.bits, dtype=torch.float32, device=packed.device)
@@ -185,7 +192,7 @@ class GroupedCodec(Codec):
         return weight_mN.to(header.dtype)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``scales`` (M, G) and, if there are any, ``channel_scales`` (N,); zero points are integers."""
+        """Return ``scales`` (M, G) and, if there are any, ``channel_scales`` (N,); zero points are integers."""
         stored = _read_parameters(packed, header)
         scales_MG, channels_N = _scales(packed, header, stored)
         parameters = {"scales": scales_MG}
@@ -213,16 +220,17 @@ class GroupedCodec(Codec):
             sections[4] = to_halves(numbers["channel_scales"], stored.channel_exponent)
         return container.rewrite(packed, header, sections)
 
-    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+    def bits(self, packed: Bytes, header: Header) -> FormatBits:
         """Nominal: b bits a weight, as the papers count. Entropy: that of the codes, all else as it is stored."""
         stored = _read_parameters(packed, header)
+        packed = as_array(packed)
         counts = count_symbols(_planes(packed, header, stored), 1 << stored.bits, header.shape[1])
         size, used = header.shape[0] * header.shape[1], counts[counts > 0]
         begin, end = header.sections[3]
         return FormatBits(
             nominal=stored.bits * size,
-            entropy=float(used @ np.log2(size / used)) + 8 * (packed.numel() - (end - begin)),
-            stored=8 * packed.numel(),
+            entropy=float(used @ np.log2(size / used)) + 8 * (len(packed) - (end - begin)),
+            stored=8 * len(packed),
         )
 
 
@@ -251,7 +259,7 @@ def _sections(
     grids: tuple[int, int, int],
     channel_scales_N: torch.Tensor | None,
 ) -> list[np.ndarray]:
-    """All sections; `grids` are bits, columns of a group and exponent."""
+    """Return all sections; `grids` are bits, columns of a group and exponent."""
     bits, width, exponent = grids
     channels = np.empty(0, np.float32) if channel_scales_N is None else channel_scales_N.cpu().numpy()
     channel_exponent = exponent_of(float(np.max(channels, initial=0.0)))
@@ -277,29 +285,23 @@ def _by_groups(chunk: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slic
     return views
 
 
-def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
+def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
     return _Parameters(*container.fields(packed, header, _PARAMETERS))
 
 
 def _scales(packed: torch.Tensor, header: Header, stored: _Parameters) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales (M, G) and channel scales (N,) or None, float32."""
+    """Return scales (M, G) and channel scales (N,) or None, float32."""
     scales = from_halves(section(packed, header, 1), stored.exponent).view(header.shape[0], -1)
     return scales, from_halves(section(packed, header, 4), stored.channel_exponent) if stored.channels else None
 
 
 def _zeros(packed: torch.Tensor, header: Header, stored: _Parameters) -> torch.Tensor:
-    """Zero points (M, G), float32."""
+    """Return zero points (M, G), float32."""
     rows, columns = header.shape
     count = rows * -(-columns // stored.width)
     table = torch.arange(1 << stored.bits, dtype=torch.float32, device=packed.device)
-    return unpack_values(_planes_of(section(packed, header, 2), stored.bits, 1, count), table, count).view(rows, -1)
+    return unpack_values(planes_of(section(packed, header, 2), 1 << stored.bits, 1, count), table, count).view(rows, -1)
 
 
-def _planes(packed: torch.Tensor, header: Header, stored: _Parameters) -> list[torch.Tensor]:
-    return _planes_of(section(packed, header, 3), stored.bits, *header.shape)
-
-
-def _planes_of(content: torch.Tensor, bits: int, rows: int, columns: int) -> list[torch.Tensor]:
-    """The planes (rows, row bytes) of a packed matrix of symbols."""
-    sizes = radix(1 << bits).plane_row_bytes(columns)
-    return [part.view(rows, -1) for part in content.split([rows * size for size in sizes])]
+def _planes(packed: Bytes, header: Header, stored: _Parameters) -> list[Bytes]:
+    return planes_of(section(packed, header, 3), 1 << stored.bits, *header.shape)

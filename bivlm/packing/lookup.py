@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 
-class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(context, table_S: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
-        context.save_for_backward(symbols)
-        context.entries = len(table_S)
-        return table_S[symbols.to(torch.int32)]
+@cache
+def _function() -> type[torch.autograd.Function]:
+    """Return the class, made on first use: to make it takes torch, which this package is imported without."""
 
-    @staticmethod
-    def backward(context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (symbols,) = context.saved_tensors
-        counts = torch.bincount(symbols.reshape(-1), weights=gradient.reshape(-1).double(), minlength=context.entries)
-        return counts.to(gradient.dtype), None
+    class Lookup(torch.autograd.Function):
+        @staticmethod
+        def forward(context, table_S: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
+            context.save_for_backward(symbols)
+            context.entries = len(table_S)
+            return table_S[symbols.to(torch.int32)]
+
+        @staticmethod
+        def backward(context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            (symbols,) = context.saved_tensors
+            weights = gradient.reshape(-1).double()
+            counts = torch.bincount(symbols.reshape(-1), weights=weights, minlength=context.entries)
+            return counts.to(gradient.dtype), None
+
+    return Lookup
 
 
 def lookup(table_S: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
-    """``table[symbols]`` for uint8 `symbols` of any shape, differentiable in the table.
+    """Return ``table[symbols]`` for uint8 `symbols` of any shape, differentiable in the table.
 
     torch's own gradient adds the entries up one by one.
     """
-    return _Lookup.apply(table_S, symbols)
+    return _function().apply(table_S, symbols)

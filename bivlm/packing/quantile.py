@@ -27,9 +27,8 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.numerics.weight_statistics import magnitude_patterns
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.lookup import lookup
 from bivlm.packing.radix import (
@@ -37,6 +36,7 @@ from bivlm.packing.radix import (
     check_symbols,
     count_symbols,
     pack_symbols,
+    planes_of,
     radix,
     symbols_at,
     unpack_values,
@@ -65,8 +65,8 @@ class _Parameters:
     mode: int
     rice: int
     salient: int
-    group_scales_K: torch.Tensor  # float32, exact
-    centres_L: torch.Tensor  # float32, exact
+    group_scales_K: np.ndarray  # float32, exact
+    centres_L: np.ndarray  # float32, exact
     exponent: int
 
     @property
@@ -75,7 +75,7 @@ class _Parameters:
 
 
 def packed_nbytes(shape: tuple[int, int], groups: int, salient_bits: int, positions_S: np.ndarray) -> int:
-    """Bytes that `pack` would store for a layer with salient weights at `positions_S`, without packing it."""
+    """Return the bytes that `pack` would store for a layer with salient weights at `positions_S`."""
     salient = len(positions_S)
     numbers = groups + ((1 << salient_bits) + shape[0] if salient else 0)
     head = container.envelope_nbytes(_SECTIONS) + _PARAMETERS.size + 2 * numbers
@@ -94,7 +94,7 @@ def pack(
     centres_L: np.ndarray,
     row_scales_M: np.ndarray,
 ) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,).
+    """Return the packed weight, uint8 (bytes,).
 
     ``symbols(begin, end)`` gives ``2 * group + (w < 0)`` of every weight in these rows, uint8; what it says of salient
     weights does not matter. See `by_magnitude`.
@@ -163,7 +163,7 @@ class QuantileCodec(Codec):
 
     def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         parameters = _read_parameters(packed, header)
-        values = parameters.group_scales_K.repeat_interleave(2)
+        values = torch.from_numpy(parameters.group_scales_K).repeat_interleave(2)
         values[1::2] *= -1
         table = torch.zeros(parameters.alphabet)
         table[: len(values)] = torch.ldexp(values, torch.tensor(parameters.exponent))
@@ -173,21 +173,22 @@ class QuantileCodec(Codec):
         if parameters.salient:
             positions, levels = _salient(packed, header, parameters)
             row_scales = from_halves(section(packed, header, 1), parameters.exponent)
-            centres = parameters.centres_L.to(packed.device)
+            centres = torch.from_numpy(parameters.centres_L).to(packed.device)
             rebuilt = row_scales[positions // header.shape[1]] * centres[levels]
             weight_MN.view(-1)[positions] = rebuilt.to(header.dtype)
         return weight_MN
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``group_scales`` (K,) and, if S > 0, ``row_scales`` (M,) and ``centres`` (2^N_b,)."""
+        """Return parameters ``group_scales`` (K,) and, if S > 0, ``row_scales`` (M,) and ``centres`` (2^N_b,)."""
         stored = _read_parameters(packed, header)
-        parameters = {"group_scales": torch.ldexp(stored.group_scales_K, torch.tensor(stored.exponent))}
+        group_scales = torch.from_numpy(stored.group_scales_K)
+        parameters = {"group_scales": torch.ldexp(group_scales, torch.tensor(stored.exponent))}
         table = torch.arange(stored.alphabet, dtype=torch.uint8, device=packed.device)
         symbols = unpack_values(_planes(packed, header, stored.alphabet), table, header.shape[1]).view(-1)
         if stored.salient:
             parameters |= {
                 "row_scales": from_halves(section(packed, header, 1), stored.exponent),
-                "centres": stored.centres_L,
+                "centres": torch.from_numpy(stored.centres_L),
             }
             positions, levels = _salient(packed, header, stored)
             symbols[positions] = 0  # any that the table has: what is looked up there is replaced
@@ -214,7 +215,8 @@ class QuantileCodec(Codec):
         rows = to_halves(numbers["row_scales"], stored.exponent)
         return container.rewrite(packed, header, {0: np.concatenate(first), 1: rows})
 
-    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+    def bits(self, packed: Bytes, header: Header) -> FormatBits:
+        packed = as_array(packed)
         parameters = _read_parameters(packed, header)
         m, n = header.shape
         size, salient = m * n, parameters.salient
@@ -222,7 +224,7 @@ class QuantileCodec(Codec):
         counts = count_symbols(_planes(packed, header, parameters.alphabet), parameters.alphabet, n)[:symbols]
         if salient and parameters.mode == _SPARSE:
             _, levels = _salient(packed, header, parameters)
-            counts = counts - np.bincount((levels % symbols).cpu().numpy(), minlength=symbols)
+            counts = counts - np.bincount(levels % symbols, minlength=symbols)
         group_counts = counts.reshape(-1, 2).sum(-1).tolist()
         shares = [count / size for count in [*group_counts, salient] if count]
         index = -sum(share * math.log2(share) for share in shares) * size
@@ -233,14 +235,14 @@ class QuantileCodec(Codec):
             + (size - salient)
             + parameters.salient_bits * salient
             + (scales if salient else scales - 16 * m),
-            stored=8 * packed.numel(),
+            stored=8 * len(packed),
         )
 
 
 def _body_nbytes(
     shape: tuple[int, int], groups: int, salient_bits: int, positions_S: np.ndarray
 ) -> tuple[int, int, int]:
-    """The smaller mode, the bytes of its symbols and sparse streams, and the Rice parameter."""
+    """Return the smaller mode, the bytes of its symbols and sparse streams, and the Rice parameter."""
     rice, streams = rice_cost(positions_S)
     extra = -(-len(positions_S) * _extra_bits(groups, salient_bits) // 8)
     sparse = radix(2 * groups).nbytes(*shape) + streams + extra
@@ -249,15 +251,16 @@ def _body_nbytes(
 
 
 def _extra_bits(groups: int, salient_bits: int) -> int:
-    """Bits of a level that its symbol cannot hold."""
+    """Return the bits of a level that its symbol cannot hold."""
     return (-(-(1 << salient_bits) // (2 * groups)) - 1).bit_length()
 
 
 def by_magnitude(weight_MN: torch.Tensor, boundaries_K: list[int]) -> Callable[[int, int], torch.Tensor]:
-    """Symbols for `pack`, groups by magnitude: group k holds the bit patterns above boundary k-1 and up to boundary k.
+    """Return symbols for `pack`: group k holds the magnitudes' bit patterns above boundary k-1 and up to boundary k.
 
     What lies above the last boundary is in the top group.
     """
+    from bivlm.numerics.weight_statistics import magnitude_patterns  # needs torch
 
     def symbols(begin: int, end: int) -> torch.Tensor:
         rows = weight_MN[begin:end].contiguous()
@@ -272,7 +275,7 @@ def by_magnitude(weight_MN: torch.Tensor, boundaries_K: list[int]) -> Callable[[
 
 
 def ready(symbols_MN: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    """Symbols for `pack` that are there already, uint8 (M, N)."""
+    """Return symbols for `pack` that are there already, uint8 (M, N)."""
     return lambda begin, end: symbols_MN[begin:end].clone()
 
 
@@ -283,7 +286,7 @@ def _pack_all_symbols(
     positions_S: np.ndarray,
     marked_S: np.ndarray,
 ) -> np.ndarray:
-    """All planes, one after another, made a few rows at a time so that temporaries stay small."""
+    """Return all planes, one after another, made a few rows at a time so that temporaries stay small."""
     rows, columns = shape
     code = radix(alphabet)
     planes = [np.empty((rows, nbytes), np.uint8) for nbytes in code.plane_row_bytes(columns)]
@@ -299,24 +302,22 @@ def _pack_all_symbols(
     return np.concatenate([plane.reshape(-1) for plane in planes])
 
 
-def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
-    head = section(packed, header, 0).cpu().numpy()
+def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
+    head = as_array(section(packed, header, 0))
     groups, salient_bits, mode, rice, exponent, salient = _PARAMETERS.unpack_from(head.tobytes())
-    numbers = torch.from_numpy(head[_PARAMETERS.size :].view("<f2").astype(np.float32))
+    numbers = head[_PARAMETERS.size :].view("<f2").astype(np.float32)
     return _Parameters(groups, salient_bits, mode, rice, salient, numbers[:groups], numbers[groups:], exponent)
 
 
-def _planes(packed: torch.Tensor, header: Header, alphabet: int) -> list[torch.Tensor]:
-    begin = header.sections[2][0]
-    planes = []
-    for row_bytes in radix(alphabet).plane_row_bytes(header.shape[1]):
-        planes.append(packed[begin : begin + header.shape[0] * row_bytes].view(header.shape[0], row_bytes))
-        begin += header.shape[0] * row_bytes
-    return planes
+def _planes(packed: Bytes, header: Header, alphabet: int) -> list[Bytes]:
+    return planes_of(section(packed, header, 2), alphabet, *header.shape)
 
 
-def _salient(packed: torch.Tensor, header: Header, parameters: _Parameters) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions and levels of the salient weights, int64 (S,) each."""
+def _salient(packed: Bytes, header: Header, parameters: _Parameters) -> tuple[Bytes, Bytes]:
+    """Return flat positions and levels of the salient weights, int64 (S,) each.
+
+    Those of an array in sparse mode are arrays; alphabet mode takes a tensor.
+    """
     if parameters.mode == _ALPHABET:
         table = torch.arange(parameters.alphabet, dtype=torch.int16, device=packed.device)
         symbols = unpack_values(_planes(packed, header, parameters.alphabet), table, header.shape[1]).view(-1)
@@ -327,10 +328,8 @@ def _salient(packed: torch.Tensor, header: Header, parameters: _Parameters) -> t
     return positions, _sparse_levels(packed, header, parameters.groups, parameters.salient_bits, positions)
 
 
-def _sparse_levels(
-    packed: torch.Tensor, header: Header, groups: int, salient_bits: int, positions: torch.Tensor
-) -> torch.Tensor:
-    """Levels, int64 (S,), of the salient weights at these positions in sparse mode."""
+def _sparse_levels(packed: Bytes, header: Header, groups: int, salient_bits: int, positions: Bytes) -> Bytes:
+    """Return levels, int64 (S,), of the salient weights at these positions in sparse mode."""
     low = symbols_at(_planes(packed, header, 2 * groups), 2 * groups, header.shape[1], positions)
     high = unpack_small(section(packed, header, 5), len(positions), _extra_bits(groups, salient_bits))
     return low + 2 * groups * high

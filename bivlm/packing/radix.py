@@ -7,13 +7,14 @@ any row. Rebuilding is one table look-up a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
 
+from bivlm.packing.container import Bytes
 from bivlm.packing.contents import Contents
 
 _LARGEST_TABLE = 1 << 16
@@ -34,21 +35,21 @@ class Radix:
         return (8,) * (self.bits // 8) + tuple(width for width in (4, 2, 1) if self.bits & width)
 
     def row_words(self, columns: int) -> int:
-        """Words in a row of `columns` symbols."""
+        """Return words in a row of `columns` symbols."""
         return -(-columns // self.per_word)
 
     def plane_row_bytes(self, columns: int) -> tuple[int, ...]:
-        """Bytes of one row in each plane."""
+        """Return the bytes of one row in each plane."""
         return tuple(-(-self.row_words(columns) * width // 8) for width in self.planes)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes of a packed (rows, columns) matrix of symbols."""
+        """Return the bytes of a packed (rows, columns) matrix of symbols."""
         return rows * sum(self.plane_row_bytes(columns))
 
 
 @cache
 def radix(symbols: int) -> Radix:
-    """The densest grouping whose table of words has at most 65,536 rows; whole bytes and short words break ties."""
+    """Return the densest grouping with at most 65,536 words; whole bytes and short words break ties."""
     choices = []
     per_word = 1
     while symbols**per_word <= _LARGEST_TABLE:
@@ -57,6 +58,15 @@ def radix(symbols: int) -> Radix:
         per_word += 1
     _, _, per_word, bits = min(choices)
     return Radix(symbols, per_word, bits)
+
+
+def planes_of(content: Bytes, alphabet: int, rows: int, columns: int) -> list[Bytes]:
+    """Return the planes (rows, row bytes), views of the bytes of a packed matrix of symbols."""
+    planes, begin = [], 0
+    for row_bytes in radix(alphabet).plane_row_bytes(columns):
+        planes.append(content[begin : begin + rows * row_bytes].reshape(rows, row_bytes))
+        begin += rows * row_bytes
+    return planes
 
 
 def pack_symbols(symbols_MN: torch.Tensor, alphabet: int) -> list[np.ndarray]:
@@ -87,38 +97,54 @@ def unpack_values(planes: list[torch.Tensor], table_SV: torch.Tensor, columns: i
     return out if out.shape[1] == columns else out[:, :columns].contiguous()
 
 
-def symbols_at(planes: list[torch.Tensor], alphabet: int, columns: int, positions_S: torch.Tensor) -> torch.Tensor:
-    """Symbols, int64 (S,), at flat row-major `positions_S` of a packed (M, columns) matrix, without unpacking it."""
+def symbols_at(planes: Sequence[Bytes], alphabet: int, columns: int, positions_S: Bytes) -> Bytes:
+    """Return the symbols, int64 (S,), at flat row-major `positions_S` of a packed (M, columns) matrix.
+
+    Planes and positions are all tensors or all arrays, and so are the symbols.
+    """
     code = radix(alphabet)
-    return torch.cat([_symbols_at(planes, code, columns, chunk) for chunk in positions_S.split(CHUNK_SYMBOLS >> 2)])
+    step = CHUNK_SYMBOLS >> 2
+    chunks = [
+        _symbols_at(planes, code, columns, positions_S[begin : begin + step])
+        for begin in range(0, max(1, len(positions_S)), step)
+    ]
+    return np.concatenate(chunks) if isinstance(positions_S, np.ndarray) else torch.cat(chunks)
 
 
-def _symbols_at(planes: list[torch.Tensor], code: Radix, columns: int, positions: torch.Tensor) -> torch.Tensor:
+def _symbols_at(planes: Sequence[Bytes], code: Radix, columns: int, positions: Bytes) -> Bytes:
     rows, column = positions // columns, positions % columns
     word_index = column // code.per_word
-    words, shift = torch.zeros_like(positions), 0
+    words, shift = 0, 0
     for plane, width in zip(planes, code.planes, strict=True):
         bit = word_index * width
-        part = (plane[rows, bit // 8].to(torch.int64) >> (bit % 8)) & ((1 << width) - 1)
-        words += part << shift
+        words = words + (((plane[rows, bit // 8] >> (bit % 8)) & ((1 << width) - 1)) << shift)
         shift += width
-    return words // torch.tensor(code.symbols, device=words.device) ** (column % code.per_word) % code.symbols
+    return words // code.symbols ** (column % code.per_word) % code.symbols
 
 
-def count_symbols(planes: list[torch.Tensor], alphabet: int, columns: int) -> np.ndarray:
-    """How often each symbol occurs in a packed (M, columns) matrix, int64 (alphabet,)."""
-    table = torch.arange(alphabet, dtype=torch.int16, device=planes[0].device)
-    counts = np.zeros(alphabet, np.int64)
-    step = max(1, CHUNK_SYMBOLS // columns)
-    for begin in range(0, planes[0].shape[0], step):
-        symbols = unpack_values([plane[begin : begin + step] for plane in planes], table, columns)
-        counts += np.bincount(symbols.view(-1).cpu().numpy(), minlength=alphabet)
+def read_symbols(planes: Sequence[np.ndarray], alphabet: int, columns: int) -> np.ndarray:
+    """Return all symbols of a packed (M, columns) matrix, without torch: uint8 (M, columns)."""
+    code = radix(alphabet)
+    symbols = _symbols_of_words(code.symbols, code.per_word, code.bits)
+    return symbols[_read_words(planes, code, code.row_words(columns))].reshape(len(planes[0]), -1)[:, :columns]
+
+
+def count_symbols(planes: Sequence[np.ndarray], alphabet: int, columns: int) -> np.ndarray:
+    """Return how often each symbol occurs in a packed (M, columns) matrix, int64 (alphabet,)."""
+    code = radix(alphabet)
+    words = code.row_words(columns)
+    of_words = np.zeros(1 << code.bits, np.int64)
+    for chunk in _word_chunks(planes, code, words):
+        of_words += np.bincount(chunk.reshape(-1), minlength=len(of_words))
+    symbols = _symbols_of_words(code.symbols, code.per_word, code.bits)
+    counts = sum(np.bincount(place, of_words, minlength=alphabet) for place in symbols.T).astype(np.int64)
+    counts[0] -= len(planes[0]) * (words * code.per_word - columns)  # zeros behind the end of a row
     return counts
 
 
 def check_symbols(
     contents: Contents,
-    planes: list[torch.Tensor],
+    planes: Sequence[np.ndarray],
     alphabet: int,
     columns: int,
     what: str,
@@ -131,11 +157,11 @@ def check_symbols(
     """
     code = radix(alphabet)
     words = code.row_words(columns)
-    last, shift = torch.zeros(len(planes[0]), dtype=torch.int32), 0
+    last, shift = np.zeros(len(planes[0]), np.int32), 0
     for plane, width in zip(planes, code.planes, strict=True):
         used = (words - 1) * width % 8
         # The last word of a row, and with it all that stands behind it in its byte.
-        ends = plane[:, -1].to(torch.int32) >> used
+        ends = plane[:, -1].astype(np.int32) >> used
         contents.require(int(ends.max()) < 1 << width, f"{what}: bits behind the end of a row are set, expected zeros")
         last += ends << shift
         shift += width
@@ -149,26 +175,38 @@ def check_symbols(
         return found
     counts = None
     if first is not None:
-        counts = (_word_symbols(code.symbols, code.per_word, code.bits) >= first).sum(-1, dtype=torch.uint8)
+        counts = (_symbols_of_words(code.symbols, code.per_word, code.bits) >= first).sum(-1, dtype=np.uint8)
     for chunk in _word_chunks(planes, code, words):
         largest = int(chunk.max())
         contents.require(
             largest < limit, f"{what}: word {largest}, expected one of {code.per_word} symbols below {alphabet}"
         )
         if counts is not None:
-            found += int(counts[chunk.to(torch.int32)].sum(dtype=torch.int64))
+            found += int(counts[chunk].sum(dtype=np.int64))
     return found
 
 
-def _word_chunks(planes: list[torch.Tensor], code: Radix, words: int) -> Iterator[torch.Tensor]:
-    """Words (rows, words) of a few rows at a time."""
+def _word_chunks(planes: Sequence[np.ndarray], code: Radix, words: int) -> Iterator[np.ndarray]:
+    """Yield words (rows, words) of a few rows at a time."""
     step = max(1, CHUNK_SYMBOLS // (words * code.per_word))
-    for begin in range(0, planes[0].shape[0], step):
-        yield _join_planes([plane[begin : begin + step] for plane in planes], code, words)
+    for begin in range(0, len(planes[0]), step):
+        yield _read_words([plane[begin : begin + step] for plane in planes], code, words)
+
+
+def _read_words(planes: Sequence[np.ndarray], code: Radix, count: int) -> np.ndarray:
+    """Return words (rows, count) from their planes, without torch."""
+    if code.planes == (8,):
+        return planes[0]
+    words, shift = np.zeros((len(planes[0]), count), np.int32), 0
+    for plane, width in zip(planes, code.planes, strict=True):
+        parts = (plane[..., None] >> np.arange(0, 8, width, dtype=np.uint8)) & ((1 << width) - 1)
+        words |= parts.reshape(len(plane), -1)[:, :count].astype(np.int32) << shift
+        shift += width
+    return words
 
 
 def _words(symbols: torch.Tensor, code: Radix) -> torch.Tensor:
-    """Words (rows, words) from symbols (rows, words, per_word): symbol i has place value ``alphabet^i``."""
+    """Return words (rows, words) from symbols (rows, words, per_word): symbol i has place value ``alphabet^i``."""
     if code.symbols == 2 and code.per_word == 8:
         # Multiplying moves the lowest bit of byte i to bit 56 + i; nothing else reaches the top byte.
         gathered = symbols.view(torch.int64).squeeze(-1) * 0x0102040810204080
@@ -216,7 +254,7 @@ def _unpack_small(packed: torch.Tensor, width: int, count: int) -> torch.Tensor:
 
 
 def _join_planes(planes: list[torch.Tensor], code: Radix, count: int) -> torch.Tensor:
-    """Words (rows, count) from their planes; uint8 where the word is one byte, int32 otherwise."""
+    """Return words (rows, count) from their planes; uint8 where the word is one byte, int32 otherwise."""
     if code.planes == (8,):
         return planes[0]
     words, shift = None, 0
@@ -228,14 +266,20 @@ def _join_planes(planes: list[torch.Tensor], code: Radix, count: int) -> torch.T
 
 
 @cache
+def _symbols_of_words(symbols: int, per_word: int, bits: int) -> np.ndarray:
+    """Return the symbols, uint8 (2^bits, per_word), of every word; modulo the alphabet where no symbols make a word."""
+    words = np.arange(1 << bits)[:, None]
+    return (words // symbols ** np.arange(per_word) % symbols).astype(np.uint8)
+
+
+@cache
 def _word_symbols(symbols: int, per_word: int, bits: int) -> torch.Tensor:
-    """Symbols (2^bits, per_word) of every word; a word that no symbols make reads as symbols modulo the alphabet."""
-    words = torch.arange(1 << bits).unsqueeze(-1)
-    return (words // (symbols ** torch.arange(per_word))) % symbols
+    """Return the symbols of every word as a tensor that can be an index."""
+    return torch.from_numpy(_symbols_of_words(symbols, per_word, bits)).long()
 
 
 def _gather_rows(table: torch.Tensor, words: torch.Tensor, out: torch.Tensor) -> None:
-    """``out[i] = table[words[i]]`` for rows of a few values."""
+    """Write ``out[i] = table[words[i]]`` for rows of a few values."""
     row_bytes = table.shape[1] * table.element_size()
     whole = {2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}.get(row_bytes)
     if words.device.type != "cpu" or whole is None:

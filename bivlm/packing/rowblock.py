@@ -30,7 +30,7 @@ import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.rowtables import (
     base_of,
@@ -41,7 +41,9 @@ from bivlm.packing.rowtables import (
     look_up,
     pack_columns,
     pack_two_bits,
+    read_columns,
     read_rows,
+    read_two_bits,
     row_chunks,
     two_bit_nbytes,
     unpack_columns,
@@ -75,7 +77,7 @@ def pack(
     exponent: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+    """Return the packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
 
     `symbols_MN` are uint8 below 4, `salient_N` bool; `numbers` are "scales" (M, blocks, 4) and either "means"
     (M, blocks, 3) or "factors" (2, N). Scales and means are in units of 2^exponent.
@@ -94,7 +96,7 @@ def pack(
 def rebuild(
     symbols_MN: torch.Tensor, salient_N: torch.Tensor, numbers: dict[str, torch.Tensor], block: int
 ) -> torch.Tensor:
-    """The weight (M, N) that symbols and numbers stand for, see the head of the module; differentiable in the latter.
+    """Return the weight (M, N), see the head of the module; differentiable in the numbers.
 
     M may be any run of rows of the weight, if the numbers are those of its rows.
     """
@@ -149,7 +151,7 @@ class RowBlockCodec(Codec):
         return weight_MN
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``scales`` (M, blocks, 4) and either ``means`` (M, blocks, 3) or ``factors`` (2, N)."""
+        """Return parameters ``scales`` (M, blocks, 4) and either ``means`` (M, blocks, 3) or ``factors`` (2, N)."""
         stored = _read_parameters(packed, header)
         salient_N = unpack_columns(packed, header, 1)
         symbols_MN = unpack_two_bits(packed, header, 3, header.shape[1])
@@ -161,25 +163,25 @@ class RowBlockCodec(Codec):
         exponent = _read_parameters(packed, header).exponent
         return container.rewrite(packed, header, {2: _row_bytes(parameters, exponent), 4: _column_bytes(parameters)})
 
-    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+    def bits(self, packed: Bytes, header: Header) -> FormatBits:
         """Nominal is BiLLM's and ARB-LLM's count: a sign for every weight and a second one for the salient.
 
         It leaves out the group of a weight, the bitmap of the columns and all scales.
         """
-        stored = _read_parameters(packed, header)
+        packed, stored = as_array(packed), _read_parameters(packed, header)
         m, n = header.shape
-        salient_N = unpack_columns(packed, header, 1)
+        salient_N = read_columns(packed, header, 1)
         salient = int(salient_N.sum())
-        counts = torch.zeros(8, dtype=torch.int64, device=packed.device)
+        counts = np.zeros(8, np.int64)
         for rows in row_chunks(header.shape):
-            kinds = unpack_two_bits(packed, header, 3, n, rows) + 4 * salient_N.to(torch.uint8)
-            counts += torch.bincount(kinds.view(-1), minlength=8)
-        ordinary, twice = counts.cpu().numpy().reshape(2, 4)
+            kinds = read_two_bits(packed, header, 3, n, rows) + 4 * salient_N.astype(np.uint8)
+            counts += np.bincount(kinds.reshape(-1), minlength=8)
+        ordinary, twice = counts.reshape(2, 4)
         numbers = m * blocks_of(n, stored.block) * (SCALES + stored.means) + (0 if stored.means else FACTORS * n)
         return FormatBits(
             nominal=float(m * n + m * salient),
             entropy=entropy(ordinary) + entropy(twice) + entropy([salient, n - salient]) + 16 * numbers,
-            stored=8 * packed.numel(),
+            stored=8 * len(packed),
         )
 
 
@@ -190,7 +192,7 @@ def _look_up(levels: list[torch.Tensor], base_N: torch.Tensor, symbols_MN: torch
 def _numbers(
     packed: torch.Tensor, header: Header, stored: _Parameters, rows: slice = slice(None)
 ) -> dict[str, torch.Tensor]:
-    """Scales and means of `rows`, factors of all columns, float32 as stored."""
+    """Return scales and means of `rows`, factors of all columns, float32 as stored."""
     shape = (blocks_of(header.shape[1], stored.block), stored.means + SCALES)
     by_row = read_rows(packed, header, 2, stored.exponent, shape, rows)
     if stored.means:
@@ -209,6 +211,6 @@ def _column_bytes(numbers: dict[str, torch.Tensor]) -> np.ndarray:
     return to_halves(numbers["factors"].detach().cpu().numpy())
 
 
-def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
+def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
     block, layout, _, exponent = container.fields(packed, header, _PARAMETERS)
     return _Parameters(block, layout, exponent)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import from_halves
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.radix import check_symbols, pack_symbols, radix, unpack_values
+from bivlm.packing.radix import check_symbols, pack_symbols, radix, read_symbols, unpack_values
 
 SYMBOLS = 4
 LEVELS = 8  # of a row and block: four symbols, two kinds of column
@@ -23,7 +23,7 @@ CHUNK_WEIGHTS = 1 << 18  # looked up together; an index is eight bytes a weight
 
 
 def two_bit_nbytes(rows: int, columns: int) -> int:
-    """Bytes of a (rows, columns) matrix of symbols; every row begins on a byte."""
+    """Return the bytes of a (rows, columns) matrix of symbols; every row begins on a byte."""
     return radix(SYMBOLS).nbytes(rows, columns)
 
 
@@ -38,7 +38,7 @@ def pack_two_bits(symbols_MN: torch.Tensor) -> np.ndarray:
 def unpack_two_bits(
     packed: torch.Tensor, header: Header, index: int, columns: int, rows: slice = slice(None)
 ) -> torch.Tensor:
-    """Symbols uint8 (rows, columns) of section `index`, M rows in all."""
+    """Return symbols uint8 (rows, columns) of section `index`, M rows in all."""
     if columns == 0:
         count = len(range(*rows.indices(header.shape[0])))
         return torch.empty(count, 0, dtype=torch.uint8, device=packed.device)
@@ -46,16 +46,22 @@ def unpack_two_bits(
     return unpack_values([plane], torch.arange(SYMBOLS, dtype=torch.uint8, device=packed.device), columns)
 
 
+def read_two_bits(packed: np.ndarray, header: Header, index: int, columns: int, rows: slice) -> np.ndarray:
+    """As `unpack_two_bits`, without torch."""
+    plane = section(packed, header, index).reshape(header.shape[0], -1)[rows]
+    return read_symbols([plane], SYMBOLS, columns) if columns else np.empty((len(plane), 0), np.uint8)
+
+
 def read_rows(
     packed: torch.Tensor, header: Header, index: int, exponent: int, shape: Sequence[int], rows: slice = slice(None)
 ) -> torch.Tensor:
-    """float32 (rows, *shape) of section `index`, where every one of M rows has a tensor of float16 of that shape."""
+    """Return float32 (rows, *shape) of section `index`, where each of M rows has a float16 tensor of that shape."""
     chunk = section(packed, header, index).view(header.shape[0], -1)[rows]
     return from_halves(chunk.reshape(-1), exponent).view(-1, *shape)
 
 
 def look_up(table_MX: torch.Tensor, base_N: torch.Tensor, symbols_MN: torch.Tensor) -> torch.Tensor:
-    """``table[m, base[n] + symbol[m, n]]``, (M, N); differentiable in the table.
+    """Return ``table[m, base[n] + symbol[m, n]]``, (M, N); differentiable in the table.
 
     `table_MX` has `LEVELS` entries a block in each row, `base_N` int64 points to the first of a column's four.
     """
@@ -63,19 +69,19 @@ def look_up(table_MX: torch.Tensor, base_N: torch.Tensor, symbols_MN: torch.Tens
 
 
 def row_chunks(shape: tuple[int, int]) -> Iterator[slice]:
-    """Slices of an even number of rows (but the last) with some `CHUNK_WEIGHTS` weights each."""
+    """Yield slices of an even number of rows (but the last) with some `CHUNK_WEIGHTS` weights each."""
     step = 2 * max(1, CHUNK_WEIGHTS // (2 * shape[1]))
     for begin in range(0, shape[0], step):
         yield slice(begin, min(begin + step, shape[0]))
 
 
 def blocks_of(columns: int, block: int) -> int:
-    """How many blocks of `block` columns there are; the last one may be narrower."""
+    """Return how many blocks of `block` columns there are; the last one may be narrower."""
     return -(-columns // block)
 
 
 def base_of(kinds_N: torch.Tensor, block: int) -> torch.Tensor:
-    """Where a column's four levels begin in a row's table, int64 (N,); `kinds_N` are 0 or 1."""
+    """Return where a column's four levels begin in a row's table, int64 (N,); `kinds_N` are 0 or 1."""
     columns = torch.arange(len(kinds_N), device=kinds_N.device)
     return LEVELS * (columns // block) + SYMBOLS * kinds_N.to(torch.int64)
 
@@ -86,25 +92,30 @@ def columns_nbytes(columns: int) -> int:
 
 
 def pack_columns(chosen_N: torch.Tensor) -> np.ndarray:
-    """A bitmap of columns, uint8 (ceil(N / 8),)."""
+    """Return a bitmap of columns, uint8 (ceil(N / 8),)."""
     return np.packbits(chosen_N.cpu().numpy(), bitorder="little")
 
 
+def read_columns(packed: Bytes, header: Header, index: int) -> np.ndarray:
+    """Undo `pack_columns` for section `index`, without torch: bool (N,)."""
+    bits = as_array(section(packed, header, index))
+    return np.unpackbits(bits, count=header.shape[1], bitorder="little").astype(bool)
+
+
 def unpack_columns(packed: torch.Tensor, header: Header, index: int) -> torch.Tensor:
-    """Undo `pack_columns` for section `index`: bool (N,)."""
-    bits = np.unpackbits(section(packed, header, index).cpu().numpy(), count=header.shape[1], bitorder="little")
-    return torch.from_numpy(bits).to(device=packed.device, dtype=torch.bool)
+    """Undo `pack_columns` for section `index`: bool (N,), on the device of `packed`."""
+    return torch.from_numpy(read_columns(packed, header, index)).to(packed.device)
 
 
 def check_two_bits(contents: Contents, index: int, columns: int, what: str) -> None:
     """Raise `InputError` unless section `index`, of the right length, holds rows of so many two-bit symbols."""
     if columns:
-        plane = torch.from_numpy(contents.section(index)).view(contents.header.shape[0], -1)
+        plane = contents.section(index).reshape(contents.header.shape[0], -1)
         check_symbols(contents, [plane], SYMBOLS, columns, what)
 
 
 def entropy(counts: Sequence[int] | np.ndarray) -> float:
-    """Bits of the best code for symbols that occur `counts` times, for all of them together."""
+    """Return the bits of the best code for symbols that occur `counts` times, for all of them together."""
     counts = np.asarray(counts, np.float64)
     counts = counts[counts > 0]
     return float((counts * (math.log2(counts.sum()) - np.log2(counts))).sum()) if len(counts) else 0.0

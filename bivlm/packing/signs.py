@@ -24,7 +24,7 @@ import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
@@ -74,7 +74,7 @@ def pack(
     exponent: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+    """Return the packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
 
     `negative_MN` is bool; `positions_S` are flat, row-major and ascending, `levels_S` below 256. `numbers` are
     "row_scales", "row_steps" and "row_zeros", (M,) each, in units of 2^exponent; only the first if S = 0.
@@ -154,7 +154,7 @@ class SignsCodec(Codec):
         return weight_MN
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``row_scales`` (M,) and, if S > 0, ``row_steps`` (M,) and ``row_zeros`` (M,)."""
+        """Return parameters ``row_scales`` (M,) and, if S > 0, ``row_steps`` (M,) and ``row_zeros`` (M,)."""
         stored = _read_parameters(packed, header)
         bits_MN = _bits(packed, header)
         positions, levels = _salient(packed, header, stored) if stored.salient else (None, None)
@@ -172,24 +172,24 @@ class SignsCodec(Codec):
         stored = _read_parameters(packed, header)
         return container.rewrite(packed, header, {1: _row_bytes(parameters, stored.salient, stored.exponent)})
 
-    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+    def bits(self, packed: Bytes, header: Header) -> FormatBits:
         """Nominal is PB-LLM's count, a bit for an ordinary weight and eight for a salient one: 1.7 at a share of 0.1.
 
         It leaves out positions and all numbers of rows.
         """
-        stored = _read_parameters(packed, header)
+        packed, stored = as_array(packed), _read_parameters(packed, header)
         m, n = header.shape
         size, salient = m * n, stored.salient
         signs = count_symbols([_plane(packed, header)], 2, n)
         least = entropy([salient, size - salient]) + 16 * m * stored.numbers
         if salient:
             _, levels = _salient(packed, header, stored)
-            signs -= np.bincount((levels & 1).cpu().numpy(), minlength=2)
-            least += entropy(torch.bincount(levels, minlength=1 << LEVEL_BITS).cpu().numpy())
+            signs -= np.bincount(levels & 1, minlength=2)
+            least += entropy(np.bincount(levels, minlength=1 << LEVEL_BITS))
         return FormatBits(
             nominal=float(size + (LEVEL_BITS - 1) * salient),
             entropy=least + entropy(signs),
-            stored=8 * packed.numel(),
+            stored=8 * len(packed),
         )
 
 
@@ -205,25 +205,26 @@ def _salient_weights(
     return levels * numbers["row_steps"][rows] + numbers["row_zeros"][rows]
 
 
-def _plane(packed: torch.Tensor, header: Header) -> torch.Tensor:
-    return section(packed, header, 2).view(header.shape[0], -1)
+def _plane(packed: Bytes, header: Header) -> Bytes:
+    return section(packed, header, 2).reshape(header.shape[0], -1)
 
 
 def _bits(packed: torch.Tensor, header: Header, rows: slice = slice(None)) -> torch.Tensor:
-    """The bit of every weight of `rows`, uint8 (rows, N)."""
+    """Return the bit of every weight of `rows`, uint8 (rows, N)."""
     table = torch.arange(2, dtype=torch.uint8, device=packed.device)
     return unpack_values([_plane(packed, header)[rows]], table, header.shape[1])
 
 
-def _salient(packed: torch.Tensor, header: Header, stored: _Parameters) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions and levels of the salient weights, int64 (S,) each."""
+def _salient(packed: Bytes, header: Header, stored: _Parameters) -> tuple[Bytes, Bytes]:
+    """Return flat positions and levels of the salient weights, int64 (S,) each; arrays if `packed` is one."""
     if stored.mode == _SPARSE:
         positions = unpack_positions(
             section(packed, header, 4), section(packed, header, 5), stored.salient, stored.rice
         )
     else:
         size = header.shape[0] * header.shape[1]
-        positions = unpack_small(section(packed, header, 4), size, 1).nonzero().view(-1)
+        chosen = unpack_small(section(packed, header, 4), size, 1)
+        positions = np.flatnonzero(chosen) if isinstance(chosen, np.ndarray) else chosen.nonzero().view(-1)
     upper = unpack_small(section(packed, header, 3), stored.salient, LEVEL_BITS - 1)
     return positions, 2 * upper + symbols_at([_plane(packed, header)], 2, header.shape[1], positions)
 
@@ -238,5 +239,5 @@ def _row_bytes(numbers: dict[str, torch.Tensor], salient: int, exponent: int) ->
     return to_halves(torch.stack([numbers[name].detach().cpu() for name in names], dim=1).numpy(), exponent)
 
 
-def _read_parameters(packed: torch.Tensor, header: Header) -> _Parameters:
+def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
     return _Parameters(*container.fields(packed, header, _PARAMETERS))

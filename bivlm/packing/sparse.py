@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bivlm.packing.container import Bytes
 from bivlm.packing.contents import Contents
 
 
 def rice_cost(positions: np.ndarray) -> tuple[int, int]:
-    """The best Rice parameter k for `positions` (S,), ascending, and the bytes of both streams together."""
+    """Return the best Rice parameter k for `positions` (S,), ascending, and the bytes of both streams together."""
     if len(positions) == 0:
         return 0, 0
     gaps = _gaps(positions)
@@ -28,7 +29,7 @@ def rice_cost(positions: np.ndarray) -> tuple[int, int]:
 
 
 def pack_positions(positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unary and remainder streams, uint8 arrays, of ascending `positions` (S,) at Rice parameter `k`."""
+    """Return unary and remainder streams, uint8 arrays, of ascending `positions` (S,) at Rice parameter `k`."""
     gaps = _gaps(positions)
     ends = np.cumsum((gaps >> k) + 1) - 1
     unary = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
@@ -36,8 +37,11 @@ def pack_positions(positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarra
     return np.packbits(unary, bitorder="little"), pack_small(gaps, k)
 
 
-def unpack_positions(unary: torch.Tensor, remainders: torch.Tensor, count: int, k: int) -> torch.Tensor:
-    """Undo `pack_positions`: int64 (count,), ascending, on the device of the streams."""
+def unpack_positions(unary: Bytes, remainders: Bytes, count: int, k: int) -> Bytes:
+    """Undo `pack_positions`: int64 (count,), ascending; an array if the streams are, else on their device."""
+    if isinstance(unary, np.ndarray):
+        ends = np.flatnonzero(np.unpackbits(unary, bitorder="little"))[:count]
+        return np.cumsum((_gaps(ends) << k) + unpack_small(remainders, count, k) + 1) - 1
     ends = torch.nonzero(_bits(unary)).view(-1)[:count]
     quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
     gaps = (quotients << k) + unpack_small(remainders, count, k)
@@ -50,7 +54,7 @@ def check_salient(contents: Contents, count: int, k: int) -> None:
     contents.inside("Rice parameter", k, range(contents.size.bit_length() + 1))
 
 
-def check_positions(contents: Contents, index: int, count: int, k: int) -> torch.Tensor:
+def check_positions(contents: Contents, index: int, count: int, k: int) -> np.ndarray:
     """Return the positions, int64 (S,), that sections `index` and `index + 1` hold.
 
     `count` and `k` passed `check_salient`, and section `index + 1` has the length that they need. Raises `InputError`
@@ -66,11 +70,10 @@ def check_positions(contents: Contents, index: int, count: int, k: int) -> torch
     # So that no stream of zeros, however long, is spread out.
     fault = f"positions beyond the last weight, expected all below {contents.size}"
     contents.require((8 * len(unary) - 7 - count) << k < contents.size, fault)
-    remainders = torch.from_numpy(contents.section(index + 1))
-    positions = unpack_positions(torch.from_numpy(unary), remainders, count, k)
+    positions = unpack_positions(unary, contents.section(index + 1), count, k)
     contents.require(count == 0 or int(positions[-1]) < contents.size, fault)
     if count < 8:
-        best, _ = rice_cost(positions.numpy())
+        best, _ = rice_cost(positions)
         contents.require(k == best, f"damaged parameters: Rice parameter {k}, expected {best} for these positions")
     return positions
 
@@ -83,8 +86,11 @@ def pack_small(values: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(spread.reshape(-1), bitorder="little")
 
 
-def unpack_small(packed: torch.Tensor, count: int, bits: int) -> torch.Tensor:
-    """Undo `pack_small`: int64 (count,)."""
+def unpack_small(packed: Bytes, count: int, bits: int) -> Bytes:
+    """Undo `pack_small`: int64 (count,), an array if `packed` is one."""
+    if isinstance(packed, np.ndarray):
+        spread = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+        return spread @ (1 << np.arange(bits))
     values = torch.zeros(count, dtype=torch.int64, device=packed.device)
     spread = _bits(packed)[: count * bits].view(count, bits)
     for bit in range(bits):
@@ -97,6 +103,6 @@ def _gaps(positions: np.ndarray) -> np.ndarray:
 
 
 def _bits(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 bits (8 * bytes,), lowest first."""
+    """Return uint8 bits (8 * bytes,), lowest first."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 1).view(-1)

@@ -35,7 +35,7 @@ import torch
 from bivlm.numerics.haar import haar
 from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Header, section
+from bivlm.packing.container import Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.rowtables import (
     base_of,
@@ -46,7 +46,9 @@ from bivlm.packing.rowtables import (
     look_up,
     pack_columns,
     pack_two_bits,
+    read_columns,
     read_rows,
+    read_two_bits,
     row_chunks,
     two_bit_nbytes,
     unpack_columns,
@@ -80,7 +82,7 @@ class Coded:
 
 
 def pack(coded: Coded, numbers: dict[str, torch.Tensor], *, exponent: int, dtype: torch.dtype) -> torch.Tensor:
-    """The packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
+    """Return the packed weight, uint8 (bytes,), to be rebuilt as `dtype`.
 
     `numbers` are "rows" (M, blocks, 2, 3) and "columns" (S, 2, 3), in units of 2^exponent.
     """
@@ -99,7 +101,7 @@ def pack(coded: Coded, numbers: dict[str, torch.Tensor], *, exponent: int, dtype
 
 
 def rebuild(coded: Coded, numbers: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The weight (M, N) as at the head of the module; differentiable in the numbers.
+    """Return the weight (M, N) as at the head of the module; differentiable in the numbers.
 
     M may be any run of rows that begins with an even one, if symbols and numbers are those of its rows.
     """
@@ -112,7 +114,7 @@ def rebuild(coded: Coded, numbers: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def rebuild_rows(coded: Coded, rows: torch.Tensor) -> torch.Tensor:
-    """The weight (M, N) without what salient columns add, from the rows' numbers (M, blocks, 2, 3)."""
+    """Return the weight (M, N) without what salient columns add, from the rows' numbers (M, blocks, 2, 3)."""
     parity_N = torch.arange(coded.symbols_MN.shape[1], device=rows.device) % 2
     weight_MN = haar(look_up(_levels(rows), base_of(parity_N, coded.block), coded.symbols_MN), 1)
     return weight_MN if coded.order_N is None else weight_MN[:, coded.order_N.argsort()]
@@ -133,7 +135,7 @@ class WaveletCodec(Codec):
         contents.inside("exponent", exponent, EXPONENTS)
         contents.length(1, "salient columns", columns_nbytes(n))
         contents.padding(1, n, "salient columns")
-        salient = _salient(contents.packed, contents.header)
+        salient = int(read_columns(contents.packed, contents.header, 1).sum())
         contents.lengths(
             {
                 "parameters": _PARAMETERS.size,
@@ -149,11 +151,11 @@ class WaveletCodec(Codec):
         check_two_bits(contents, 5, salient, "residual symbols")
         if ordered:
             contents.padding(6, n * _order_bits(block), "order")
-            order_N = _order(contents.packed, contents.header, block)
-            places_N = torch.arange(n)
+            places_N = np.arange(n)
+            order_N = places_N // block * block + unpack_small(contents.section(6), n, _order_bits(block))
             fault = f"the order of columns is no permutation of each block of {block}"
-            contents.require(torch.equal(order_N.sort().values, places_N), fault)
-            contents.require(torch.equal(order_N // block, places_N // block), fault)
+            contents.require(np.array_equal(np.sort(order_N), places_N), fault)
+            contents.require(np.array_equal(order_N // block, places_N // block), fault)
         rows = contents.largest_half(contents.section(2), "row numbers", exponent)
         columns = contents.largest_half(contents.section(4), "column numbers", exponent)
         return 4 * (rows + columns)  # a level is two numbers, a pair of levels is added
@@ -167,7 +169,7 @@ class WaveletCodec(Codec):
         return weight_MN
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
-        """Parameters ``rows`` (M, blocks, 2, 3) and ``columns`` (S, 2, 3): mean, inner and outer scale of a band."""
+        """Return ``rows`` (M, blocks, 2, 3) and ``columns`` (S, 2, 3): mean, inner and outer scale of a band."""
         block, ordered, exponent = _read_parameters(packed, header)
         coded = _coded(packed, header, block, ordered)
         return Tunable(_numbers(packed, header, block, exponent), lambda values: rebuild(coded, values))
@@ -177,15 +179,16 @@ class WaveletCodec(Codec):
         numbers = {name: to_halves(values.detach().cpu().numpy(), exponent) for name, values in parameters.items()}
         return container.rewrite(packed, header, {2: numbers["rows"], 4: numbers["columns"]})
 
-    def bits(self, packed: torch.Tensor, header: Header) -> FormatBits:
+    def bits(self, packed: Bytes, header: Header) -> FormatBits:
         """Nominal is HBLLM's count: a sign for every weight and a second one for the salient.
 
         It leaves out groups, the bitmap of the columns, their order, and all means and scales. Pairs of an order may
         change places with each other at no cost, which its entropy allows for.
         """
+        packed = as_array(packed)
         block, ordered, _ = _read_parameters(packed, header)
         m, n = header.shape
-        salient = _salient(packed, header)
+        salient = int(read_columns(packed, header, 1).sum())
         places = entropy([salient, n - salient])
         if ordered:
             widths = [min(block, n - begin) for begin in range(0, n, block)]
@@ -196,24 +199,24 @@ class WaveletCodec(Codec):
         return FormatBits(
             nominal=float(m * n + m * salient),
             entropy=symbols + places + 16 * numbers,
-            stored=8 * packed.numel(),
+            stored=8 * len(packed),
         )
 
 
 def _levels(numbers: torch.Tensor) -> torch.Tensor:
-    """Levels (X, blocks * 8) of numbers (X, blocks, 2, 3): both groups of the low band, then of the high one."""
+    """Return levels (X, blocks * 8) of numbers (X, blocks, 2, 3): both groups of the low band, then of the high one."""
     mean, inner, outer = numbers.unbind(-1)
     return torch.stack([mean + inner, mean - inner, mean + outer, mean - outer], dim=-1).flatten(1)
 
 
-def _symbol_entropy(packed: torch.Tensor, header: Header, index: int, columns: int, *, along_rows: bool) -> float:
-    """Bits that the symbols of a section need, each band with a code of its own."""
-    counts = torch.zeros(8, dtype=torch.int64, device=packed.device)
+def _symbol_entropy(packed: np.ndarray, header: Header, index: int, columns: int, *, along_rows: bool) -> float:
+    """Return the bits that the symbols of a section need, each band with a code of its own."""
+    counts = np.zeros((2, 4), np.int64)
     for rows in row_chunks(header.shape):
-        symbols = unpack_two_bits(packed, header, index, columns, rows)
-        (symbols[:, 1::2] if along_rows else symbols[1::2]).add_(4)
-        counts += torch.bincount(symbols.view(-1), minlength=8)
-    low, high = counts.cpu().numpy().reshape(2, 4)
+        symbols = read_two_bits(packed, header, index, columns, rows)
+        for band, count in enumerate(counts):
+            count += np.bincount((symbols[:, band::2] if along_rows else symbols[band::2]).reshape(-1), minlength=4)
+    low, high = counts
     return entropy(low) + entropy(high)
 
 
@@ -229,7 +232,7 @@ def _coded(packed: torch.Tensor, header: Header, block: int, ordered: bool, rows
 
 
 def _order(packed: torch.Tensor, header: Header, block: int) -> torch.Tensor:
-    """The column that stands at each place, int64 (N,)."""
+    """Return the column that stands at each place, int64 (N,)."""
     columns = torch.arange(header.shape[1], device=packed.device)
     return columns // block * block + unpack_small(section(packed, header, 6), header.shape[1], _order_bits(block))
 
@@ -237,20 +240,16 @@ def _order(packed: torch.Tensor, header: Header, block: int) -> torch.Tensor:
 def _numbers(
     packed: torch.Tensor, header: Header, block: int, exponent: int, rows: slice = slice(None)
 ) -> dict[str, torch.Tensor]:
-    """Numbers of `rows` and of all salient columns, float32 as stored."""
+    """Return numbers of `rows` and of all salient columns, float32 as stored."""
     shape = (blocks_of(header.shape[1], block), BANDS, NUMBERS)
     columns = from_halves(section(packed, header, 4), exponent).view(-1, BANDS, NUMBERS)
     return {"rows": read_rows(packed, header, 2, exponent, shape, rows), "columns": columns}
 
 
-def _read_parameters(packed: torch.Tensor, header: Header) -> tuple[int, bool, int]:
-    """Block, whether there is an order, and the exponent."""
+def _read_parameters(packed: Bytes, header: Header) -> tuple[int, bool, int]:
+    """Return the block, whether there is an order, and the exponent."""
     block, ordered, _, exponent = container.fields(packed, header, _PARAMETERS)
     return block, bool(ordered), exponent
-
-
-def _salient(packed: torch.Tensor, header: Header) -> int:
-    return int(unpack_columns(packed, header, 1).sum())
 
 
 def _order_bits(block: int) -> int:

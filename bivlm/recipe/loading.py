@@ -179,6 +179,11 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     """Read a shipped recipe by name or any recipe by file.
 
     Raises `InputError` that gives the path of the offending key, the value found and the valid form.
+
+    >>> import bivlm
+    >>> recipe = bivlm.load_recipe("rtn-w2g128")
+    >>> recipe.components["language"].method, recipe.components["language"].bits, recipe.keep
+    ('rtn', 2, ('lm_head',))
     """
     shipped = shipped_recipes()
     if str(name_or_file) in shipped:

@@ -1,18 +1,23 @@
-"""Bits are bytes: what a checkpoint costs, counted in its files."""
+"""Bits are bytes: what a checkpoint costs, counted in its files.
+
+Neither torch nor transformers is needed where names say which tensor is which, so that `bivlm bits` answers at once.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import fsum, prod
 from pathlib import Path
 from typing import Any
 
-from bivlm.checkpoint.linears import Linear, anatomy
+from bivlm.checkpoint.architectures import ARCHITECTURES, COMPONENTS, Architecture
+from bivlm.checkpoint.disk_names import packed_disk_names
 from bivlm.checkpoint.reading import TABLES_KEY, Checkpoint
-from bivlm.checkpoint.safetensors_file import TensorEntry, header_text
+from bivlm.checkpoint.safetensors_file import TensorEntry, header_text, read_raw
 from bivlm.errors import InputError
-from bivlm.packing import FormatBits, format_bits
+from bivlm.packing import FormatBits, open_packed
 
 LINEARS, EMBEDDINGS, MODEL = "packed linears", "embedding and head", "whole model"
 
@@ -32,28 +37,31 @@ def bits_of(folder: str | Path) -> dict[str, Any]:
     that is packed beside it, which do not count as linears. The model's are the bytes of its safetensors files, over
     all parameters once rebuilt. `nominal` and `entropy` are explained at `bivlm.packing.FormatBits`. What is not packed
     is None, and "by_component" without it. Raises `InputError` naming a damaged tensor or file.
+
+    >>> import bivlm
+    >>> from bivlm.reference import CHECKPOINT
+    >>> bits = bivlm.measure_bits(CHECKPOINT)
+    >>> bits["linears"], bits["model"]["weights"], round(bits["model"]["stored"], 1)
+    (None, 7177984, 16.0)
     """
     checkpoint = Checkpoint.open(folder)
-    parts = anatomy(checkpoint) if checkpoint.packed else None
-    packed = [linear for name, linear in parts.packable.items() if name in checkpoint.packed] if parts else []
-    tables = (checkpoint.quantization or {}).get(TABLES_KEY, ())
-    of_tables = [_cost(linear, checkpoint) for linear in packed if linear.name in tables]
-    costs: dict[str, list[_Cost]] = defaultdict(list)
-    for linear in packed:
-        if linear.name not in tables:
-            costs[linear.component].append(_cost(linear, checkpoint))
-    packed_weights = {linear.disk_name: linear.size for linear in packed}
+    costs = [_cost(checkpoint.entries[disk_name], part) for disk_name, part in _packed_parts(checkpoint).items()]
+    packed_weights = {cost.disk_name: cost.weights for cost in costs}
     parameters = sum(
         packed_weights.get(name, entry.numel if entry.is_floating else 0) for name, entry in checkpoint.entries.items()
     )
     if not parameters:
         raise InputError(f"checkpoint {folder}: holds no parameters")
     file_bytes = sum(file.stat().st_size for file in checkpoint.weight_files)
+    by_part: dict[str, list[_Cost]] = defaultdict(list)
+    for cost in costs:
+        by_part[cost.part].append(cost)
+    of_tables = by_part.pop(TABLES_KEY, [])
     return {
-        "linears": _per_weight(cost for group in costs.values() for cost in group) if costs else None,
+        "linears": _per_weight(cost for part in by_part.values() for cost in part) if by_part else None,
         "tables": _per_weight(of_tables) if of_tables else None,
         "model": {"stored": 8 * file_bytes / parameters, "weights": parameters},
-        "by_component": {component: _per_weight(group) for component, group in costs.items()},
+        "by_component": {part: _per_weight(by_part[part]) for part in COMPONENTS if part in by_part},
     }
 
 
@@ -66,17 +74,43 @@ def named_parts(bits: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What one packed linear costs: `stored` in bits, its header entry included."""
+    """What one packed weight costs: `stored` in bits, its header entry included."""
 
+    disk_name: str
+    part: str
     weights: int
     format: FormatBits
     stored: int
 
 
-def _cost(linear: Linear, checkpoint: Checkpoint) -> _Cost:
-    packed = format_bits(checkpoint.read(linear.disk_name), linear.disk_name)
-    entry = checkpoint.entries[linear.disk_name]
-    return _Cost(linear.size, packed, 8 * (entry.nbytes + _header_bytes(entry)))
+def _packed_parts(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the component of every packed linear, or "tables", by the weight's name on disk."""
+    if not checkpoint.packed:
+        return {}
+    disk_names = packed_disk_names(checkpoint)
+    members = _members(checkpoint)
+    components = {name: members.component(name) for name in disk_names} if disk_names and members else {}
+    if not components or None in components.values():
+        from bivlm.checkpoint.linears import anatomy  # takes seconds to import
+
+        packed = [linear for name, linear in anatomy(checkpoint).packable.items() if name in checkpoint.packed]
+        disk_names = {linear.name: linear.disk_name for linear in packed}
+        components = {linear.name: linear.component for linear in packed}
+    tables = (checkpoint.quantization or {}).get(TABLES_KEY, ())
+    return {disk_names[name]: TABLES_KEY if name in tables else part for name, part in components.items()}
+
+
+def _members(checkpoint: Checkpoint) -> Architecture | None:
+    if checkpoint.modules:
+        return Architecture.of_modules(checkpoint.modules)
+    return ARCHITECTURES.get(checkpoint.config.get("model_type") or "")
+
+
+def _cost(entry: TensorEntry, part: str) -> _Cost:
+    packed = read_raw(entry)
+    codec, header = open_packed(packed, entry.name)
+    stored = 8 * (entry.nbytes + _header_bytes(entry))
+    return _Cost(entry.name, part, prod(header.shape), codec.bits(packed, header), stored)
 
 
 def _header_bytes(entry: TensorEntry) -> int:
@@ -87,9 +121,10 @@ def _header_bytes(entry: TensorEntry) -> int:
 def _per_weight(costs: Iterable[_Cost]) -> dict[str, float | int]:
     costs = list(costs)
     weights = sum(cost.weights for cost in costs)
+    # fsum, whose result does not depend on the order.
     return {
-        "nominal": sum(cost.format.nominal for cost in costs) / weights,
-        "entropy": sum(cost.format.entropy for cost in costs) / weights,
+        "nominal": fsum(cost.format.nominal for cost in costs) / weights,
+        "entropy": fsum(cost.format.entropy for cost in costs) / weights,
         "stored": sum(cost.stored for cost in costs) / weights,
         "weights": weights,
     }

@@ -183,7 +183,7 @@ def _report(folder: Path, lineage: Lineage) -> dict[str, Any]:
     expected = {
         "base model": (report.base_model.sha256, lineage.base_model.sha256),
         "recipe": (digest(report.recipe), report.recipe_sha256, lineage.recipe_sha256),
-        "bits": (report.bits, bits_of(folder)),
+        "bits": (_rounded(report.bits), _rounded(bits_of(folder))),
     }
     for what, (*found, wanted) in expected.items():
         if any(each != wanted for each in found):
@@ -194,6 +194,13 @@ def _report(folder: Path, lineage: Lineage) -> dict[str, Any]:
     if report.bits["linears"] is None:
         raise InputError(f"{file}: bits.linears: the checkpoint packs no linear layer, so there is nothing to show")
     return report.model_dump()
+
+
+def _rounded(bits: Any) -> Any:
+    """The same figures to nine digits: the last ones depend on the order in which layers are added up."""
+    if isinstance(bits, dict):
+        return {key: _rounded(value) for key, value in bits.items()}
+    return float(f"{bits:.9g}") if isinstance(bits, float) else bits
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from flows.cli.commands import (
     leaderboard,
     lineage,
     looking,
+    missing_of_pipeline,
     promotion,
     pruning,
     push,
@@ -92,6 +93,10 @@ def _run(arguments: Sequence[str] | None) -> int:
             return DONE
         if isinstance(error, OSError) and unwritten_output() is not None:
             return FAILED  # `run_command` says so
+        if isinstance(error, ModuleNotFoundError) and (missing := missing_of_pipeline()):
+            said = f"needs {error.name or missing}, which is not installed; pip install 'bivlm[pipeline]'"
+            print(f"bivlm {options.command}: {said}", file=sys.stderr)
+            return BAD_INPUT
         # ArithmeticError itself is raised by bivlm alone, of a model that gives NaN: the sentence says all.
         if not _is_outside(error) and type(error) is not ArithmeticError:
             print(text_without_credentials(traceback.format_exc().rstrip()), file=sys.stderr)

@@ -20,7 +20,7 @@ COPY tasks ./tasks
 COPY flows ./flows
 COPY infra ./infra
 # In place, so that prefect.yaml's entry points and what is imported are the same files.
-RUN pip install -c constraints.txt -e '.[kubernetes,servers]'
+RUN pip install -c constraints.txt -e '.[kubernetes,pipeline,servers]'
 
 RUN useradd --create-home --uid 10001 bivlm && mkdir /cache /outputs /backups && chown bivlm:bivlm /cache /outputs /backups
 USER bivlm

@@ -9,6 +9,8 @@ import time
 import pytest
 import yaml
 
+from bivlm.compression.model import compress_model
+from bivlm.recipe.loading import parse_recipe
 from bivlm.reports.bits import bits_of
 from flows.cli import main as cli
 from tests.flows.running import Running
@@ -35,6 +37,25 @@ def test_bits_prints_a_table_for_people(compressed, capsys):
     assert cli.main(["bits", str(compressed.output)]) == 0
     stored = bits_of(compressed.output)["linears"]["stored"]
     assert f"{stored:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["torch._C", "transformers", "prefect", "mlflow", "scipy"])
+def test_bits_are_counted_without(module, compressed):
+    code = "import sys; from flows.cli.main import main; main(['bits', sys.argv[1], '--json']); "
+    code += f"sys.exit({module!r} in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(compressed.output)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == bits_of(compressed.output)
+
+
+def test_without_the_flow_a_model_is_packed_to_the_same_bytes(compressed, tmp_path):
+    records = compress_model(compressed.model, parse_recipe(compressed.recipe), tmp_path / "out")
+    ours = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert ours == {name: compressed.weights()[name] for name in ours}
+    assert {"model.safetensors", "config.json"} < ours.keys()
+    assert {layer["name"]: layer["error"] for layer in compressed.report()["layers"]} == {
+        name: record.error for name, record in records.items()
+    }
 
 
 def test_bits_of_a_checkpoint_that_is_not_packed(compressed, capsys):

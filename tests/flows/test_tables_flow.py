@@ -9,11 +9,13 @@ from tiny_llava import make_tiny_llava
 
 from bivlm.checkpoint.linears import anatomy
 from bivlm.checkpoint.reading import Checkpoint
+from bivlm.compression.model import compress_model
 from bivlm.errors import InputError
 from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.evaluation.generation import load_model
 from bivlm.evaluation.outcomes import evaluate
 from bivlm.packing import format_bits
+from bivlm.recipe.loading import parse_recipe
 from bivlm.reports.bits import bits_of
 from bivlm.reports.lineage import read_lineage, verify
 from bivlm.workspace.hashing import digest
@@ -43,6 +45,12 @@ def test_both_are_packed_and_count_apart_from_the_linears(compressed):
     assert "embedding and head" in (compressed.output / "report.html").read_text()
     (run,) = compressed.runs("compression")
     assert run.data.metrics["bits/tables/stored"] == report["bits"]["tables"]["stored"]
+
+
+def test_without_the_flow_they_are_packed_to_the_same_bytes(compressed, tmp_path):
+    compress_model(compressed.model, parse_recipe(compressed.recipe), tmp_path / "out")
+    ours = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert ours == {name: compressed.weights()[name] for name in ours}
 
 
 def test_every_link_of_the_lineage_holds(compressed):

@@ -9,7 +9,7 @@ from flows.cli.commands import DONE, print_json
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     audit = commands.add_parser("audit", help="where a registered version comes from; what was made of a base model")
     asked = audit.add_mutually_exclusive_group(required=True)
     asked.add_argument("version", nargs="?", metavar="NAME/VERSION", help="or NAME@champion, NAME@candidate")

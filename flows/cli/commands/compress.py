@@ -6,12 +6,12 @@ import argparse
 import sys
 from typing import Any
 
-from flows.cli.commands import BAD_INPUT, DONE, NOT_PASSED
+from flows.cli.commands import BAD_INPUT, DONE, NOT_PASSED, announce_start
 from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     compress = commands.add_parser("compress", help="compress a model, evaluate it and record everything in MLflow")
     compress.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the full-precision checkpoint")
     compress.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub; sha256 of a folder")
@@ -61,7 +61,7 @@ def _compress(options: argparse.Namespace) -> int:
         found = told(**asked)
         print_estimate(found)
         return BAD_INPUT if found["refused"] else DONE
-    print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
+    announce_start("Prefect, MLflow and the model's anatomy")
     from bivlm.errors import GateNotPassed
     from flows.cli.console import print_compression
     from flows.cli.local_server import temporary_server

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from typing import Any
 
-from flows.cli.commands import DONE, print_json
+from flows.cli.commands import DONE, announce_start, print_json
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     gc = commands.add_parser("gc", help="remove what no registered version needs from the workspace")
     gc.add_argument("--workspace", metavar="DIR_OR_URL", help="as for compress")
     gc.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
@@ -41,7 +40,7 @@ def _gc(options: argparse.Namespace) -> int:
 
     if options.dry_run and options.forget_registry is not None:
         raise InputError("--forget-registry is for good, and --dry-run changes nothing: expected one of them")
-    print("starting: Prefect and MLflow", file=sys.stderr)
+    announce_start("Prefect and MLflow")
     from flows.cli.local_server import temporary_server
     from flows.housekeeping import gc_flow, in_words
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from flows.cli.commands import DONE
+from flows.cli.commands import DONE, announce_start
 from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     leaderboard = commands.add_parser("leaderboard", help="many recipes on one model, at the bits they store")
     leaderboard.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the full-precision checkpoint")
     leaderboard.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub; sha256 of a folder")
@@ -32,7 +31,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     recipes = [name for given in options.recipes for name in (shipped_recipes() if given == "all" else [given])]
     for name in recipes:
         load_recipe(name)
-    print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
+    announce_start("Prefect, MLflow and the model's anatomy")
     from flows.cli.console import print_board
     from flows.cli.local_server import temporary_server
     from flows.leaderboard import leaderboard_flow

@@ -10,7 +10,7 @@ from flows.cli.commands import DONE, NOT_PASSED, print_json
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     lineage = commands.add_parser(
         "lineage", help="where a packed checkpoint comes from, and whether what is stored is still that"
     )
@@ -48,7 +48,7 @@ def _lineage(options: argparse.Namespace) -> int:
 
 
 def _downloaded(version: str, workspace: str | None, place: Path) -> Path:
-    """A registered version's checkpoint. A folder needs no MLflow, which takes seconds to import."""
+    """Download a registered version's checkpoint. A folder needs no MLflow, which takes seconds to import."""
     from bivlm.errors import InputError
     from bivlm.workspace.steps import Workspace
     from bivlm.workspace.stores.location import default_workspace

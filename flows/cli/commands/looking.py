@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.commands import DONE, print_json
+from flows.cli.commands import DONE, import_late, print_json
 from flows.cli.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     evaluate = commands.add_parser("evaluate", help="accuracy of a checkpoint, packed or not, on one task")
     evaluate.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     evaluate.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
@@ -82,6 +82,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _bits(options: argparse.Namespace) -> int:
+    import_late("torch")
     from bivlm.reports.bits import bits_of
 
     bits = bits_of(options.folder)

@@ -11,7 +11,7 @@ _WHO = "whose decision it is (default: $BIVLM_WHO, else the user's name on this 
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     promote = commands.add_parser("promote", help="make a registered version champion, by hand")
     promote.add_argument("version", metavar="NAME/VERSION", help="or NAME@candidate")
     promote.add_argument("--although-refused", action="store_true", help="even if its gate did not let it pass")

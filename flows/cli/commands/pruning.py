@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.cli.commands import DONE, print_json
+from flows.cli.commands import DONE, announce_start, print_json
 from flows.cli.commands.looking import modules_from
 from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     sweep = commands.add_parser("sweep", help="drop tokens by layer and share, and see what that costs")
     sweep.add_argument(
         "--model", required=True, nargs="+", metavar="DIR_OR_HUB_ID", help="checkpoints, packed or not, side by side"
@@ -57,7 +56,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
 def _sweep(options: argparse.Namespace) -> int:
     given = {key: getattr(options, key) for key in ("places", "layers", "shares", "scores", "masses", "questions")}
     modules = modules_from(None, options.modules)
-    print("starting: Prefect and the models", file=sys.stderr)
+    announce_start("Prefect and the models")
     from flows.cli.console import print_sweep
     from flows.cli.local_server import temporary_server
     from flows.pruning import parse_sweep, sweep_flow
@@ -87,7 +86,7 @@ def _redundancy(options: argparse.Namespace) -> int:
     score = {} if options.score is None else {"score": options.score}
     cells = [{"place": options.place, "layer": layer, **score} for layer in layers]
     modules = modules_from(None, options.modules)
-    print("starting: Prefect and the model", file=sys.stderr)
+    announce_start("Prefect and the model")
     from flows.cli.console import print_redundancy
     from flows.cli.local_server import temporary_server
     from flows.pruning import redundancy_flow

@@ -12,7 +12,7 @@ from flows.cli.commands import DONE, print_json
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     push = commands.add_parser("push", help="a packed checkpoint to the Hugging Face hub, with a model card")
     push.add_argument("folder", metavar="DIR", type=Path)
     push.add_argument("repository", metavar="OWNER/NAME")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from flows.cli.commands import DONE
+from flows.cli.commands import DONE, announce_start
 from flows.cli.quiet import hide_loading_bars
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     reproduce = commands.add_parser("reproduce", help="the tables of arXiv 2509.18763 for one of its models")
     reproduce.add_argument(
         "--model", required=True, metavar="NAME", help="qwen2.5-vl-7b, llava-onevision-7b or llama-3.2-vision-11b"
@@ -39,7 +38,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     from bivlm.reports.paper_tables.published import published
 
     published(options.model)  # a mistake fails before anything is started
-    print("starting: Prefect, MLflow and the model's anatomy", file=sys.stderr)
+    announce_start("Prefect, MLflow and the model's anatomy")
     from flows.cli.console import print_reproduction
     from flows.cli.local_server import temporary_server
     from flows.reproduction import reproduce_flow

@@ -13,7 +13,7 @@ DEPLOYMENT = "on-base-model/on-request"
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """The parsers, among the `commands` of another."""
+    """Add the parsers to the `commands` of another, and return them."""
     trigger = commands.add_parser("trigger", help="start a compression on a worker through Prefect's API, as from CI")
     trigger.add_argument("--model", metavar="M", help="owner/name, a folder of the worker's, or s3://bucket/prefix")
     trigger.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub (default: its main branch)")

@@ -39,9 +39,7 @@ def found_or_done_again(place: Workspace, record: StepRecord, data: bytes = b"x"
 
 
 # Seconds that the machine's clock is ahead of the store's.
-@pytest.mark.parametrize(
-    ("ahead", "stored"), [*((ahead, b"x") for ahead in (0, 360, 3660, 2 * DAY, -3540)), (0, b"y")]
-)
+@pytest.mark.parametrize(("ahead", "stored"), [*((ahead, b"x") for ahead in (0, 360, 3660, 2 * DAY, -3540)), (0, b"y")])
 def test_no_order_loses_an_object_that_is_put_while_it_is_collected(new_place, clock, ahead, stored):
     clock.ahead = ahead
 

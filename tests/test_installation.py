@@ -1,0 +1,101 @@
+"""The wheel in empty environments: a light core that runs packed checkpoints, and the pipeline as an extra."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from benchmarks.core_size import build_wheel, install, installed
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"boto3", "datasets", "fastapi", "matplotlib", "mlflow", "pandas", "prefect", "psutil", "pyarrow", "sqlalchemy"}
+ANSWER = """
+import sys, bivlm
+from bivlm.reference import CHECKPOINT, questions
+bivlm.compress_model(CHECKPOINT, "bivlm", "packed")
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model, processor = AutoModelForImageTextToText.from_pretrained("packed"), AutoProcessor.from_pretrained("packed")
+sample = next(iter(questions("perception")))
+turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.question}]}]
+text = processor.apply_chat_template(turn, add_generation_prompt=True)
+inputs = processor(text=text, images=sample.image, return_tensors="pt").to(dtype=model.dtype)
+answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True).strip() in sample.answers)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(list(map(str, command)), cwd=folder, env=own, capture_output=True, text=True, check=False)
+
+
+def test_the_pipeline_is_an_extra_that_every_other_one_brings():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements):
+        return {requirement.partition(">")[0].partition("<")[0] for requirement in requirements}
+
+    assert names(project["optional-dependencies"]["pipeline"]) == HEAVY
+    assert not names(project["dependencies"]) & HEAVY
+    for extra, requirements in project["optional-dependencies"].items():
+        assert extra == "pipeline" or any("pipeline" in each for each in requirements), extra
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress", "--model", "m", "--recipe", "bivlm", "--output", "o"],
+        ["gc"],
+        ["audit", "name/1"],
+        ["trigger", "--model", "m"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_command_says_what_to_install(arguments, tmp_path):
+    """Where two modules are missing, as in an installation of the core."""
+    hidden = "import sys; sys.modules |= {'prefect': None, 'mlflow': None}"
+    code = f"{hidden}; from flows.cli.main import main; sys.exit(main())"
+    own = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(f"bivlm {arguments[0]}: needs ")
+    assert said.endswith(", which is not installed; pip install 'bivlm[pipeline]'")
+
+
+@pytest.mark.slow
+def test_a_core_installation_packs_a_model_and_answers_a_question(wheel, tmp_path, capsys):
+    python = install(wheel, tmp_path / "core")
+    core = installed(python)
+    with capsys.disabled():
+        print(f"\nbivlm: {core}")
+    assert not core.packages & HEAVY
+    done = run(tmp_path, python, "-c", ANSWER)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    bivlm = python.with_name("bivlm")
+    assert run(tmp_path, bivlm, "bits", "packed").returncode == 0
+    done = run(tmp_path, bivlm, "compress", "--model", "packed", "--recipe", "bivlm", "--output", "out")
+    said = "bivlm compress: needs prefect, which is not installed; pip install 'bivlm[pipeline]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.slow
+def test_the_pipeline_brings_the_rest(wheel, tmp_path, capsys):
+    python = install(wheel, tmp_path / "pipeline", "pipeline")
+    found = installed(python)
+    with capsys.disabled():
+        print(f"\nbivlm[pipeline]: {found}")
+    assert found.packages >= HEAVY
+    done = run(
+        tmp_path, python.with_name("bivlm"), "compress", "--model", "nothing", "--recipe", "bivlm", "--output", "o"
+    )
+    assert done.returncode == 2 and "nothing" in done.stderr and "pip install" not in done.stderr
