@@ -1,7 +1,7 @@
 """Peak memory of calibration block by block, above what the process held before and the hidden states it must hold.
 
 ``python -m benchmarks.calibration_memory [--hidden 2048] [--intermediate 5504] [--samples 16]`` on a random bfloat16
-LLaVA with pictures of 576 tokens; takes some ten minutes. The bound is twice the largest block's bytes and those of its
+LLaVA with images of 576 tokens; takes some ten minutes. The bound is twice the largest block's bytes and those of its
 site statistics.
 
 **What counts.** A unit's weights, the statistics of its sites, one sample's activations, and whatever else there is
@@ -46,7 +46,7 @@ BOUND = 2
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 VOCABULARY = 32_000
-PROMPT, REPLY = 24, 16  # tokens of text before and after the picture's, those of the answer among the latter
+PROMPT, REPLY = 24, 16  # tokens of text before and after the image's, those of the answer among the latter
 MODEL, SAMPLES, TINY = "model", "samples.safetensors", "tiny"
 
 
@@ -126,9 +126,9 @@ def _make(place: Path, hidden: int, intermediate: int, blocks: int, samples: int
 
 
 def _sample(image_token: int) -> Reply:
-    picture = torch.full((IMAGE_TOKENS,), image_token)
+    image = torch.full((IMAGE_TOKENS,), image_token)
     before, after = (torch.randint(image_token, (count,)) for count in (PROMPT // 2, PROMPT - PROMPT // 2 + REPLY))
-    tokens = torch.cat([before, picture, after])[None]
+    tokens = torch.cat([before, image, after])[None]
     inputs = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),

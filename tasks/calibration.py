@@ -1,4 +1,4 @@
-"""Calibration samples, frozen: the same pictures and conversations for everything that is compared."""
+"""Calibration samples, frozen: the same images and conversations for everything that is compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION = 2  # raised when held-out samples joined
 def freeze_calibration(settings: dict[str, Any], workspace: str) -> StepResult:
     """The samples that the settings ask for, as workspace files; `figures["sha256"]` is the hash over all of them.
 
-    They are drawn anew each time, because a folder of pictures or a data set may have changed since: a second or two,
+    They are drawn anew each time, because a folder of images or a data set may have changed since: a second or two,
     more for a data set of the hub, which is streamed. The key is made of what was drawn and of the settings that chose
     it, so that later steps run again only if it is different; how tokens are weighed and what blocks see is not the
     samples' business.

@@ -12,8 +12,8 @@ LETTER = "Answer with the option's letter from the given choices directly."
 WORD = "Answer the question using a single word or phrase."
 
 
-def picture(index: int, size: tuple[int, int] = (40, 30)) -> dict[str, Any]:
-    """A picture of its own colour, as the hub stores it."""
+def image(index: int, size: tuple[int, int] = (40, 30)) -> dict[str, Any]:
+    """An image of its own colour, as the hub stores it."""
     stream = io.BytesIO()
     Image.new("RGB", size, (40 * index % 256, 200, 90)).save(stream, "PNG")
     return {"bytes": stream.getvalue(), "path": f"{index}.png"}
@@ -48,7 +48,7 @@ def mme_rows() -> list[dict[str, Any]]:
     return [
         {
             "question_id": name,
-            "image": picture(index),
+            "image": image(index),
             "question": f"Is it {index} {answer}? Please answer yes or no.",
             "answer": answer,
             "category": category,
@@ -70,7 +70,7 @@ MMMU = {
 
 
 def mmmu_rows() -> list[dict[str, Any]]:
-    """A choice about one picture, one whose options are pictures, open questions for a number and for a word."""
+    """A choice about one image, one whose options are images, open questions for a number and for a word."""
     return [
         {
             "id": "validation_Accounting_1",
@@ -78,7 +78,7 @@ def mmmu_rows() -> list[dict[str, Any]]:
             "options": "['$6', '$7', '$8']",
             "answer": "B",
             "question_type": "multiple-choice",
-            "image_1": picture(1),
+            "image_1": image(1),
         },
         {
             "id": "validation_Art_Theory_12",
@@ -86,7 +86,7 @@ def mmmu_rows() -> list[dict[str, Any]]:
             "options": "['<image 3>', '<image 2>', \"It's neither\"]",
             "answer": "A",
             "question_type": "multiple-choice",
-            **{f"image_{number}": picture(number) for number in (1, 2, 3)},
+            **{f"image_{number}": image(number) for number in (1, 2, 3)},
         },
         {
             "id": "validation_Math_3",
@@ -94,7 +94,7 @@ def mmmu_rows() -> list[dict[str, Any]]:
             "options": "[]",
             "answer": "24.32",
             "question_type": "open",
-            "image_1": picture(5),
+            "image_1": image(5),
         },
         {
             "id": "validation_Math_4",
@@ -102,7 +102,7 @@ def mmmu_rows() -> list[dict[str, Any]]:
             "options": "[]",
             "answer": "Circle",
             "question_type": "open",
-            **{f"image_{number}": picture(number + 3) for number in (1, 2)},
+            **{f"image_{number}": image(number + 3) for number in (1, 2)},
         },
     ]
 
@@ -129,7 +129,7 @@ def scienceqa_rows() -> list[dict[str, Any]]:
     """With a hint and without one."""
     return [
         {
-            "image": picture(1),
+            "image": image(1),
             "question": "Which is the solid?",
             "choices": ["a rock", "a river"],
             "answer": 0,
@@ -137,7 +137,7 @@ def scienceqa_rows() -> list[dict[str, Any]]:
             "subject": "natural science",
         },
         {
-            "image": picture(2),
+            "image": image(2),
             "question": "What is the capital of Ohio?",
             "choices": ["Cincinnati", "Cleveland", "Columbus", "Dayton"],
             "answer": 2,
@@ -162,14 +162,14 @@ def vizwiz_rows() -> list[dict[str, Any]]:
     return [
         {
             "question_id": "VizWiz_val_00000000.jpg",
-            "image": picture(1),
+            "image": image(1),
             "question": "What COLOUR is this, please?",
             "answers": ["Green", "green.", "the green", "teal", "teal", "blue", "unsuitable", "grey", "grey", "gray"],
             "category": "other",
         },
         {
             "question_id": "VizWiz_val_00000001.jpg",
-            "image": picture(2),
+            "image": image(2),
             "question": "can you read it",
             "answers": ["unanswerable"] * 9 + ["no"],
             "category": "unanswerable",

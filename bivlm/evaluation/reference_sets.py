@@ -78,7 +78,7 @@ class ReferenceSet(Benchmark):
 
 @cache
 def _once(name: str, count: int) -> ReferenceSet:
-    """One object a set, so that its pictures are drawn once for the digest, however many models are evaluated."""
+    """One object a set, so that its images are drawn once for the digest, however many models are evaluated."""
     return ReferenceSet(name, count)
 
 

@@ -39,14 +39,14 @@ class CalibrationSettings(BaseModel):
         samples: conversations that calibration and tuning see.
         held_out: further ones that they never see; the KL to full precision is measured on these.
         seed: of every random choice.
-        images: folder of the pictures that a file, or a data set with paths, names; by default the file's own.
+        images: folder of the images that a file, or a data set with paths, names; by default the file's own.
         revision, subset, split: of the ``hf:`` data set. A revision that is not given is resolved to a commit and
             recorded; a data set with one split, or with one called ``train``, needs no `split`.
-        image_column: column of the pictures.
+        image_column: column of the images.
         text_column: column of the captions, each a string or a list of them of which the first is taken.
         conversation_column: column of conversations, of which the first exchange is taken.
         instruction: the user's turn before a caption.
-        text_share: share of samples, held-out ones alike, without a picture.
+        text_share: share of samples, held-out ones alike, without an image.
         text_source: where those come from: ``reference``, a ``.jsonl`` or ``.json`` file, or ``hf:`` as above.
         text_revision, text_subset, text_split: of an ``hf:`` data set in `text_source`.
         tokens: how much each token counts.
@@ -87,7 +87,7 @@ class CalibrationSettings(BaseModel):
     @classmethod
     def _has_paths(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("source") == REFERENCE:
-            raise ValueError(f"the source {REFERENCE!r} draws its pictures; expected a source that names pictures")
+            raise ValueError(f"the source {REFERENCE!r} draws its images; expected a source that names images")
         return value
 
     @field_validator("revision", "subset", "split", "image_column", "text_column", "conversation_column", "instruction")

@@ -14,7 +14,7 @@ from bivlm.reference.question_sets import calibration_samples
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """Six conversations about six pictures."""
+    """Six conversations about six images."""
     folder = tmp_path / "source"
     folder.mkdir()
     lines = []
@@ -57,7 +57,7 @@ def test_the_same_settings_freeze_the_same_bytes_and_others_do_not(tmp_path):
     assert sum(name.endswith(".png") for name in files[0]) == 5
 
 
-def test_the_hash_is_over_what_the_samples_are_not_how_the_pictures_are_stored(source, tmp_path):
+def test_the_hash_is_over_what_the_samples_are_not_how_the_images_are_stored(source, tmp_path):
     first = freeze_samples(settings(source, 4, 2), tmp_path / "first")
     for path in source.glob("*.png"):
         Image.open(path).save(path, compress_level=0)
@@ -66,7 +66,7 @@ def test_the_hash_is_over_what_the_samples_are_not_how_the_pictures_are_stored(s
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_the_hash_follows_every_picture_held_out_or_not(source, tmp_path, held_out):
+def test_the_hash_follows_every_image_held_out_or_not(source, tmp_path, held_out):
     first = freeze_samples(settings(source, 4, 2), tmp_path / "first")
     part = load_held_out(first.folder) if held_out else load_samples(first.folder)
     Image.new("RGB", (8, 6), "white").save(source / f"{part[0].user[-2]}.png")
@@ -102,20 +102,20 @@ def test_held_out_samples_are_others(source, tmp_path, seed):
     assert sorted(users) == [f"Question {index}?" for index in range(6)]
 
 
-def test_held_out_samples_share_no_picture_with_calibration(source, tmp_path):
+def test_held_out_samples_share_no_image_with_calibration(source, tmp_path):
     lines = (source / "data.jsonl").read_text().splitlines()
     more = [json.dumps(json.loads(line) | {"user": "Another?"}) for line in lines]
     (source / "data.jsonl").write_text("\n".join(lines + more))
     folder = freeze_samples(settings(source, 3, 3), tmp_path / "frozen").folder
     calibrated, held_out = ({c.image.tobytes() for c in part} for part in (load_samples(folder), load_held_out(folder)))
     assert not calibrated & held_out
-    with pytest.raises(InputError, match=r"at most the \d+ of .*data\.jsonl, beside \d+ that share picture or text"):
+    with pytest.raises(InputError, match=r"at most the \d+ of .*data\.jsonl, beside \d+ that share image or text"):
         freeze_samples(settings(source, 6, 6), tmp_path / "too many")
 
 
 def test_a_folder_that_is_too_small_is_refused_with_the_numbers(source, tmp_path):
     expected = (
-        r"calibration.samples: found 5, and calibration.held_out 2, which takes 7 conversations with a picture; "
+        r"calibration.samples: found 5, and calibration.held_out 2, which takes 7 samples with an image; "
         r"expected at most the 6 of .*data\.jsonl"
     )
     with pytest.raises(InputError, match=expected):
@@ -158,7 +158,7 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def test_your_own_folder_with_a_damaged_picture_is_an_error_and_leaves_nothing(source, tmp_path):
+def test_your_own_folder_with_a_damaged_image_is_an_error_and_leaves_nothing(source, tmp_path):
     Image.effect_noise((64, 64), 50).save(source / "5.png")
     (source / "5.png").write_bytes((source / "5.png").read_bytes()[:900])
     with pytest.raises(InputError, match=r"5\.png"):
@@ -167,7 +167,7 @@ def test_your_own_folder_with_a_damaged_picture_is_an_error_and_leaves_nothing(s
 
 
 @pytest.mark.parametrize(("name", "load"), [("00001.png", load_samples), ("held-00000.png", load_held_out)])
-def test_a_picture_changed_after_freezing_is_noticed(tmp_path, name, load):
+def test_an_image_changed_after_freezing_is_noticed(tmp_path, name, load):
     frozen = freeze_samples(settings(), tmp_path / "frozen")
     Image.new("RGB", (128, 128)).save(frozen.folder / name)
     with pytest.raises(InputError, match=rf"key 'image': found '{name}'.*changed since"):

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 
 from bivlm.calibration.frozen import freeze_samples, load_held_out, load_samples, open_calibration
-from bivlm.calibration.sources import open_hub_pictures as open_pictures
+from bivlm.calibration.sources import open_hub_images as open_images
 from bivlm.calibration.sources import open_hub_texts as open_texts
 from bivlm.errors import InputError
 from bivlm.recipe.calibration import CalibrationSettings
@@ -22,9 +22,9 @@ TURNS = List({"from": Value("string"), "value": Value("string")})
 
 def png(index):
     stream = io.BytesIO()
-    picture = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
-    picture.putpixel((0, 0), (index, 200, 0))
-    picture.save(stream, "PNG")
+    image = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
+    image.putpixel((0, 0), (index, 200, 0))
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -44,15 +44,15 @@ def quiet():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [{"bytes": png(index), "path": f"{index}.png"} for index in range(ROWS)]
 
 
 @pytest.fixture
-def captions(tmp_path, pictures) -> Path:
-    """Twenty pictures with two captions each, in the columns of flickr30k."""
+def captions(tmp_path, images) -> Path:
+    """Twenty images with two captions each, in the columns of flickr30k."""
     columns = {
-        "image": pictures,
+        "image": images,
         "caption": [[f"Caption {index}", "A second one"] for index in range(ROWS)],
         "img_id": [str(index) for index in range(ROWS)],
     }
@@ -61,15 +61,15 @@ def captions(tmp_path, pictures) -> Path:
 
 
 @pytest.fixture
-def conversations(tmp_path, pictures) -> Path:
-    """Twenty pictures with conversations in the form of LLaVA."""
-    columns = {"picture": pictures, "conversations": [conversation(index) for index in range(ROWS)]}
-    return write(tmp_path / "conversations", columns, {"picture": datasets.Image(), "conversations": TURNS}, "train")
+def conversations(tmp_path, images) -> Path:
+    """Twenty images with conversations in the form of LLaVA."""
+    columns = {"shot": images, "conversations": [conversation(index) for index in range(ROWS)]}
+    return write(tmp_path / "conversations", columns, {"shot": datasets.Image(), "conversations": TURNS}, "train")
 
 
 @pytest.fixture
 def texts(tmp_path) -> Path:
-    """Twenty conversations without pictures."""
+    """Twenty conversations without images."""
     return write(
         tmp_path / "texts", {"messages": [conversation(index, "") for index in range(ROWS)]}, {"messages": TURNS}
     )
@@ -98,7 +98,7 @@ def test_captions_answer_a_fixed_instruction(captions, tmp_path):
 
 
 def test_conversations_are_found_by_their_column(conversations, tmp_path):
-    frozen = freeze(tmp_path, settings(conversations, samples=12, held_out=8, image_column="picture"))
+    frozen = freeze(tmp_path, settings(conversations, samples=12, held_out=8, image_column="shot"))
     assert sorted(said(frozen)) == sorted((f"Question {index}?", f"Answer {index}") for index in range(ROWS))
 
 
@@ -109,11 +109,11 @@ def test_rows_are_drawn_by_seed(captions, tmp_path):
     assert first.sha256 == again.sha256 != other.sha256
 
 
-def test_rows_of_several_files_are_mixed(tmp_path, pictures, monkeypatch):
+def test_rows_of_several_files_are_mixed(tmp_path, images, monkeypatch):
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     features = {"image": datasets.Image(), "caption": Value("string")}
     for part in range(4):
-        columns = {"image": pictures[part * 5 :][:5], "caption": [f"{part} {index}" for index in range(5)]}
+        columns = {"image": images[part * 5 :][:5], "caption": [f"{part} {index}" for index in range(5)]}
         write(tmp_path / "parts", columns, features, f"train-0000{part}-of-00004")
     answers = [answer for _, answer in said(freeze(tmp_path, settings(tmp_path / "parts", samples=5, held_out=5)))]
     assert len(set(answers)) == 10
@@ -122,8 +122,8 @@ def test_rows_of_several_files_are_mixed(tmp_path, pictures, monkeypatch):
     assert answers == [answer for _, answer in said(again)]
 
 
-def test_held_out_rows_share_no_picture_with_calibration(tmp_path, pictures):
-    columns = {"image": pictures * 2, "caption": [f"Caption {index}" for index in range(2 * ROWS)]}
+def test_held_out_rows_share_no_image_with_calibration(tmp_path, images):
+    columns = {"image": images * 2, "caption": [f"Caption {index}" for index in range(2 * ROWS)]}
     folder = write(tmp_path / "twice", columns, {"image": datasets.Image(), "caption": Value("string")})
     frozen = freeze(tmp_path, settings(folder, samples=10, held_out=10))
     seen, held_out = (
@@ -132,14 +132,12 @@ def test_held_out_rows_share_no_picture_with_calibration(tmp_path, pictures):
     assert not seen & held_out
 
 
-def test_a_picture_that_cannot_be_decoded_is_replaced_and_counted(tmp_path, pictures):
-    damaged = [
-        {**picture, "bytes": picture["bytes"][:60]} if i in (3, 8) else picture for i, picture in enumerate(pictures)
-    ]
+def test_an_image_that_cannot_be_decoded_is_replaced_and_counted(tmp_path, images):
+    damaged = [{**image, "bytes": image["bytes"][:60]} if i in (3, 8) else image for i, image in enumerate(images)]
     columns = {"image": [*damaged, None], "caption": [f"Caption {index}" for index in range(ROWS + 1)]}
     folder = write(tmp_path / "damaged", columns, {"image": datasets.Image(), "caption": Value("string")})
     with pytest.warns(
-        UserWarning, match=r"3 of 21 entries drawn from hf:.*, split test cannot be used; the first: .*row"
+        UserWarning, match=r"3 of 21 samples drawn from hf:.*, split test cannot be used; the first: .*row"
     ):
         frozen = freeze(tmp_path, settings(folder, samples=10, held_out=8))
     assert not {answer for _, answer in said(frozen)} & {"Caption 3", "Caption 8", "Caption 20"}
@@ -161,13 +159,13 @@ def test_two_columns_of_text_are_a_conversation(captions, tmp_path):
     assert set(said(freeze(tmp_path, chosen))) > {("Why?", "Because."), ("How?", "Like this.")}
 
 
-def test_rows_with_pictures_are_no_text(captions, conversations, tmp_path):
+def test_rows_with_images_are_no_text(captions, conversations, tmp_path):
     chosen = settings(captions, text_share=0.5, text_source=f"hf:{conversations}")
-    with pytest.raises(InputError, match=r"more than half, .*found 1 <image>, expected at most 0"):
+    with pytest.raises(InputError, match=r"more than half, .*expected at most 0 <image>, and not 1"):
         freeze(tmp_path, chosen)
 
 
-def test_paths_are_looked_up_in_the_folder_of_pictures(tmp_path):
+def test_paths_are_looked_up_in_the_folder_of_images(tmp_path):
     (tmp_path / "images").mkdir()
     for index in range(ROWS):
         (tmp_path / "images" / f"{index}.png").write_bytes(png(index))
@@ -181,22 +179,22 @@ def test_paths_are_looked_up_in_the_folder_of_pictures(tmp_path):
 @pytest.mark.parametrize(
     ("column", "feature", "cell"),
     [
-        ("image", Value("binary"), lambda picture: picture["bytes"]),
-        ("images", List(datasets.Image()), lambda picture: [picture]),
-        ("img", {"bytes": Value("binary"), "path": Value("string")}, lambda picture: picture),
+        ("image", Value("binary"), lambda image: image["bytes"]),
+        ("images", List(datasets.Image()), lambda image: [image]),
+        ("img", {"bytes": Value("binary"), "path": Value("string")}, lambda image: image),
     ],
 )
-def test_pictures_may_be_bytes_or_a_list_of_one(tmp_path, pictures, column, feature, cell):
-    columns = {column: [cell(picture) for picture in pictures], "text": [str(index) for index in range(ROWS)]}
+def test_images_may_be_bytes_or_a_list_of_one(tmp_path, images, column, feature, cell):
+    columns = {column: [cell(image) for image in images], "text": [str(index) for index in range(ROWS)]}
     folder = write(tmp_path / "forms", columns, {column: feature, "text": Value("string")})
     (first, *_) = load_samples(freeze(tmp_path, settings(folder)).folder)
     assert first.image.getpixel((0, 0)) == (int(first.assistant), 200, 0)
 
 
-def test_rows_with_several_pictures_are_no_samples(tmp_path, pictures):
-    columns = {"images": [pictures[:2]] * ROWS, "text": ["x"] * ROWS}
+def test_rows_with_several_images_are_no_samples(tmp_path, images):
+    columns = {"images": [images[:2]] * ROWS, "text": ["x"] * ROWS}
     folder = write(tmp_path / "several", columns, {"images": List(datasets.Image()), "text": Value("string")})
-    with pytest.raises(InputError, match=r"more than half, 9 of 9 .*expected one picture"):
+    with pytest.raises(InputError, match=r"more than half, 9 of 9 .*expected one image"):
         freeze(tmp_path, settings(folder))
 
 
@@ -218,7 +216,7 @@ def test_what_the_data_set_does_not_have_is_named(captions, tmp_path, changes, m
 
 
 def test_a_column_that_is_not_known_by_name_has_to_be_given(conversations, texts, tmp_path):
-    with pytest.raises(InputError, match=r"image_column: not given, and none of image, .* are picture, conversations"):
+    with pytest.raises(InputError, match=r"image_column: not given, and none of image, .* are shot, conversations"):
         freeze(tmp_path, settings(conversations))
     with pytest.raises(InputError, match=r"text_source: found hf:.* with the columns .*expected one of conversations"):
         columns = {"sentence": ["a", "b"]}
@@ -231,7 +229,7 @@ def test_a_data_set_of_several_splits_needs_a_choice_unless_one_is_for_training(
     (captions / "test.parquet").write_bytes((captions / "validation.parquet").read_bytes())
     with pytest.raises(InputError, match=r"split: found 'train', expected one of .*validation.*, the splits of"):
         freeze(tmp_path, settings(captions))
-    assert open_pictures(settings(captions, split="validation")).name.endswith("split validation")
+    assert open_images(settings(captions, split="validation")).name.endswith("split validation")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PAR1 and nothing more"])
@@ -256,7 +254,7 @@ def test_what_is_streamed_from_the_hub_is_a_commit_and_it_is_recorded(captions, 
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    frozen = freeze(tmp_path, settings("maker/pictures", revision="main", subset="small"))
-    assert asked["info"] == ("maker/pictures", "main")
-    assert asked["load"] == ("maker/pictures", "small", {"revision": COMMIT, "streaming": True})
+    frozen = freeze(tmp_path, settings("maker/images", revision="main", subset="small"))
+    assert asked["info"] == ("maker/images", "main")
+    assert asked["load"] == ("maker/images", "small", {"revision": COMMIT, "streaming": True})
     assert open_calibration(frozen.folder).revision == COMMIT

@@ -22,8 +22,8 @@ def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path, name):
 
 
 def test_a_name_that_the_hub_does_not_allow_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"calibration.source: found 'hf:maker/a picture', expected hf:OWNER/NAME"):
-        freeze(tmp_path, "maker/a picture")
+    with pytest.raises(InputError, match=r"calibration.source: found 'hf:maker/an image', expected hf:OWNER/NAME"):
+        freeze(tmp_path, "maker/an image")
 
 
 def test_offline_the_hub_is_refused_in_words(tmp_path, monkeypatch):
@@ -34,8 +34,8 @@ def test_offline_the_hub_is_refused_in_words(tmp_path, monkeypatch):
 
 def test_a_hub_that_cannot_be_reached_is_trouble_that_may_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=r"cannot be reached for the data set maker/pictures at revision abc"):
-        freeze(tmp_path, "maker/pictures", revision="abc")
+    with pytest.raises(ConnectionError, match=r"cannot be reached for the data set maker/images at revision abc"):
+        freeze(tmp_path, "maker/images", revision="abc")
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,13 @@ def test_questions_are_the_same_every_time(name):
 
 
 @pytest.mark.parametrize("name", QUESTION_SETS)
-def test_no_picture_is_shared_between_splits(name):
-    pictures = {
+def test_no_image_is_shared_between_splits(name):
+    images = {
         split: {s.image.tobytes() for s in questions(name, split=split, limit=100)}
         for split in ("train", "calibration", "test")
     }
-    assert not pictures["train"] & pictures["test"]
-    assert not pictures["calibration"] & pictures["test"]
+    assert not images["train"] & images["test"]
+    assert not images["calibration"] & images["test"]
 
 
 def test_questions_come_lazily():
