@@ -71,13 +71,18 @@ Family = Callable[[random.Random, Scene], list[Question]]
 
 
 def _pair(
-    rng: random.Random, category: str, yes: str, no: str, truths: tuple[object, object] | None = None
+    rng: random.Random,
+    category: str,
+    text: str,
+    yes: object,
+    no: object,
+    *,
+    truths: tuple[object, object] = (None, None),
 ) -> list[Question]:
-    """Return the two questions in random order; `truths` are the words that their answers follow from."""
-    words = (None, None) if truths is None else tuple(str(truth) for truth in truths)
+    """Return `text` filled in for a yes and for a no, in random order; `truths` are what the answers follow from."""
     pair = [
-        Question(yes + YES_NO, ("yes",), category, truth=words[0]),
-        Question(no + YES_NO, ("no",), category, truth=words[1]),
+        Question(text.format(fill) + YES_NO, (answer,), category, truth=None if truth is None else str(truth))
+        for fill, answer, truth in ((yes, "yes", truths[0]), (no, "no", truths[1]))
     ]
     rng.shuffle(pair)
     return pair
@@ -86,12 +91,6 @@ def _pair(
 def _other(rng: random.Random, values, value):
     """Return a random member of `values` other than `value`."""
     return rng.choice([v for v in values if v != value])
-
-
-def _reference(rng: random.Random, scene: Scene) -> tuple[str, Thing]:
-    """Return a random object and the name that fits it alone: its colour and shape."""
-    thing = rng.choice(scene.things)
-    return thing.name, thing
 
 
 def _absent(rng: random.Random, scene: Scene) -> str:
@@ -106,9 +105,8 @@ def _absent(rng: random.Random, scene: Scene) -> str:
 
 
 def _existence(rng: random.Random, scene: Scene) -> list[Question]:
-    name, _ = _reference(rng, scene)
-    text = "Is there a {} in the image?"
-    return _pair(rng, "existence", text.format(name), text.format(_absent(rng, scene)))
+    thing = rng.choice(scene.things)
+    return _pair(rng, "existence", "Is there a {} in the image?", thing.name, _absent(rng, scene))
 
 
 def _alone(rng: random.Random, scene: Scene, attribute: str) -> Thing | None:
@@ -124,18 +122,15 @@ def _colour(rng: random.Random, scene: Scene) -> list[Question]:
         return []
     others = [t.colour for t in scene.things if t.colour != thing.colour] or list(COLOURS)
     wrong = _other(rng, others if rng.random() < 0.5 else tuple(COLOURS), thing.colour)
-    text = f"Is the {thing.shape} {{}}?"
-    return _pair(rng, "color", text.format(thing.colour), text.format(wrong), (thing.colour, thing.colour))
+    return _pair(rng, "color", f"Is the {thing.shape} {{}}?", thing.colour, wrong, truths=(thing.colour, thing.colour))
 
 
 def _position(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
+    thing = rng.choice(scene.things)
     axis = rng.choice(("row", "column"))
-    index = getattr(thing, axis)
-    text = f"Is the {name} in {axis} {{}}?"
-    return _pair(
-        rng, "position", text.format(index), text.format(_other(rng, range(1, GRID + 1), index)), (index, index)
-    )
+    right = getattr(thing, axis)
+    wrong = _other(rng, range(1, GRID + 1), right)
+    return _pair(rng, "position", f"Is the {thing.name} in {axis} {{}}?", right, wrong, truths=(right, right))
 
 
 def _count(rng: random.Random, scene: Scene) -> list[Question]:
@@ -146,15 +141,15 @@ def _count(rng: random.Random, scene: Scene) -> list[Question]:
         return []
     this, other = rng.choice(options)
     text = f"Is the number of {{}} objects {counts[this]}?"
-    return _pair(rng, "count", text.format(this), text.format(other), (counts[this], counts[other]))
+    return _pair(rng, "count", text, this, other, truths=(counts[this], counts[other]))
 
 
 def _reading(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
+    thing = rng.choice(scene.things)
     others = [t.digit for t in scene.things if t.digit != thing.digit] or list(DIGITS)
     wrong = _other(rng, others if rng.random() < 0.5 else DIGITS, thing.digit)
-    text = f"Is the digit on the {name} {{}}?"
-    return _pair(rng, "OCR", text.format(thing.digit), text.format(wrong), (thing.digit, thing.digit))
+    text = f"Is the digit on the {thing.name} {{}}?"
+    return _pair(rng, "OCR", text, thing.digit, wrong, truths=(thing.digit, thing.digit))
 
 
 def _fact(rng: random.Random, attribute: str) -> tuple[str, str]:
@@ -165,9 +160,8 @@ def _fact(rng: random.Random, attribute: str) -> tuple[str, str]:
 def _recall_yes_no(attribute: str) -> Family:
     def family(rng: random.Random, scene: Scene) -> list[Question]:
         name, value = _fact(rng, attribute)
-        text = f"Does a {name} {_STATEMENT[attribute]} {{}}?"
-        wrong = _other(rng, VALUES[attribute], value)
-        return _pair(rng, f"catalogue_{attribute}", text.format(value), text.format(wrong), (value, value))
+        text, wrong = f"Does a {name} {_STATEMENT[attribute]} {{}}?", _other(rng, VALUES[attribute], value)
+        return _pair(rng, f"catalogue_{attribute}", text, value, wrong, truths=(value, value))
 
     return family
 
@@ -179,14 +173,14 @@ def _comparison(rng: random.Random, scene: Scene) -> list[Question]:
         return []
     high, low = rng.choice(options)
     text = f"Is the digit on the {{}} greater than {rng.randrange(low.digit, high.digit)}?"
-    return _pair(rng, "numerical_comparison", text.format(high.name), text.format(low.name), (high.digit, low.digit))
+    return _pair(rng, "numerical_comparison", text, high.name, low.name, truths=(high.digit, low.digit))
 
 
 def _parity(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
-    words = ("even", "odd") if thing.digit % 2 == 0 else ("odd", "even")
-    text = f"Is the digit on the {name} {{}}?"
-    return _pair(rng, "numerical_parity", text.format(words[0]), text.format(words[1]), (words[0], words[0]))
+    thing = rng.choice(scene.things)
+    right, wrong = ("even", "odd") if thing.digit % 2 == 0 else ("odd", "even")
+    text = f"Is the digit on the {thing.name} {{}}?"
+    return _pair(rng, "numerical_parity", text, right, wrong, truths=(right, right))
 
 
 def _lettered(rng: random.Random, category: str, hint: str, text: str, right: str, wrong: list[str]) -> list[Question]:
