@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from freezing import freeze, parts, said
 from PIL import Image
 
-from bivlm.calibration.frozen import freeze_samples, load_held_out, load_samples
+from bivlm.calibration.frozen import freeze_samples
 from bivlm.errors import InputError
 from bivlm.recipe.calibration import CalibrationSettings
 
@@ -60,23 +61,13 @@ def changed(path, changes):
     return write(path, entries)
 
 
-def freeze(tmp_path, source, samples=6, held_out=2, name="frozen", **others):
-    settings = CalibrationSettings(source=str(source), samples=samples, held_out=held_out, **others)
-    return freeze_samples(settings, tmp_path / name)
-
-
-def said(frozen):
-    return [(c.user, c.assistant) for c in load_samples(frozen.folder) + load_held_out(frozen.folder)]
-
-
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_the_first_exchange_of_a_conversation_is_taken_without_its_placeholder(llava, tmp_path, suffix):
     file = write(llava.with_suffix(suffix), json.loads(llava.read_text()))
     frozen = freeze(tmp_path, file, samples=10)
     assert sorted(said(frozen)) == sorted((f"Question {i}?", f"Answer {i}") for i in range(ENTRIES))
-    (number,) = (c.user[9:-1] for c in load_samples(frozen.folder)[:1])
-    expected = Image.open(llava.parent / "coco" / "train" / f"{number}.png")
-    assert load_samples(frozen.folder)[0].image.tobytes() == expected.tobytes()
+    first = parts(frozen)[0][0]
+    assert first.image.tobytes() == Image.open(llava.parent / "coco" / "train" / f"{first.user[9:-1]}.png").tobytes()
 
 
 @pytest.mark.parametrize(
@@ -197,15 +188,14 @@ def test_a_file_that_holds_no_conversations_is_refused(tmp_path, content, messag
 @pytest.mark.parametrize(("share", "of_six", "of_two"), [(0.25, 2, 1), (0.5, 3, 1), (0.01, 0, 0), (0.99, 5, 1)])
 def test_the_share_of_text_is_exact_in_both_parts(llava, texts, tmp_path, share, of_six, of_two):
     frozen = freeze(tmp_path, llava, text_share=share, text_source=str(texts))
-    parts = load_samples(frozen.folder), load_held_out(frozen.folder)
-    assert [sum(c.image is None for c in part) for part in parts] == [of_six, of_two]
+    assert [sum(c.image is None for c in part) for part in parts(frozen)] == [of_six, of_two]
     assert frozen.text_only == of_six
-    assert all(c.user.startswith("Text") == (c.image is None) for part in parts for c in part)
+    assert all(c.user.startswith("Text") == (c.image is None) for part in parts(frozen) for c in part)
 
 
 def test_text_is_spread_evenly_and_never_repeated(llava, texts, tmp_path):
     frozen = freeze(tmp_path, llava, samples=8, held_out=4, text_share=0.5, text_source=str(texts))
-    assert [c.image is None for c in load_samples(frozen.folder)] == [False, True] * 4
+    assert [c.image is None for c in parts(frozen)[0]] == [False, True] * 4
     spoken = [user for user, _ in said(frozen)]
     assert len(set(spoken)) == len(spoken)
 
@@ -217,18 +207,14 @@ def test_a_held_out_text_is_none_that_calibration_saw(llava, tmp_path):
         freeze(tmp_path, llava, samples=6, held_out=6, text_share=0.5, text_source=str(texts))
 
 
-def test_the_text_is_drawn_by_seed(llava, texts, tmp_path):
-    first, again, other = (
-        freeze(tmp_path, llava, name=name, text_share=0.5, text_source=str(texts), seed=seed)
-        for name, seed in (("first", 0), ("again", 0), ("other", 1))
-    )
-    assert first.sha256 == again.sha256 != other.sha256
+def test_the_text_is_drawn_by_seed_and_the_hash_follows_it(llava, texts, tmp_path):
+    def sha256(name, seed=0):
+        return freeze(tmp_path, llava, name=name, text_share=0.5, text_source=str(texts), seed=seed).sha256
 
-
-def test_the_hash_follows_a_changed_text(llava, texts, tmp_path):
-    first = freeze(tmp_path, llava, text_share=0.5, text_source=str(texts), name="first")
+    first = sha256("first")
+    assert first == sha256("again") != sha256("other", 1)
     texts.write_text(texts.read_text().replace("Reply", "Answer"))
-    assert freeze(tmp_path, llava, text_share=0.5, text_source=str(texts), name="then").sha256 != first.sha256
+    assert sha256("then") != first
 
 
 def test_too_little_text_is_refused_with_the_numbers(llava, texts, tmp_path):
@@ -269,7 +255,7 @@ def test_a_text_file_that_is_not_there_is_refused(llava, tmp_path):
 
 def test_reference_text_is_of_the_catalogue(tmp_path):
     frozen = freeze(tmp_path, "reference", samples=20, held_out=20, text_share=0.5, text_source="reference")
-    text = [c for c in load_samples(frozen.folder) + load_held_out(frozen.folder) if c.image is None]
+    text = [c for part in parts(frozen) for c in part if c.image is None]
     assert len({(c.user, c.assistant) for c in text}) == 20
     assert {c.user.split()[0] for c in text} <= {"Describe", "Where", "What"}
 
