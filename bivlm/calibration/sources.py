@@ -96,11 +96,7 @@ def open_hub_images(settings: CalibrationSettings) -> Source:
     from bivlm.sources.hub_datasets import open_stream  # takes seconds to import, and only the hub needs it
 
     data = open_stream(
-        settings.source,
-        keys="calibration.",
-        revision=settings.revision,
-        subset=settings.subset,
-        split=settings.split,
+        settings.source, keys="calibration.", revision=settings.revision, subset=settings.subset, split=settings.split
     )
     image = _column(data, "image_column", settings.image_column, IMAGE_COLUMNS)
     is_conversation = settings.conversation_column is not None or (

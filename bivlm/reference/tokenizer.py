@@ -96,9 +96,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_s
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     images = SiglipImageProcessorPil(
-        size={"height": image_size, "width": image_size},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        size={"height": image_size, "width": image_size}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
     )
     return LlavaProcessor(
         image_processor=images,

@@ -50,12 +50,7 @@ def encode(
     begin = processor.tokenizer.bos_token
     marked = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
     inputs = processor(
-        text=list(texts),
-        **shown,
-        padding=len(texts) > 1,
-        padding_side="left",
-        return_tensors="pt",
-        **marked,
+        text=list(texts), **shown, padding=len(texts) > 1, padding_side="left", return_tensors="pt", **marked
     )
     return inputs.to(model.device, dtype=model.dtype if model.dtype.is_floating_point else torch.float32)
 
@@ -106,11 +101,7 @@ def _forms(
 
 
 def _problem(
-    processor: ProcessorMixin,
-    turns: list[dict[str, Any]],
-    written: str,
-    texts: tuple[str, str | None],
-    images: int,
+    processor: ProcessorMixin, turns: list[dict[str, Any]], written: str, texts: tuple[str, str | None], images: int
 ) -> str | None:
     """Return what is wrong with the text that the template made of the turns; None if nothing is."""
     lists = [turn["content"] for turn in turns if isinstance(turn["content"], list)]

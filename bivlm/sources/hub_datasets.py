@@ -34,7 +34,7 @@ def commit_of(name: str, revision: str | None, *, key: str, prefix: str) -> str:
     check_revision(revision, f"{key}: {name}")
     wanted = f"{name} at revision {revision}" if revision else name
     try:
-        with hub_asked(f"{key}: no folder {name}", wanted, f"{key}: the hub cannot be reached for"):
+        with hub_asked(key, wanted, f": no folder {name}"):
             return check_commit(HfApi().dataset_info(name, revision=revision).sha, f"{key}: {name}")
     except HFValidationError:
         raise InputError(f"{key}: found {prefix + name!r}, expected {prefix}OWNER/NAME or {prefix}FOLDER") from None
@@ -46,18 +46,23 @@ def commit_of(name: str, revision: str | None, *, key: str, prefix: str) -> str:
 
 
 @contextmanager
-def hub_asked(otherwise: str, wanted: str, unreachable: str) -> Iterator[None]:
-    """Raise a final answer of the hub within the block as `InputError`, and other trouble as ConnectionError."""
+def hub_asked(key: str, wanted: str, otherwise: str = "") -> Iterator[None]:
+    """Raise a final answer of the hub within the block as `InputError`, and other trouble as ConnectionError.
+
+    Messages begin with `key`; `otherwise` says what else was tried.
+    """
     try:
         yield
     except (HFValidationError, OfflineModeIsEnabled, DatasetsError):
         raise
     except (httpx2.HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSALS:
-            raise InputError(f"{otherwise}, and the hub gives no data set {wanted}: {describe(error)}") from error
+            raise InputError(f"{key}{otherwise}, and the hub gives no data set {wanted}: {describe(error)}") from error
         if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
             raise
-        raise ConnectionError(f"{unreachable} the data set {wanted}: {describe(error)}") from error
+        raise ConnectionError(
+            f"{key}: the hub cannot be reached for the data set {wanted}: {describe(error)}"
+        ) from error
 
 
 @dataclass(frozen=True)

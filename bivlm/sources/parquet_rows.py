@@ -184,9 +184,8 @@ def _parquet_files(task: str, path: str, commit: str | None, layout: Layout) -> 
 
     from bivlm.sources.hub_datasets import hub_asked
 
-    wanted = f"{path} at revision {commit}"
     try:
-        with hub_asked(task, wanted, f"{task}: the hub cannot be reached for") if commit else nullcontext():
+        with hub_asked(task, f"{path} at revision {commit}") if commit else nullcontext():
             subsets = datasets.get_dataset_config_names(path, revision=commit)
             chosen = layout.subset if layout.subset in subsets else "default"
             if chosen not in subsets and len(subsets) > 1:
@@ -224,7 +223,7 @@ def _downloaded(task: str, name: str, commit: str, address: str) -> Path:
     from bivlm.sources.hub_datasets import hub_asked
 
     path = address.partition(f"@{commit}/")[2]
-    with hub_asked(task, f"{name} with {path} at revision {commit}", f"{task}: the hub cannot be reached for"):
+    with hub_asked(task, f"{name} with {path} at revision {commit}"):
         return Path(hf_hub_download(name, path, repo_type="dataset", revision=commit))
 
 

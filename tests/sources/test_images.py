@@ -158,19 +158,13 @@ FILES = {
         on_white(PALETTE[RAMP], RAMP),
     ),
     "JPEG L": (saved(Image.fromarray(RAMP.astype(U8)), format="JPEG", quality=100), grey(RAMP)),
-    "JPEG RGB": (
-        saved(array_image(YCC, "YCbCr"), format="JPEG", quality=100, subsampling=0),
-        of_ycc(YCC),
-    ),
+    "JPEG RGB": (saved(array_image(YCC, "YCbCr"), format="JPEG", quality=100, subsampling=0), of_ycc(YCC)),
     "JPEG CMYK, inverted as Adobe does": (
         saved(array_image(np.repeat(one(RAMP // 2), 4, -1), "CMYK"), format="JPEG", quality=100, subsampling=0),
         of_cmyk(np.repeat(one(RAMP // 2), 4, -1)),
     ),
     "WEBP RGB": (saved(array_image(COLOURS, "RGB"), format="WEBP", lossless=True), COLOURS),
-    "WEBP RGBA": (
-        saved(array_image(RGBA, "RGBA"), format="WEBP", lossless=True, exact=True),
-        on_white(COLOURS, ALPHA),
-    ),
+    "WEBP RGBA": (saved(array_image(RGBA, "RGBA"), format="WEBP", lossless=True, exact=True), on_white(COLOURS, ALPHA)),
     "GIF L": (saved(Image.fromarray(RAMP.astype(U8)), format="GIF"), grey(RAMP)),
     "GIF P": (saved(paletted(), format="GIF", optimize=False), PALETTE[RAMP]),
     "GIF P, an entry transparent": (
@@ -225,10 +219,7 @@ FILES = {
     "TIFF RGBX": (tiff(RGBA.astype(U8), 2, extra=0), COLOURS),
     "TIFF RGBA": (tiff(RGBA.astype(U8), 2, extra=2), on_white(COLOURS, ALPHA)),
     "TIFF RGBA of 16 bits": (tiff((RGBA * 257).astype(U16), 2, ">", extra=2), on_white(COLOURS, ALPHA)),
-    "TIFF RGBa": (
-        tiff(PREMULTIPLIED.astype(U8), 2, extra=1),
-        PREMULTIPLIED[..., :3] + 255.0 - ALPHA[..., None],
-    ),
+    "TIFF RGBa": (tiff(PREMULTIPLIED.astype(U8), 2, extra=1), PREMULTIPLIED[..., :3] + 255.0 - ALPHA[..., None]),
     "TIFF CMYK": (tiff(CMYK.astype(U8), 5), of_cmyk(CMYK)),
     "TIFF CMYK of 16 bits": (tiff((CMYK * 257).astype(U16), 5), of_cmyk(CMYK)),
     "TIFF YCbCr": (tiff(YCC.astype(U8), 6), of_ycc(YCC)),
