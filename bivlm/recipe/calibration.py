@@ -44,7 +44,7 @@ class CalibrationSettings(BaseModel):
             recorded; a data set with one split, or with one called ``train``, needs no `split`.
         image_column: column of the images.
         text_column: column of the captions, each a string or a list of them of which the first is taken.
-        conversation_column: column of conversations, of which the first exchange is taken.
+        conversation_column: column of conversations; the first answered user turn and its reply are taken.
         instruction: the user's turn before a caption.
         text_share: share of samples, held-out ones alike, without an image.
         text_source: where those come from: ``reference``, a ``.jsonl`` or ``.json`` file, or ``hf:`` as above.

@@ -32,9 +32,9 @@ class Reply:
 def read_reply(model: PreTrainedModel, processor: ProcessorMixin, sample: CalibrationSample) -> Reply:
     """Find the reply among the tokens of a sample.
 
-    The prompt rendered alone (with what makes the assistant begin) must be a prefix of the whole conversation's
-    rendering; the first token that differs, or is new, is the reply's first. Raises `InputError` when the chat template
-    writes the two in different ways.
+    The prompt rendered alone (with what makes the assistant begin) must be a prefix of the whole sample's rendering.
+    The first token that differs, or is new, is the reply's first. Raises `InputError` when the chat template writes the
+    two in different ways.
     """
     has_image = sample.image is not None
     prompt = render_prompt(processor, sample.user, image=has_image)
