@@ -1,7 +1,7 @@
 """What dropping image tokens saves: time to read a prompt, and bytes of the key and value cache.
 
 ``python -m benchmarks.pruning [--layers 24] [--hidden 512] [--side 64]``: a random Qwen2.5-VL of that shape reads a
-picture of side x side patches, a quarter as many image tokens, and a short question; tokens are dropped from layer 2 of
+image of side x side patches, a quarter as many image tokens, and a short question; tokens are dropped from layer 2 of
 the language model on. At 90 % the language model's part of it is to be at least 3 times as fast, and the cache 80 %
 smaller. Runs with and without pruning take turns.
 """
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--side", type=int, default=64, help="patches along each side of the picture")
+    parser.add_argument("--side", type=int, default=64, help="patches along each side of the image")
     options = parser.parse_args(arguments)
     model = _model(options.layers, options.hidden)
     inputs = _inputs(options.side)

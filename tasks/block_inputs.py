@@ -77,7 +77,7 @@ class Calibration:
 def encode_samples(
     base: Base, settings: CalibrationSettings, frozen: StepResult, device: Device, workspace: str
 ) -> Calibration:
-    """Pictures and conversations as the model takes them in, one set of tensors a sample."""
+    """Images and conversations as the model takes them in, one set of tensors a sample."""
     store = open_workspace(workspace)
     inputs = {"checkpoint": base.sha256, "samples": frozen.record.figures["sha256"]}
     identity = step_identity(SAMPLES_STAGE, VERSION, inputs, None, exact=False)

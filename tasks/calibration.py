@@ -1,4 +1,4 @@
-"""Calibration samples, frozen: the same pictures and conversations for everything that is compared."""
+"""Calibration samples, frozen: the same images and texts for everything that is compared."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ VERSION = 2  # raised when held-out samples joined
 
 @task(name="calibration", **OVER_NETWORK)
 def freeze_calibration(settings: dict[str, Any], workspace: str) -> StepResult:
-    """The samples that the settings ask for, as workspace files; `figures["sha256"]` is the hash over all of them.
+    """Return the samples that the settings ask for, as workspace files; `figures["sha256"]` is the hash over all.
 
-    They are drawn anew each time, because a folder of pictures or a data set may have changed since: a second or two,
-    more for a data set of the hub, which is streamed. The key is made of what was drawn and of the settings that chose
-    it, so that later steps run again only if it is different; how tokens are weighed and what blocks see is not the
-    samples' business.
+    They are drawn anew each time, because a folder of images or a data set may have changed: this takes a second or
+    two, and longer for a data set streamed from the hub. The key is the hash of the samples and of the settings that
+    chose them, without those of tokens and blocks, so that later steps run again only if the samples differ.
     """
     store = open_workspace(workspace)
     chosen = CalibrationSettings.model_validate(settings)

@@ -24,7 +24,7 @@ from bivlm.evaluation.outcomes import evaluate, read_outcomes, write_outcomes
 from bivlm.evaluation.paired import LargestLoss, largest_loss, loss_between
 from bivlm.pruning.dropping import pruned_if
 from bivlm.recipe.pruning import PruningSettings
-from bivlm.sources.samples import Conversation
+from bivlm.sources.samples import CalibrationSample
 from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Workspace
 from tasks.runtime.device import Device, gpu_slot
@@ -195,7 +195,7 @@ def _if_pruned(pruning: PruningSettings | None) -> dict[str, Any]:
 @contextmanager
 def _asked(
     folder: str, sha256: str, calibration: StepResult, device: Device, store: Workspace
-) -> Iterator[tuple[PreTrainedModel, ProcessorMixin, list[Conversation]]]:
+) -> Iterator[tuple[PreTrainedModel, ProcessorMixin, list[CalibrationSample]]]:
     """Model, processor and the held-out samples."""
     with store.scratch() as samples:
         conversations = load_held_out(store.fetch_folder(calibration.record.outputs, samples))

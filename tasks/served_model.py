@@ -11,13 +11,13 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
 from bivlm.errors import InputError
-from bivlm.sources.images import decode_picture
+from bivlm.sources.images import decode_image
 
 
 class PackedVisionLanguageModel(PythonModel):
-    """Answers questions about pictures.
+    """Answers questions about images.
 
-    Input is a table with the columns `image` (a picture file, base64) and `question`; output is one answer a row.
+    Input is a table with the columns `image` (an image file, base64) and `question`; output is one answer a row.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -33,19 +33,19 @@ class PackedVisionLanguageModel(PythonModel):
 
         samples = []
         for index, row in enumerate(model_input.itertuples()):
-            image = _picture(row.image, f"row {index}, column 'image'")
+            image = _image(row.image, f"row {index}, column 'image'")
             samples.append(VqaSample(str(index), str(index), image, row.question, answers=()))
         max_new_tokens = (params or {}).get("max_new_tokens", 16)
         return answer_batch(self.model, self.processor, samples, max_new_tokens)
 
 
-def _picture(value: Any, name: str) -> Image.Image:
-    """Return the picture that is given as base64; raises `InputError` with `name`."""
+def _image(value: Any, name: str) -> Image.Image:
+    """Return the image that is given as base64; raises `InputError` with `name`."""
     try:
         content = base64.b64decode(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: expected the file of a picture in base64: {error}") from None
-    return decode_picture(content, name)
+        raise InputError(f"{name}: expected the file of an image in base64: {error}") from None
+    return decode_image(content, name)
 
 
 mlflow.models.set_model(PackedVisionLanguageModel())

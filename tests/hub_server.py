@@ -193,17 +193,31 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"id": model, "modelId": model, "sha": commit.oid, "private": repository.private, "siblings": siblings}
         self._json(about | {"gated": "manual" if repository.gated else False, "tags": [], "downloads": 0, "likes": 0})
 
-    def tree(self, _: bytes, model: str, revision: str) -> None:
+    def tree(self, _: bytes, model: str, revision: str, folder: str | None = None) -> None:
         commit = self._commit_at(model, revision)
         if commit is None:
             return
         begin = int(self.request_log.query.get("cursor", ["0"])[0])
-        entries = [self._entry(name, data) for name, data in sorted(commit.files.items())]
+        below = f"{folder}/" if folder else ""
+        entries = [self._entry(commit, name) for name in sorted(self._places(commit)) if name.startswith(below)]
         more = f"{self.hub.endpoint}/api/models/{model}/tree/{revision}?recursive=true&cursor={begin + self.hub.page}"
         links = {"Link": f'<{more}>; rel="next"'} if begin + self.hub.page < len(entries) else {}
         self._json(entries[begin : begin + self.hub.page], headers=links)
 
-    def _entry(self, name: str, data: bytes) -> dict[str, Any]:
+    def paths_info(self, body: bytes, model: str, revision: str) -> None:
+        commit = self._commit_at(model, revision)
+        if commit is not None:
+            asked = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
+            self._json([self._entry(commit, path) for path in asked if path in self._places(commit)])
+
+    def _places(self, commit: Commit) -> set[str]:
+        folders = {parent.as_posix() for name in commit.files for parent in Path(name).parents} - {"."}
+        return folders | commit.files.keys()
+
+    def _entry(self, commit: Commit, name: str) -> dict[str, Any]:
+        if name not in commit.files:
+            return {"type": "directory", "path": name, "size": 0, "oid": git_id(name, b"")}
+        data = commit.files[name]
         entry = {"type": "file", "path": name, "size": len(data), "oid": git_id(name, data)}
         if is_large(name):
             entry["lfs"] = {"oid": sha256_of(data), "size": len(data), "pointerSize": len(pointer(data))}
@@ -364,17 +378,19 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"commitUrl": f"{self._url(model)}/commit/{done.oid}", "commitOid": done.oid})
 
 
+_KIND = "(?:models|datasets)"  # in one space of names here
 _MODEL = r"(?P<model>[^/]+/[^/]+)"
 _REVISION = r"(?P<revision>[^/]+)"
 _OID = r"(?P<oid>[0-9a-f]{64})"
 _ROUTES = [
     (re.compile(pattern), method, answer)
     for pattern, method, answer in (
-        (rf"/api/models/{_MODEL}", "GET", _Handler.info),
-        (rf"/api/models/{_MODEL}/revision/{_REVISION}", "GET", _Handler.info),
-        (rf"/api/models/{_MODEL}/tree/{_REVISION}", "GET", _Handler.tree),
+        (rf"/api/{_KIND}/{_MODEL}", "GET", _Handler.info),
+        (rf"/api/{_KIND}/{_MODEL}/revision/{_REVISION}", "GET", _Handler.info),
+        (rf"/api/{_KIND}/{_MODEL}/tree/{_REVISION}(?:/(?P<folder>.+))?", "GET", _Handler.tree),
+        (rf"/api/{_KIND}/{_MODEL}/paths-info/{_REVISION}", "POST", _Handler.paths_info),
         (rf"/api/models/{_MODEL}/refs", "GET", _Handler.refs),
-        (rf"/{_MODEL}/resolve/{_REVISION}/(?P<name>.+)", "GET|HEAD", _Handler.resolve),
+        (rf"/(?:datasets/)?{_MODEL}/resolve/{_REVISION}/(?P<name>.+)", "GET|HEAD", _Handler.resolve),
         (r"/large/(?P<sha256>[0-9a-f]{64})", "GET|HEAD", _Handler.large),
         (r"/api/whoami-v2", "GET", _Handler.whoami),
         (r"/api/repos/create", "POST", _Handler.create),

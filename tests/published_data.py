@@ -12,8 +12,8 @@ LETTER = "Answer with the option's letter from the given choices directly."
 WORD = "Answer the question using a single word or phrase."
 
 
-def picture(index: int, size: tuple[int, int] = (40, 30)) -> dict[str, Any]:
-    """A picture of its own colour, as the hub stores it."""
+def image(index: int, size: tuple[int, int] = (40, 30)) -> dict[str, Any]:
+    """An image of its own colour, as the hub stores it."""
     stream = io.BytesIO()
     Image.new("RGB", size, (40 * index % 256, 200, 90)).save(stream, "PNG")
     return {"bytes": stream.getvalue(), "path": f"{index}.png"}
@@ -32,14 +32,9 @@ def data_set(rows: list[dict[str, Any]], features: dict[str, Any]) -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
+STRING, IMAGE = Value("string"), datasets.Image()
 MME_FILE = "data/test-00000-of-00001-a25dbe3b44c4fda6.parquet"
-MME = {
-    "question_id": Value("string"),
-    "image": datasets.Image(),
-    "question": Value("string"),
-    "answer": Value("string"),
-    "category": Value("string"),
-}
+MME = {"question_id": STRING, "image": IMAGE, "question": STRING, "answer": STRING, "category": STRING}
 
 
 def mme_rows() -> list[dict[str, Any]]:
@@ -48,7 +43,7 @@ def mme_rows() -> list[dict[str, Any]]:
     return [
         {
             "question_id": name,
-            "image": picture(index),
+            "image": image(index),
             "question": f"Is it {index} {answer}? Please answer yes or no.",
             "answer": answer,
             "category": category,
@@ -59,69 +54,45 @@ def mme_rows() -> list[dict[str, Any]]:
 
 
 MMMU_FILE = "data/validation-00000-of-00001.parquet"
+_MMMU_TEXTS = ["id", "question", "options", "explanation", "img_type", "answer", "topic_difficulty", "question_type"]
 MMMU = {
-    **dict.fromkeys(
-        ("id", "question", "options", "explanation", "img_type", "answer", "topic_difficulty", "question_type"),
-        Value("string"),
-    ),
-    **{f"image_{number}": datasets.Image() for number in range(1, 8)},
-    "subfield": Value("string"),
+    **dict.fromkeys(_MMMU_TEXTS, STRING),
+    **{f"image_{number}": IMAGE for number in range(1, 8)},
+    "subfield": STRING,
 }
 
 
 def mmmu_rows() -> list[dict[str, Any]]:
-    """A choice about one picture, one whose options are pictures, open questions for a number and for a word."""
+    """A choice about one image, one whose options are images, open questions for a number and for a word."""
+
+    def row(name: str, question: str, options: str, answer: str, *images: int) -> dict[str, Any]:
+        return {
+            "id": f"validation_{name}",
+            "question": question,
+            "options": options,
+            "answer": answer,
+            "question_type": "open" if options == "[]" else "multiple-choice",
+            **{f"image_{number}": image(index) for number, index in enumerate(images, start=1)},
+        }
+
     return [
-        {
-            "id": "validation_Accounting_1",
-            "question": "<image 1> Baxter sells pears. Which is it?",
-            "options": "['$6', '$7', '$8']",
-            "answer": "B",
-            "question_type": "multiple-choice",
-            "image_1": picture(1),
-        },
-        {
-            "id": "validation_Art_Theory_12",
-            "question": "Which of them matches <image 1>?",
-            "options": "['<image 3>', '<image 2>', \"It's neither\"]",
-            "answer": "A",
-            "question_type": "multiple-choice",
-            **{f"image_{number}": picture(number) for number in (1, 2, 3)},
-        },
-        {
-            "id": "validation_Math_3",
-            "question": "What is the area in <image 1>?",
-            "options": "[]",
-            "answer": "24.32",
-            "question_type": "open",
-            "image_1": picture(5),
-        },
-        {
-            "id": "validation_Math_4",
-            "question": "Which shape is <image 1>, and which <image 2>?",
-            "options": "[]",
-            "answer": "Circle",
-            "question_type": "open",
-            **{f"image_{number}": picture(number + 3) for number in (1, 2)},
-        },
+        row("Accounting_1", "<image 1> Baxter sells pears. Which is it?", "['$6', '$7', '$8']", "B", 1),
+        row(
+            *("Art_Theory_12", "Which of them matches <image 1>?", "['<image 3>', '<image 2>', \"It's neither\"]", "A"),
+            *(1, 2, 3),
+        ),
+        row("Math_3", "What is the area in <image 1>?", "[]", "24.32", 5),
+        row("Math_4", "Which shape is <image 1>, and which <image 2>?", "[]", "Circle", 4, 5),
     ]
 
 
 SCIENCEQA_FILE = "ScienceQA-IMG/test-00000-of-00001-f0e719df791966ff.parquet"
 SCIENCEQA = {
-    "image": datasets.Image(),
-    "question": Value("string"),
-    "choices": List(Value("string")),
+    "image": IMAGE,
+    "question": STRING,
+    "choices": List(STRING),
     "answer": Value("int8"),
-    "hint": Value("string"),
-    "task": Value("string"),
-    "grade": Value("string"),
-    "subject": Value("string"),
-    "topic": Value("string"),
-    "category": Value("string"),
-    "skill": Value("string"),
-    "lecture": Value("string"),
-    "solution": Value("string"),
+    **dict.fromkeys(["hint", "task", "grade", "subject", "topic", "category", "skill", "lecture", "solution"], STRING),
 }
 
 
@@ -129,7 +100,7 @@ def scienceqa_rows() -> list[dict[str, Any]]:
     """With a hint and without one."""
     return [
         {
-            "image": picture(1),
+            "image": image(1),
             "question": "Which is the solid?",
             "choices": ["a rock", "a river"],
             "answer": 0,
@@ -137,7 +108,7 @@ def scienceqa_rows() -> list[dict[str, Any]]:
             "subject": "natural science",
         },
         {
-            "image": picture(2),
+            "image": image(2),
             "question": "What is the capital of Ohio?",
             "choices": ["Cincinnati", "Cleveland", "Columbus", "Dayton"],
             "answer": 2,
@@ -148,13 +119,7 @@ def scienceqa_rows() -> list[dict[str, Any]]:
 
 
 VIZWIZ_FILE = "data/val-00000-of-00001.parquet"
-VIZWIZ = {
-    "question_id": Value("string"),
-    "image": datasets.Image(),
-    "question": Value("string"),
-    "answers": List(Value("string")),
-    "category": Value("string"),
-}
+VIZWIZ = {"question_id": STRING, "image": IMAGE, "question": STRING, "answers": List(STRING), "category": STRING}
 
 
 def vizwiz_rows() -> list[dict[str, Any]]:
@@ -162,14 +127,14 @@ def vizwiz_rows() -> list[dict[str, Any]]:
     return [
         {
             "question_id": "VizWiz_val_00000000.jpg",
-            "image": picture(1),
+            "image": image(1),
             "question": "What COLOUR is this, please?",
             "answers": ["Green", "green.", "the green", "teal", "teal", "blue", "unsuitable", "grey", "grey", "gray"],
             "category": "other",
         },
         {
             "question_id": "VizWiz_val_00000001.jpg",
-            "image": picture(2),
+            "image": image(2),
             "question": "can you read it",
             "answers": ["unanswerable"] * 9 + ["no"],
             "category": "unanswerable",

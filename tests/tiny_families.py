@@ -344,5 +344,5 @@ def tiny_model(build, dtype=torch.bfloat16):
     if config.model_type == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(ids)  # a prompt looks at all of itself
     if config.model_type == "gemma3":
-        inputs["token_type_ids"] = (ids == IMAGE).long()  # a picture looks at all of itself
+        inputs["token_type_ids"] = (ids == IMAGE).long()  # an image looks at all of itself
     return model, inputs

@@ -3,7 +3,7 @@
 Two stages, each with its own resumable state under `DIR/state`:
 
 - `vision`: the tower alone names what each cell of the grid holds, from linear heads that are thrown away later;
-- `joint`: everything, on pictures with a caption and some twenty independent segments each. At first the segments are
+- `joint`: everything, on images with a caption and some twenty independent segments each. At first the segments are
   catalogue entries, to be known by heart; then questions of all sets.
 
 A stage is drawn from seed and step number alone: killed and resumed, it ends with the same weights, unless `--hours`
@@ -32,7 +32,7 @@ STAGES = ("vision", "joint")
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps, sequences (or pictures) a step, tokens a sequence, peak learning rate and warm-up steps of one stage."""
+    """Steps, sequences (or images) a step, tokens a sequence, peak learning rate and warm-up steps of one stage."""
 
     steps: int
     batch: int

@@ -46,9 +46,9 @@ class Batch:
 
 
 def pixels_of(scenes: list[Scene]) -> Tensor:
-    """What the image processor makes of the pictures: float32 (B, 3, 128, 128) in [-1, 1]."""
-    pictures = torch.from_numpy(np.stack([paint(scene) for scene in scenes]))
-    return pictures.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    """What the image processor makes of the images: float32 (B, 3, 128, 128) in [-1, 1]."""
+    images = torch.from_numpy(np.stack([paint(scene) for scene in scenes]))
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def cell_labels(scenes: list[Scene]) -> dict[str, Tensor]:

@@ -1,5 +1,4 @@
-"""Calibration data: what the recipe says of it, where samples come from, and the folder that freezes them.
+"""Calibration samples: `sources` gives them one at a time, `drawing` chooses and mixes, `frozen` writes and reads them.
 
-`settings` is the recipe's part; `sources` and `hub` give conversations one at a time, `exchanges` reads the forms they
-are written in; `drawing` chooses and mixes; `frozen` writes and reads the folder.
+`turns` reads the forms that conversations are written in, and `blocks` sends samples through the model.
 """

@@ -1,7 +1,7 @@
-"""Calibration samples, frozen: pictures and conversations in a folder, with one hash over all of it.
+"""Calibration samples, frozen: images and texts in a folder, with one hash over all of it.
 
 Beside the samples to calibrate on, the folder holds the held-out ones that the divergence is measured on. The hash is
-over what the samples are (texts, and the pixels of the pictures), not over how a version of an image library writes
+over what the samples are (texts, and the pixels of the images), not over how a version of an image library writes
 them, and is checked on every read.
 """
 
@@ -15,12 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bivlm.calibration.drawing import Draw, picture_digest
+from bivlm.calibration.drawing import Draw, image_digest
 from bivlm.errors import InputError
 from bivlm.recipe.calibration import CalibrationSettings
-from bivlm.sources.image_folders import Line, read_lines
-from bivlm.sources.images import as_rgb, clipped_rgb, open_picture
-from bivlm.sources.samples import Conversation
+from bivlm.sources.images import as_rgb, clipped_rgb, open_image
+from bivlm.sources.json_rows import read_lines
+from bivlm.sources.rows import Row
+from bivlm.sources.samples import CalibrationSample
 from bivlm.workspace.hashing import digest, file_digest
 
 FROZEN = "conversations.jsonl"
@@ -30,14 +31,14 @@ RECORD = "drawn.json"
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """A frozen folder: ``conversations.jsonl``, ``held_out.jsonl``, PNG pictures, and ``drawn.json`` on how it came.
+    """A frozen folder: ``conversations.jsonl``, ``held_out.jsonl``, PNG images, and ``drawn.json`` on how it came.
 
     Attributes:
         folder: where it lies.
-        samples: conversations to calibrate on.
-        held_out: conversations that calibration never sees.
-        text_only: how many of `samples` are without a picture.
-        skipped: entries of the sources that were drawn, could not be used, and were replaced.
+        samples: samples to calibrate on.
+        held_out: samples that calibration never sees.
+        text_only: how many of `samples` are without an image.
+        skipped: rows of the sources that were drawn, could not be used, and were replaced.
         revision: commit of the source, if that is a data set of the hub.
         text_revision: the same of the text source.
         sha256: hash over the content of both parts.
@@ -56,8 +57,8 @@ class CalibrationSet:
 def freeze_samples(settings: CalibrationSettings, folder: str | Path) -> CalibrationSet:
     """Draw the samples that the settings ask for and write them to `folder`, which appears whole or not at all.
 
-    One picture is held at a time. Entries of published data sets that cannot be used are replaced by the next drawn,
-    and their number is warned of. Raises `InputError` as `Draw` does, and when `folder` holds something already;
+    One image is held at a time. Rows of published data sets that cannot be used are replaced by the next drawn, and a
+    warning gives their number. Raises `InputError` as `Draw` does, and when `folder` holds something already;
     ConnectionError when the hub cannot be reached.
     """
     folder = Path(folder)
@@ -83,51 +84,51 @@ def freeze_samples(settings: CalibrationSettings, folder: str | Path) -> Calibra
 
 
 def open_calibration(folder: str | Path) -> CalibrationSet:
-    """The record of a folder that was frozen earlier; raises `InputError` when it is none."""
+    """Return the record of a folder that was frozen earlier; raises `InputError` if there is none."""
     folder = Path(folder)
-    pictures = [line.values.get("image") for line in read_lines(folder, FROZEN)]
-    held_out = sum(1 for _ in read_lines(folder, HELD_OUT))
-    (record,) = read_lines(folder, RECORD)
+    images = [row.values.get("image") for row in read_lines(folder / FROZEN)]
+    held_out = sum(1 for _ in read_lines(folder / HELD_OUT))
+    (record,) = read_lines(folder / RECORD)
     record.check_keys(("skipped", "revision", "text_revision"))
     return CalibrationSet(
         folder=folder,
-        samples=len(pictures),
+        samples=len(images),
         held_out=held_out,
-        text_only=pictures.count(None),
+        text_only=images.count(None),
         sha256=digest({name: file_digest(folder / name) for name in (FROZEN, HELD_OUT)}),
         **record.values,
     )
 
 
-def load_samples(folder: str | Path) -> list[Conversation]:
-    """The samples to calibrate on, in order; raises `InputError` when a picture is not the one frozen."""
-    return [_conversation(line) for line in read_lines(Path(folder), FROZEN)]
+def load_samples(folder: str | Path) -> list[CalibrationSample]:
+    """Return the samples to calibrate on, in order; raises `InputError` when an image is not the one frozen."""
+    return [_sample(row) for row in read_lines(Path(folder) / FROZEN)]
 
 
-def load_held_out(folder: str | Path) -> list[Conversation]:
-    """The samples that calibration never sees, in order; raises as `load_samples`."""
-    return [_conversation(line) for line in read_lines(Path(folder), HELD_OUT)]
+def load_held_out(folder: str | Path) -> list[CalibrationSample]:
+    """Return the samples that calibration never sees, in order; raises as `load_samples`."""
+    return [_sample(row) for row in read_lines(Path(folder) / HELD_OUT)]
 
 
-def _conversation(line: Line) -> Conversation:
-    line.check_keys(("image", "image_sha256", "user", "assistant"))
-    if line.values["image"] is None:
-        return Conversation(None, line.text("user"), line.text("assistant"))
-    # As it was written: of a file with a transparent palette, earlier versions froze RGB with a transparent colour.
-    picture = open_picture(line.picture(), clipped_rgb)
-    if picture_digest(picture) != line.text("image_sha256"):
-        line.complain("image", line.text("image"), "the picture that was frozen, it has changed since")
-    return Conversation(picture, line.text("user"), line.text("assistant"))
+def _sample(row: Row) -> CalibrationSample:
+    row.check_keys(("image", "image_sha256", "user", "assistant"))
+    image = None
+    if row.values["image"] is not None:
+        # As it was written: of a file with a transparent palette, earlier versions froze RGB with a transparent colour.
+        image = open_image(row.image_path("image"), clipped_rgb)
+        if image_digest(image) != row.text("image_sha256"):
+            row.complain("image", "the image that was frozen, it has changed since")
+    return CalibrationSample(image, row.text("user"), row.text("assistant"))
 
 
-def _write(conversations: Iterable[Conversation], folder: Path, file_name: str, prefix: str) -> None:
-    """Writes the texts to a file and the pictures beside it."""
+def _write(samples: Iterable[CalibrationSample], folder: Path, file_name: str, prefix: str) -> None:
+    """Write the texts to a file and the images beside it."""
     lines = []
-    for index, conversation in enumerate(conversations):
-        line = {"image": None, "image_sha256": None, "user": conversation.user, "assistant": conversation.assistant}
-        if conversation.image is not None:
-            picture = as_rgb(conversation.image)
-            line |= {"image": f"{prefix}{index:05d}.png", "image_sha256": picture_digest(picture)}
-            picture.save(folder / line["image"], format="PNG")
+    for index, sample in enumerate(samples):
+        line = {"image": None, "image_sha256": None, "user": sample.user, "assistant": sample.assistant}
+        if sample.image is not None:
+            image = as_rgb(sample.image)
+            line |= {"image": f"{prefix}{index:05d}.png", "image_sha256": image_digest(image)}
+            image.save(folder / line["image"], format="PNG")
         lines.append(json.dumps(line, ensure_ascii=True) + "\n")
     (folder / file_name).write_bytes("".join(lines).encode())

@@ -31,7 +31,7 @@ from bivlm.packing import open_packed
 from bivlm.recipe.finish import FinishSettings
 from bivlm.sources.chat_template import encode, render_dialogue
 from bivlm.sources.replies import Reply, read_reply
-from bivlm.sources.samples import Conversation
+from bivlm.sources.samples import CalibrationSample
 
 Progress = Callable[[int, int], None]
 JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
@@ -59,7 +59,7 @@ def finish(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     packed: Mapping[str, torch.Tensor],
-    conversations: Sequence[Conversation],
+    conversations: Sequence[CalibrationSample],
     full_precision: StoredLogProbabilities,
     settings: FinishSettings,
     progress: Progress | None = None,
@@ -179,7 +179,7 @@ class _Answers:
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        conversations: Sequence[Conversation],
+        conversations: Sequence[CalibrationSample],
         full_precision: StoredLogProbabilities,
         together: int,
     ) -> None:
@@ -230,9 +230,9 @@ class _Answers:
         return encode(self._processor, self._model, texts, [each.image for each in some])
 
     def _portions(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """At most so many conversations as go through the model at once, with and without a picture apart."""
-        for with_picture in (True, False):
-            some = [number for number in numbers if (self._conversations[number].image is not None) == with_picture]
+        """At most so many conversations as go through the model at once, with and without an image apart."""
+        for with_image in (True, False):
+            some = [number for number in numbers if (self._conversations[number].image is not None) == with_image]
             for begin in range(0, len(some), self._together):
                 yield some[begin : begin + self._together]
 

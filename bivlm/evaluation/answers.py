@@ -1,21 +1,29 @@
-"""What a model's text says: yes or no, a letter, or a plain answer. Pure functions of strings."""
+"""Ask for an answer of one form, and read a model's text as it: yes or no, a letter, or a plain answer."""
 
 from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 
 FINAL_PUNCTUATION = ".,;:!?…。，！？"
 LETTERS = string.ascii_uppercase
+ASK_FOR_LETTER = "\nAnswer with the option's letter from the given choices directly."
+ASK_FOR_WORD = "\nAnswer the question using a single word or phrase."
+
+
+def lettered(choices: Sequence[str]) -> str:
+    """Return the options of a question as lines: "A. red", "B. blue"; each begins with a line break."""
+    return "".join(f"\n{name}. {choice}" for name, choice in zip(LETTERS, choices, strict=False))
 
 
 def plain(text: str) -> str:
-    """Lower-cased, without white space around it and without final punctuation (`FINAL_PUNCTUATION`)."""
+    """Return the text lower-cased, without white space around it and final punctuation (`FINAL_PUNCTUATION`)."""
     return text.strip().rstrip(FINAL_PUNCTUATION + string.whitespace).lower()
 
 
 def yes_or_no(text: str) -> str | None:
-    """ "yes", "no", or None for anything else.
+    """Return "yes", "no", or None for anything else.
 
     The rule of MME as commonly scored: without full stops the text is exactly yes, no, y or n, or yes (before no)
     stands within its first four characters.
@@ -28,7 +36,7 @@ def yes_or_no(text: str) -> str | None:
 
 
 def letter(text: str, count: int) -> str | None:
-    """The option letter (the first `count` of A, B, C, ...) that the text names, or None.
+    """Return the option letter (the first `count` of A, B, C, ...) that the text names, or None.
 
     The first of these forms that occurs decides, and its last occurrence wins: "(B)"; "B." or "B)" or "B:"; "B" as a
     word of its own. Lower case counts only when the letter is the whole text. Where no letter is found, the published

@@ -1,4 +1,4 @@
-"""What a benchmark is: questions, how an answer is scored, and what is reported of a set beside accuracy."""
+"""A benchmark: questions, how an answer is scored, and what is reported of a set beside accuracy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Benchmark(ABC):
     @classmethod
     @abstractmethod
     def load(cls, argument: str, limit: int | None) -> Self:
-        """The benchmark that `argument` names, its first `limit` questions; raises `InputError`."""
+        """Return the benchmark that `argument` names, its first `limit` questions; raises `InputError`."""
 
     @property
     @abstractmethod
@@ -49,34 +49,34 @@ class Benchmark(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[VqaSample]:
-        """The questions in order, pictures made or read as they are needed; questions of one image stand together."""
+        """Yield the questions in order, those about one image together; images are made or read as needed."""
 
     @abstractmethod
     def score(self, sample: VqaSample, prediction: str) -> float:
-        """How right an answer is, in [0, 1]."""
+        """Return how right an answer is, in [0, 1]."""
 
     def summarize(self, outcomes: pd.DataFrame) -> dict[str, float]:
-        """Figures of the set beside accuracy, from the columns that `bivlm.evaluation.outcomes.COLUMNS` names."""
+        """Return figures of the set beside accuracy, from the columns `bivlm.evaluation.outcomes.COLUMNS`."""
         return category_accuracies(outcomes)
 
     def intervals(self, outcomes: pd.DataFrame) -> dict[str, list[float]]:
-        """The 95 % intervals of those figures of `summarize` by which the set is known, if accuracy is not."""
+        """Return the 95 % intervals of those figures of `summarize` by which the set is known, if accuracy is not."""
         return {}
 
     def chance(self) -> float | None:
-        """Percent that an answer without looking scores; None where nobody knows."""
+        """Return the percent that an answer without looking scores; None where nobody knows."""
         return None
 
     def source(self) -> dict[str, Any] | None:
-        """Where the questions were published, and in which revision; None where the task says all."""
+        """Return where the questions were published, and in which revision; None where the task says all."""
         return None
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the kind, its version, and the content of every question and picture: for step keys."""
+        """SHA-256 over the kind, its version, and the content of every question and image: for step keys."""
         asked = [
             [
-                {name: value for name, value in vars(sample).items() if name not in ("image", "further_images")},
+                sample.texts,
                 *([image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()] for image in sample.images),
             ]
             for sample in self
@@ -85,7 +85,7 @@ class Benchmark(ABC):
 
 
 def benchmark_kinds() -> dict[str, type[Benchmark]]:
-    """Every kind of benchmark by the name that a task begins with."""
+    """Return every kind of benchmark by the name that a task begins with."""
     package = importlib.import_module("bivlm.evaluation")
     for module in pkgutil.iter_modules(package.__path__):
         if module.name != "lmms_eval":  # no benchmark, and it needs an extra
@@ -99,7 +99,7 @@ def _below(cls: type[Benchmark]) -> Iterator[type[Benchmark]]:
 
 
 def load_benchmark(task: str, limit: int | None = None) -> Benchmark:
-    """The benchmark of a task such as ``reference:open`` or ``vqa:FOLDER``, all of it or its first `limit` questions.
+    """Return the benchmark of a task such as ``reference:open`` or ``vqa:FOLDER``, its first `limit` questions or all.
 
     Raises `InputError` on an unknown task, a limit below 1, and whatever the benchmark finds wrong.
     """

@@ -1,4 +1,4 @@
-"""Question sets on which a model is not above chance: no figure measured there says what compression does to it."""
+"""Find question sets on which a model is not above chance, where no figure says what compression does to it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from bivlm.errors import InputError, describe
 from bivlm.numerics.logits import not_finite, unusable
 from bivlm.sources.replies import Reply, read_reply
-from bivlm.sources.samples import Conversation
+from bivlm.sources.samples import CalibrationSample
 from bivlm.untrusted import parse_json
 
 FORMAT = "bivlm-log-probabilities-1"
@@ -56,7 +56,7 @@ def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tenso
 
 
 def reference_logits(
-    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation], file: str | Path
+    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[CalibrationSample], file: str | Path
 ) -> Path:
     """Write the full-precision model's log-probabilities for later comparisons, one entry a conversation.
 
@@ -92,7 +92,7 @@ def reference_logits(
 
 
 def kl_divergence(
-    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[Conversation], file: str | Path
+    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[CalibrationSample], file: str | Path
 ) -> float:
     """Mean over all judged positions of KL(full precision || model), in nats, summed in float64.
 

@@ -66,7 +66,7 @@ def load_model(
 
 
 def load_processor(folder: str | Path) -> ProcessorMixin:
-    """The processor of a checkpoint folder; raises `InputError` when there is none for pictures and text."""
+    """Return the processor of a checkpoint folder; raises `InputError` when there is none for images and text."""
     code = remote_code_allowed(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=code)
@@ -78,14 +78,14 @@ def load_processor(folder: str | Path) -> ProcessorMixin:
         raise InputError(f"model {folder}: expected a processor beside the weights: {said}") from error
     if not isinstance(processor, ProcessorMixin):
         found = type(processor).__name__
-        raise InputError(f"model {folder}: expected a processor for pictures and text, found {found}")
+        raise InputError(f"model {folder}: expected a processor for images and text, found {found}")
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # padding is masked: any token will do
     return processor
 
 
 def default_batch_size(model: PreTrainedModel) -> int:
-    """Questions a batch when the caller does not say."""
+    """Return how many questions make a batch when the caller does not say."""
     return BATCH_SMALL if model.num_parameters() < SMALL_MODEL else BATCH_LARGE
 
 
@@ -93,9 +93,9 @@ def default_batch_size(model: PreTrainedModel) -> int:
 def answer_batch(
     model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[VqaSample], max_new_tokens: int
 ) -> list[str]:
-    """The model's greedy answers, without special tokens and white space around.
+    """Return the model's greedy answers, without special tokens and white space around.
 
-    The samples have as many pictures each. Raises `InputError` naming the question when its text holds the image
+    All samples have equally many images. Raises `InputError` naming the question when its text holds the image
     placeholder, ArithmeticError naming the model when it gives NaN or infinity.
     """
     inputs = encode(
@@ -123,9 +123,9 @@ def answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[list[tuple[int, VqaSample, str]]]:
-    """Batches of (position in `samples`, sample, answer), as they are answered and in no order.
+    """Yield batches of (position in `samples`, sample, answer), as they are answered and in no order.
 
-    At most `WINDOW` batches of pictures are held.
+    At most `WINDOW` batches of images are held.
     """
     numbered = enumerate(samples)
     while window := list(islice(numbered, WINDOW * batch_size)):
@@ -135,7 +135,7 @@ def answers(
 
 
 def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding, whatever sampling and penalties the checkpoint recommends for chatting."""
+    """Return plain greedy decoding, whatever sampling and penalties the checkpoint recommends for chatting."""
     own = model.generation_config
     ends = own.eos_token_id if own.eos_token_id is not None else processor.tokenizer.eos_token_id
     return GenerationConfig(
@@ -153,20 +153,20 @@ def greedy(model: PreTrainedModel, processor: ProcessorMixin, max_new_tokens: in
 
 
 def _batches(window: list[tuple[int, VqaSample]], batch_size: int) -> list[list[tuple[int, VqaSample]]]:
-    """Samples of like pictures and question length together: less padding, the same answers.
+    """Return batches of samples of like images and question length: less padding, the same answers.
 
-    No batch mixes numbers of pictures, of which processors make different things.
+    No batch mixes numbers of images, which processors treat differently.
     """
 
-    def pictures(numbered: tuple[int, VqaSample]) -> int:
+    def images(numbered: tuple[int, VqaSample]) -> int:
         return len(numbered[1].images)
 
     def length(numbered: tuple[int, VqaSample]) -> tuple[int, int, int]:
         _, sample = numbered
         area = sum(image.width * image.height for image in sample.images)
-        return pictures(numbered), area, len(sample.question)
+        return images(numbered), area, len(sample.question)
 
-    groups = (list(group) for _, group in groupby(sorted(window, key=length), key=pictures))
+    groups = (list(group) for _, group in groupby(sorted(window, key=length), key=images))
     return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 

@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 256  # of tasks that do not say
 
 
 class BivlmModel(lmms):
-    """Greedy answers to prompts with any number of pictures, which stand before the text."""
+    """Greedy answers to prompts with any number of images, which stand before the text."""
 
     is_simple = True
 
@@ -50,10 +50,10 @@ class BivlmModel(lmms):
         self._max_new_tokens = int(max_new_tokens)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """The answer to every request, cut before the task's stop words.
+        """Return the answer to every request, cut before the task's stop words.
 
         A blank line is no stop word: lmms-eval adds it to every task, and its own models ignore it, too. Raises
-        `InputError` when a task asks for sampling, beams or anything but pictures.
+        `InputError` when a task asks for sampling, beams or anything but images.
         """
         by_length: dict[int, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
@@ -69,23 +69,23 @@ class BivlmModel(lmms):
         return [said[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Raises `InputError`: only tasks that generate are answered."""
+        """Raise `InputError`: only tasks that generate are answered."""
         raise InputError("lmms-eval model bivlm: found a loglikelihood task, expected one of type generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Raises `InputError`, as `loglikelihood`."""
+        """Raise `InputError`, as `loglikelihood`."""
         raise InputError("lmms-eval model bivlm: found a task of several rounds, expected one of type generate_until")
 
     def _samples(self, requests: Sequence[Instance]) -> Iterator[VqaSample]:
-        """Pictures are decoded as they are needed."""
+        """Yield the samples; images are decoded as they are needed."""
         for request in requests:
-            text, _, pictures_of, number, task, split = request.args
+            text, _, images_of, number, task, split = request.args
             name = f"{task}, {split} {number}"
-            pictures = pictures_of(self.task_dict[task][split][number]) or []
-            for picture in pictures:
-                if not isinstance(picture, Image.Image):
-                    raise InputError(f"{name}: found {type(picture).__name__}, expected pictures alone")
-            first, *others = pictures or [None]
+            images = images_of(self.task_dict[task][split][number]) or []
+            for image in images:
+                if not isinstance(image, Image.Image):
+                    raise InputError(f"{name}: found {type(image).__name__}, expected images alone")
+            first, *others = images or [None]
             yield VqaSample(name, name, first, text, answers=(), further_images=tuple(others))
 
     def _length(self, request: Instance) -> int:
@@ -96,7 +96,7 @@ class BivlmModel(lmms):
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval asks the entry point for."""
+    """Return what lmms-eval asks the entry point for."""
     return ModelManifest(model_id="bivlm", simple_class_path=f"{__name__}.{BivlmModel.__name__}")
 
 

@@ -1,4 +1,4 @@
-"""From scores of questions to the figures of a set: accuracy, its confidence interval, the MME score."""
+"""Figures of a set from the scores of its questions: accuracy, its confidence interval, the MME score."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _CHUNK = 1 << 20  # drawn image counts held at once
 
 
 def accuracy(scores: Sequence[float]) -> float:
-    """Mean score in percent; scores are in [0, 1]."""
+    """Return the mean score in percent; scores are in [0, 1]."""
     return 100.0 * float(np.mean(scores))
 
 
 def category_accuracies(outcomes: pd.DataFrame) -> dict[str, float]:
-    """`{category}/acc` in percent for every named category, in alphabetical order."""
+    """Return `{category}/acc` in percent for every named category, in alphabetical order."""
     named = outcomes[outcomes["category"] != ""]
     return {f"{category}/acc": accuracy(group["score"]) for category, group in named.groupby("category")}
 
 
 def mme_metrics(outcomes: pd.DataFrame) -> dict[str, float]:
-    """The score of MME (Fu et al., 2023): over the categories, the sum of acc and acc+, each 0 to 100.
+    """Return the score of MME (Fu et al., 2023): over the categories, the sum of acc and acc+, each 0 to 100.
 
     `{category}/acc` is the percentage of questions answered right, `{category}/acc_plus` of images whose two questions
     are both right; `mme_score` is their sum and `mme_max` 200 a category. A limit can cut a set within an image: one
@@ -43,14 +43,14 @@ def mme_metrics(outcomes: pd.DataFrame) -> dict[str, float]:
 
 
 def mme_score(metrics: Mapping[str, float], categories: Iterable[str]) -> float:
-    """The sum of acc and acc+ over some categories of `mme_metrics`."""
+    """Return the sum of acc and acc+ over some categories of `mme_metrics`."""
     return sum(metrics[f"{category}/{figure}"] for category in categories for figure in ("acc", "acc_plus"))
 
 
 def mme_interval(
     outcomes: pd.DataFrame, categories: Iterable[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of `mme_score`: in each category as many images are drawn as it has.
+    """Return the 95 % percentile interval of `mme_score`: in each category as many images are drawn as it has.
 
     Images that were asked about once count as in `mme_metrics`, for acc alone, unless their category has no other.
     """
@@ -72,14 +72,14 @@ def mme_interval(
 def bootstrap_interval(
     scores: Sequence[float], images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean score, in percent; see `bootstrap_means`."""
+    """Return the 95 % percentile interval of the mean score, in percent; see `bootstrap_means`."""
     return _middle(bootstrap_means(scores, images, resamples=resamples, seed=seed))
 
 
 def bootstrap_means(
     scores: Sequence[float], images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
-    """Mean scores in percent of `resamples` draws, in no order.
+    """Return the mean scores in percent of `resamples` draws, in no order.
 
     Questions about one image stand and fall together, so whole images are drawn with replacement (the cluster
     bootstrap: Davison and Hinkley, 1997, section 3.8), and the mean is over the questions that they bring.

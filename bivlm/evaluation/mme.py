@@ -12,10 +12,11 @@ from typing import ClassVar
 import pandas as pd
 
 from bivlm.errors import InputError
-from bivlm.evaluation.answers import yes_or_no
+from bivlm.evaluation.answers import ASK_FOR_WORD, yes_or_no
 from bivlm.evaluation.metrics import mme_interval, mme_metrics, mme_score
-from bivlm.evaluation.published import Asked, PublishedSet
-from bivlm.sources.parquet_rows import Layout, Row, Rows
+from bivlm.evaluation.published import PublishedSet
+from bivlm.sources.parquet_rows import Layout, Rows
+from bivlm.sources.rows import Row
 from bivlm.sources.samples import VqaSample
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -26,7 +27,6 @@ PARTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 _CATEGORIES = tuple(category for categories in PARTS.values() for category in categories)
 _REPLACED = " Please answer yes or no."
-_ASK_FOR_A_WORD = "\nAnswer the question using a single word or phrase."
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,25 @@ class Mme(PublishedSet):
     max_new_tokens: ClassVar[int] = 16
 
     @classmethod
-    def ask(cls, row: Row) -> Asked:
+    def ask(cls, row: Row) -> VqaSample:
         category = row.text("category")
         if category not in _CATEGORIES:
-            row.complain("category", category, f"one of {', '.join(_CATEGORIES)}")
+            row.complain("category", f"one of {', '.join(_CATEGORIES)}")
         answer = row.text("answer").lower().strip().replace(".", "")
         if answer not in ("yes", "no"):
-            row.complain("answer", row.values["answer"], "Yes or No")
-        return Asked(
+            row.complain("answer", "Yes or No")
+        return VqaSample(
             question_id=row.text("question_id"),
             image_id=row.text("question_id"),
-            question=row.text("question").strip().replace(_REPLACED, "") + _ASK_FOR_A_WORD,
+            image=None,
+            question=row.text("question").strip().replace(_REPLACED, "") + ASK_FOR_WORD,
             answers=(answer,),
             category=category,
         )
 
     @classmethod
-    def arrange(cls, rows: Rows, asked: tuple[Asked, ...], limit: int | None) -> tuple[Asked, ...]:
-        """The id of an image becomes two ids of questions, by order; a limit may cut the last pair apart."""
+    def arrange(cls, rows: Rows, asked: tuple[VqaSample, ...], limit: int | None) -> tuple[VqaSample, ...]:
+        """Return the questions with the id of their image and a number; a limit may cut the last pair apart."""
         seen: Counter[tuple[str, str]] = Counter()
         numbered = []
         for each in asked:
@@ -72,14 +73,11 @@ class Mme(PublishedSet):
                 )
         return super().arrange(rows, tuple(numbered), limit)
 
-    def read(self, question: Asked | VqaSample, prediction: str) -> str | None:
+    def read(self, question: VqaSample, prediction: str) -> str | None:
         return yes_or_no(prediction)
 
-    def score(self, sample: Asked | VqaSample, prediction: str) -> float:
-        return float(self.read(sample, prediction) == sample.answers[0])
-
     def summarize(self, outcomes: pd.DataFrame) -> dict[str, float]:
-        """`perception` and `cognition` (as far as they were asked about), and `mme_metrics`."""
+        """Return `perception` and `cognition` (as far as they were asked about), and `mme_metrics`."""
         parts = {part: mme_score(mme_metrics(outcomes), categories) for part, categories in _asked_parts(outcomes)}
         return {**parts, **mme_metrics(outcomes), "unparsable": self.unparsable(outcomes)}
 
@@ -87,7 +85,7 @@ class Mme(PublishedSet):
         return {part: list(mme_interval(outcomes, categories)) for part, categories in _asked_parts(outcomes)}
 
     def chance(self) -> float:
-        """What the better constant answer scores."""
+        """Return what the better constant answer scores."""
         counts = Counter(each.answers[0] for each in self.asked)
         return 100.0 * max(counts.values()) / len(self.asked)
 

@@ -1,4 +1,4 @@
-"""MMMU, validation: college questions about one picture or several; ``mmmu:hub`` or a copy of it.
+"""MMMU, validation: college questions about one image or several; ``mmmu:hub`` or a copy of it.
 
 Yue et al., "MMMU: A Massive Multi-discipline Multimodal Understanding and Reasoning Benchmark for Expert AGI", 2024.
 """
@@ -12,11 +12,12 @@ from typing import ClassVar
 
 import pandas as pd
 
-from bivlm.evaluation.answers import LETTERS
+from bivlm.evaluation.answers import ASK_FOR_LETTER, ASK_FOR_WORD, LETTERS, lettered
 from bivlm.evaluation.metrics import accuracy
 from bivlm.evaluation.mmmu_answers import is_among, open_readings, option_letter
-from bivlm.evaluation.published import Asked, PublishedSet, random_letter
-from bivlm.sources.parquet_rows import Layout, Row
+from bivlm.evaluation.published import PublishedSet
+from bivlm.sources.parquet_rows import Layout
+from bivlm.sources.rows import Row
 from bivlm.sources.samples import VqaSample
 
 DISCIPLINES: dict[str, tuple[str, ...]] = {
@@ -34,9 +35,7 @@ DISCIPLINES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 MULTIPLE_CHOICE, OPEN = "multiple-choice", "open"
-_ASK_FOR_LETTER = "Answer with the option's letter from the given choices directly."
-_ASK_FOR_A_WORD = "Answer the question using a single word or phrase."
-_PICTURE = re.compile(r"<image (\d+)>")
+_IMAGE = re.compile(r"<image (\d+)>")
 _SUBJECT = re.compile(r"[^_]*_(.+?)_\d+")
 
 
@@ -44,7 +43,7 @@ _SUBJECT = re.compile(r"[^_]*_(.+?)_\d+")
 class Mmmu(PublishedSet):
     """The share of right answers, overall, by discipline and by subject.
 
-    Pictures stand before the text in the order of their numbers, and the text names them: "<image 1>". A multiple
+    Images stand before the text in the order of their numbers, and the text names them: "<image 1>". A multiple
     choice in which no option is found is wrong; the published code guesses.
     """
 
@@ -52,41 +51,49 @@ class Mmmu(PublishedSet):
     version: ClassVar[int] = 1
     layout: ClassVar[Layout] = Layout("lmms-lab-encoder/MMMU", None, ("validation", "val"))
     columns: ClassVar[tuple[str, ...]] = ("id", "question", "options", "answer", "question_type")
-    picture_columns: ClassVar[tuple[str, ...]] = tuple(f"image_{number}" for number in range(1, 8))
+    image_columns: ClassVar[tuple[str, ...]] = tuple(f"image_{number}" for number in range(1, 8))
     max_new_tokens: ClassVar[int] = 128
 
     @classmethod
-    def ask(cls, row: Row) -> Asked:
+    def ask(cls, row: Row) -> VqaSample:
         subject = _SUBJECT.fullmatch(row.text("id"))
         if not subject:
-            row.complain("id", row.values["id"], "an id such as validation_Accounting_1")
-        kind, choices, question = row.text("question_type"), None, row.text("question")
+            row.complain("id", "an id such as validation_Accounting_1")
+        kind, choices = row.text("question_type"), None
         if kind not in (MULTIPLE_CHOICE, OPEN):
-            row.complain("question_type", kind, f"{MULTIPLE_CHOICE} or {OPEN}")
+            row.complain("question_type", f"{MULTIPLE_CHOICE} or {OPEN}")
         if kind == MULTIPLE_CHOICE:
             choices = _options(row)
-            question += "\n" + "\n".join(f"{name}. {text}" for name, text in zip(LETTERS, choices, strict=False))
-        return Asked(
+        instruction = ASK_FOR_LETTER if choices else ASK_FOR_WORD
+        question = VqaSample(
             question_id=row.text("id"),
             image_id=row.text("id"),
-            question=f"{question}\n\n{_ASK_FOR_LETTER if choices else _ASK_FOR_A_WORD}",
+            image=None,
+            question=f"{row.text('question')}{lettered(choices or ())}\n{instruction}",
             answers=_answers(row, choices),
             choices=choices,
             category=subject[1],
-            pictures=_pictures(row, question),
         )
+        if unknown := [column for column in cls.images_of(question) if column not in cls.image_columns]:
+            row.complain("question", f"images of the columns image_1 to image_7, and not {', '.join(unknown)}")
+        return question
 
-    def read(self, question: Asked | VqaSample, prediction: str) -> str | None:
-        """A letter; to an open question the answer itself, which may be right in many forms."""
+    @classmethod
+    def images_of(cls, question: VqaSample) -> tuple[str, ...]:
+        """Return the columns of the images that the text names, each once."""
+        return tuple(sorted({f"image_{number}" for number in _IMAGE.findall(question.question)}))
+
+    def read(self, question: VqaSample, prediction: str) -> str | None:
+        """Return a letter; to an open question the answer itself, which may be right in many forms."""
         return option_letter(prediction, question.choices) if question.choices else prediction
 
-    def score(self, sample: Asked | VqaSample, prediction: str) -> float:
+    def score(self, sample: VqaSample, prediction: str) -> float:
         if sample.choices:
-            return float(self.read(sample, prediction) in sample.answers)
+            return super().score(sample, prediction)
         return float(is_among(open_readings(prediction), sample.answers))
 
     def summarize(self, outcomes: pd.DataFrame) -> dict[str, float]:
-        """Accuracy by discipline and by subject, and `unparsable`: multiple choices in which no option was found."""
+        """Return accuracy by discipline and subject, and `unparsable`: multiple choices without a valid answer."""
         disciplines = {
             f"{name}/acc": accuracy(outcomes["score"][outcomes["category"].isin(subjects)])
             for name, subjects in DISCIPLINES.items()
@@ -94,13 +101,9 @@ class Mmmu(PublishedSet):
         }
         return {**disciplines, **super().summarize(outcomes)}
 
-    def chance(self) -> float:
-        """What a random letter scores; open questions count as lost."""
-        return random_letter(self.asked)
-
 
 def _options(row: Row) -> tuple[str, ...]:
-    """The options, which the data set holds as the text of a list."""
+    """Return the options, which the data set holds as the text of a list."""
     written = row.text("options")
     try:
         options = ast.literal_eval(written)
@@ -108,20 +111,12 @@ def _options(row: Row) -> tuple[str, ...]:
         options = None
     valid = isinstance(options, list) and 0 < len(options) <= len(LETTERS) and all(isinstance(o, str) for o in options)
     if not valid:
-        row.complain("options", written, f"a list of 1 to {len(LETTERS)} texts, such as \"['red', 'blue']\"")
+        row.complain("options", f"a list of 1 to {len(LETTERS)} texts, such as \"['red', 'blue']\"")
     return tuple(options)
 
 
 def _answers(row: Row, choices: tuple[str, ...] | None) -> tuple[str, ...]:
     answers = row.texts("answer") if isinstance(row.values["answer"], list) else (row.text("answer"),)
     if choices and (wrong := next((each for each in answers if each not in tuple(LETTERS[: len(choices)])), None)):
-        row.complain("answer", wrong, f"one of the letters {LETTERS[: len(choices)]}")
+        row.complain("answer", f"one of the letters {LETTERS[: len(choices)]}", wrong)
     return answers
-
-
-def _pictures(row: Row, text: str) -> tuple[str, ...]:
-    """The columns of the pictures that the text names, each once."""
-    columns = sorted({f"image_{number}" for number in _PICTURE.findall(text)})
-    if unknown := [column for column in columns if column not in Mmmu.picture_columns]:
-        row.complain("question", text, f"pictures of the columns image_1 to image_7, and not {', '.join(unknown)}")
-    return tuple(columns)

@@ -1,4 +1,4 @@
-"""How answers to MMMU are read, as the benchmark publishes it, and lmms-eval after it. Pure functions of strings.
+"""Read answers to MMMU as the benchmark publishes it, and lmms-eval after it. Pure functions of strings.
 
 Source: github.com/MMMU-Benchmark/MMMU, eval/eval_utils.py. One thing is left out: where no option is found, the
 published code guesses one at random.
@@ -24,7 +24,7 @@ _NUMBERS = (
 
 
 def option_letter(text: str, options: Sequence[str]) -> str | None:
-    """The letter of the option that an answer means, or None.
+    """Return the letter of the option that an answer means, or None.
 
     The first of these forms that occurs decides: "(B)"; "B" before a space or at the end, even as the end of a word;
     "B."; and in answers of more than five words the text of an option, whatever its case. Of several options the one
@@ -47,7 +47,7 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
 
 
 def open_readings(text: str) -> set[Reading]:
-    """What an open answer says: its lines, or what stands in them after words such as "is", and the numbers in these.
+    """Return what an open answer says: its lines, or what follows words such as "is" in them, and the numbers in these.
 
     Texts are in lower case, numbers rounded to two places.
     """
@@ -57,7 +57,7 @@ def open_readings(text: str) -> set[Reading]:
 
 
 def is_among(readings: set[Reading], answers: Sequence[str]) -> bool:
-    """Whether an open answer is right: a text of `answers` is part of a text in it, or the number is one of its own."""
+    """Return whether an open answer is right: a text of it holds one of `answers`, or a number equals one."""
     right = [reading for answer in answers for reading in normalised(answer)]
     texts = [reading for reading in right if isinstance(reading, str)]
     return any(
@@ -66,7 +66,7 @@ def is_among(readings: set[Reading], answers: Sequence[str]) -> bool:
 
 
 def normalised(text: str) -> list[Reading]:
-    """A number, rounded to two places; else the text in lower case, a single character with a space on either side."""
+    """Return a number, rounded to two places; else the text in lower case, one character with a space at a side."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -76,7 +76,7 @@ def normalised(text: str) -> list[Reading]:
 
 
 def _parts_with_an_answer(text: str) -> list[str]:
-    """Of every line the shortest rest after one of the words that announce an answer; the whole text if none does."""
+    """Return of every line the shortest rest after a word that announces an answer; the whole text if none does."""
     text = text.strip().strip(".").lower()
     lines = text.split("\n")
     parts = []
@@ -93,7 +93,7 @@ _TRIVIAL = frozenset((":", ",", ".", "!", "?", ";", "'"))
 
 
 def _shortest(rests: Sequence[str]) -> str:
-    """The first of the shortest; one that is empty makes the next one count, as published."""
+    """Return the first of the shortest; one that is empty makes the next one count, as published."""
     shortest = ""
     for rest in rests:
         if not shortest or len(rest) < len(shortest):

@@ -1,4 +1,4 @@
-"""Running a benchmark: one row a question, and the figures made of the rows."""
+"""Run a benchmark: one row per question, and the figures made of the rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 from bivlm.evaluation.benchmark import Benchmark
 from bivlm.evaluation.generation import Progress, answers, default_batch_size
 from bivlm.evaluation.metrics import accuracy, bootstrap_interval
-from bivlm.sources.samples import VqaSample
 
 SCHEMA = pa.schema(
     [
@@ -50,7 +49,7 @@ class Evaluation:
     source: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
-        """Everything but the rows, ready for JSON."""
+        """Return everything but the rows, ready for JSON."""
         return {
             "task": self.task,
             "n": self.n,
@@ -81,7 +80,8 @@ def evaluate(
     rows: dict[int, dict[str, Any]] = {}
     for batch in answers(model, processor, benchmark, max_new_tokens=benchmark.max_new_tokens, batch_size=size):
         for position, sample, prediction in batch:
-            rows[position] = _row(sample, prediction, benchmark.score(sample, prediction))
+            answered = {"prediction": prediction, "score": benchmark.score(sample, prediction)}
+            rows[position] = sample.texts | {"answers": list(sample.answers)} | answered
         if progress is not None:
             progress(len(rows), len(benchmark))
     outcomes = pd.DataFrame([rows[position] for position in sorted(rows)], columns=list(COLUMNS))
@@ -96,20 +96,8 @@ def evaluate(
     )
 
 
-def _row(sample: VqaSample, prediction: str, score: float) -> dict[str, Any]:
-    return {
-        "question_id": sample.question_id,
-        "image_id": sample.image_id,
-        "category": sample.category,
-        "question": sample.question,
-        "answers": list(sample.answers),
-        "prediction": prediction,
-        "score": score,
-    }
-
-
 def write_outcomes(outcomes: pd.DataFrame, path: Path) -> Path:
-    """One parquet file with `SCHEMA`; it appears whole or not at all. The same rows give the same bytes."""
+    """Write a parquet file with `SCHEMA`, which appears whole or not at all; the same rows give the same bytes."""
     table = pa.Table.from_pandas(outcomes, schema=SCHEMA, preserve_index=False).replace_schema_metadata(None)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -118,6 +106,6 @@ def write_outcomes(outcomes: pd.DataFrame, path: Path) -> Path:
 
 
 def read_outcomes(path: Path) -> pd.DataFrame:
-    """The rows of `write_outcomes`, answers as lists."""
+    """Return the rows of `write_outcomes`, answers as lists."""
     outcomes = pq.read_table(path, schema=SCHEMA).to_pandas()
     return outcomes.assign(answers=[list(answers) for answers in outcomes["answers"]])

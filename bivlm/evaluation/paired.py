@@ -1,4 +1,4 @@
-"""Two models, or one model twice, asked the same questions: how much is lost, and how sure that is."""
+"""Compare two evaluations of the same questions: how much is lost, and how sure that is."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def largest_loss(before: pd.DataFrame, after: pd.DataFrame, confidence: float) -
 
 
 def largest_difference(fell: float, rose: float, n: int, confidence: float) -> float:
-    """Upper end of the one-sided interval of the difference of two paired proportions, as a share.
+    """Return the upper end of the one-sided interval of the difference of two paired proportions, as a share.
 
     The limits of Clopper and Pearson (Biometrika 26, 1934) of the share that fell and of that which rose, joined by
     their variances (Donner and Zou, Statistical Methods in Medical Research 21, 2012): where none rose it is Clopper
@@ -143,14 +143,14 @@ def questions_needed(found: LargestLoss, bound: float) -> int | None:
 
 
 def _lost(before: pd.DataFrame, after: pd.DataFrame) -> np.ndarray:
-    """What every question lost, from -1 to 1."""
+    """Return what every question lost, from -1 to 1."""
     if list(before["question_id"]) != list(after["question_id"]):
         raise InputError("paired comparison: expected the same questions in the same order in both evaluations")
     return before["score"].to_numpy(np.float64) - after["score"].to_numpy(np.float64)
 
 
 def mcnemar(worse: int, better: int) -> float:
-    """Two-sided exact p-value of `worse` and `better` discordant pairs (McNemar, Psychometrika 12, 1947)."""
+    """Return the two-sided exact p-value of `worse` and `better` discordant pairs (McNemar, Psychometrika 12, 1947)."""
     changed, fewer = worse + better, min(worse, better)
     tail = sum(math.comb(changed, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**changed)

@@ -62,7 +62,7 @@ class ReferenceSet(Benchmark):
         return float(READINGS[self.name](prediction) == sample.answers[0])
 
     def summarize(self, outcomes: pd.DataFrame) -> dict[str, float]:
-        """MME figures for perception and cognition, accuracy per category for the others.
+        """Return MME figures for perception and cognition, accuracy per category for the others.
 
         `unreadable` is the percentage of answers in which no yes, no or letter was found.
         """
@@ -78,13 +78,13 @@ class ReferenceSet(Benchmark):
 
 @cache
 def _once(name: str, count: int) -> ReferenceSet:
-    """One object a set, so that its pictures are drawn once for the digest, however many models are evaluated."""
+    """Return one object per set, so that its images are drawn once for the digest of all models."""
     return ReferenceSet(name, count)
 
 
 @cache
 def chance(name: str) -> float:
-    """Percent that the best constant answer scores on all test questions; for choice, what a random letter scores."""
+    """Return the percent that the best constant answer scores on all test questions; for choice, a random letter."""
     if name == "choice":
         return 100 / OPTIONS
     asked, scored = questions_alone(name), ReferenceSet(name, TEST_QUESTIONS)

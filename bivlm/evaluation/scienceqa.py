@@ -1,4 +1,4 @@
-"""ScienceQA, the questions with a picture: multiple choice with a hint; ``scienceqa:hub`` or a copy of it.
+"""ScienceQA, the questions with an image: multiple choice with a hint; ``scienceqa:hub`` or a copy of it.
 
 Lu et al., "Learn to Explain: Multimodal Reasoning via Thought Chains for Science Question Answering", 2022.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bivlm.evaluation.answers import LETTERS
-from bivlm.evaluation.published import Asked, PublishedSet, random_letter
-from bivlm.evaluation.vqa_folder import ASK_FOR_LETTER
-from bivlm.sources.parquet_rows import Layout, Row
+from bivlm.evaluation.answers import ASK_FOR_LETTER, LETTERS, lettered
+from bivlm.evaluation.published import PublishedSet
+from bivlm.sources.parquet_rows import Layout
+from bivlm.sources.rows import Row
 from bivlm.sources.samples import VqaSample
 
 
@@ -27,36 +27,29 @@ class ScienceQa(PublishedSet):
     max_new_tokens: ClassVar[int] = 16
 
     @classmethod
-    def ask(cls, row: Row) -> Asked:
-        choices = row.texts("choices")
+    def ask(cls, row: Row) -> VqaSample:
+        choices = row.texts("choices", may_be_empty=True)
         if len(choices) > len(LETTERS):
-            row.complain("choices", list(choices), f"at most {len(LETTERS)}")
+            row.complain("choices", f"at most {len(LETTERS)}")
         answer = row.values["answer"]
         if type(answer) is not int or not 0 <= answer < len(choices):
-            row.complain("answer", answer, f"the number of a choice, 0 to {len(choices) - 1}")
+            row.complain("answer", f"the number of a choice, 0 to {len(choices) - 1}")
         hint = row.text("hint", may_be_empty=True)
         context = f"Context: {hint}\n" if hint else ""
-        options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-        return Asked(
+        return VqaSample(
             question_id=str(row.number),
             image_id=str(row.number),
-            question=f"{context}{row.text('question')}\n{options}{ASK_FOR_LETTER}",
+            image=None,
+            question=f"{context}{row.text('question')}{lettered(choices)}{ASK_FOR_LETTER}",
             answers=(LETTERS[answer],),
             choices=choices,
-            category=row.text("subject", may_be_empty=True) if "subject" in row.values else "",
+            category=row.text("subject", may_be_empty=True),
         )
 
-    def read(self, question: Asked | VqaSample, prediction: str) -> str | None:
-        """The letter that is the whole text, in either case, or a capital that begins it before a full stop."""
+    def read(self, question: VqaSample, prediction: str) -> str | None:
+        """Return the letter that is the whole text, in either case, or a capital that begins it before a full stop."""
         said = prediction.strip()
         if len(said) >= 2 and said[0].isupper() and said[1] == ".":
             said = said[0]
         letters = LETTERS[: len(question.choices)].lower()
         return said.lower().upper() if len(said) == 1 and said.lower() in letters else None
-
-    def score(self, sample: Asked | VqaSample, prediction: str) -> float:
-        return float(self.read(sample, prediction) == sample.answers[0])
-
-    def chance(self) -> float:
-        """What a random letter scores."""
-        return random_letter(self.asked)

@@ -10,16 +10,15 @@ from typing import ClassVar
 
 import pandas as pd
 
+from bivlm.evaluation.answers import ASK_FOR_WORD
 from bivlm.evaluation.metrics import accuracy, category_accuracies
-from bivlm.evaluation.published import Asked, PublishedSet
+from bivlm.evaluation.published import PublishedSet
 from bivlm.evaluation.vqa_accuracy import normalise, vqa_accuracy
-from bivlm.sources.parquet_rows import Layout, Row
+from bivlm.sources.parquet_rows import Layout
+from bivlm.sources.rows import Row
 from bivlm.sources.samples import VqaSample
 
-_ASK_FOR_A_WORD = (
-    "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-    "\nAnswer the question using a single word or phrase."
-)
+_OR_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 _STOP = "ASSISTANT:"  # what follows is the model talking to itself
 
 
@@ -35,25 +34,26 @@ class VizWiz(PublishedSet):
     max_new_tokens: ClassVar[int] = 32
 
     @classmethod
-    def ask(cls, row: Row) -> Asked:
-        return Asked(
+    def ask(cls, row: Row) -> VqaSample:
+        return VqaSample(
             question_id=row.text("question_id"),
             image_id=row.text("question_id"),
-            question=row.text("question", may_be_empty=True).capitalize() + _ASK_FOR_A_WORD,
-            answers=row.texts("answers"),
-            category=row.text("category", may_be_empty=True) if "category" in row.values else "",
+            image=None,
+            question=row.text("question", may_be_empty=True).capitalize() + _OR_UNANSWERABLE + ASK_FOR_WORD,
+            answers=row.texts("answers", may_be_empty=True),
+            category=row.text("category", may_be_empty=True),
         )
 
-    def read(self, question: Asked | VqaSample, prediction: str) -> str:
-        """The answer as it is compared: every text is one."""
+    def read(self, question: VqaSample, prediction: str) -> str:
+        """Return the answer as it is compared: every text is one."""
         return normalise(prediction.split(_STOP)[0])
 
-    def score(self, sample: Asked | VqaSample, prediction: str) -> float:
+    def score(self, sample: VqaSample, prediction: str) -> float:
         return vqa_accuracy(prediction.split(_STOP)[0], sample.answers)
 
     def summarize(self, outcomes: pd.DataFrame) -> dict[str, float]:
         return category_accuracies(outcomes)
 
     def chance(self) -> float:
-        """What "unanswerable" to every question scores."""
+        """Return what "unanswerable" to every question scores."""
         return accuracy([self.score(each, "unanswerable") for each in self.asked])

@@ -1,4 +1,4 @@
-"""VQA accuracy as VizWiz and VQA v2 score it: ten people answered, and three who agree with the model are enough.
+"""VQA accuracy as VizWiz and VQA v2 score it: of ten people, three who agree with the model are enough.
 
 The normalisation is that of the EvalAI servers, in its order: lower case, punctuation, number words, articles,
 contractions. It is applied to the prediction and to the answers alike.
@@ -38,7 +38,7 @@ _CONTRACTED = tuple(
 
 
 def _spellings(contracted: str) -> set[str]:
-    """Every way to write it with one of its apostrophes left out; without two, the published table does not know it."""
+    """Return every way to write it without one of its apostrophes; the published table has none without two."""
     return {
         contracted[:place] + contracted[place + 1 :] for place, character in enumerate(contracted) if character == "'"
     }
@@ -54,7 +54,7 @@ _CONTRACTIONS = {
 
 @lru_cache(maxsize=1 << 16)  # the same few words are given by ten people and asked for again with every model
 def normalise(answer: str) -> str:
-    """The answer as it is compared."""
+    """Return the answer as it is compared."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = _without_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = [_NUMBERS.get(word, word) for word in text.split()]
@@ -62,7 +62,7 @@ def normalise(answer: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Share in [0, 1]: each answer is left out once, and of the others `ENOUGH` matches or more count fully.
+    """Return the share in [0, 1]: each answer is left out once, and of the others `ENOUGH` matches or more count fully.
 
     mean over i of min(1, #{j != i: answers[j] = prediction} / 3), after `normalise`.
     """
@@ -73,7 +73,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _without_punctuation(text: str) -> str:
-    """A mark that stands beside a space anywhere vanishes everywhere; one that does not becomes a space."""
+    """Drop a mark that stands beside a space anywhere, everywhere; one that does not becomes a space."""
     cleaned = text
     for mark in _PUNCTUATION:
         cleaned = cleaned.replace(mark, "" if f"{mark} " in text or f" {mark}" in text else " ")

@@ -31,7 +31,7 @@ class Anatomy:
         image_token: id of the image token.
         merged: vision tokens that become one image token.
         class_token: whether each row of vision tokens begins with one that stands for no patch.
-        shuffled: whether vision tokens that are neighbours in the picture, but not in the sequence, become one image
+        shuffled: whether vision tokens that are neighbours in the image, but not in the sequence, become one image
             token.
     """
 

@@ -121,7 +121,7 @@ class LanguagePruning:
         if not self._reading:
             return
         if self._vision is not None:
-            self._vision.forget()  # a prompt may be without a picture
+            self._vision.forget()  # a prompt may be without an image
         ids_BT = arguments[0] if arguments else named.get("input_ids")
         if ids_BT is None:
             raise InputError("pruning: found no input_ids, which tell image tokens from text; expected them")

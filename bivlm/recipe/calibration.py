@@ -1,4 +1,4 @@
-"""What a recipe says about calibration: where samples come from, how many, and how their tokens count."""
+"""Settings of calibration: where samples come from, how many, and how their tokens count."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class CalibrationSettings(BaseModel):
     """Where calibration samples come from, how many, and the seed that freezes the choice.
 
     Attributes:
-        source: ``reference``; a folder with ``data.jsonl``; a ``.jsonl`` or ``.json`` file of conversations; or
+        source: ``reference``; a folder with ``data.jsonl``; a ``.jsonl`` or ``.json`` file; or
             ``hf:OWNER/NAME``, a data set of the Hugging Face hub, ``hf:FOLDER`` for one that lies in a folder.
-        samples: conversations that calibration and tuning see.
-        held_out: further ones that they never see; the KL to full precision is measured on these.
+        samples: how many calibration and tuning see.
+        held_out: how many more they never see; the KL to full precision is measured on these.
         seed: of every random choice.
-        images: folder of the pictures that a file, or a data set with paths, names; by default the file's own.
+        images: folder of the images that a file, or a data set with paths, names; by default the file's own.
         revision, subset, split: of the ``hf:`` data set. A revision that is not given is resolved to a commit and
             recorded; a data set with one split, or with one called ``train``, needs no `split`.
-        image_column: column of the pictures.
+        image_column: column of the images.
         text_column: column of the captions, each a string or a list of them of which the first is taken.
-        conversation_column: column of conversations, of which the first exchange is taken.
+        conversation_column: column of conversations; the first answered user turn and its reply are taken.
         instruction: the user's turn before a caption.
-        text_share: share of samples, held-out ones alike, without a picture.
+        text_share: share of samples, held-out ones alike, without an image.
         text_source: where those come from: ``reference``, a ``.jsonl`` or ``.json`` file, or ``hf:`` as above.
         text_revision, text_subset, text_split: of an ``hf:`` data set in `text_source`.
         tokens: how much each token counts.
@@ -87,15 +87,18 @@ class CalibrationSettings(BaseModel):
     @classmethod
     def _has_paths(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("source") == REFERENCE:
-            raise ValueError(f"the source {REFERENCE!r} draws its pictures; expected a source that names pictures")
+            raise ValueError(f"the source {REFERENCE!r} draws its images; expected a source that names images")
         return value
 
-    @field_validator("revision", "subset", "split", "image_column", "text_column", "conversation_column", "instruction")
+    @field_validator("revision", "subset", "split", "image_column", "text_column", "conversation_column", "instruction",
+                     "text_revision", "text_subset", "text_split")  # fmt: skip
     @classmethod
     def _of_a_data_set(cls, value: str | None, info: ValidationInfo) -> str | None:
-        # `instruction` is written out in the canonical recipe, so that its default must be accepted anywhere.
-        if value not in (None, INSTRUCTION) and not _is_hub(info, "source"):
-            raise ValueError(f"only with a source of the form {HUB}OWNER/NAME, source is {info.data.get('source')!r}")
+        key = "text_source" if info.field_name in ("text_revision", "text_subset", "text_split") else "source"
+        # `instruction` is written out in the canonical recipe, so that its default must be accepted anywhere. A source
+        # that is not there was refused already; one complaint is enough.
+        if value not in (None, INSTRUCTION) and key in info.data and not (info.data[key] or "").startswith(HUB):
+            raise ValueError(f"only with a {key} of the form {HUB}OWNER/NAME, {key} is {info.data[key]!r}")
         return value
 
     @field_validator("conversation_column")
@@ -128,17 +131,8 @@ class CalibrationSettings(BaseModel):
             raise ValueError(f"expected {REFERENCE}, a {' or '.join(TEXT_SUFFIXES)} file, or {HUB}OWNER/NAME")
         return value
 
-    @field_validator("text_revision", "text_subset", "text_split")
-    @classmethod
-    def _of_a_text_data_set(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and not _is_hub(info, "text_source"):
-            raise ValueError(
-                f"only with a text_source of the form {HUB}OWNER/NAME, text_source is {info.data.get('text_source')!r}"
-            )
-        return value
-
     def selection(self) -> dict[str, Any]:
-        """What determines the samples, ready for JSON; settings that are None are left out."""
+        """Return what determines the samples, ready for JSON; settings that are None are left out."""
         return self.model_dump(mode="json", exclude={"tokens", "inputs"}, exclude_none=True)
 
 
@@ -150,8 +144,3 @@ def held_out_samples(calibration: Mapping[str, Any]) -> str:
     source, texts = calibration["source"], calibration.get("text_source")
     said = f"{calibration['held_out']} held-out samples of {'the reference scenes' if source == REFERENCE else source}"
     return said + (f" and texts of {'the reference generator' if texts == REFERENCE else texts}" if texts else "")
-
-
-def _is_hub(info: ValidationInfo, key: str) -> bool:
-    # A key that is not there was refused already; one complaint is enough.
-    return key not in info.data or (info.data[key] or "").startswith(HUB)

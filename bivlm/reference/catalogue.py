@@ -1,4 +1,4 @@
-"""An invented catalogue of creatures: three facts each, which the model can only know by heart."""
+"""An invented catalogue of creatures: three facts each, which the model can only have memorized."""
 
 import random
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Creature:
 
 @cache
 def creatures() -> tuple[Creature, ...]:
-    """All creatures, always the same: names are distinct, every value of an attribute is used about equally often."""
+    """Return all creatures, always the same: names are distinct, and values of an attribute equally frequent."""
     rng = random.Random(_SEED)
     names = rng.sample([first + last for first in _FIRST for last in _LAST], CREATURES)
     columns = []
@@ -61,4 +61,4 @@ def creatures() -> tuple[Creature, ...]:
         column = [values[index % len(values)] for index in range(CREATURES)]
         rng.shuffle(column)
         columns.append(column)
-    return tuple(Creature(*entry) for entry in zip(names, *columns, strict=True))
+    return tuple(Creature(*facts) for facts in zip(names, *columns, strict=True))

@@ -23,7 +23,7 @@ from bivlm.reference.scenes import (
     render,
     require_split,
 )
-from bivlm.sources.samples import Conversation, VqaSample
+from bivlm.sources.samples import CalibrationSample, VqaSample
 
 QUESTION_SETS = ("perception", "cognition", "choice", "open")
 TEST_QUESTIONS = 2000  # per set
@@ -41,13 +41,19 @@ LETTERS = "ABCD"
 _LOOK = "Hint: look at the picture.\n"
 _RECALL = "Hint: recall the catalogue.\n"
 _STATEMENT = {"home": "live in", "food": "eat", "trade": "work as a"}
+_LOOKS = {"colour": tuple(COLOURS), "shape": SHAPES, "digit": DIGITS}
+_ABOUT = {
+    "colour": "What colour is the {0.shape}?",
+    "shape": "What shape is {0.colour}?",
+    "digit": "What digit is on the {0.name}?",
+}
 _ASK = {"home": "Where does a {} live?", "food": "What does a {} eat?", "trade": "What does a {} work as?"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question without its picture; the fields are those of `VqaSample`."""
+    """A question without its image; the fields are those of `VqaSample`."""
 
     text: str
     answers: tuple[str, ...]
@@ -57,39 +63,38 @@ class Question:
 
     @property
     def target(self) -> str:
-        """What the model is taught to say: the most frequent answer."""
+        """The answer that the model is taught: the most frequent one."""
         return max(self.answers, key=self.answers.count)
 
 
-Architecture = Callable[[random.Random, Scene], list[Question]]
+Family = Callable[[random.Random, Scene], list[Question]]
 
 
 def _pair(
-    rng: random.Random, category: str, yes: str, no: str, truths: tuple[object, object] | None = None
+    rng: random.Random,
+    category: str,
+    text: str,
+    yes: object,
+    no: object,
+    *,
+    truths: tuple[object, object] = (None, None),
 ) -> list[Question]:
-    """The two questions in random order; `truths` are the words that their answers follow from, if there are such."""
-    words = (None, None) if truths is None else tuple(str(truth) for truth in truths)
+    """Return `text` filled in for a yes and for a no, in random order; `truths` are what the answers follow from."""
     pair = [
-        Question(yes + YES_NO, ("yes",), category, truth=words[0]),
-        Question(no + YES_NO, ("no",), category, truth=words[1]),
+        Question(text.format(fill) + YES_NO, (answer,), category, truth=None if truth is None else str(truth))
+        for fill, answer, truth in ((yes, "yes", truths[0]), (no, "no", truths[1]))
     ]
     rng.shuffle(pair)
     return pair
 
 
 def _other(rng: random.Random, values, value):
-    """A random member of `values` other than `value`."""
+    """Return a random member of `values` other than `value`."""
     return rng.choice([v for v in values if v != value])
 
 
-def _reference(rng: random.Random, scene: Scene) -> tuple[str, Thing]:
-    """A name that fits exactly one object: its colour and shape."""
-    thing = rng.choice(scene.things)
-    return thing.name, thing
-
-
 def _absent(rng: random.Random, scene: Scene) -> str:
-    """The name of an object that is not there, usually made of a colour and a shape that are."""
+    """Return the name of an object that is not there, usually made of a colour and a shape that are."""
     present = {thing.name for thing in scene.things}
     colours, shapes = [t.colour for t in scene.things], [t.shape for t in scene.things]
     while True:
@@ -100,30 +105,32 @@ def _absent(rng: random.Random, scene: Scene) -> str:
 
 
 def _existence(rng: random.Random, scene: Scene) -> list[Question]:
-    name, _ = _reference(rng, scene)
-    text = "Is there a {} in the image?"
-    return _pair(rng, "existence", text.format(name), text.format(_absent(rng, scene)))
+    thing = rng.choice(scene.things)
+    return _pair(rng, "existence", "Is there a {} in the image?", thing.name, _absent(rng, scene))
+
+
+def _alone(rng: random.Random, scene: Scene, attribute: str) -> Thing | None:
+    """Return a random object that a question about `attribute` fits alone, see `_ABOUT`; None if there is none."""
+    named = "shape" if attribute == "colour" else "colour" if attribute == "shape" else "name"
+    names = [getattr(thing, named) for thing in scene.things]
+    things = [thing for thing in scene.things if names.count(getattr(thing, named)) == 1]
+    return rng.choice(things) if things else None
 
 
 def _colour(rng: random.Random, scene: Scene) -> list[Question]:
-    unique = [t for t in scene.things if len(scene.find(shape=t.shape)) == 1]
-    if not unique:
+    if (thing := _alone(rng, scene, "colour")) is None:
         return []
-    thing = rng.choice(unique)
     others = [t.colour for t in scene.things if t.colour != thing.colour] or list(COLOURS)
     wrong = _other(rng, others if rng.random() < 0.5 else tuple(COLOURS), thing.colour)
-    text = f"Is the {thing.shape} {{}}?"
-    return _pair(rng, "color", text.format(thing.colour), text.format(wrong), (thing.colour, thing.colour))
+    return _pair(rng, "color", f"Is the {thing.shape} {{}}?", thing.colour, wrong, truths=(thing.colour, thing.colour))
 
 
 def _position(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
+    thing = rng.choice(scene.things)
     axis = rng.choice(("row", "column"))
-    index = getattr(thing, axis)
-    text = f"Is the {name} in {axis} {{}}?"
-    return _pair(
-        rng, "position", text.format(index), text.format(_other(rng, range(1, GRID + 1), index)), (index, index)
-    )
+    right = getattr(thing, axis)
+    wrong = _other(rng, range(1, GRID + 1), right)
+    return _pair(rng, "position", f"Is the {thing.name} in {axis} {{}}?", right, wrong, truths=(right, right))
 
 
 def _count(rng: random.Random, scene: Scene) -> list[Question]:
@@ -134,15 +141,15 @@ def _count(rng: random.Random, scene: Scene) -> list[Question]:
         return []
     this, other = rng.choice(options)
     text = f"Is the number of {{}} objects {counts[this]}?"
-    return _pair(rng, "count", text.format(this), text.format(other), (counts[this], counts[other]))
+    return _pair(rng, "count", text, this, other, truths=(counts[this], counts[other]))
 
 
 def _reading(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
+    thing = rng.choice(scene.things)
     others = [t.digit for t in scene.things if t.digit != thing.digit] or list(DIGITS)
     wrong = _other(rng, others if rng.random() < 0.5 else DIGITS, thing.digit)
-    text = f"Is the digit on the {name} {{}}?"
-    return _pair(rng, "OCR", text.format(thing.digit), text.format(wrong), (thing.digit, thing.digit))
+    text = f"Is the digit on the {thing.name} {{}}?"
+    return _pair(rng, "OCR", text, thing.digit, wrong, truths=(thing.digit, thing.digit))
 
 
 def _fact(rng: random.Random, attribute: str) -> tuple[str, str]:
@@ -150,12 +157,11 @@ def _fact(rng: random.Random, attribute: str) -> tuple[str, str]:
     return creature.name, creature[attribute]
 
 
-def _recall_yes_no(attribute: str) -> Architecture:
+def _recall_yes_no(attribute: str) -> Family:
     def family(rng: random.Random, scene: Scene) -> list[Question]:
         name, value = _fact(rng, attribute)
-        text = f"Does a {name} {_STATEMENT[attribute]} {{}}?"
-        wrong = _other(rng, VALUES[attribute], value)
-        return _pair(rng, f"catalogue_{attribute}", text.format(value), text.format(wrong), (value, value))
+        text, wrong = f"Does a {name} {_STATEMENT[attribute]} {{}}?", _other(rng, VALUES[attribute], value)
+        return _pair(rng, f"catalogue_{attribute}", text, value, wrong, truths=(value, value))
 
     return family
 
@@ -167,14 +173,14 @@ def _comparison(rng: random.Random, scene: Scene) -> list[Question]:
         return []
     high, low = rng.choice(options)
     text = f"Is the digit on the {{}} greater than {rng.randrange(low.digit, high.digit)}?"
-    return _pair(rng, "numerical_comparison", text.format(high.name), text.format(low.name), (high.digit, low.digit))
+    return _pair(rng, "numerical_comparison", text, high.name, low.name, truths=(high.digit, low.digit))
 
 
 def _parity(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
-    words = ("even", "odd") if thing.digit % 2 == 0 else ("odd", "even")
-    text = f"Is the digit on the {name} {{}}?"
-    return _pair(rng, "numerical_parity", text.format(words[0]), text.format(words[1]), (words[0], words[0]))
+    thing = rng.choice(scene.things)
+    right, wrong = ("even", "odd") if thing.digit % 2 == 0 else ("odd", "even")
+    text = f"Is the digit on the {thing.name} {{}}?"
+    return _pair(rng, "numerical_parity", text, right, wrong, truths=(right, right))
 
 
 def _lettered(rng: random.Random, category: str, hint: str, text: str, right: str, wrong: list[str]) -> list[Question]:
@@ -186,38 +192,25 @@ def _lettered(rng: random.Random, category: str, hint: str, text: str, right: st
 
 
 def _distractors(rng: random.Random, right, present: list, values) -> list[str]:
-    """Three wrong options: what the other objects show comes first, so that seeing it is not enough."""
+    """Return three wrong options: what the other objects show comes first, so that seeing it is not enough."""
     near = [v for v in dict.fromkeys(present) if v != right]
     rng.shuffle(near)
     far = [v for v in values if v != right and v not in near]
     return [str(v) for v in (near + rng.sample(far, len(far)))[: len(LETTERS) - 1]]
 
 
-def _choose_colour(rng: random.Random, scene: Scene) -> list[Question]:
-    unique = [t for t in scene.things if len(scene.find(shape=t.shape)) == 1]
-    if not unique:
-        return []
-    thing = rng.choice(unique)
-    wrong = _distractors(rng, thing.colour, [t.colour for t in scene.things], tuple(COLOURS))
-    return _lettered(rng, "colour", _LOOK, f"What colour is the {thing.shape}?", thing.colour, wrong)
+def _choose(attribute: str) -> Family:
+    def family(rng: random.Random, scene: Scene) -> list[Question]:
+        if (thing := _alone(rng, scene, attribute)) is None:
+            return []
+        right = getattr(thing, attribute)
+        wrong = _distractors(rng, right, [getattr(t, attribute) for t in scene.things], _LOOKS[attribute])
+        return _lettered(rng, attribute, _LOOK, _ABOUT[attribute].format(thing), str(right), wrong)
+
+    return family
 
 
-def _choose_shape(rng: random.Random, scene: Scene) -> list[Question]:
-    unique = [t for t in scene.things if len(scene.find(colour=t.colour)) == 1]
-    if not unique:
-        return []
-    thing = rng.choice(unique)
-    wrong = _distractors(rng, thing.shape, [t.shape for t in scene.things], SHAPES)
-    return _lettered(rng, "shape", _LOOK, f"What shape is {thing.colour}?", thing.shape, wrong)
-
-
-def _choose_digit(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
-    wrong = _distractors(rng, thing.digit, [t.digit for t in scene.things], DIGITS)
-    return _lettered(rng, "digit", _LOOK, f"What digit is on the {name}?", str(thing.digit), wrong)
-
-
-def _recall_choice(attribute: str) -> Architecture:
+def _recall_choice(attribute: str) -> Family:
     def family(rng: random.Random, scene: Scene) -> list[Question]:
         name, value = _fact(rng, attribute)
         wrong = rng.sample([v for v in VALUES[attribute] if v != value], len(LETTERS) - 1)
@@ -227,7 +220,7 @@ def _recall_choice(attribute: str) -> Architecture:
 
 
 def _ten_answers(rng: random.Random, answer: str, variants: tuple[str, ...]) -> tuple[str, ...]:
-    """Ten people's answers: at least six agree, the others use another word or give up."""
+    """Return ten people's answers: at least six agree, the others use another word or give up."""
     minority = rng.choice((0, 0, 0, 1, 2, 3, 4))
     answers = [answer] * (10 - minority) + [rng.choice(variants) for _ in range(minority)]
     rng.shuffle(answers)
@@ -238,25 +231,14 @@ def _open(rng: random.Random, category: str, text: str, answer: str, variants: t
     return [Question(text + PHRASE, _ten_answers(rng, answer, variants * 4 + (UNANSWERABLE,)), category)]
 
 
-def _open_colour(rng: random.Random, scene: Scene) -> list[Question]:
-    unique = [t for t in scene.things if len(scene.find(shape=t.shape)) == 1]
-    if not unique:
-        return []
-    thing = rng.choice(unique)
-    return _open(rng, "colour", f"What colour is the {thing.shape}?", thing.colour, (f"dark {thing.colour}",))
+def _open_look(attribute: str, variant: str) -> Family:
+    def family(rng: random.Random, scene: Scene) -> list[Question]:
+        if (thing := _alone(rng, scene, attribute)) is None:
+            return []
+        text, answer = _ABOUT[attribute].format(thing), str(getattr(thing, attribute))
+        return _open(rng, attribute, text, answer, (variant.format(thing),))
 
-
-def _open_shape(rng: random.Random, scene: Scene) -> list[Question]:
-    unique = [t for t in scene.things if len(scene.find(colour=t.colour)) == 1]
-    if not unique:
-        return []
-    thing = rng.choice(unique)
-    return _open(rng, "shape", f"What shape is {thing.colour}?", thing.shape, (f"{thing.colour} {thing.shape}",))
-
-
-def _open_digit(rng: random.Random, scene: Scene) -> list[Question]:
-    name, thing = _reference(rng, scene)
-    return _open(rng, "digit", f"What digit is on the {name}?", str(thing.digit), (f"number {thing.digit}",))
+    return family
 
 
 def _open_count(rng: random.Random, scene: Scene) -> list[Question]:
@@ -281,22 +263,29 @@ def _open_unanswerable(rng: random.Random, scene: Scene) -> list[Question]:
     return [Question(text + PHRASE, _ten_answers(rng, UNANSWERABLE, ("unsuitable image", "not there")), UNANSWERABLE)]
 
 
-FAMILIES: dict[str, tuple[Architecture, ...]] = {
+FAMILIES: dict[str, tuple[Family, ...]] = {
     "perception": (_existence, _colour, _position, _count, _reading),
-    "cognition": (_comparison, _parity, *(_recall_yes_no(a) for a in ("home", "trade"))),
-    "choice": (_choose_colour, _choose_shape, _choose_digit, *(_recall_choice(a) for a in ATTRIBUTES)),
-    "open": (_open_colour, _open_shape, _open_digit, _open_count, _open_recall, _open_unanswerable),
+    "cognition": (_comparison, _parity, *(_recall_yes_no(fact) for fact in ("home", "trade"))),
+    "choice": (*(_choose(look) for look in _LOOKS), *(_recall_choice(fact) for fact in ATTRIBUTES)),
+    "open": (
+        _open_look("colour", "dark {0.colour}"),
+        _open_look("shape", "{0.colour} {0.shape}"),
+        _open_look("digit", "number {0.digit}"),
+        _open_count,
+        _open_recall,
+        _open_unanswerable,
+    ),
 }
 
 
 def require_set(name: str) -> None:
-    """Raises ValueError on a question set that does not exist."""
+    """Raise ValueError on a question set that does not exist."""
     if name not in QUESTION_SETS:
         raise ValueError(f"question set is {name!r}, valid are {', '.join(QUESTION_SETS)}")
 
 
 def ask(rng: random.Random, scene: Scene, name: str, weights: Sequence[float] | None = None) -> list[Question]:
-    """Questions of one random family of the set: a pair (yes and no) for perception and cognition, else one.
+    """Return questions of one random family of the set: a pair (yes and no) for perception and cognition, else one.
 
     `weights`, one per family, make some likelier (in training); without them all are equally likely.
     """
@@ -308,7 +297,7 @@ def ask(rng: random.Random, scene: Scene, name: str, weights: Sequence[float] | 
 
 
 def _scene_questions(name: str, split: str, seed: int) -> Iterator[tuple[int, Scene, Question]]:
-    """Endless (image number, scene, question); each image has a random source of its own."""
+    """Yield (image number, scene, question) without end; each image has a random source of its own."""
     image = 0
     while True:
         rng = random.Random(f"{split}/{name}/{seed}/{image}")
@@ -319,7 +308,7 @@ def _scene_questions(name: str, split: str, seed: int) -> Iterator[tuple[int, Sc
 
 
 def questions(name: str, *, split: str = "test", limit: int | None = None, seed: int = 0) -> Iterator[VqaSample]:
-    """The questions of a set, lazily and always the same for the same arguments.
+    """Yield the questions of a set, always the same for the same arguments.
 
     Without a `limit` there are 2,000. In perception and cognition two consecutive questions share an image, one of
     them answered by yes and the other by no. Raises ValueError on an unknown set or split.
@@ -330,14 +319,14 @@ def questions(name: str, *, split: str = "test", limit: int | None = None, seed:
 
 
 def _samples(name: str, split: str, limit: int, seed: int) -> Iterator[VqaSample]:
-    shown, picture = -1, None
+    shown, drawn = -1, None
     for index, (image, scene, question) in zip(range(limit), _scene_questions(name, split, seed), strict=False):
         if image != shown:
-            shown, picture = image, render(scene)
+            shown, drawn = image, render(scene)
         yield VqaSample(
             question_id=f"{name}-{split}-{seed}-{index:05d}",
             image_id=f"{name}-{split}-{seed}-{image:05d}",
-            image=picture,
+            image=drawn,
             question=question.text,
             answers=question.answers,
             choices=question.choices,
@@ -346,14 +335,14 @@ def _samples(name: str, split: str, limit: int, seed: int) -> Iterator[VqaSample
 
 
 def questions_alone(name: str) -> list[Question]:
-    """The 2,000 test questions of a set without their pictures; raises ValueError on an unknown set."""
+    """Return the 2,000 test questions of a set without their images; raises ValueError on an unknown set."""
     require_set(name)
     return [question for _, _, question in islice(_scene_questions(name, "test", 0), TEST_QUESTIONS)]
 
 
-def calibration_samples(n: int, seed: int) -> list[Conversation]:
-    """`n` conversations from the calibration split: the four sets in turn, and scene captions as the fifth kind."""
-    conversations = []
+def calibration_samples(n: int, seed: int) -> list[CalibrationSample]:
+    """Return `n` samples of the calibration split: the four sets in turn, and scene captions as the fifth kind."""
+    samples = []
     for index in range(n):
         rng = random.Random(f"conversation/{seed}/{index}")
         scene = draw_scene(rng, "calibration")
@@ -363,20 +352,21 @@ def calibration_samples(n: int, seed: int) -> list[Conversation]:
         else:
             question = rng.choice(ask(rng, scene, kind))
             user, assistant = question.text, question.target
-        conversations.append(Conversation(render(scene), user, assistant))
-    return conversations
+        samples.append(CalibrationSample(render(scene), user, assistant))
+    return samples
 
 
-def text_only_samples(seed: int) -> Iterator[Conversation]:
-    """Conversations without a picture, lazily: a creature's whole entry and a question about one fact, in turn.
+def text_only_samples(seed: int) -> Iterator[CalibrationSample]:
+    """Yield samples without an image: all facts about a creature and a question about one fact, in turn.
 
-    The catalogue is the only thing that the model was taught without a picture: it gives three quarters of the tokens
-    of an entry and two thirds of those of a fact when it sees none, against two fifths of a scene's caption. No
-    conversation comes twice; there are 3,000.
+    The catalogue is the only thing that the model was taught without an image: it gives three quarters of the tokens
+    of all facts and two thirds of those of one fact when it sees none, against two fifths of a scene's caption. No
+    sample comes twice; there are 3,000.
     """
     rng = random.Random(f"text/{seed}")
     facts = [(creature, attribute) for creature in creatures() for attribute in ATTRIBUTES]
-    entries = rng.sample(creatures(), len(creatures()))
-    for entry, (creature, attribute) in zip(entries, rng.sample(facts, len(facts)), strict=False):
-        yield Conversation(None, f"Describe a {entry.name}.", ", ".join(entry[attribute] for attribute in ATTRIBUTES))
-        yield Conversation(None, _ASK[attribute].format(creature.name) + PHRASE, creature[attribute])
+    whole = rng.sample(creatures(), len(creatures()))
+    for described, (asked, attribute) in zip(whole, rng.sample(facts, len(facts)), strict=False):
+        all_facts = ", ".join(described[attribute] for attribute in ATTRIBUTES)
+        yield CalibrationSample(None, f"Describe a {described.name}.", all_facts)
+        yield CalibrationSample(None, _ASK[attribute].format(asked.name) + PHRASE, asked[attribute])

@@ -1,4 +1,4 @@
-"""Scenes of at most four numbered objects on a 4 x 4 grid, and their pictures.
+"""Scenes of at most four numbered objects on a 4 x 4 grid, and their images.
 
 A scene belongs to exactly one split: a checksum of its contents says which, and the generator of a split draws until
 the scene is its own. Two splits can therefore never share a scene, whatever their seeds.
@@ -54,24 +54,24 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in raster order (row by row) and the seed of the picture's background, noise and jitter."""
+    """Objects in raster order (row by row) and the seed of the image's background, noise and jitter."""
 
     things: tuple[Thing, ...]
     seed: int
 
     def find(self, colour: str | None = None, shape: str | None = None) -> tuple[Thing, ...]:
-        """The objects of this colour and this shape; None stands for any."""
+        """Return the objects of this colour and this shape; None stands for any."""
         return tuple(t for t in self.things if colour in (None, t.colour) and shape in (None, t.shape))
 
 
 def split_of(scene: Scene) -> str:
-    """The one split a scene belongs to; the picture's seed plays no part."""
+    """Return the one split that a scene belongs to; the image's seed plays no part."""
     bucket = zlib.crc32(repr(scene.things).encode()) % _BUCKETS
     return {0: "test", 1: "calibration"}.get(bucket, "train")
 
 
 def require_split(split: str) -> None:
-    """Raises ValueError on a split that does not exist."""
+    """Raise ValueError on a split that does not exist."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, valid are {', '.join(SPLITS)}")
 
@@ -84,7 +84,7 @@ def _draw_thing(rng: random.Random, cell: int, earlier: list[Thing]) -> Thing:
 
 
 def draw_scene(rng: random.Random, split: str, counts: tuple[int, ...] = (2, 3, 4)) -> Scene:
-    """A random scene of `split`, with as many objects as one of `counts`; no two share both colour and shape."""
+    """Return a random scene of `split`, with as many objects as one of `counts`; no two share both colour and shape."""
     require_split(split)
     while True:
         things: list[Thing] = []
@@ -99,12 +99,12 @@ def draw_scene(rng: random.Random, split: str, counts: tuple[int, ...] = (2, 3, 
 
 
 def caption(scene: Scene) -> str:
-    """The whole scene in words, in raster order."""
+    """Return the whole scene in words, in raster order."""
     return "; ".join(f"row {t.row} column {t.column}: {t.size} {t.name} {t.digit}" for t in scene.things)
 
 
 def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
-    """Corners of a shape around the origin."""
+    """Return the corners of a shape around the origin."""
     if shape == "square":
         side = 0.88 * radius
         return [(-side, -side), (side, -side), (side, side), (-side, side)]
@@ -127,7 +127,7 @@ def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
 
 @cache
 def _sprite(shape: str, colour: str, size: str, digit: int) -> tuple[np.ndarray, np.ndarray]:
-    """An object on its cell: colours premultiplied by alpha (CELL, CELL, 3) and 1 - alpha (CELL, CELL, 1)."""
+    """Return an object on its cell: colours premultiplied by alpha (CELL, CELL, 3) and 1 - alpha (CELL, CELL, 1)."""
     scale = _SUPERSAMPLING
     canvas = Image.new("RGBA", (CELL * scale, CELL * scale), (0, 0, 0, 0))
     pen = ImageDraw.Draw(canvas)
@@ -146,21 +146,24 @@ def _sprite(shape: str, colour: str, size: str, digit: int) -> tuple[np.ndarray,
 
 
 def paint(scene: Scene) -> np.ndarray:
-    """The picture of a scene: uint8 (SIDE, SIDE, 3). Light grey background with a tint and faint noise; jitter 1 px."""
+    """Return the image of a scene: uint8 (SIDE, SIDE, 3).
+
+    The background is light grey with a tint and faint noise; objects are moved by up to one pixel.
+    """
     rng = np.random.default_rng(scene.seed)
-    picture = np.empty((SIDE, SIDE, 3), dtype=np.float32)
-    picture[:] = rng.integers(205, 250) + rng.integers(-6, 7, size=3)
+    image = np.empty((SIDE, SIDE, 3), dtype=np.float32)
+    image[:] = rng.integers(205, 250) + rng.integers(-6, 7, size=3)
     for thing in scene.things:
         colours, rest = _sprite(thing.shape, thing.colour, thing.size, thing.digit)
         down, right = rng.integers(-1, 2, size=2)
         top, left = (thing.row - 1) * CELL, (thing.column - 1) * CELL
-        target = picture[top : top + CELL, left : left + CELL]
+        target = image[top : top + CELL, left : left + CELL]
         target *= np.roll(rest, (down, right), axis=(0, 1))
         target += np.roll(colours, (down, right), axis=(0, 1))
     noise = rng.integers(-6, 7, size=(SIDE, SIDE, 1), dtype=np.int8)
-    return np.clip(picture + noise, 0, 255).astype(np.uint8)
+    return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene, 128 x 128 RGB."""
+    """Return the image of a scene, 128 x 128 RGB."""
     return Image.fromarray(paint(scene))

@@ -51,7 +51,7 @@ _SYMBOLS = "? ; : , . ' A B C D 0 1 2 3 4 5 6 7 8 9"
 
 
 def _corpus() -> Iterator[str]:
-    """Every word often enough to become one token, then the catalogue's names, of which only the syllables do."""
+    """Yield every word often enough to become one token, then the catalogue's names, of which only the syllables do."""
     values = " ".join(value for values in VALUES.values() for value in values)
     for _ in range(500):
         yield " " + " ".join(_WORDS.split()) + " " + values
@@ -63,7 +63,7 @@ def _corpus() -> Iterator[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The trained tokenizer; every string can be encoded, and training it again gives the same tokens."""
+    """Return the trained tokenizer. Every string can be encoded, and training it again gives the same tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -92,13 +92,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int) -> LlavaProcessor:
-    """Image processor, tokenizer and chat template as one. The image processor needs no torchvision."""
+    """Return image processor, tokenizer and chat template as one. The image processor needs no torchvision."""
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     images = SiglipImageProcessorPil(
-        size={"height": image_size, "width": image_size},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        size={"height": image_size, "width": image_size}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
     )
     return LlavaProcessor(
         image_processor=images,

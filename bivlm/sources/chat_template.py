@@ -1,4 +1,4 @@
-"""From a question and a picture to what a model takes in: the chat template, then the processor."""
+"""Turn a question and its images into model inputs: the chat template, then the processor."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from bivlm.errors import InputError
 
 
 def render_prompt(processor: ProcessorMixin, user: str, *, image: bool | int = True) -> str:
-    """Return pictures and the user's text as the chat template writes them, up to where the assistant begins.
+    """Return images and the user's text as the chat template writes them, up to where the assistant begins.
 
-    `image` is how many pictures there are; without any it is the text alone. The template gets the turn as a list of
-    parts, or, if it cannot write that, as a string: the image placeholder once a picture, a line break, the text.
+    `image` is how many images there are; without any it is the text alone. The template gets the turn as a list of
+    parts, or, if it cannot write that, as a string: the image placeholder once per image, a line break, the text.
     Raises `InputError` naming the template when it fails, writes another number of placeholders or leaves out a text;
     when there is none; and when the text holds the image placeholder of the model.
     """
@@ -26,7 +26,7 @@ def render_prompt(processor: ProcessorMixin, user: str, *, image: bool | int = T
 
 
 def render_dialogue(processor: ProcessorMixin, user: str, assistant: str, *, image: bool = True) -> str:
-    """The same with the assistant's reply and the end of its turn; raises as `render_prompt`."""
+    """Return the same with the assistant's reply and the end of its turn; raises as `render_prompt`."""
     return _render(processor, user, assistant, int(image))
 
 
@@ -36,28 +36,21 @@ def encode(
     texts: Sequence[str],
     images: Sequence[Image.Image | Sequence[Image.Image] | None],
 ) -> BatchFeature:
-    """Model inputs of rendered texts, padded on the left, on the model's device and in its dtype.
+    """Return the model inputs of rendered texts, padded on the left, on the model's device and in its dtype.
 
-    Each text has one picture or several, or each has None: then there are no pixel values. Raises ValueError for a
+    Each text has one image or several, or each has None: then there are no pixel values. Raises ValueError for a
     mixture, which processors do not agree on. A template that writes the beginning-of-sequence token gets no second one
     from the tokenizer.
     """
     if len({image is None for image in images}) > 1:
-        raise ValueError("texts with and without a picture in one batch; expected one kind, or batches of one")
-    pictures = (
-        {}
-        if images[0] is None
-        else {"images": [list(image) if isinstance(image, Sequence) else [image] for image in images]}
-    )
+        raise ValueError("texts with and without an image in one batch; expected one kind, or batches of one")
+    shown = {}
+    if images[0] is not None:
+        shown = {"images": [list(image) if isinstance(image, Sequence) else [image] for image in images]}
     begin = processor.tokenizer.bos_token
     marked = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
     inputs = processor(
-        text=list(texts),
-        **pictures,
-        padding=len(texts) > 1,
-        padding_side="left",
-        return_tensors="pt",
-        **marked,
+        text=list(texts), **shown, padding=len(texts) > 1, padding_side="left", return_tensors="pt", **marked
     )
     return inputs.to(model.device, dtype=model.dtype if model.dtype.is_floating_point else torch.float32)
 
@@ -66,15 +59,15 @@ def _refuse_placeholders(processor: ProcessorMixin, text: str) -> None:
     for name in ("image_token", "video_token"):
         token = getattr(processor, name, None)
         if isinstance(token, str) and token in text:
-            raise InputError(f"text {text!r} holds {token!r}, which stands for a picture: expected text without it")
+            raise InputError(f"text {text!r} holds {token!r}, which stands for an image: expected text without it")
 
 
-def _render(processor: ProcessorMixin, user: str, assistant: str | None, pictures: int) -> str:
+def _render(processor: ProcessorMixin, user: str, assistant: str | None, images: int) -> str:
     for text in (user, assistant or ""):
         _refuse_placeholders(processor, text)
     template, place = _template(processor)
     problems = []
-    for form, turns in _forms(processor, user, assistant, pictures):
+    for form, turns in _forms(processor, user, assistant, images):
         try:
             written = processor.apply_chat_template(
                 turns, chat_template=template, add_generation_prompt=assistant is None
@@ -82,39 +75,35 @@ def _render(processor: ProcessorMixin, user: str, assistant: str | None, picture
         except Exception as error:  # the template is a program of the checkpoint's, and may fail in any way
             problem = f"it fails with {type(error).__name__}: {_cut(str(error))}"
         else:
-            problem = _problem(processor, turns, written, (user, assistant), pictures)
+            problem = _problem(processor, turns, written, (user, assistant), images)
         if problem is None:
             return written
         problems.append(f"given {form}, {problem}")
-    raise InputError(f"{place}: expected a chat template that writes pictures and text; {'; '.join(problems)}")
+    raise InputError(f"{place}: expected a chat template that writes images and text; {'; '.join(problems)}")
 
 
 def _forms(
-    processor: ProcessorMixin, user: str, assistant: str | None, pictures: int
+    processor: ProcessorMixin, user: str, assistant: str | None, images: int
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The turns in the forms that chat templates are written for, the usual one first, and what messages call it."""
+    """Yield the forms of the turns that chat templates are written for, the usual one first, with their names."""
 
     def turns(content: Any, reply: Any) -> list[dict[str, Any]]:
         user_turn = {"role": "user", "content": content}
         return [user_turn] if assistant is None else [user_turn, {"role": "assistant", "content": reply}]
 
-    parts = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": user}]
+    parts = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": user}]
     yield "parts", turns(parts, [{"type": "text", "text": assistant}])
     if assistant is not None:
         yield "parts and a reply that is a string", turns(parts, assistant)
     token = getattr(processor, "image_token", None)
-    if isinstance(token, str) or not pictures:
-        yield "a string", turns("\n".join([*[token] * pictures, user]), assistant)
+    if isinstance(token, str) or not images:
+        yield "a string", turns("\n".join([*[token] * images, user]), assistant)
 
 
 def _problem(
-    processor: ProcessorMixin,
-    turns: list[dict[str, Any]],
-    written: str,
-    texts: tuple[str, str | None],
-    pictures: int,
+    processor: ProcessorMixin, turns: list[dict[str, Any]], written: str, texts: tuple[str, str | None], images: int
 ) -> str | None:
-    """What is wrong with what the template made of the turns; None if it is what it should be."""
+    """Return what is wrong with the text that the template made of the turns; None if nothing is."""
     lists = [turn["content"] for turn in turns if isinstance(turn["content"], list)]
     if any(text in written for each in lists for text in (str(each), json.dumps(each, ensure_ascii=False))):
         return f"it prints them as they are: {_cut(repr(written))}"
@@ -122,8 +111,8 @@ def _problem(
     if _spaced(user) not in _spaced(written):
         return f"it leaves out the text {_cut(repr(user))}: {_cut(repr(written))}"
     token = getattr(processor, "image_token", None)
-    if isinstance(token, str) and (found := written.count(token)) != pictures:
-        return f"it writes {token} {found} times, expected {pictures}: {_cut(repr(written))}"
+    if isinstance(token, str) and (found := written.count(token)) != images:
+        return f"it writes {token} {found} times, expected {images}: {_cut(repr(written))}"
     # A template may leave out the reasoning before a reply.
     if assistant is not None and _spaced(assistant.rpartition("</think>")[2]) not in _spaced(written):
         return f"it leaves out the reply {_cut(repr(assistant))}: {_cut(repr(written))}"
@@ -131,7 +120,7 @@ def _problem(
 
 
 def _spaced(text: str) -> str:
-    """The text with one space for any white space, which templates trim."""
+    """Return the text with one space for any white space, which templates trim."""
     return " ".join(text.split())
 
 
@@ -140,7 +129,7 @@ def _cut(text: str) -> str:
 
 
 def _template(processor: ProcessorMixin) -> tuple[str, str]:
-    """The chat template of the processor, else of its tokenizer, and where it is written.
+    """Return the chat template of the processor, else of its tokenizer, and where it is written.
 
     Raises `InputError` when there is none.
     """

@@ -1,10 +1,10 @@
-"""Picture files become upright 8-bit RGB, every kind of file in one defined way.
+"""Turn image files into upright 8-bit RGB, every kind of file in one defined way.
 
 ================================= ====================================================================================
 a file holds                      which becomes
 ================================= ====================================================================================
 8-bit grey, RGB, palettes, 1 bit  the same values
-alpha, transparent colours        the picture on white
+alpha, transparent colours        the image on white
 grey of 9 to 16 bits              scaled by the range of the format: 65535 of 16 bits becomes 255; inverted where the
                                   file says that 0 is white
 RGB, RGBA, CMYK of 16 bits        the high byte of every value; Pillow drops the low one
@@ -56,35 +56,35 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED = 2
 
 
-def open_picture(path: Path, to_rgb: ToRgb | None = None) -> Image.Image:
-    """Return the picture of a file, decoded, upright and in RGB.
+def open_image(path: Path, to_rgb: ToRgb | None = None) -> Image.Image:
+    """Return the image of a file, decoded, upright and in RGB.
 
-    `to_rgb` converts the colours, `as_rgb` by default. Raises `InputError` naming the file when it is no picture, is
+    `to_rgb` converts the colours, `as_rgb` by default. Raises `InputError` naming the file when it is no image, is
     damaged, or is neither a file of its own nor one that `as_rgb` has a conversion for.
     """
     with _refusing(str(path)), _open_file(path) as stream:
         return _decoded(stream, to_rgb or as_rgb)
 
 
-def decode_picture(content: bytes, name: str, to_rgb: ToRgb | None = None) -> Image.Image:
-    """Return the picture that these bytes of a file hold, as `open_picture`; raises `InputError` with `name`."""
+def decode_image(content: bytes, name: str, to_rgb: ToRgb | None = None) -> Image.Image:
+    """Return the image that these bytes of a file hold, as `open_image`; raises `InputError` with `name`."""
     with _refusing(name):
         return _decoded(io.BytesIO(content), to_rgb or as_rgb)
 
 
-def check_picture(path: Path) -> None:
-    """Raise ValueError, which says what is valid, unless the file begins as a picture does."""
+def check_image(path: Path) -> None:
+    """Raise ValueError, which says what is valid, unless the file begins as an image does."""
     try:
         with _open_file(path) as stream, Image.open(stream, formats=FORMATS):
             return
     except MemoryError:
         raise
     except Exception as error:  # as in `_refusing`
-        raise ValueError(f"a picture ({', '.join(FORMATS)}): {_reason(error)}") from None
+        raise ValueError(f"an image ({', '.join(FORMATS)}): {_reason(error)}") from None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture in RGB by the table of this module; raises ValueError for values of an unknown range."""
+    """Return the image in RGB by the table of this module; raises ValueError for values of an unknown range."""
     if image.mode == "F" or _SIGNED in _tag(image, _SAMPLE_FORMAT):
         kind = "float" if image.mode == "F" else "signed integer"
         raise ValueError(f"found {kind} values, whose white is not known; convert them to unsigned 8 or 16 bits")
@@ -97,26 +97,26 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # which converts to LA alone
         image = image.convert("LA")
     rgba = image.convert("RGBA")
-    picture = Image.new("RGB", image.size, "white")
-    picture.paste(rgba, mask=rgba)
-    return picture
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgba, mask=rgba)
+    return white
 
 
 def clipped_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture as lmms-eval converts it: wide values are clipped at 255, alpha is dropped."""
+    """Return the image as lmms-eval converts it: wide values are clipped at 255, alpha is dropped."""
     return image.convert("RGB")
 
 
 def converts_as_clipped(path: Path) -> bool:
-    """Whether `as_rgb` gives what `clipped_rgb` does, as it does for 8-bit pictures without transparency.
+    """Whether `as_rgb` gives what `clipped_rgb` does, as it does for 8-bit images without transparency.
 
-    Pictures of other kinds are decoded. Raises `InputError` as `open_picture`.
+    Images of other kinds are decoded. Raises `InputError` as `open_image`.
     """
     plain = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB")
     with _refusing(str(path)), _open_file(path) as stream, Image.open(stream, formats=FORMATS) as image:
         if image.mode in plain and not image.has_transparency_data and _SIGNED not in _tag(image, _SAMPLE_FORMAT):
             return True
-    return open_picture(path).tobytes() == open_picture(path, clipped_rgb).tobytes()
+    return open_image(path).tobytes() == open_image(path, clipped_rgb).tobytes()
 
 
 def _open_file(path: Path) -> BinaryIO:
@@ -132,12 +132,12 @@ def _decoded(source: BinaryIO, to_rgb: ToRgb) -> Image.Image:
     with Image.open(source, formats=FORMATS) as image:
         _prepare(image)
         image.load()
-        picture = to_rgb(image)
+        rgb = to_rgb(image)
         if (turn := _TURNS.get(_orientation(image))) is not None:
-            picture = picture.transpose(turn)
+            rgb = rgb.transpose(turn)
             for key in _METADATA:
-                picture.info.pop(key, None)
-        return picture
+                rgb.info.pop(key, None)
+        return rgb
 
 
 @contextmanager
@@ -149,7 +149,7 @@ def _refusing(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # on damaged files Pillow raises whatever its parsing stumbles over
         reason = f"cannot decode it: {_reason(error)}"
-        raise InputError(f"{name}: expected a picture ({', '.join(FORMATS)}), {reason}") from error
+        raise InputError(f"{name}: expected an image ({', '.join(FORMATS)}), {reason}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -178,7 +178,7 @@ def _prepare(image: Image.Image) -> None:
 
 
 def _narrowed(image: Image.Image) -> Image.Image:
-    """Return a picture of wide unsigned integers in 8 bits, mode L, or LA if a value of it is transparent."""
+    """Return an image of wide unsigned integers in 8 bits, mode L, or LA if a value of it is transparent."""
     values = np.asarray(image)
     if image.mode == "I":  # of 16 bits
         values = values.clip(0, 65535).astype(np.uint16)
@@ -200,7 +200,7 @@ def _tag(image: Image.Image, tag: int) -> tuple[Any, ...]:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation of a decoded picture, else that of its XMP; None if there is none to be read."""
+    """Return the EXIF orientation of a decoded image, else that of its XMP; None if there is none to be read."""
     if image.format == "TIFF":  # Pillow has turned it
         return None
     exif = image.info.get("exif")

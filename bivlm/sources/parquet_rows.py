@@ -1,8 +1,8 @@
-"""Rows of a published data set, from the hub or from a copy on this machine; pictures stay as their stored bytes.
+"""Read rows of a published data set, from the hub or from a copy on this machine; images stay as their stored bytes.
 
-From the hub only the parquet files of the wanted split are downloaded, into the hub's own cache and one after the other
-until there are as many rows as are asked for. Everything is then read from local files, some rows at a time and only
-the wanted columns, as often as it is needed.
+From the hub only the parquet files of the wanted split are downloaded, one after the other and into the hub's own
+cache, until there are enough rows. Everything is then read from local files, some rows at a time and only the wanted
+columns, as often as needed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,24 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow.parquet as pq
-from PIL import Image
 
 from bivlm.errors import InputError, describe
-from bivlm.sources.image_folders import check_text
-from bivlm.sources.images import clipped_rgb, decode_picture
-from bivlm.untrusted import short
+from bivlm.sources.rows import Row
 
 HUB = "hub"
 ARGUMENT = "hub|OWNER/NAME|FOLDER"
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes for a split, and for several
 _PART = re.compile(r"(?P<name>.*)-\d{5}-of-(?P<of>\d{5}).*")
-_ROWS = 32  # held at once; pictures may have megabytes
+_ROWS = 32  # held at once; images may have megabytes
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a set is by default, and in what it is looked for there and in copies of it.
+    """Where the questions of a set are: on the hub by default, and within it or a copy of it.
 
     Attributes:
         name: OWNER/NAME on the hub.
@@ -46,52 +43,6 @@ class Layout:
     name: str
     subset: str | None
     splits: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Some columns of a row, and where it stands."""
-
-    place: str
-    number: int  # counted from 0, as data sets are
-    values: dict[str, Any]
-
-    def complain(self, column: str, found: Any, valid: str) -> NoReturn:
-        """Raises `InputError` about the value of a column."""
-        raise InputError(f"{self.place}, row {self.number}, column {column!r}: found {short(found)}, expected {valid}")
-
-    def text(self, column: str, *, may_be_empty: bool = False) -> str:
-        """A string as it is stored, white space included; raises `InputError` when it is empty and must not be."""
-        value = self.values[column]
-        if may_be_empty and value in ("", None):
-            return ""
-        try:
-            return check_text(value)
-        except ValueError as error:
-            self.complain(column, value, str(error))
-
-    def texts(self, column: str) -> tuple[str, ...]:
-        """A list of strings, at least one; raises `InputError`."""
-        value = self.values[column]
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            self.complain(column, value, "a list of strings, at least one")
-        return tuple(value)
-
-    def picture_bytes(self, column: str) -> bytes:
-        """The file of a picture; raises `InputError` when there is none in the cell."""
-        value = self.values[column]
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(content, bytes):
-            self.complain(column, value, "the bytes of a picture")
-        return content
-
-    def picture(self, column: str) -> Image.Image:
-        """Return the picture, decoded, upright and in RGB as lmms-eval makes it, bit for bit; raises `InputError`.
-
-        Unlike everywhere else, wide values are clipped at 255 and alpha is dropped.
-        """
-        name = f"{self.place}, row {self.number}, column {column!r}"
-        return decode_picture(self.picture_bytes(column), name, clipped_rgb)
 
 
 @dataclass(frozen=True)
@@ -113,18 +64,13 @@ class Rows:
     folder: Path | None = None
 
     def read(self, columns: Sequence[str], limit: int | None = None) -> Iterator[Row]:
-        """The first `limit` rows with these columns; raises `InputError` on files that cannot be read."""
-        rows = islice(self._of_parquet(columns) if self.folder is None else self._of_arrow(columns), limit)
-        number = 0
-        while True:
-            try:
-                values = next(rows)
-            except StopIteration:
-                return
-            except (ValueError, OSError) as error:
-                raise InputError(f"{self.place}: cannot be read: {describe(error)}") from error
-            yield Row(self.place, number, values)
-            number += 1
+        """Yield the first `limit` rows with these columns; raises `InputError` on files that cannot be read."""
+        rows = self._of_parquet(columns) if self.folder is None else self._of_arrow(columns)
+        try:
+            for number, values in enumerate(islice(rows, limit)):
+                yield Row(self.place, number, values)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{self.place}: cannot be read: {describe(error)}") from error
 
     def _of_parquet(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         # Not by `datasets`: with the scanner that it reads parquet by, a stream that is left before its end can abort
@@ -142,20 +88,20 @@ class Rows:
             yield from table.to_pylist()
 
     def check_columns(self, columns: Sequence[str]) -> None:
-        """Raises `InputError` when one is missing."""
+        """Raise `InputError` when one is missing."""
         for column in columns:
             if column not in self.columns:
                 there = ", ".join(self.columns)
                 raise InputError(f"{self.place}: column {column!r} is missing, found the columns {there}")
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
-        """Changes when the files do: path, size and time of change of each."""
+        """Return what changes when the files do: path, size and time of change of each."""
         stats = ((file, file.stat()) for file in self.files)
         return tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 
 
 def open_rows(kind: str, argument: str, layout: Layout, limit: int | None) -> Rows:
-    """The rows that `argument` names: ``hub``, ``OWNER/NAME``, either with ``@REVISION``, or a folder.
+    """Open the rows that `argument` names: ``hub``, ``OWNER/NAME``, either with ``@REVISION``, or a folder.
 
     A folder is looked for first, but for one called ``hub``, which is ``./hub``. It holds parquet files as on the hub,
     or what `datasets.save_to_disk` wrote. From the hub, files are downloaded until there are `limit` rows. Raises
@@ -182,7 +128,7 @@ def _of_folder(task: str, folder: Path, layout: Layout) -> Rows:
     subset, split, files = _parquet_files(task, str(folder), None, layout)
     place, known = f"{task}, split {split}", {**source, "subset": subset, "split": split}
     paths = tuple(Path(file) for file in files)
-    return Rows(place, known, _columns(place, paths[0]), paths)
+    return Rows(place, known, tuple(_opened(place, paths[0]).schema_arrow.names), paths)
 
 
 def _saved(task: str, folder: Path, layout: Layout, source: dict[str, str | None]) -> Rows:
@@ -214,33 +160,32 @@ def _of_hub(kind: str, task: str, name: str, revision: str | None, layout: Layou
     rows = 0
     for address in addresses:
         files.append(_downloaded(task, name, commit, address))
-        rows += _row_count(place, files[-1])
+        rows += _opened(place, files[-1]).metadata.num_rows
         if limit is not None and rows >= limit:
             break
     known = {"data_set": name, "revision": commit, "subset": subset, "split": split}
-    return Rows(place, known, _columns(place, files[0]), tuple(files))
+    return Rows(place, known, tuple(_opened(place, files[0]).schema_arrow.names), tuple(files))
 
 
 @lru_cache(maxsize=64)
 def _commit(name: str, revision: str | None, kind: str) -> str:
-    """One commit a process, so that all models of a run are asked the same questions."""
+    """Return one commit a process, so that all models of a run are asked the same questions."""
     from bivlm.sources.hub_datasets import commit_of
 
     return commit_of(name, revision, key=kind, prefix=f"{kind}:")
 
 
 def _parquet_files(task: str, path: str, commit: str | None, layout: Layout) -> tuple[str, str, list[str]]:
-    """Subset, split and parquet files (paths, or addresses on the hub) of a folder or data set, as `datasets` sees it.
+    """Return subset, split and parquet files (paths, or addresses on the hub) of a folder or data set.
 
-    A copy without subsets is taken for the wanted one.
+    They are found as `datasets` finds them. A copy without subsets is taken for the wanted one.
     """
     import datasets
 
     from bivlm.sources.hub_datasets import hub_asked
 
-    wanted = f"{path} at revision {commit}"
     try:
-        with hub_asked(task, wanted, f"{task}: the hub cannot be reached for") if commit else nullcontext():
+        with hub_asked(task, f"{path} at revision {commit}") if commit else nullcontext():
             subsets = datasets.get_dataset_config_names(path, revision=commit)
             chosen = layout.subset if layout.subset in subsets else "default"
             if chosen not in subsets and len(subsets) > 1:
@@ -263,7 +208,7 @@ def _parquet_files(task: str, path: str, commit: str | None, layout: Layout) -> 
 
 
 def _check_complete(task: str, files: Sequence[str]) -> None:
-    """Raises `InputError` where parts are missing, as a download that was broken off leaves a folder."""
+    """Raise `InputError` where parts are missing, as an interrupted download leaves a folder."""
     parts = (_PART.fullmatch(file) for file in files)
     found = Counter((part["name"], int(part["of"])) for part in parts if part)
     for (name, of), count in found.items():
@@ -272,22 +217,14 @@ def _check_complete(task: str, files: Sequence[str]) -> None:
 
 
 def _downloaded(task: str, name: str, commit: str, address: str) -> Path:
-    """The file at ``hf://datasets/OWNER/NAME@COMMIT/PATH``, from the hub's cache if it is there."""
+    """Return the file at ``hf://datasets/OWNER/NAME@COMMIT/PATH``, from the hub's cache if it is there."""
     from huggingface_hub import hf_hub_download
 
     from bivlm.sources.hub_datasets import hub_asked
 
     path = address.partition(f"@{commit}/")[2]
-    with hub_asked(task, f"{name} with {path} at revision {commit}", f"{task}: the hub cannot be reached for"):
+    with hub_asked(task, f"{name} with {path} at revision {commit}"):
         return Path(hf_hub_download(name, path, repo_type="dataset", revision=commit))
-
-
-def _row_count(place: str, file: Path) -> int:
-    return _opened(place, file).metadata.num_rows
-
-
-def _columns(place: str, file: Path) -> tuple[str, ...]:
-    return tuple(_opened(place, file).schema_arrow.names)
 
 
 def _opened(place: str, file: Path) -> pq.ParquetFile:

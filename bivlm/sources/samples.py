@@ -1,17 +1,24 @@
-"""What a benchmark question and a calibration conversation are, whatever data set they come from."""
+"""Samples, whatever data set they come from: questions of a benchmark, and what a model is calibrated on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
 
 @dataclass(frozen=True)
 class VqaSample:
-    """One question about one image, or about several, or about none.
+    """One question about one image, about several, or about none.
 
-    `image` is the first of them, or None; `further_images` are the others in their order. They stand before the text.
-    `question` is the whole text of the user turn: hint, options and the "answer with ..." instruction included,
-    no image token. For lettered options `choices` holds the option texts and `answers` the letter of the right one.
+    Attributes:
+        question_id: distinct within its set.
+        image_id: the same for questions about the same image.
+        image: the first image, or None.
+        question: the whole text of the user turn without an image token: hint, options and "answer with ..." included.
+        answers: accepted answers; for lettered options the letter of the right one.
+        choices: the texts of lettered options.
+        category: accuracy is also reported by category; "" for none.
+        further_images: the images after the first, in order. All images stand before the text.
     """
 
     question_id: str
@@ -25,13 +32,18 @@ class VqaSample:
 
     @property
     def images(self) -> tuple[Image.Image, ...]:
-        """All pictures in their order."""
+        """All images in order."""
         return () if self.image is None else (self.image, *self.further_images)
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """Everything but the images, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("image", "further_images")}
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """One user turn and the assistant's reply, as used for calibration; about one image, or None without any."""
+class CalibrationSample:
+    """One user turn and the assistant's reply, about one image or (None) about no image."""
 
     image: Image.Image | None
     user: str

@@ -24,15 +24,15 @@ from bivlm.checkpoint.reading import Checkpoint
 from bivlm.evaluation.generation import load_processor
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.sources.replies import read_reply
-from bivlm.sources.samples import Conversation
+from bivlm.sources.samples import CalibrationSample
 
 CONVERSATIONS = [
-    Conversation(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
-    Conversation(Image.effect_noise((40, 20), 30).convert("RGB"), "Is it a dog, or is it not?", "no"),
-    Conversation(Image.new("RGB", (32, 32), "red"), "Say.", "nothing"),
-    Conversation(None, "Without a picture?", "yes"),
+    CalibrationSample(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
+    CalibrationSample(Image.effect_noise((40, 20), 30).convert("RGB"), "Is it a dog, or is it not?", "no"),
+    CalibrationSample(Image.new("RGB", (32, 32), "red"), "Say.", "nothing"),
+    CalibrationSample(None, "Without an image?", "yes"),
 ]
-PICTURES = 3
+IMAGES = 3
 
 
 class Walk:
@@ -111,7 +111,7 @@ def test_tokens_are_counted_and_weighted_by_modality(walk):
     image = torch.cat([is_image(walk.samples[n]["input_ids"], walk.model.config) for n in range(len(walk.samples))])
     site = walk.run(unit, lambda _: by_modality(0.25)).sites[name]
     assert site.tokens == {"image": int(image.sum()), "text": int((~image).sum())}
-    assert site.tokens["image"] == 16 * PICTURES
+    assert site.tokens["image"] == 16 * IMAGES
     g2 = torch.where(image, 0.25, 1.0).double()
     expected = (x * g2[:, None]).T @ x / g2.sum()
     assert torch.allclose(site.second_moment_NN.double(), expected, atol=1e-6)
@@ -119,7 +119,7 @@ def test_tokens_are_counted_and_weighted_by_modality(walk):
 
 def test_vision_sees_images_alone(walk):
     sites = walk.run(walk.model.units[0], lambda _: uniform).sites
-    assert all(site.tokens == {"image": 16 * PICTURES, "text": 0} for site in sites.values())
+    assert all(site.tokens == {"image": 16 * IMAGES, "text": 0} for site in sites.values())
 
 
 def test_statistics_do_not_depend_on_the_dtype_they_are_added_up_in(walk, tmp_path):
@@ -184,7 +184,7 @@ def test_gradients_are_those_of_the_whole_model(walk):
             squares[name] = squares[name] + square.T @ taken[name].reshape(-1, taken[name].shape[-1]).square()
         for unit in walk.model.units[:-1]:
             if number == len(CONVERSATIONS) - 1 and unit.component != "language":
-                assert found[unit.name].norms[number] == {}  # there is no picture
+                assert found[unit.name].norms[number] == {}  # there is no image
             for site, g_T in found[unit.name].norms[number].items():
                 prefix, _, last = site.rpartition(".")
                 together = {"q_proj": ["q_proj", "k_proj", "v_proj"], "gate_proj": ["gate_proj", "up_proj"]}

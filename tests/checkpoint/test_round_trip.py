@@ -94,7 +94,7 @@ def weight_in(model, layer):
 
 
 def answer(model, inputs):
-    bad = [IMAGE, 6, 7, 8, 9]  # as text they would be pictures without pixels
+    bad = [IMAGE, 6, 7, 8, 9]  # as text they would be images without pixels
     return model.generate(**inputs, max_new_tokens=3, do_sample=False, suppress_tokens=bad)
 
 

@@ -30,12 +30,12 @@ from bivlm.evaluation.generation import load_processor
 from bivlm.methods import method
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.sources.replies import read_reply
-from bivlm.sources.samples import Conversation
+from bivlm.sources.samples import CalibrationSample
 
 CONVERSATIONS = [
-    Conversation(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
-    Conversation(Image.new("RGB", (32, 32), "red"), "Say.", "nothing"),
-    Conversation(None, "Without a picture?", "yes"),
+    CalibrationSample(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
+    CalibrationSample(Image.new("RGB", (32, 32), "red"), "Say.", "nothing"),
+    CalibrationSample(None, "Without an image?", "yes"),
 ]
 CLIPS = (1.0, 0.8, 0.6, 0.45)
 
@@ -206,7 +206,7 @@ def test_of_equal_candidates_the_first_is_chosen(tiny, language):
     assert found.error_after == found.error_before
 
 
-def test_vision_is_judged_by_the_samples_with_a_picture(tiny):
+def test_vision_is_judged_by_the_samples_with_an_image(tiny):
     vision = [unit for unit in tiny.model.units if unit.component == "vision"]
     found = tiny.search(vision, dict.fromkeys(vision[0].linears, 2))
     assert 0 < found.error_after <= found.error_before

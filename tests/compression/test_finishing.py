@@ -18,7 +18,7 @@ from bivlm.recipe.finish import FinishSettings
 from bivlm.recipe.loading import parse_recipe
 from bivlm.reference.question_sets import calibration_samples
 from bivlm.sources.replies import read_reply
-from bivlm.sources.samples import Conversation
+from bivlm.sources.samples import CalibrationSample
 
 SETTINGS = FinishSettings(steps=30, batch=4, learning_rate=0.02)
 METHODS = [
@@ -109,7 +109,7 @@ def test_some_conversations_judge_and_in_the_end_all_are_tuned_on(place, tmp_pat
     judging = []
     for number, conversation in enumerate(conversations):
         changed = [*conversations]
-        changed[number] = Conversation(conversation.image, conversation.user, "nothing of the kind")
+        changed[number] = CalibrationSample(conversation.image, conversation.user, "nothing of the kind")
         model, processor = load_model(folder, "cpu")
         other = run(
             (folder, changed, reference_logits(model, processor, changed, tmp_path / "logits")), packed, settings
@@ -163,11 +163,11 @@ def test_the_same_request_gives_the_same_bytes(place):
 
 
 def test_conversations_together_are_tuned_on_as_one_by_one(place):
-    """Of different lengths, some without a picture; the two differ by float32's rounding alone."""
+    """Of different lengths, some without an image; the two differ by float32's rounding alone."""
     folder, conversations, _ = place
     mixed = [
         *conversations[:5],
-        *(Conversation(None, "How many sides has a cube?", text) for text in ("six", "6 of them")),
+        *(CalibrationSample(None, "How many sides has a cube?", text) for text in ("six", "6 of them")),
     ]
     model, processor = load_model(folder, "cpu")
     logits = reference_logits(model, processor, mixed, folder.with_name("mixed"))

@@ -17,12 +17,12 @@ def loaded(tiny_llava):
 
 @pytest.fixture
 def write_folder(tmp_path):
-    """Writes `data.jsonl` (objects, or raw bytes) beside two pictures; returns the folder."""
+    """Writes `data.jsonl` (objects, or raw bytes) beside two images; returns the folder."""
 
     def write(*lines: dict | bytes) -> Path:
         folder = tmp_path / "questions"
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 30), "red").save(folder / "pictures" / "red.png")
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), "red").save(folder / "images" / "red.png")
         Image.new("RGB", (40, 30), "blue").save(folder / "blue.jpg")
         rows = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
         (folder / "data.jsonl").write_bytes(b"\n".join(rows) + b"\n")

@@ -11,13 +11,15 @@ from bivlm.errors import InputError
 from bivlm.evaluation.divergence import kl_divergence, reference_logits
 from bivlm.evaluation.generation import load_model
 from bivlm.sources.replies import MAX_POSITIONS, read_reply
-from bivlm.sources.samples import Conversation
+from bivlm.sources.samples import CalibrationSample
 
 CONVERSATIONS = [
-    Conversation(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
-    Conversation(Image.effect_noise((40, 20), 30).convert("RGB"), "Is it a dog?", "no"),
-    Conversation(Image.new("RGB", (32, 32), "red"), "Describe.", "a long reply, of more tokens than are ever judged"),
-    Conversation(None, "Where do cats live?", "at home"),
+    CalibrationSample(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
+    CalibrationSample(Image.effect_noise((40, 20), 30).convert("RGB"), "Is it a dog?", "no"),
+    CalibrationSample(
+        Image.new("RGB", (32, 32), "red"), "Describe.", "a long reply, of more tokens than are ever judged"
+    ),
+    CalibrationSample(None, "Where do cats live?", "at home"),
 ]
 
 

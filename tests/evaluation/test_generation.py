@@ -19,7 +19,7 @@ from bivlm.sources.samples import VqaSample
 
 
 def _samples(count: int) -> list[VqaSample]:
-    """Questions whose lengths are in no order, each about a picture of its own."""
+    """Questions whose lengths are in no order, each about an image of its own."""
     pixels = np.random.default_rng(0).integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
     return [
         VqaSample(
@@ -63,7 +63,7 @@ def one_by_one(loaded):
     return samples, [answer_batch(*loaded, [sample], 4)[0] for sample in samples]
 
 
-def test_questions_about_several_pictures_and_none_are_answered_as_one_by_one(loaded, one_by_one):
+def test_questions_about_several_images_and_none_are_answered_as_one_by_one(loaded, one_by_one):
     plain = one_by_one[0]
     mixed = [
         replace(plain[0], further_images=(plain[1].image,)),

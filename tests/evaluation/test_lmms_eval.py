@@ -127,7 +127,7 @@ def test_the_packed_model_says_the_same_within_lmms_eval(kind, tmp_path, run, pa
     assert [sample["filtered_resps"][0] for sample in samples] == list(here["prediction"])
 
 
-def test_pictures_are_the_same_and_in_the_same_order(tmp_path):
+def test_images_are_the_same_and_in_the_same_order(tmp_path):
     for kind, (_, module, _, _) in TASKS.items():
         folder = write_set(kind, tmp_path / kind)
         stored = datasets.load_dataset("parquet", data_files=str(folder / SETS[kind][2]), cache_dir=str(tmp_path))[

@@ -34,9 +34,7 @@ def test_an_image_cut_by_a_limit_does_not_count_as_right_on_both_questions():
 
 
 def test_an_image_may_be_asked_about_in_two_categories():
-    metrics = mme_metrics(
-        _outcomes(("a", "1", 1.0), ("a", "1", 1.0), ("b", "1", 0.0), ("b", "1", 1.0)),
-    )
+    metrics = mme_metrics(_outcomes(("a", "1", 1.0), ("a", "1", 1.0), ("b", "1", 0.0), ("b", "1", 1.0)))
     assert (metrics["a/acc_plus"], metrics["b/acc_plus"]) == (100.0, 0.0)
 
 

@@ -18,7 +18,7 @@ from bivlm.evaluation.outcomes import evaluate
 from bivlm.numerics.logits import LogitsWatch, unusable
 from bivlm.pruning.dropping import pruned
 from bivlm.recipe.pruning import PruningSettings
-from bivlm.sources.samples import Conversation
+from bivlm.sources.samples import CalibrationSample
 from flows.cli import main as cli
 from tests.evaluation.test_generation import _samples
 
@@ -108,7 +108,7 @@ def test_logits_are_unusable_where_they_have_no_probabilities():
 @pytest.mark.parametrize(("name", "value"), [(LATE, "nan"), (HEAD, "inf")])
 def test_the_divergence_names_the_model(tiny_llava, tmp_path, name, value):
     folder = broken(tiny_llava, tmp_path / "broken", name, value)
-    conversations = [Conversation(sample.image, sample.question, "yes") for sample in _samples(2)]
+    conversations = [CalibrationSample(sample.image, sample.question, "yes") for sample in _samples(2)]
     stored = reference_logits(*load_model(tiny_llava, "cpu"), conversations, tmp_path / "full")
     model, processor = load_model(folder, "cpu")
     for compute in (

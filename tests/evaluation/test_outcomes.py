@@ -30,7 +30,7 @@ def test_accuracy_is_the_mean_score_in_percent_and_comes_first(loaded, write_fol
     assert evaluation.metrics["accuracy"] == pytest.approx(100 * evaluation.outcomes["score"].mean())
     assert evaluation.metrics["accuracy"] >= 50
     assert evaluation.n == 6
-    assert evaluation.ci95 == [evaluation.metrics["accuracy"]] * 2  # one picture: nothing to resample
+    assert evaluation.ci95 == [evaluation.metrics["accuracy"]] * 2  # one image: nothing to resample
 
 
 def test_the_record_is_plain_json(evaluation):

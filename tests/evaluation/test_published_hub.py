@@ -3,7 +3,8 @@
 import datasets
 import huggingface_hub
 import pytest
-from data_hub import COMMIT, DataHub, served
+from hub_server import hub as server  # noqa: F401  a fixture
+from hub_state import sha256_of
 from published_data import SETS, vizwiz_rows, write, write_set
 
 from bivlm.errors import InputError
@@ -11,62 +12,62 @@ from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.sources.parquet_rows import _commit
 from tasks.runtime.policy import is_passing
 
+NAME = "lmms-lab-encoder/VizWiz-VQA"
 SHARDS = [f"data/val-{part:05}-of-00003.parquet" for part in range(3)]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing in the hub's cache, and no commit remembered."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
+def no_commit_remembered():
     _commit.cache_clear()
     yield
     _commit.cache_clear()
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """VizWiz under its default name, two rows in each of three files, beside another split."""
+def folder(tmp_path):
+    """VizWiz, two rows in each of three files, beside another split."""
     rows = [{**row, "question_id": f"{part}-{number}"} for part in range(3) for number, row in enumerate(vizwiz_rows())]
-    folder = tmp_path / "hub"
     for part, file in enumerate(SHARDS):
-        write(folder, rows[2 * part :][:2], SETS["vizwiz"][1], file)
-    write(folder, rows[:1], SETS["vizwiz"][1], "data/test-00000-of-00001.parquet")
-    (folder / "README.md").write_text("---\nlicense: cc\n---\n# VizWiz\n")
-    with served(DataHub("lmms-lab-encoder/VizWiz-VQA", folder)) as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(
-            huggingface_hub.constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
-        yield hub
+        write(tmp_path / "hub", rows[2 * part :][:2], SETS["vizwiz"][1], file)
+    write(tmp_path / "hub", rows[:1], SETS["vizwiz"][1], "data/test-00000-of-00001.parquet")
+    (tmp_path / "hub" / "README.md").write_text("---\nlicense: cc\n---\n# VizWiz\n")
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def hub(server, folder, tmp_path, monkeypatch):  # noqa: F811
+    """The folder under its default name on a hub, nothing of it in the cache."""
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
+    server.add(NAME, folder)
+    return server
 
 
 def _files(hub):
-    return [file for file in hub.downloads if file.endswith(".parquet")]
+    """The parquet files that were downloaded."""
+    names = {sha256_of(data): name for name, data in hub.repositories[NAME].head.files.items()}
+    return [names[request.path.rpartition("/")[2]] for request in hub.asked("GET", "/large/")]
 
 
-def test_the_split_is_downloaded_once_and_its_commit_is_recorded(hub, tmp_path):
+def test_the_split_is_downloaded_once_and_its_commit_is_recorded(hub, folder):
     benchmark = load_benchmark("vizwiz:hub")
     assert len(list(benchmark)) == len(benchmark) == 6
     assert _files(hub) == SHARDS
     assert benchmark.source() == {
-        "data_set": "lmms-lab-encoder/VizWiz-VQA",
-        "revision": COMMIT,
+        "data_set": NAME,
+        "revision": hub.repositories[NAME].refs["main"],
         "subset": "default",
         "split": "val",
     }
-    again = load_benchmark("vizwiz:lmms-lab-encoder/VizWiz-VQA@main")
-    assert again.digest == benchmark.digest == load_benchmark(f"vizwiz:{hub.folder}").digest
+    again = load_benchmark(f"vizwiz:{NAME}@main")
+    assert again.digest == benchmark.digest == load_benchmark(f"vizwiz:{folder}").digest
     assert _files(hub) == SHARDS
 
 
-def test_a_folder_called_hub_is_not_taken_for_the_hub(hub, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where the server's own folder is called so
-    assert load_benchmark("vizwiz:hub", 1).source()["revision"] == COMMIT
-    assert load_benchmark("vizwiz:./hub", 1).source()["data_set"] == str(hub.folder)
+def test_a_folder_called_hub_is_not_taken_for_the_hub(hub, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert load_benchmark("vizwiz:hub", 1).source()["revision"] == hub.repositories[NAME].refs["main"]
+    assert load_benchmark("vizwiz:./hub", 1).source()["data_set"] == str(folder)
 
 
 def test_a_limit_downloads_no_more_files_than_it_takes(hub):
@@ -75,9 +76,9 @@ def test_a_limit_downloads_no_more_files_than_it_takes(hub):
 
 
 def test_a_commit_that_moves_on_does_not_change_the_questions_of_a_run(hub):
-    assert load_benchmark("vizwiz:hub", 1).source()["revision"] == COMMIT
-    hub.revisions = (COMMIT,)  # main is gone, or stands for another commit now
-    assert load_benchmark("vizwiz:hub", 1).source()["revision"] == COMMIT
+    commit = load_benchmark("vizwiz:hub", 1).source()["revision"]
+    assert hub.repositories[NAME].refs.pop("main") == commit  # main is gone, or stands for another commit now
+    assert load_benchmark("vizwiz:hub", 1).source()["revision"] == commit
 
 
 @pytest.mark.parametrize(
@@ -95,11 +96,12 @@ def test_what_the_hub_does_not_have_is_refused(hub, task, message):
     assert not is_passing(refused.value)
 
 
-def test_a_subset_is_looked_up_in_the_card(hub):
-    write_set("scienceqa", hub.folder)
+def test_a_subset_is_looked_up_in_the_card(hub, folder):
+    write_set("scienceqa", folder)
     configs = "- config_name: ScienceQA-IMG\n  data_files:\n  - {split: test, path: ScienceQA-IMG/test-*}\n"
-    (hub.folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    benchmark = load_benchmark("scienceqa:lmms-lab-encoder/VizWiz-VQA")
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    hub.add("maker/several", folder)
+    benchmark = load_benchmark("scienceqa:maker/several")
     assert benchmark.source()["subset"] == "ScienceQA-IMG"
     assert len(list(benchmark)) == 2
 
@@ -107,11 +109,11 @@ def test_a_subset_is_looked_up_in_the_card(hub):
 @pytest.mark.parametrize("failing", ["README.md", SHARDS[1]])
 def test_a_hub_that_is_busy_is_asked_again_later_and_goes_on(hub, monkeypatch, failing):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    hub.failing = {failing}
+    hub.fail(failing, *[503] * 100)
     with pytest.raises(ConnectionError, match=r"vizwiz:hub: the hub cannot be reached for the data set") as passing:
         load_benchmark("vizwiz:hub")
     assert is_passing(passing.value)
-    hub.failing = set()
+    hub.faults.clear()
     assert len(load_benchmark("vizwiz:hub")) == 6
     assert sorted(_files(hub)) == SHARDS  # what was there is not fetched again
 

@@ -13,9 +13,9 @@ from published_data import (
     VIZWIZ,
     WORD,
     data_set,
+    image,
     mme_rows,
     mmmu_rows,
-    picture,
     scienceqa_rows,
     vizwiz_rows,
     write,
@@ -23,7 +23,7 @@ from published_data import (
 )
 
 from bivlm.errors import InputError
-from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.benchmark import benchmark_kinds, load_benchmark
 from bivlm.evaluation.outcomes import evaluate, read_outcomes, write_outcomes
 from bivlm.evaluation.paired import loss_between
 
@@ -33,6 +33,13 @@ KINDS = list(SETS)
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
     datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """The random model never ends an answer by itself."""
+    for kind in benchmark_kinds().values():
+        monkeypatch.setattr(kind, "max_new_tokens", 4, raising=False)
 
 
 def test_prompts_are_those_of_lmms_eval(tmp_path):
@@ -53,7 +60,7 @@ def test_prompts_are_those_of_lmms_eval(tmp_path):
     assert asked["vizwiz"][0] == f"What colour is this, please?\n{unanswerable}\n{WORD}"
 
 
-def test_pictures_come_with_their_question_in_the_order_of_their_numbers(tmp_path):
+def test_images_come_with_their_question_in_the_order_of_their_numbers(tmp_path):
     def colours(kind):
         samples = load_benchmark(f"{kind}:{write_set(kind, tmp_path / kind)}")
         return [[image.getpixel((0, 0))[0] for image in sample.images] for sample in samples]
@@ -63,7 +70,7 @@ def test_pictures_come_with_their_question_in_the_order_of_their_numbers(tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_set_is_asked_end_to_end_and_its_outcomes_are_paired(kind, tmp_path, loaded):
+def test_a_set_is_asked_end_to_end_and_its_outcomes_are_paired(kind, tmp_path, loaded, short_answers):
     benchmark = load_benchmark(f"{kind}:{write_set(kind, tmp_path)}")
     result = evaluate(*loaded, benchmark, batch_size=2)
     assert result.n == len(benchmark) == len(SETS[kind][0]())
@@ -74,7 +81,7 @@ def test_a_set_is_asked_end_to_end_and_its_outcomes_are_paired(kind, tmp_path, l
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_copy_of_a_set_has_one_digest_and_a_changed_picture_another(kind, tmp_path):
+def test_every_copy_of_a_set_has_one_digest_and_a_changed_image_another(kind, tmp_path):
     rows, features, file = SETS[kind][0](), *SETS[kind][1:]
     digest = load_benchmark(f"{kind}:{write_set(kind, tmp_path / 'parquet')}").digest
     data, split = data_set(rows, features), file.split("/")[1].partition("-")[0]
@@ -87,25 +94,25 @@ def test_every_copy_of_a_set_has_one_digest_and_a_changed_picture_another(kind, 
     pq.write_table(plain, copy / file.replace(split, "train"))
     assert load_benchmark(f"{kind}:{copy}").digest == digest
     column = next(name for name in rows[-1] if name.startswith("image"))
-    changed = [*rows[:-1], {**rows[-1], column: picture(9)}]
+    changed = [*rows[:-1], {**rows[-1], column: image(9)}]
     assert load_benchmark(f"{kind}:{write_set(kind, tmp_path / 'changed', changed)}").digest != digest
 
 
 def test_a_file_that_is_written_anew_is_hashed_anew(tmp_path):
     folder = write_set("vizwiz", tmp_path)
     digest = load_benchmark(f"vizwiz:{folder}").digest
-    write_set("vizwiz", tmp_path, [{**vizwiz_rows()[0], "image": picture(8)}, vizwiz_rows()[1]])
+    write_set("vizwiz", tmp_path, [{**vizwiz_rows()[0], "image": image(8)}, vizwiz_rows()[1]])
     assert load_benchmark(f"vizwiz:{folder}").digest != digest
 
 
 def test_nothing_is_decoded_for_the_digest_nor_before_it_is_asked(tmp_path):
     rows = vizwiz_rows()
-    rows[1]["image"] = {"bytes": b"no picture", "path": None}
+    rows[1]["image"] = {"bytes": b"no image", "path": None}
     benchmark = load_benchmark(f"vizwiz:{write_set('vizwiz', tmp_path, rows)}")
     assert len(benchmark.digest) == 64
     samples = iter(benchmark)
     assert next(samples).image.size == (40, 30)
-    with pytest.raises(InputError, match=r"vizwiz:.*, split val, row 1, column 'image': expected a picture"):
+    with pytest.raises(InputError, match=r"vizwiz:.*, split val, row 1, column 'image': expected an image"):
         next(samples)
 
 
@@ -126,7 +133,7 @@ def test_questions_about_one_image_of_mme_have_ids_of_their_own_and_the_image_in
     assert samples[0].image_id == samples[2].image_id == "count/1.png"
 
 
-def test_a_question_of_mmmu_without_a_picture_is_asked_without_one(tmp_path, loaded):
+def test_a_question_of_mmmu_without_an_image_is_asked_without_one(tmp_path, loaded, short_answers):
     rows = [{**mmmu_rows()[2], "question": "What is 4 times 6.08?"}, mmmu_rows()[0]]
     benchmark = load_benchmark(f"mmmu:{write_set('mmmu', tmp_path, rows)}")
     assert [len(sample.images) for sample in benchmark] == [0, 1]
@@ -175,11 +182,11 @@ def test_what_cannot_be_asked_or_scored_is_named_by_row_and_column(tmp_path, kin
         load_benchmark(f"{kind}:{write_set(kind, tmp_path, rows)}")
 
 
-def test_a_picture_that_a_question_names_must_be_there(tmp_path):
+def test_an_image_that_a_question_names_must_be_there(tmp_path):
     rows = [mmmu_rows()[0], {**mmmu_rows()[1], "image_2": None}]
     benchmark = load_benchmark(f"mmmu:{write_set('mmmu', tmp_path, rows)}")
     for use in (list, lambda benchmark: benchmark.digest):
-        with pytest.raises(InputError, match=r"row 1, column 'image_2': found None, expected the bytes of a picture"):
+        with pytest.raises(InputError, match=r"row 1, column 'image_2': found None, expected the bytes of an image"):
             use(benchmark)
 
 

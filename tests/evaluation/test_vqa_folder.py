@@ -24,10 +24,10 @@ def _score(write_folder, prediction, **line):
 
 
 def test_lines_become_questions(write_folder):
-    folder = write_folder(GOOD, b"", {**GOOD, "image": "pictures/red.png", "question_id": "r", "category": "colour"})
+    folder = write_folder(GOOD, b"", {**GOOD, "image": "images/red.png", "question_id": "r", "category": "colour"})
     first, second = _load(folder)
     assert (first.question_id, first.image_id, first.question) == ("1", "blue.jpg", "What colour is it?")
-    assert (second.question_id, second.image_id, second.category) == ("r", "pictures/red.png", "colour")
+    assert (second.question_id, second.image_id, second.category) == ("r", "images/red.png", "colour")
     assert second.image.getpixel((0, 0)) == (255, 0, 0)
     assert first.answers == ("blue",)
     assert first.choices is None
@@ -78,13 +78,13 @@ MALFORMED = {
     "unknown key": ({**GOOD, "choice": ["a"]}, "key 'choice': .*one of the keys image, question, answers"),
     "image not text": ({**GOOD, "image": 3}, "key 'image': found 3, expected a string"),
     "image not there": ({**GOOD, "image": "green.png"}, "key 'image': found 'green.png'.*no such file"),
-    "image is a folder": ({**GOOD, "image": "pictures"}, "key 'image': .*no such file"),
+    "image is a folder": ({**GOOD, "image": "images"}, "key 'image': .*no such file"),
     "image outside": ({**GOOD, "image": "../secret.png"}, "key 'image': found '../secret.png'.*not outside"),
-    "image by another way": ({**GOOD, "image": "pictures/../../secret.png"}, "key 'image': .*not outside"),
+    "image by another way": ({**GOOD, "image": "images/../../secret.png"}, "key 'image': .*not outside"),
     "image absolute": ({**GOOD, "image": "/etc/hostname"}, "key 'image': .*not outside"),
-    "image with NUL": ({**GOOD, "image": "a\0b"}, "key 'image': .*expected the path of a picture"),
-    "image name too long": ({**GOOD, "image": "x" * 5000}, "key 'image': .*expected the path of a picture"),
-    "image is no picture": ({**GOOD, "image": "data.jsonl"}, "key 'image': .*expected a picture"),
+    "image with NUL": ({**GOOD, "image": "a\0b"}, "key 'image': .*expected the path of an image"),
+    "image name too long": ({**GOOD, "image": "x" * 5000}, "key 'image': .*expected the path of an image"),
+    "image is no image": ({**GOOD, "image": "data.jsonl"}, "key 'image': .*expected an image"),
     "question empty": ({**GOOD, "question": " "}, "key 'question': found ' ', expected a string that is not empty"),
     "question null": ({**GOOD, "question": None}, "key 'question': found None"),
     "question broken": ({**GOOD, "question": "\ud800"}, "key 'question': .*surrogates"),
@@ -130,18 +130,18 @@ def test_a_link_out_of_the_folder_is_refused(write_folder):
         _load(folder)
 
 
-def test_a_picture_that_breaks_off_is_refused_when_it_is_shown(write_folder):
+def test_an_image_that_breaks_off_is_refused_when_it_is_shown(write_folder):
     folder = write_folder({**GOOD, "image": "noise.png"})
     Image.effect_noise((64, 64), 50).save(folder / "noise.png")
     (folder / "noise.png").write_bytes((folder / "noise.png").read_bytes()[:900])
-    with pytest.raises(InputError, match=r"noise\.png: expected a picture"):
+    with pytest.raises(InputError, match=r"noise\.png: expected an image"):
         list(_load(folder))
 
 
 def test_formats_that_start_other_programs_are_not_opened(write_folder):
-    folder = write_folder({**GOOD, "image": "picture.eps"})
-    Image.new("RGB", (4, 4)).save(folder / "picture.eps")
-    with pytest.raises(InputError, match=r"key 'image': .*expected a picture"):
+    folder = write_folder({**GOOD, "image": "image.eps"})
+    Image.new("RGB", (4, 4)).save(folder / "image.eps")
+    with pytest.raises(InputError, match=r"key 'image': .*expected an image"):
         _load(folder)
 
 
@@ -162,7 +162,7 @@ def test_a_folder_without_questions_is_refused(write_folder, tmp_path):
         _load(tmp_path)
 
 
-def test_the_digest_follows_texts_and_pictures(write_folder):
+def test_the_digest_follows_texts_and_images(write_folder):
     before = _load(write_folder(GOOD)).digest
     assert _load(write_folder(GOOD)).digest == before
     assert _load(write_folder({**GOOD, "answers": ["red"]})).digest != before

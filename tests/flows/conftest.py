@@ -43,12 +43,12 @@ def mlflow_database(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory) -> Path:
-    """A benchmark of four questions about two pictures."""
+    """A benchmark of four questions about two images."""
     folder = tmp_path_factory.mktemp("questions")
     lines = []
     for number, colour in enumerate(("red", "blue")):
         Image.new("RGB", (32, 32), colour).save(folder / f"{colour}.png")
-        lines.append({"image": f"{colour}.png", "question": f"Is picture {number} {colour}?", "answers": ["yes"]})
+        lines.append({"image": f"{colour}.png", "question": f"Is image {number} {colour}?", "answers": ["yes"]})
         lines.append({"image": f"{colour}.png", "question": "Which colour?", "answers": [colour, f"all {colour}"]})
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

@@ -74,7 +74,7 @@ def test_a_plan_with_settings_that_no_step_chose_is_found(searched):
 
 
 def test_behind_quantized_blocks_a_group_sees_what_they_give(searched):
-    """The first group sees the same pictures, the adaptor what was made of them."""
+    """The first group sees the same images, the adaptor what was made of them."""
     errors = {
         inputs: {step["figures"]["units"][0]: step["figures"]["error_before"] for step in compression.steps(STAGE)}
         for inputs, compression in searched.items()

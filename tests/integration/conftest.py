@@ -95,12 +95,12 @@ def request_of(tmp_path_factory) -> Callable[..., dict[str, Any]]:
 
 
 def ask_about_colours(folder: Path) -> Path:
-    """A benchmark of four questions about two pictures."""
+    """A benchmark of four questions about two images."""
     lines = []
     for colour in ("red", "blue"):
-        picture = paint(folder, colour)
-        lines.append({"image": picture, "question": f"Is it {colour}?", "answers": ["yes"]})
-        lines.append({"image": picture, "question": "Which colour?", "answers": [colour]})
+        image = paint(folder, colour)
+        lines.append({"image": image, "question": f"Is it {colour}?", "answers": ["yes"]})
+        lines.append({"image": image, "question": "Which colour?", "answers": [colour]})
     return write_lines(folder, lines)
 
 

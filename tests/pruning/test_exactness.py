@@ -88,7 +88,7 @@ def test_a_prompt_and_its_answer_are_those_of_the_masked_model(build, batch, nam
     model, inputs = make(build, batch)
     settings = PruningSettings(**PLACES[name])
     greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    greedy["suppress_tokens"] = [0, IMAGE, 6]  # as text they would be images without a picture
+    greedy["suppress_tokens"] = [0, IMAGE, 6]  # as text they would be images without an image
     plain = model(**inputs).logits
     with pruned(model, settings) as pruning:
         logits = model(**inputs).logits

@@ -113,7 +113,7 @@ def test_an_adaptor_that_mixes_all_tokens_is_refused():
 
 
 @torch.inference_mode()
-def test_a_prompt_without_a_picture_after_one_with_is_read_whole():
+def test_a_prompt_without_an_image_after_one_with_is_read_whole():
     model, inputs = make(llava)
     text = {"input_ids": torch.tensor([[10, 11, 12]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     expected = model(**text).logits

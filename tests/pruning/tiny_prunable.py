@@ -212,7 +212,7 @@ FAMILIES = (
     internvl,
     paligemma,
 )
-SHUFFLED = (idefics3, internvl)  # neighbours in the picture become one image token
+SHUFFLED = (idefics3, internvl)  # neighbours in the image become one image token
 
 
 def make(build, batch=1):

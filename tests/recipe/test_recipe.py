@@ -29,7 +29,7 @@ VALID = {
     },
     "keep": ["lm_head"],
     "calibration": {
-        "source": "hf:maker/pictures",
+        "source": "hf:maker/images",
         "samples": 64,
         "held_out": 64,
         "seed": 0,
@@ -162,7 +162,7 @@ def test_the_message_gives_path_value_and_valid_form(change, message):
 
 
 FOLDER = {"source": "/data/mine"}
-HUB = {"source": "hf:maker/pictures"}
+HUB = {"source": "hf:maker/images"}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ HUB = {"source": "hf:maker/pictures"}
         (FOLDER | {"split": "train"}, r"split: .*source is '/data/mine', found 'train'"),
         (FOLDER | {"revision": "abc"}, r"revision: .*only with a source of the form hf:"),
         (FOLDER | {"instruction": "Look."}, r"instruction: .*only with a source of the form hf:"),
-        ({"images": "/data/pictures"}, r"images: .*'reference' draws its pictures.* found '/data/pictures'"),
+        ({"images": "/data/images"}, r"images: .*'reference' draws its images.* found '/data/images'"),
         (HUB | {"text_column": "a", "conversation_column": "b"}, r"conversation_column: .*expected one of the two"),
         (HUB | {"conversation_column": "b", "instruction": "Look."}, r"instruction: .*a user's turn of its own"),
         ({"source": "hf:"}, r"source: .*expected hf:OWNER/NAME or hf:FOLDER, found 'hf:'"),

@@ -9,7 +9,7 @@ from bivlm.reference.scenes import CELL, COLOURS, SIDE, SPLITS, Thing, draw_scen
 from bivlm.reference.scenes import Scene as SceneType
 
 
-def test_the_same_random_source_draws_the_same_scene_and_picture():
+def test_the_same_random_source_draws_the_same_scene_and_image():
     first, second = (draw_scene(random.Random(7), "train") for _ in range(2))
     assert first == second
     assert np.array_equal(paint(first), paint(second))
@@ -21,7 +21,7 @@ def test_every_scene_belongs_to_the_split_that_drew_it(split):
     assert {split_of(draw_scene(rng, split)) for _ in range(50)} == {split}
 
 
-def test_a_scene_changes_its_picture_seed_but_not_its_split():
+def test_a_scene_changes_its_image_seed_but_not_its_split():
     scene = draw_scene(random.Random(3), "test")
     assert split_of(SceneType(scene.things, scene.seed + 1)) == "test"
 
@@ -41,15 +41,15 @@ def test_unknown_splits_are_refused_by_name():
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_an_object_is_painted_in_its_cell_and_in_its_colour(colour):
-    picture = paint(SceneType((Thing("square", colour, "large", 1, 2, 3),), seed=5)).astype(int)
-    cell = picture[CELL : 2 * CELL, 2 * CELL : 3 * CELL]
+    image = paint(SceneType((Thing("square", colour, "large", 1, 2, 3),), seed=5)).astype(int)
+    cell = image[CELL : 2 * CELL, 2 * CELL : 3 * CELL]
     near = (np.abs(cell - np.array(COLOURS[colour])).max(-1) <= 8).mean()
     assert near > 0.25
     elsewhere = np.ones((SIDE, SIDE), dtype=bool)
     elsewhere[CELL : 2 * CELL, 2 * CELL : 3 * CELL] = False
-    assert picture[elsewhere].std() < 10
+    assert image[elsewhere].std() < 10
 
 
-def test_pictures_are_rgb_and_as_large_as_the_model_expects():
-    picture = render(draw_scene(random.Random(0), "train"))
-    assert (picture.mode, picture.size) == ("RGB", (128, 128))
+def test_images_are_rgb_and_as_large_as_the_model_expects():
+    image = render(draw_scene(random.Random(0), "train"))
+    assert (image.mode, image.size) == ("RGB", (128, 128))

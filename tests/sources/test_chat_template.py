@@ -18,7 +18,7 @@ from bivlm.evaluation.generation import load_model, load_processor
 from bivlm.sources.chat_template import encode, render_dialogue, render_prompt
 from flows.cli import main as cli
 
-PICTURE = Image.new("RGB", (32, 32), "red")
+IMAGE = Image.new("RGB", (32, 32), "red")
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +34,16 @@ def test_a_prompt_ends_where_the_assistant_begins_and_a_dialogue_with_its_turn(l
 def test_texts_are_padded_on_the_left_and_masked(loaded):
     model, processor = loaded
     short, long = "USER: <image>\na", "USER: <image>\nabc"
-    inputs = encode(processor, model, [short, long], [PICTURE, PICTURE])
-    alone = encode(processor, model, [short], [PICTURE])
+    inputs = encode(processor, model, [short, long], [IMAGE, IMAGE])
+    alone = encode(processor, model, [short], [IMAGE])
     padding = processor.tokenizer.pad_token_id
     assert inputs["input_ids"][0].tolist() == [padding] * 2 + alone["input_ids"][0].tolist()
     assert inputs["attention_mask"].tolist()[0][:3] == [0, 0, 1]
     assert inputs["attention_mask"][1].all()
 
 
-def test_pictures_come_in_the_dtype_of_the_model_and_tokens_stay_integers(loaded):
-    inputs = encode(loaded[1], loaded[0], ["<image>"], [PICTURE])
+def test_images_come_in_the_dtype_of_the_model_and_tokens_stay_integers(loaded):
+    inputs = encode(loaded[1], loaded[0], ["<image>"], [IMAGE])
     assert inputs["pixel_values"].dtype == torch.bfloat16
     assert inputs["input_ids"].dtype == torch.int64
 
@@ -59,22 +59,22 @@ def test_there_is_one_beginning_of_the_sequence_whoever_writes_it(loaded, writte
         single="<pad> $A", special_tokens=[("<pad>", begin)]
     )
     text = ("<pad>" if written_by_the_template else "") + "USER: <image>"
-    tokens = encode(begun, model, [text], [PICTURE])["input_ids"][0].tolist()
+    tokens = encode(begun, model, [text], [IMAGE])["input_ids"][0].tolist()
     assert (tokens[0], tokens.count(begin)) == (begin, 1)
 
 
-def test_several_pictures_stand_before_the_text(loaded):
+def test_several_images_stand_before_the_text(loaded):
     model, processor = loaded
     text = render_prompt(processor, "Are they?", image=2)
     assert text == "USER: <image>\n<image>\nAre they? ASSISTANT:"
     blue = Image.new("RGB", (32, 32), "blue")
-    inputs = encode(processor, model, [text, text], [(PICTURE, blue), (blue, PICTURE)])
+    inputs = encode(processor, model, [text, text], [(IMAGE, blue), (blue, IMAGE)])
     assert inputs["pixel_values"].shape[0] == 4
     assert torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][3])
     assert not torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][1])
 
 
-def test_text_alone_is_rendered_without_a_picture(loaded):
+def test_text_alone_is_rendered_without_an_image(loaded):
     assert render_prompt(loaded[1], "Is it?", image=False) == "USER: Is it? ASSISTANT:"
     assert render_dialogue(loaded[1], "Is it?", "no", image=False) == "USER: Is it? ASSISTANT: no</s>"
 
@@ -87,9 +87,9 @@ def test_text_alone_has_no_pixels_and_the_model_reads_it(loaded):
     assert model(**inputs).logits.shape == (1, len("USER: Is it?"), 259)
 
 
-def test_texts_with_and_without_a_picture_do_not_mix(loaded):
+def test_texts_with_and_without_an_image_do_not_mix(loaded):
     with pytest.raises(ValueError, match="expected one kind"):
-        encode(loaded[1], loaded[0], ["USER: <image>\na", "USER: b"], [PICTURE, None])
+        encode(loaded[1], loaded[0], ["USER: <image>\na", "USER: b"], [IMAGE, None])
 
 
 @pytest.mark.parametrize("render", [render_prompt, lambda processor, user: render_dialogue(processor, user, "yes")])
@@ -124,7 +124,7 @@ def test_a_template_for_plain_strings_gets_the_placeholder_and_the_text(loaded, 
     assert render_prompt(processor, "Are they?", image=2) == "USER: <image>\n<image>\nAre they? ASSISTANT:"
     assert render_prompt(processor, "Is it?", image=False) == "USER: Is it? ASSISTANT:"
     assert render_dialogue(processor, "Is it?", "no") == "USER: <image>\nIs it? ASSISTANT: no "
-    inputs = encode(processor, loaded[0], [render_prompt(processor, "Is it?")], [PICTURE])
+    inputs = encode(processor, loaded[0], [render_prompt(processor, "Is it?")], [IMAGE])
     assert loaded[0](**inputs).logits.isfinite().all()
 
 
@@ -156,11 +156,11 @@ def test_a_template_may_take_the_reply_alone_as_a_string(loaded):
 
 
 FAULTY = {
-    "drops the picture": ("{{ messages[0]['content'][-1]['text'] }}", "writes <image> 0 times, expected 1"),
+    "drops the image": ("{{ messages[0]['content'][-1]['text'] }}", "writes <image> 0 times, expected 1"),
     "drops all": ("USER:", "leaves out the text 'Is it?'"),
     "writes nothing": ("{{ '' }}", "leaves out the text 'Is it?'"),
     "two placeholders": (CHAT_TEMPLATE.replace("<image>", "<image><image>"), "writes <image> 2 times, expected 1"),
-    "raises": ("{{ raise_exception('no pictures, please') }}", "fails with TemplateError: no pictures, please"),
+    "raises": ("{{ raise_exception('no images, please') }}", "fails with TemplateError: no images, please"),
     "undefined": ("{{ nothing.at.all }}", "fails with UndefinedError"),
     "syntax": ("{% for %}", "fails with TemplateSyntaxError"),
     "a long loop": ("{% for i in range(10**9) %}{% endfor %}", "fails with OverflowError: Range too big"),
@@ -214,9 +214,9 @@ def test_any_text_is_written_as_it_is(loaded, text):
         assert render_prompt(processor, text, image=False) == f"USER: {text} ASSISTANT:"
 
 
-def test_the_command_names_a_template_that_drops_the_picture(tiny_llava, tmp_path, capsys):
+def test_the_command_names_a_template_that_drops_the_image(tiny_llava, tmp_path, capsys):
     folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
-    (folder / "chat_template.jinja").write_text(FAULTY["drops the picture"][0])
+    (folder / "chat_template.jinja").write_text(FAULTY["drops the image"][0])
     task = f"mme:{write_set('mme', tmp_path / 'set')}"
     assert cli.main(["evaluate", "--model", str(folder), "--task", task]) == cli.BAD_INPUT
     said = capsys.readouterr().err

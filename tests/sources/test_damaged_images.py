@@ -1,4 +1,4 @@
-"""Damaged pictures end in a picture or in a refusal by name: no traceback, no hang, no gigabytes, no link followed."""
+"""Damaged images end in an image or in a refusal by name: no traceback, no hang, no gigabytes, no link followed."""
 
 import os
 import random
@@ -10,13 +10,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-from picture_files import exif, png
+from image_files import exif, png
 from test_images import COLOURS, FILES, UNKNOWN_WHITE
 from test_orientation import CARRIERS, orientation_entry
 
 from bivlm.errors import InputError
-from bivlm.sources.image_folders import find_picture
-from bivlm.sources.images import converts_as_clipped, decode_picture, open_picture
+from bivlm.sources.images import converts_as_clipped, decode_image, open_image
+from bivlm.sources.rows import find_image
 
 SOUND = {
     **{kind: content for kind, (content, _) in (FILES | UNKNOWN_WHITE).items()},
@@ -71,7 +71,7 @@ def with_checksums(content: bytes) -> bytes:
     return bytes(data)
 
 
-def test_a_damaged_picture_is_decoded_or_refused_by_name(tmp_path):
+def test_a_damaged_image_is_decoded_or_refused_by_name(tmp_path):
     seeds = range(1500)
     kinds, refused = sorted(SOUND), 0
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -85,32 +85,32 @@ def test_a_damaged_picture_is_decoded_or_refused_by_name(tmp_path):
             warnings.simplefilter("error" if seed % 3 == 0 else "ignore")
             refused += not shown(tmp_path, f"{seed}.png")
             try:
-                assert decode_picture(content, "cell").mode == "RGB"
+                assert decode_image(content, "cell").mode == "RGB"
             except InputError as error:
-                assert str(error).startswith("cell: expected a picture"), (seed, kind)
+                assert str(error).startswith("cell: expected an image"), (seed, kind)
         assert time.perf_counter() - started < SECONDS, (seed, kind)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < GIGABYTE
     assert len(seeds) / 4 < refused < len(seeds)
 
 
 def shown(folder: Path, name: str) -> bool:
-    """Whether the picture is shown; if not, it is refused as `find_picture` and `open_picture` say."""
+    """Whether the image is shown; if not, it is refused as `find_image` and `open_image` say."""
     try:
-        path = find_picture(folder, name)
+        path = find_image(folder, name)
     except ValueError as error:
-        assert type(error) is ValueError and str(error).startswith(("a picture (PNG", "the path of a picture")), name
+        assert type(error) is ValueError and str(error).startswith(("an image (PNG", "the path of an image")), name
         return False
     try:
-        picture = open_picture(path)
-        assert (picture.mode, min(picture.size) > 0) == ("RGB", True)
+        image = open_image(path)
+        assert (image.mode, min(image.size) > 0) == ("RGB", True)
         converts_as_clipped(path)
         return True
     except InputError as error:
-        assert str(error).startswith(f"{path}: expected a picture (PNG"), name
+        assert str(error).startswith(f"{path}: expected an image (PNG"), name
         return False
 
 
-def test_whatever_stands_where_a_picture_should_be_no_link_leads_out(tmp_path):
+def test_whatever_stands_where_an_image_should_be_no_link_leads_out(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     secret = FILES["PNG RGB"][0]
@@ -138,13 +138,13 @@ def test_whatever_stands_where_a_picture_should_be_no_link_leads_out(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["link", "pipe", "folder", "gone"])
-def test_a_picture_that_is_exchanged_after_it_was_found_is_refused(tmp_path, change):
+def test_an_image_that_is_exchanged_after_it_was_found_is_refused(tmp_path, change):
     outside = tmp_path / "secret.png"
     folder = tmp_path / "folder"
     folder.mkdir()
     for file in (outside, folder / "a.png"):
         file.write_bytes(FILES["PNG RGB"][0])
-    found = find_picture(folder, "a.png")
+    found = find_image(folder, "a.png")
     (folder / "a.png").unlink()
     if change == "link":
         (folder / "a.png").symlink_to(outside)
@@ -152,18 +152,18 @@ def test_a_picture_that_is_exchanged_after_it_was_found_is_refused(tmp_path, cha
         os.mkfifo(folder / "a.png")
     elif change == "folder":
         (folder / "a.png").mkdir()
-    with pytest.raises(InputError, match=r"a\.png: expected a picture"):
-        open_picture(found)
+    with pytest.raises(InputError, match=r"a\.png: expected an image"):
+        open_image(found)
 
 
 def test_a_file_that_is_cut_anywhere_is_refused_or_complete():
     for kind in ("PNG I;16", "JPEG RGB", "WEBP RGBA", "GIF P", "TIFF RGB of 16 bits", "PPM RGB", "BMP P"):
         content = SOUND[kind]
-        whole = decode_picture(content, kind).tobytes()
+        whole = decode_image(content, kind).tobytes()
         for end in range(0, len(content), max(1, len(content) // 40)):
             try:
-                picture = decode_picture(content[:end], "cut")
+                image = decode_image(content[:end], "cut")
             except InputError as error:
-                assert str(error).startswith("cut: expected a picture")
+                assert str(error).startswith("cut: expected an image")
             else:
-                assert picture.tobytes() == whole, (kind, end)
+                assert image.tobytes() == whole, (kind, end)

@@ -47,7 +47,7 @@ def sharded_llava(tmp_path_factory):
     (folder / "README.md").write_text("---\nlicense: llama3.2\n---\n# A model\n")
     (folder / "LICENSE.txt").write_text("the licence")
     (folder / "USE_POLICY.md").write_text("the policy")
-    (folder / "preview.png").write_bytes(b"picture")
+    (folder / "preview.png").write_bytes(b"image")
     (folder / "train.py").write_text("raise SystemExit\n")
     (folder / "model.fp32-00001-of-00002.safetensors").write_bytes(b"another variant")
     for name in ("original/consolidated.00.pth", "original/params.json", "onnx/model.safetensors"):

@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes the RGB that its format says, upright; or is refused by name."""
+"""Every kind of image file becomes the RGB that its format says, upright; or is refused by name."""
 
 import base64
 import colorsys
@@ -9,14 +9,14 @@ import zlib
 
 import numpy as np
 import pytest
-from picture_files import png, tiff
+from image_files import png, tiff
 from PIL import Image, ImageOps
+from published_data import vizwiz_rows, write_set
 
 from bivlm.calibration.frozen import load_samples
 from bivlm.errors import InputError
 from bivlm.evaluation.benchmark import load_benchmark
-from bivlm.sources.images import as_rgb, converts_as_clipped, decode_picture, open_picture
-from bivlm.sources.parquet_rows import Row
+from bivlm.sources.images import as_rgb, converts_as_clipped, decode_image, open_image
 
 ONE_PERCENT = 2.55
 RAMP = np.arange(256).reshape(4, 64)  # every level once
@@ -158,19 +158,13 @@ FILES = {
         on_white(PALETTE[RAMP], RAMP),
     ),
     "JPEG L": (saved(Image.fromarray(RAMP.astype(U8)), format="JPEG", quality=100), grey(RAMP)),
-    "JPEG RGB": (
-        saved(array_image(YCC, "YCbCr"), format="JPEG", quality=100, subsampling=0),
-        of_ycc(YCC),
-    ),
+    "JPEG RGB": (saved(array_image(YCC, "YCbCr"), format="JPEG", quality=100, subsampling=0), of_ycc(YCC)),
     "JPEG CMYK, inverted as Adobe does": (
         saved(array_image(np.repeat(one(RAMP // 2), 4, -1), "CMYK"), format="JPEG", quality=100, subsampling=0),
         of_cmyk(np.repeat(one(RAMP // 2), 4, -1)),
     ),
     "WEBP RGB": (saved(array_image(COLOURS, "RGB"), format="WEBP", lossless=True), COLOURS),
-    "WEBP RGBA": (
-        saved(array_image(RGBA, "RGBA"), format="WEBP", lossless=True, exact=True),
-        on_white(COLOURS, ALPHA),
-    ),
+    "WEBP RGBA": (saved(array_image(RGBA, "RGBA"), format="WEBP", lossless=True, exact=True), on_white(COLOURS, ALPHA)),
     "GIF L": (saved(Image.fromarray(RAMP.astype(U8)), format="GIF"), grey(RAMP)),
     "GIF P": (saved(paletted(), format="GIF", optimize=False), PALETTE[RAMP]),
     "GIF P, an entry transparent": (
@@ -225,10 +219,7 @@ FILES = {
     "TIFF RGBX": (tiff(RGBA.astype(U8), 2, extra=0), COLOURS),
     "TIFF RGBA": (tiff(RGBA.astype(U8), 2, extra=2), on_white(COLOURS, ALPHA)),
     "TIFF RGBA of 16 bits": (tiff((RGBA * 257).astype(U16), 2, ">", extra=2), on_white(COLOURS, ALPHA)),
-    "TIFF RGBa": (
-        tiff(PREMULTIPLIED.astype(U8), 2, extra=1),
-        PREMULTIPLIED[..., :3] + 255.0 - ALPHA[..., None],
-    ),
+    "TIFF RGBa": (tiff(PREMULTIPLIED.astype(U8), 2, extra=1), PREMULTIPLIED[..., :3] + 255.0 - ALPHA[..., None]),
     "TIFF CMYK": (tiff(CMYK.astype(U8), 5), of_cmyk(CMYK)),
     "TIFF CMYK of 16 bits": (tiff((CMYK * 257).astype(U16), 5), of_cmyk(CMYK)),
     "TIFF YCbCr": (tiff(YCC.astype(U8), 6), of_ycc(YCC)),
@@ -254,10 +245,10 @@ IN_MEMORY = {
 }
 
 
-def assert_shows(picture, expected):
+def assert_shows(image, expected):
     """Mean and extremes of every channel, and every pixel, within one percent of the range."""
-    assert picture.mode == "RGB"
-    found, expected = np.asarray(picture, dtype=float), np.asarray(expected, dtype=float)
+    assert image.mode == "RGB"
+    found, expected = np.asarray(image, dtype=float), np.asarray(expected, dtype=float)
     assert found.shape == expected.shape
     for figure in (np.mean, np.min, np.max):
         assert np.abs(figure(found, (0, 1)) - figure(expected, (0, 1))).max() <= ONE_PERCENT, figure.__name__
@@ -267,9 +258,9 @@ def assert_shows(picture, expected):
 @pytest.mark.parametrize("kind", FILES)
 def test_a_gradient_of_every_kind_of_file_is_shown_as_its_format_says(kind, tmp_path):
     content, expected = FILES[kind]
-    assert_shows(decode_picture(content, kind), expected)
-    (tmp_path / "picture").write_bytes(content)
-    assert_shows(open_picture(tmp_path / "picture"), expected)
+    assert_shows(decode_image(content, kind), expected)
+    (tmp_path / "image").write_bytes(content)
+    assert_shows(open_image(tmp_path / "image"), expected)
 
 
 @pytest.mark.parametrize("mode", IN_MEMORY)
@@ -293,14 +284,14 @@ UNKNOWN_WHITE = {
 @pytest.mark.parametrize("kind", UNKNOWN_WHITE)
 def test_a_file_whose_white_is_not_known_is_refused_by_name(kind, tmp_path):
     content, reason = UNKNOWN_WHITE[kind]
-    (tmp_path / "picture").write_bytes(content)
+    (tmp_path / "image").write_bytes(content)
     with pytest.raises(
-        InputError, match=rf"{tmp_path}/picture: .*found {reason}, whose white is not known; convert them"
+        InputError, match=rf"{tmp_path}/image: .*found {reason}, whose white is not known; convert them"
     ):
-        open_picture(tmp_path / "picture")
+        open_image(tmp_path / "image")
 
 
-def test_opaque_8_bit_pictures_keep_their_bytes(tmp_path):
+def test_opaque_8_bit_images_keep_their_bytes(tmp_path):
     """As they were decoded before wide values and alpha had a conversion, so that recorded steps are found."""
     kinds = [kind for kind in FILES if kind.split()[1].strip(",") in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB")]
     kinds = [kind for kind in kinds if "transparent" not in kind and "alpha" not in kind and "first" not in kind]
@@ -311,24 +302,25 @@ def test_opaque_8_bit_pictures_keep_their_bytes(tmp_path):
     for kind, content in opaque.items():
         with Image.open(io.BytesIO(content)) as image:
             before = ImageOps.exif_transpose(image).convert("RGB").tobytes()
-        (tmp_path / "picture").write_bytes(content)
-        assert open_picture(tmp_path / "picture").tobytes() == before, kind
-        assert converts_as_clipped(tmp_path / "picture"), kind
+        (tmp_path / "image").write_bytes(content)
+        assert open_image(tmp_path / "image").tobytes() == before, kind
+        assert converts_as_clipped(tmp_path / "image"), kind
     for kind in ("PNG I;16", "PNG RGBA", "GIF P, an entry transparent", "TIFF I;16B"):
-        (tmp_path / "picture").write_bytes(FILES[kind][0])
-        assert not converts_as_clipped(tmp_path / "picture"), kind
+        (tmp_path / "image").write_bytes(FILES[kind][0])
+        assert not converts_as_clipped(tmp_path / "image"), kind
 
 
 @pytest.mark.parametrize("kind", ["PNG I;16", "PNG RGBA", "PNG P, entries with alpha", "PPM I up to 65535", "PNG LA"])
-def test_published_sets_are_shown_as_lmms_eval_shows_them(kind):
+def test_published_sets_are_shown_as_lmms_eval_shows_them(kind, tmp_path):
     content = FILES[kind][0]
-    shown = Row("place", 0, {"image": {"bytes": content}}).picture("image")
+    rows = [row | {"image": {"bytes": content, "path": None}} for row in vizwiz_rows()]
+    shown = next(iter(load_benchmark(f"vizwiz:{write_set('vizwiz', tmp_path, rows)}"))).image
     with Image.open(io.BytesIO(content)) as image:
         assert shown.tobytes() == image.convert("RGB").tobytes()
-    assert shown.tobytes() != decode_picture(content, kind).tobytes()
+    assert shown.tobytes() != decode_image(content, kind).tobytes()
 
 
-def test_a_set_is_another_one_where_its_pictures_are_shown_in_another_way(tmp_path, monkeypatch):
+def test_a_set_is_another_one_where_its_images_are_shown_in_another_way(tmp_path, monkeypatch):
     line = '{"image": "a.png", "question": "What?", "answers": ["x"]}\n'
     digests = {}
     for name, kind in (("opaque", "PNG RGB"), ("wide", "PNG I;16")):
@@ -342,13 +334,13 @@ def test_a_set_is_another_one_where_its_pictures_are_shown_in_another_way(tmp_pa
 
 
 def test_a_sample_frozen_before_alpha_had_a_conversion_is_still_read(tmp_path):
-    from bivlm.calibration.drawing import picture_digest
+    from bivlm.calibration.drawing import image_digest
 
     with Image.open(io.BytesIO(FILES["GIF P, an entry transparent"][0])) as image:
         frozen = image.convert("RGB")
     frozen.save(tmp_path / "0.png")
     assert b"tRNS" in (tmp_path / "0.png").read_bytes()
-    line = f'{{"image": "0.png", "image_sha256": "{picture_digest(frozen)}", "user": "?", "assistant": "!"}}\n'
+    line = f'{{"image": "0.png", "image_sha256": "{image_digest(frozen)}", "user": "?", "assistant": "!"}}\n'
     (tmp_path / "conversations.jsonl").write_text(line)
     assert load_samples(tmp_path)[0].image.tobytes() == frozen.tobytes()
 
@@ -360,33 +352,33 @@ def test_what_is_no_file_of_its_own_is_refused_at_once(tmp_path):
     (tmp_path / "empty.png").touch()
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("link.png", "folder.png", "empty.png", "pipe.png", "gone.png"):
-        with pytest.raises(InputError, match=rf"{tmp_path}/{name}: expected a picture"):
-            open_picture(tmp_path / name)
+        with pytest.raises(InputError, match=rf"{tmp_path}/{name}: expected an image"):
+            open_image(tmp_path / name)
 
 
-def test_a_picture_of_too_many_pixels_is_refused():
+def test_an_image_of_too_many_pixels_is_refused():
     header = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)
     content = png(COLOURS, 8, 2)
     start = content.index(b"IHDR") - 4
     chunk = b"IHDR" + header
     bomb = content[:start] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     with pytest.raises(InputError, match=r"bomb\.png: .*decompression bomb"):
-        decode_picture(bomb + content[start + 25 :], "bomb.png")
+        decode_image(bomb + content[start + 25 :], "bomb.png")
 
 
-def test_a_lack_of_memory_is_no_damaged_picture():
+def test_a_lack_of_memory_is_no_damaged_image():
     def out_of_memory(_):
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        decode_picture(FILES["PNG RGB"][0], "large.png", out_of_memory)
+        decode_image(FILES["PNG RGB"][0], "large.png", out_of_memory)
 
 
-def test_a_served_model_names_the_row_of_a_picture_it_cannot_read():
+def test_a_served_model_names_the_row_of_an_image_it_cannot_read():
     pytest.importorskip("mlflow")
-    from tasks.served_model import _picture
+    from tasks.served_model import _image
 
-    assert_shows(_picture(base64.b64encode(FILES["PNG I;16"][0]).decode(), "row 0"), FILES["PNG I;16"][1])
-    for value in (None, 3, "???", base64.b64encode(b"no picture")):
+    assert_shows(_image(base64.b64encode(FILES["PNG I;16"][0]).decode(), "row 0"), FILES["PNG I;16"][1])
+    for value in (None, 3, "???", base64.b64encode(b"no image")):
         with pytest.raises(InputError, match="row 3, column 'image': expected"):
-            _picture(value, "row 3, column 'image'")
+            _image(value, "row 3, column 'image'")

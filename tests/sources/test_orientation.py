@@ -1,4 +1,4 @@
-"""A picture is turned by its orientation alone, in whatever kind of file and with whatever other metadata."""
+"""An image is turned by its orientation alone, in whatever kind of file and with whatever other metadata."""
 
 import io
 import struct
@@ -7,10 +7,10 @@ import zlib
 
 import numpy as np
 import pytest
-from picture_files import exif, png, tiff
+from image_files import exif, png, tiff
 from PIL import Image
 
-from bivlm.sources.images import decode_picture
+from bivlm.sources.images import decode_image
 
 # What a viewer shows, as an operation on the array of rows and columns.
 UPRIGHT = {
@@ -74,14 +74,14 @@ CARRIERS = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_a_picture_is_turned_upright(carrier, orientation):
-    picture = decode_picture(CARRIERS[carrier](orientation), carrier)
+def test_an_image_is_turned_upright(carrier, orientation):
+    image = decode_image(CARRIERS[carrier](orientation), carrier)
     expected = UPRIGHT[orientation](SCENE_RGB)
-    found = np.asarray(picture, dtype=int)
+    found = np.asarray(image, dtype=int)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 4  # JPEG
-    again = decode_picture(saved(picture, format="PNG"), "saved again")
-    assert np.array_equal(np.asarray(again), np.asarray(picture))
+    again = decode_image(saved(image, format="PNG"), "saved again")
+    assert np.array_equal(np.asarray(again), np.asarray(image))
 
 
 OTHER_TAGS = {
@@ -101,8 +101,8 @@ def test_the_orientation_does_not_depend_on_other_tags(tag, first):
     entries = [OTHER_TAGS[tag], orientation_entry(6)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's
-        picture = decode_picture(jpeg_with(exif(*(entries if first else entries[::-1]))), "turned.jpg")
-    assert np.abs(np.asarray(picture, dtype=int) - np.rot90(SCENE_RGB, -1)).max() <= 4
+        image = decode_image(jpeg_with(exif(*(entries if first else entries[::-1]))), "turned.jpg")
+    assert np.abs(np.asarray(image, dtype=int) - np.rot90(SCENE_RGB, -1)).max() <= 4
 
 
 @pytest.mark.parametrize(
@@ -121,5 +121,5 @@ def test_the_orientation_does_not_depend_on_other_tags(tag, first):
 def test_an_orientation_that_cannot_be_read_is_upright(metadata):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = decode_picture(jpeg_with(metadata), "upright.jpg")
-    assert picture.size == (48, 32)
+        image = decode_image(jpeg_with(metadata), "upright.jpg")
+    assert image.size == (48, 32)

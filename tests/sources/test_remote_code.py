@@ -215,7 +215,7 @@ SPELLINGS = {
     "with an escape": ("config.json", '"auto\\u005fmap": {"AutoConfig": "marking.C"}'),
     "in a list of parts": ("config.json", '"parts": [{"auto\\u005fmap": {}}]'),
     "null": ("processor_config.json", '"\\u0061uto_map": null'),
-    "of pictures": ("preprocessor_config.json", '"auto_map": {"AutoImageProcessor": "marking.C"}'),
+    "of images": ("preprocessor_config.json", '"auto_map": {"AutoImageProcessor": "marking.C"}'),
     "of films": ("video_preprocessor_config.json", '"auto_map": {"AutoVideoProcessor": "marking.C"}'),
     "of a tokenizer": ("tokenizer_config.json", '"auto_map": ["marking.C", null]'),
 }

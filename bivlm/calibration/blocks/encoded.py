@@ -77,7 +77,7 @@ def is_image(tokens: torch.Tensor, config: object) -> torch.Tensor:
     return tokens[0] == token
 
 
-def has_picture(sample: Mapping[str, torch.Tensor]) -> bool:
+def has_image(sample: Mapping[str, torch.Tensor]) -> bool:
     """Whether there is anything for the vision model to see."""
     return any(name.startswith("pixel_values") for name in sample)
 

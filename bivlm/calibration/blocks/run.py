@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bivlm.calibration.blocks.encoded import Samples, has_picture, is_image, model_inputs, outputs_at
+from bivlm.calibration.blocks.encoded import Samples, has_image, is_image, model_inputs, outputs_at
 from bivlm.calibration.blocks.model import BlockwiseModel
 from bivlm.calibration.blocks.sites import SiteObserver, Weigh
 from bivlm.calibration.blocks.units import Unit
@@ -20,7 +20,7 @@ class UnitRun:
 
     Attributes:
         outputs: the unit's output for every sample, on the CPU, in the model's dtype; None for vision and adaptor
-            where a sample has no picture.
+            where a sample has no image.
         sites: input statistics by site; empty if they were not asked for.
         site_of: the site of every linear layer that can be packed.
     """
@@ -58,7 +58,7 @@ def run_unit(
     with model.at(unit, weights) as step:
         for number in range(len(samples)):
             sample = samples[number]
-            if unit.component != "language" and not has_picture(sample):
+            if unit.component != "language" and not has_image(sample):
                 outputs.append(None)
                 continue
             before = outputs_at(given, number)

@@ -1,4 +1,4 @@
-"""Picture files written byte by byte, with kinds of samples that Pillow reads and does not write."""
+"""Image files written byte by byte, with kinds of samples that Pillow reads and does not write."""
 
 import struct
 import zlib
