@@ -17,7 +17,6 @@ from prefect import task
 
 from bivlm.calibration.blocks.encoded import SampleTensors, outputs_at, write_samples
 from bivlm.calibration.blocks.units import Unit
-from bivlm.checkpoint.reading import Checkpoint
 from bivlm.compression.block_search import (
     activation_entropy,
     as_stored,
@@ -31,13 +30,13 @@ from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.recipe.search import SearchSettings
 from bivlm.reports.lineage import SEARCH_STAGE
 from bivlm.workspace.steps import Reference, Workspace
-from tasks import block_inputs, saliency
+from tasks import block_inputs
 from tasks.block_inputs import Calibration
 from tasks.layers import Layer
 from tasks.runtime.device import gpu_slot
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
 STAGE = SEARCH_STAGE
 GROUPS_STAGE = "joint blocks"
@@ -66,7 +65,7 @@ def form_groups(
     inputs = {"outputs": {name: reference.sha256 for name, reference in outputs.items()}}
     part = {"version": VERSION, "depth": settings.depth, "samples": settings.samples}
 
-    def form(_place: Path) -> dict[str, Any]:
+    def form(_place: Path) -> Figures:
         entropy = {name: activation_entropy(_seen(store, each, settings)) for name, each in outputs.items()}
         between = dependencies(units, entropy)
         threshold = mean_dependency(between)
@@ -105,7 +104,8 @@ def search_blocks(
         {
             "before": {name: reference.sha256 for name, reference in given.items()},
             "layers": {
-                layer.name: {"weight": layer.weight_sha256, "statistics": _statistics(layer).sha256} for layer in layers
+                layer.name: {"weight": layer.weight_sha256, "statistics": layer.statistics_file.sha256}
+                for layer in layers
             },
         },
         {
@@ -118,7 +118,7 @@ def search_blocks(
         },
     )
 
-    def choose(place: Path) -> dict[str, Any]:
+    def choose(place: Path) -> Figures:
         with gpu_slot(calibration.device), block_inputs.held_model(calibration.base, calibration.device) as model:
             samples = _first(calibration.open_samples(store), settings)
             found = search_group(
@@ -161,14 +161,9 @@ class _Rebuilding:
     def __call__(self, name: str, candidate: int) -> torch.Tensor:
         if self._name != name:
             layer, self._held = self._layers[name], None
-            weight = Checkpoint.open(layer.folder).read(layer.disk_name, layer.weight_sha256)
-            self._held = weight, LayerStatistics.load(self._store.fetch(_statistics(layer)))
+            self._held = layer.read_weight(), LayerStatistics.load(self._store.fetch(layer.statistics_file))
             self._name = name
         return as_stored(*self._held, self._offered[name][candidate], name)
-
-
-def _statistics(layer: Layer) -> Reference:
-    return layer.statistics.record.outputs[saliency.FILE]
 
 
 def _file(unit: str) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from prefect import task
 
 from bivlm.calibration.frozen import load_samples
-from bivlm.checkpoint.reading import Checkpoint
 from bivlm.compression.finishing import FinishSettings, finish
 from bivlm.compression.layer import measure
 from bivlm.evaluation.divergence import StoredLogProbabilities, reference_logits
@@ -24,7 +22,7 @@ from tasks.layers import Layer
 from tasks.runtime.device import Device, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
 STAGE = "finish"
 LOGITS_STAGE = "calibration logits"
@@ -67,7 +65,7 @@ def finish_layers(
             advance(STAGE, units - shown)
             shown = units
 
-    def tune(place: Path) -> dict[str, Any]:
+    def tune(place: Path) -> Figures:
         with gpu_slot(device), store.scratch() as folder:
             model, processor = load_model(base.model.folder, device.place)
             conversations = load_samples(store.fetch_folder(samples.record.outputs, folder))
@@ -92,7 +90,7 @@ def finish_layers(
     return {layer.name: _measured(layer, shards[layer.name], tuned, store) for layer in layers}, [known, tuned]
 
 
-def _write_logits(base: Base, samples: StepResult, device: Device, store: Workspace, file: Path) -> dict[str, Any]:
+def _write_logits(base: Base, samples: StepResult, device: Device, store: Workspace, file: Path) -> Figures:
     """What the full-precision model says to the calibration samples."""
     with gpu_slot(device), store.scratch() as folder:
         model, processor = load_model(base.model.folder, device.place)
@@ -107,11 +105,10 @@ def _measured(layer: Layer, shard: StepResult, tuned: StepResult, store: Workspa
     if layer.inputs is not None:
         inputs["inputs"] = layer.inputs.sha256
 
-    def look(place: Path) -> dict[str, Any]:
+    def look(place: Path) -> Figures:
         packed = _read(store.fetch(reference))
-        weight = Checkpoint.open(layer.folder).read(layer.disk_name, layer.weight_sha256)
         seen = SiteStatistics.load(store.fetch(layer.inputs)) if layer.inputs else None
-        record = measure(weight, packed, f"{layer.name}, finished", seen, shard.record.figures["figures"])
+        record = measure(layer.read_weight(), packed, f"{layer.name}, finished", seen, shard.record.figures["figures"])
         (place / binarization.FILE).write_bytes(memoryview(packed.numpy()))
         return record.model_dump(mode="json")
 
