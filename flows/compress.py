@@ -15,19 +15,20 @@ from bivlm.checkpoint.outputs import PAGE, lock_of
 from bivlm.checkpoint.reading import REPORT, TABLES_KEY
 from bivlm.checkpoint.remote_code import remote_code_allowed, trust
 from bivlm.errors import GateNotPassed
+from bivlm.recipe.loading import load_recipe, parse_recipe
 from bivlm.recipe.pruning import PRUNING_KEY
 from bivlm.workspace.garbage import in_use
 from bivlm.workspace.locks import one_machine_at_a_time
 from bivlm.workspace.memory import peak_bytes, reset_peak
 from flows.estimates import refuse_what_cannot_fit
-from flows.gate import decide_at_the_end
+from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided
 from flows.layers import PackedLayers, finish_all, pack_all
 from flows.progress import FlowProgress, publish_page
 from flows.pruning import questions_of_sweep
 from flows.recording import Recorded, record
 from flows.request import Request, prepare
 from flows.results import Measurements, measure
-from flows.runners import started
+from flows.runners import parse_runner, started
 from tasks import (
     binarization,
     block_inputs,
@@ -95,18 +96,11 @@ def compress_flow(
     A recipe's gate decides at the end, see `flows.gate.decide_at_the_end`. Raises `GateNotPassed`, with the result, if
     one of its bounds is not kept, and `InputError` for anything the caller can correct.
     """
-    request = prepare(
-        model,
-        recipe,
-        output,
-        revision=revision,
-        workspace=workspace,
-        evaluate=evaluate,
-        questions=questions,
-        runner=runner,
-        workers=workers,
-        trigger=trigger,
-    )
+    chosen_runner = parse_runner(runner, workers)
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
+    refuse_what_cannot_be_decided(chosen, evaluate)
+    benchmarks = chosen.evaluation if evaluate else ()
+    request = prepare(model, chosen, output, revision, workspace, benchmarks, questions, chosen_runner, trigger)
     if check:
         places = [request.store.local, Path(request.output)]
         base = request.base

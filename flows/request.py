@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bivlm.checkpoint.linears import Linear
 from bivlm.evaluation.benchmark import Benchmark
-from bivlm.recipe.loading import Recipe, load_recipe, parse_recipe
+from bivlm.recipe.loading import Recipe
 from bivlm.recipe.pruning import PruningSettings, SweepSettings
 from bivlm.recipe.selection import select
 from bivlm.workspace.places import check_places, output_folder, output_place
 from bivlm.workspace.steps import Workspace
 from bivlm.workspace.stores.location import default_workspace
-from flows.gate import refuse_what_cannot_be_decided
 from flows.layers import needs_calibration
 from flows.origin import trigger_of_run
-from flows.runners import Runner, parse_runner
+from flows.runners import Runner
 from tasks import checkpoint, evaluation
 from tasks.embeddings import Embedding, embeddings_of
 from tasks.layers import Layer, layers_of
@@ -71,43 +70,37 @@ class Request:
 
 def prepare(
     model: str,
-    recipe: str | dict[str, Any],
+    recipe: Recipe,
     output: str,
-    *,
     revision: str | None,
     workspace: str | None,
-    evaluate: bool,
+    benchmarks: Sequence[str],
     questions: int | None,
-    runner: str,
-    workers: int | None,
+    runner: Runner,
     trigger: str | None,
 ) -> Request:
-    """Return the request; the arguments are those of `flows.compress.compress_flow`.
+    """Return the request; the other arguments are those of `flows.compress.compress_flow`.
 
     Raises `InputError` for whatever the caller can correct, before any work is done.
     """
-    chosen_runner = parse_runner(runner, workers)
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
     output = str(output_folder(output))
-    check_places([output_place(Path(output))], [model], workspace, chosen.data())
+    check_places([output_place(Path(output))], [model], workspace, recipe.data())
     store = Workspace.open(workspace or default_workspace())
-    refuse_what_cannot_be_decided(chosen, evaluate)
-    names = chosen.evaluation if evaluate else ()
-    benchmarks = {name: evaluation.open_benchmark(name, questions) for name in names}
-    base = checkpoint.resolve_base(model, revision, output, chosen.modules)
-    linears, _kept = select(base.linears, chosen)
+    opened = {name: evaluation.open_benchmark(name, questions) for name in benchmarks}
+    base = checkpoint.resolve_base(model, revision, output, recipe.modules)
+    linears, _kept = select(base.linears, recipe)
     return Request(
         base=base,
-        recipe=chosen,
+        recipe=recipe,
         linears=linears,
         # Absolute, because workers on other machines look there, too.
-        layers=layers_of(linears, chosen, str(base.model.folder.absolute()), base.digests.tensors),
-        embeddings=embeddings_of(base, chosen, linears),
+        layers=layers_of(linears, recipe, str(base.model.folder.absolute()), base.digests.tensors),
+        embeddings=embeddings_of(base, recipe, linears),
         output=output,
         store=store,
-        benchmarks=benchmarks,
+        benchmarks=opened,
         questions=questions,
         device=choose_device(),
-        runner=chosen_runner,
+        runner=runner,
         trigger=trigger_of_run(trigger),
     )

@@ -7,7 +7,6 @@ tens of gigabytes, and no two blocks' are held together.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,10 +33,10 @@ from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Reference, Workspace
 from tasks import binarization
 from tasks.checkpoint import Base
-from tasks.runtime.device import Device, gpu_slot
+from tasks.runtime.device import Device, HeldModel, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, Identity, StepResult, do_step, open_workspace
 
 STAGE = "block inputs"
 SAMPLES_STAGE = "model inputs"
@@ -65,7 +64,7 @@ class Calibration:
         """The samples' tensors."""
         return SampleTensors(store.fetch(self._samples))
 
-    def identity(self, stage: str, inputs: Mapping[str, Any], recipe_part: Any) -> dict[str, Any]:
+    def identity(self, stage: str, inputs: Mapping[str, Any], recipe_part: Any) -> Identity:
         """Of a step that runs parts of the model on the samples."""
         both = {"checkpoint": self.base.sha256, "samples": self._samples.sha256, **inputs}
         if self.base.modules:
@@ -82,7 +81,7 @@ def encode_samples(
     inputs = {"checkpoint": base.sha256, "samples": frozen.record.figures["sha256"]}
     identity = step_identity(SAMPLES_STAGE, VERSION, inputs, None, exact=False)
 
-    def encode(place: Path) -> dict[str, Any]:
+    def encode(place: Path) -> Figures:
         folder = str(base.model.folder)
         with store.scratch() as samples_folder:
             conversations = load_samples(store.fetch_folder(frozen.record.outputs, samples_folder))
@@ -142,7 +141,7 @@ def run_block(
         {"unit": unit.name, "tokens": _relevant(weights)},
     )
 
-    def run(place: Path) -> dict[str, Any]:
+    def run(place: Path) -> Figures:
         with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             samples = calibration.open_samples(store)
             outcome = run_unit(
@@ -179,7 +178,7 @@ def measure_gradients(calibration: Calibration, blocks: dict[str, StepResult], s
     inputs = {"blocks": {name: reference.sha256 for name, reference in outputs.items()}}
     identity = calibration.identity(GRADIENTS_STAGE, inputs, {"squares": squares})
 
-    def run(place: Path) -> dict[str, Any]:
+    def run(place: Path) -> Figures:
         files, curvature = {}, {}
         with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             opened = {name: SampleTensors(store.fetch(reference)) for name, reference in outputs.items()}
@@ -199,7 +198,7 @@ def _norms_file(unit: str) -> str:
     return f"{unit}.safetensors"
 
 
-def _relevant(weights: TokenWeights | None) -> dict[str, Any] | None:
+def _relevant(weights: TokenWeights | None) -> Figures | None:
     """What of the token weights the statistics depend on."""
     if weights is None:
         return None
@@ -230,38 +229,17 @@ def _rebuilt(file: Path, name: str) -> torch.Tensor:
     return unpack(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8), name)
 
 
-class _HeldFrame:
-    """At most one model without its blocks, which takes seconds to build."""
-
-    def __init__(self) -> None:
-        self._which: tuple[Any, ...] | None = None
-        self._model: BlockwiseModel | None = None
-
-    def get(self, base: Base, device: Device) -> BlockwiseModel:
-        wanted = (str(base.model.folder), base.sha256, base.modules, device.place)
-        if self._which != wanted:
-            self.clear()
-            self._model, self._which = BlockwiseModel(base.open(), device.place), wanted
-        return self._model
-
-    def clear(self) -> None:
-        self._model = self._which = None
-
-
-_held = _HeldFrame()
-_guard = threading.RLock()  # a model runs one unit at a time
+_held: HeldModel[BlockwiseModel] = HeldModel()
 
 
 @contextmanager
 def held_model(base: Base, device: Device) -> Iterator[BlockwiseModel]:
-    """The model without its blocks, kept between the steps of a run; one at a time may use it."""
-    with _guard:
-        yield _held.get(base, device)
+    """Yield the model without its blocks, kept between the steps of a run; it runs one unit at a time."""
+    which = (str(base.model.folder), base.sha256, base.modules, device.place)
+    with _held.lock:
+        yield _held.get(which, lambda _: BlockwiseModel(base.open(), device.place))
 
 
 def forget_blocks() -> None:
     """Let go of the model that is held between the steps of a run."""
-    with _guard:
-        _held.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    _held.clear()
