@@ -196,14 +196,7 @@ def quantize(request: Request, publish: Callable[[], None]) -> tuple[CompressedM
     if remote_code_allowed(request.base.model.folder):  # it came along, byte for byte
         trust([written.folder])
     model = CompressedModel(
-        request.base,
-        request.recipe,
-        samples,
-        packed.layers,
-        packed.shards,
-        packed_embeddings,
-        packed.between,
-        written,
+        request.base, request.recipe, samples, packed.layers, packed.shards, packed_embeddings, packed.between, written
     )
     report = earlier_report(written.folder, request.base, request.recipe) if written.step.reused else None
     if report is None:

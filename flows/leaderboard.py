@@ -105,11 +105,7 @@ def measured_on(recipes: Mapping[str, Recipe]) -> str:
 
 
 def attempt_each(
-    model: str,
-    recipes: Mapping[str, Recipe],
-    place: Path,
-    shorten: Callable[[dict[str, Any]], str],
-    **arguments: Any,
+    model: str, recipes: Mapping[str, Recipe], place: Path, shorten: Callable[[dict[str, Any]], str], **arguments: Any
 ) -> Iterator[Attempt]:
     """Compress `model` by one recipe after another into folders of their names in `place`, and print a line for each.
 

@@ -48,11 +48,7 @@ class _Page:
 
 
 def record(
-    request: Request,
-    tracked: tracking.Tracking,
-    model: CompressedModel,
-    report: Report,
-    measured: Measurements,
+    request: Request, tracked: tracking.Tracking, model: CompressedModel, report: Report, measured: Measurements
 ) -> Recorded:
     """Write the records, the page and the sweep's files beside the checkpoint, and everything into MLflow.
 
@@ -65,11 +61,7 @@ def record(
 
 
 def _make_page(
-    request: Request,
-    tracked: tracking.Tracking,
-    model: CompressedModel,
-    report: Report,
-    measured: Measurements,
+    request: Request, tracked: tracking.Tracking, model: CompressedModel, report: Report, measured: Measurements
 ) -> _Page:
     base, results = request.base, measured.results
     place = {"uri": tracking.public_uri(tracked.uri), "experiment": tracked.experiment_id, "run": tracked.run_id}

@@ -105,14 +105,12 @@ def evaluate_both(request: Request, model: CompressedModel, publish: Callable[[]
             publish()
         return done
 
-    try:
+    with evaluation.models_let_go():
         full_precision = ask(*full)
         logits = evaluation.compute_reference_logits(*full, model.samples, *at)
         packed = ask(*stored, request.pruning)
         divergence = evaluation.measure_divergence(*stored, model.samples, logits, *at, request.pruning)
         publish()
-    finally:
-        evaluation.forget_models()
     return Results(
         full_precision,
         packed,

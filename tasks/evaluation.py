@@ -26,7 +26,7 @@ from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Workspace
 from tasks.runtime.device import Device, HeldModel, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
-from tasks.runtime.progress import advance
+from tasks.runtime.progress import Restartable, advance
 from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
 STAGE = "evaluation"
@@ -60,27 +60,22 @@ def evaluate_checkpoint(
     inputs = {"checkpoint": sha256, "benchmark": questions.digest}
     part = {"task": benchmark, **_if_pruned(pruning)}
     identity = step_identity(STAGE, VERSION, inputs, part, exact=False, device=device.kind)
-    shown = 0
+    bar = Restartable(STAGE)
 
     def ask(place: Path) -> Figures:
-        def progress(answered: int, _total: int) -> None:
-            # A second attempt with smaller batches begins at the first question again; the bar does not go back.
-            nonlocal shown
-            if answered > shown:
-                advance(STAGE, answered - shown)
-                shown = answered
-
         model, processor = loaded_model(folder, sha256, device)
         with pruned_if(model, pruning, Checkpoint.open(folder).modules):
             result = smaller_after_out_of_memory(
-                lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
+                lambda size: evaluate(
+                    model, processor, questions, batch_size=size, progress=lambda answered, _: bar.reach(answered)
+                ),
                 default_batch_size(model),
             )
         write_outcomes(result.outcomes, place / OUTCOMES_FILE)
         return {**result.record(), "benchmark_sha256": questions.digest, "name": questions.name}
 
     done = do_step(store, identity, ask)
-    advance(STAGE, len(questions) - shown)
+    bar.reach(len(questions))
     return done
 
 
@@ -200,3 +195,12 @@ def loaded_model(folder: str, sha256: str, device: Device) -> tuple[PreTrainedMo
 def forget_models() -> None:
     """Let go of the model that is held between the tasks of a run, and of the GPU with it."""
     _held.clear()
+
+
+@contextmanager
+def models_let_go() -> Iterator[None]:
+    """Hold no model after this block."""
+    try:
+        yield
+    finally:
+        forget_models()

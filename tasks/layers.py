@@ -103,14 +103,14 @@ def layers_of(linears: Sequence[Linear], recipe: Recipe, folder: str, tensors: M
     return [
         Layer(
             folder,
-            linear.name,
-            linear.disk_name,
-            linear.component,
-            linear.shape,
-            tensors[linear.disk_name],
-            settings[linear.component],
+            each.name,
+            each.disk_name,
+            each.component,
+            each.shape,
+            tensors[each.disk_name],
+            settings[each.component],
         )
-        for linear in linears
+        for each in linears
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -55,7 +55,7 @@ def make_report(model: CompressedModel, *, seconds: float, peak_memory_bytes: in
         "recipe_sha256": digest(canonical),
         "code_version": code_version(),
         "bits": bits_of(model.checkpoint.folder),
-        "relative_error": relative_error(_with_moments(described, layers)),
+        "relative_error": relative_error(_with_figures(described, layers, "mean", "std")),
         "layers": described,
         "tables": [_describe_embedding(embedding, shard) for embedding, shard in model.embeddings],
         "warnings": _warnings(described, [layer.settings.get("damping") for layer in layers]),
@@ -130,11 +130,7 @@ def page_text(
 
 
 def points_for_figures(
-    base: Base,
-    recipe: Recipe,
-    report: Report,
-    evaluation: Figures | None,
-    others: list[Figures],
+    base: Base, recipe: Recipe, report: Report, evaluation: Figures | None, others: list[Figures]
 ) -> list[Figures]:
     """Return full precision, this run and those of `others` nearest to it in stored bits, as
     `bivlm.reports.figures.compression.accuracy_against_bits` draws them."""
@@ -165,21 +161,18 @@ def full_precision_bits(base: Base) -> dict[str, float]:
 
 def layers_for_figures(report: Report, layers: Sequence[Layer], curves: Mapping[str, StepResult]) -> list[Figures]:
     """Return the report's layers with what figures need: mean, std, histogram, and error by p_max where it is known."""
-    described = {layer["name"]: layer for layer in report["layers"]}
+    by_name = {layer["name"]: layer for layer in report["layers"]}
+    described = _with_figures([by_name[layer.name] for layer in layers], layers, "mean", "std", "histogram")
+    errors = {name: curve.record.figures["error_by_p_max"] for name, curve in curves.items()}
+    return [layer | {"error_by_p_max": errors.get(layer["name"])} for layer in described]
+
+
+def _with_figures(described: Sequence[Figures], layers: Sequence[Layer], *keys: str) -> list[Figures]:
+    """Return the descriptions with some figures of the weights' statistics."""
     return [
-        {
-            **described[layer.name],
-            **{key: layer.statistics.record.figures[key] for key in ("mean", "std", "histogram")},
-            "error_by_p_max": curves[layer.name].record.figures["error_by_p_max"] if layer.name in curves else None,
-        }
-        for layer in layers
+        known | {key: layer.statistics.record.figures[key] for key in keys}
+        for known, layer in zip(described, layers, strict=True)
     ]
-
-
-def _with_moments(described: list[Figures], layers: Sequence[Layer]) -> Iterator[Figures]:
-    """Yield the report's layers with mean and std of their weights."""
-    for known, layer in zip(described, layers, strict=True):
-        yield known | {key: layer.statistics.record.figures[key] for key in ("mean", "std")}
 
 
 def _warnings(layers: list[Figures], asked: list[float | None]) -> list[str]:

@@ -74,11 +74,7 @@ def do_step(workspace: Workspace, identity: Identity, work: Callable[[Path], Fig
 
 
 def finish(
-    workspace: Workspace,
-    identity: Identity,
-    outputs: dict[str, Reference],
-    figures: Figures,
-    seconds: float,
+    workspace: Workspace, identity: Identity, outputs: dict[str, Reference], figures: Figures, seconds: float
 ) -> StepResult:
     """Record a step whose outputs are stored, and return it.
 
