@@ -23,11 +23,11 @@ from bivlm.workspace.stores.location import default_workspace
 from flows.compress import compress_flow
 from tasks.leaderboard import (
     BOARD_FILES,
+    check_same_linears,
     entry_of,
     failed_entry,
     full_precision_of,
     log_board,
-    same_linears,
     write_board,
 )
 from tasks.runtime.policy import is_out_of_memory
@@ -67,7 +67,7 @@ def leaderboard_flow(
     ]
     if not results:
         raise InputError(f"no recipe could be carried out; the first failed with: {entries[0].failed}")
-    same_linears(results)
+    check_same_linears(results)
     first = next(iter(results.values()))
     made = board(
         entries,

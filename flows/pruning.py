@@ -34,7 +34,7 @@ from tasks.pruning import ALL, Subject
 from tasks.runtime.device import Device, choose_device
 from tasks.runtime.naming import model_name
 from tasks.runtime.progress import shown_by
-from tasks.runtime.steps import StepResult
+from tasks.runtime.steps import Figures, StepResult
 from tasks.tracking.sweeps import log_sweep
 
 
@@ -135,10 +135,10 @@ class SweepResult:
         at_chance: records of `AtChance`, of every model and benchmark without pruning.
     """
 
-    rows: list[dict[str, Any]]
-    adaptive: list[dict[str, Any]]
+    rows: list[Figures]
+    adaptive: list[Figures]
     baselines: dict[str, dict[str, float]]
-    at_chance: list[dict[str, Any]]
+    at_chance: list[Figures]
 
 
 def questions_of_sweep(settings: SweepSettings, benchmarks: Iterable[Benchmark], models: int) -> dict[str, int]:
@@ -198,7 +198,7 @@ def _baseline(plain: Mapping[str, StepResult]) -> dict[str, float]:
     return found | ({ALL: accuracy(scores)} if len(found) > 1 else {})
 
 
-def _at_chance(plain: Mapping[str, StepResult], limit: int | None, model: str) -> list[dict[str, Any]]:
+def _at_chance(plain: Mapping[str, StepResult], limit: int | None, model: str) -> list[Figures]:
     """Return records of the benchmarks on which a model is not above chance before anything is pruned."""
     levels = {name: load_benchmark(name, limit).chance() for name in plain}
     found = at_chance({name: done.record.figures for name, done in plain.items()}, levels, model)

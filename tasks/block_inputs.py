@@ -1,8 +1,8 @@
-"""What every block takes in: the calibration samples run through the model, one block in memory at a time.
+"""The calibration samples run through the model, one block in memory at a time.
 
-A step a block: its outputs for all samples, from which the next block goes on, and the input statistics of its linear
-layers. The chain of blocks is resumed where it was killed. Statistics are workspace files; of a large model they are
-tens of gigabytes, and no two blocks' are held together.
+One step per block: its outputs for all samples, which the next block takes in, and the input statistics of its linear
+layers. A killed chain of blocks resumes at its block. Statistics are workspace files; for a large model they are tens
+of gigabytes, and those of no two blocks are held together.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OUTPUT_FILE = "output.safetensors"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The samples as the model takes them in, how they count, and where and on what blocks are run."""
+    """The samples as the model takes them in, how they are weighed, and where blocks run."""
 
     base: Base
     settings: CalibrationSettings
@@ -61,11 +61,11 @@ class Calibration:
         return self.samples.record.outputs[SAMPLES_FILE]
 
     def open_samples(self, store: Workspace) -> SampleTensors:
-        """The samples' tensors."""
+        """Return the samples' tensors."""
         return SampleTensors(store.fetch(self._samples))
 
     def identity(self, stage: str, inputs: Mapping[str, Any], recipe_part: Any) -> Identity:
-        """Of a step that runs parts of the model on the samples."""
+        """Return the identity of a step that runs parts of the model on the samples."""
         both = {"checkpoint": self.base.sha256, "samples": self._samples.sha256, **inputs}
         if self.base.modules:
             both[MODULES_KEY] = self.base.modules
@@ -76,7 +76,7 @@ class Calibration:
 def encode_samples(
     base: Base, settings: CalibrationSettings, frozen: StepResult, device: Device, workspace: str
 ) -> Calibration:
-    """Pictures and conversations as the model takes them in, one set of tensors a sample."""
+    """Encode images and text as the model takes them in, one set of tensors per sample."""
     store = open_workspace(workspace)
     inputs = {"checkpoint": base.sha256, "samples": frozen.record.figures["sha256"]}
     identity = step_identity(SAMPLES_STAGE, VERSION, inputs, None, exact=False)
@@ -95,14 +95,14 @@ def encode_samples(
 
 
 def blocks_of(calibration: Calibration) -> tuple[list[Unit], Unit | None]:
-    """The model's units before its head in the order in which they run, and the head if it is one."""
+    """Return the model's units in the order in which they run, and apart from them the head, if it is one."""
     with held_model(calibration.base, calibration.device) as model:
         head = next((unit for unit in model.units if unit.name == model.head_name), None)
         return [unit for unit in model.units if unit is not head], head
 
 
 def up_to(units: Sequence[Unit], linears: Collection[str]) -> list[Unit]:
-    """The units up to the last one that holds any of `linears`."""
+    """Return the units up to the last one that holds any of `linears`."""
     wanted = [index for index, unit in enumerate(units) if set(linears) & set(unit.linears)]
     return list(units[: max(wanted, default=-1) + 1])
 
@@ -117,7 +117,7 @@ def run_block(
     gradients: StepResult | None = None,
     packed: dict[str, StepResult] | None = None,
 ) -> StepResult:
-    """One unit on all samples, given the steps of those `before` it by name.
+    """Run one unit on all samples, given the steps of those `before` it by name.
 
     With `observe` also the input statistics: ``figures["sites"]`` has the file and the token counts of every site,
     ``figures["site_of"]`` the site of every linear layer; `gradients` is the step of `measure_gradients`, for token
@@ -167,8 +167,7 @@ def run_block(
 
 @task(name="token-gradients", **OVER_NETWORK)
 def measure_gradients(calibration: Calibration, blocks: dict[str, StepResult], squares: bool) -> StepResult:
-    """How much every token matters at every site, from the steps of all blocks; see
-    `bivlm.calibration.blocks.gradients`.
+    """Measure how much every token matters at every site, from the steps of all blocks, see `token_gradients`.
 
     With `squares` also a file of the squared gradients of every unit's weights, named by ``figures["squares"]`` for
     each linear layer, and their sums, ``figures["curvature"]``.
@@ -199,7 +198,7 @@ def _norms_file(unit: str) -> str:
 
 
 def _relevant(weights: TokenWeights | None) -> Figures | None:
-    """What of the token weights the statistics depend on."""
+    """Return the part of the token weights that the statistics depend on."""
     if weights is None:
         return None
     further = {"modality": {"image"}, "gradient": {"shrink"}}.get(weights.weights, set())
@@ -214,7 +213,7 @@ def _weigher(
     gradients: Reference | None,
     store: Workspace,
 ) -> Callable[[int], Weigh] | None:
-    """g^2 by sample, as the recipe asks for it."""
+    """Return a function from a sample to its g^2, as the recipe defines it."""
     if weights is None:
         return None
     if weights.weights == "modality":

@@ -40,7 +40,7 @@ ALL = "all"  # the questions of all benchmarks together
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint whose tokens are pruned: what people call it, where it lies, and its hash.
+    """A checkpoint whose tokens are pruned: its label, folder and hash.
 
     `modules` are those of a recipe, for full precision of an architecture that bivlm does not know; a packed
     checkpoint carries its own.
@@ -52,7 +52,7 @@ class Subject:
     modules: Modules | None = None
 
     def open(self) -> Checkpoint:
-        """The checkpoint, headers alone."""
+        """Open the checkpoint, headers alone."""
         return Checkpoint.open(self.folder, self.modules)
 
 

@@ -1,4 +1,4 @@
-"""What only one process may do at a time, on one machine or on a disk that machines share."""
+"""Locks: one process at a time, on one machine or on a disk that machines share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None, left: bool = True) -> Iterator[None]:
     """Hold the lock `file` within this block; `wait()` is called once if somebody else holds it.
 
-    The operating system lets go of the lock the moment its holder dies, however it dies, so no run has to be cleared
-    up after. Any thread may end the block. Unless it is to be `left` there, the file is removed at the end.
+    The operating system releases the lock the moment its holder dies, so no run has to be cleaned up after. Any thread
+    may end the block. The file is removed at the end, unless it is to be `left` there.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file, thread_local=False)
