@@ -1,9 +1,10 @@
-"""The compression of one model: the order of things, from a base checkpoint to a registered candidate."""
+"""The compression of one model: prepare, quantize, measure, record, decide."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,26 @@ from bivlm.checkpoint.remote_code import remote_code_allowed, trust
 from bivlm.errors import GateNotPassed
 from bivlm.recipe.loading import load_recipe, parse_recipe
 from bivlm.recipe.pruning import PRUNING_KEY
-from bivlm.recipe.selection import select
 from bivlm.workspace.environment import peak_bytes, reset_peak
 from bivlm.workspace.garbage import in_use
 from bivlm.workspace.locks import one_at_a_time, one_machine_at_a_time
-from bivlm.workspace.places import check_places, output_folder, output_place
-from bivlm.workspace.steps import Workspace
-from bivlm.workspace.stores.location import default_workspace
 from flows.estimates import refuse_what_cannot_fit
 from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided
-from flows.layers import finish_all, needs_calibration, pack_all, side_by_side
-from flows.origin import trigger_of_run
+from flows.layers import PackedLayers, finish_all, pack_all
 from flows.progress import FlowProgress, publish_page
 from flows.pruning import questions_of_sweep
-from flows.recording import record
-from flows.request import Request
-from flows.results import evaluate_both, sweep_both
+from flows.recording import Recorded, record
+from flows.request import Request, prepare
+from flows.results import Measurements, measure
 from flows.runners import parse_runner, started
 from tasks import (
     binarization,
     block_inputs,
+    block_search,
     calibration,
     checkpoint,
     curves,
+    embeddings,
     evaluation,
     finishing,
     grouping,
@@ -46,18 +44,24 @@ from tasks import (
     saliency,
     tracking,
 )
-from tasks import block_search as search
-from tasks import embeddings as tables
+from tasks.compressed import CompressedModel
 from tasks.garbage import note_registry
-from tasks.layers import layers_of
-from tasks.report import code_version, earlier_report, full_precision_bits, make_report, report_text, write_records
-from tasks.runtime.device import choose_device
+from tasks.report import (
+    Report,
+    code_version,
+    earlier_report,
+    full_precision_bits,
+    make_report,
+    report_text,
+    write_records,
+)
 from tasks.runtime.naming import model_name
 from tasks.runtime.progress import shown_by
+from tasks.runtime.steps import StepResult
 
 
 def _run_name() -> str:
-    """Model and recipe as they were asked for, whatever is wrong with them."""
+    """Return the model and the recipe as they were given, whatever is wrong with them."""
     asked = runtime.flow_run.parameters
     recipe = asked.get("recipe")
     return f"compress {asked.get('model')} by {recipe.get('name') if isinstance(recipe, dict) else recipe}"
@@ -82,172 +86,180 @@ def compress_flow(
 
     `recipe` is a shipped name, a file or the recipe itself. `workspace` is a folder or ``s3://bucket/prefix`` (default:
     `bivlm.workspace.stores.location.default_workspace`). `questions` limits every benchmark to its first questions;
-    `quiet` shows no progress in the terminal. `runner` and `workers` say who works on the layers, see
-    `flows.runners.parse_runner`; the bytes are the same whoever does. `check` refuses what cannot fit into this
-    machine's memory and onto its disks. What the workspace, the output folder and MLflow already hold of an identical
-    request is not done again. `trigger` says what asked for it, for its lineage (default: what Prefect knows, see
+    `quiet` shows no progress in the terminal. `runner` and `workers` choose who works on the layers, see
+    `flows.runners.parse_runner`; the bytes are the same for all of them. `check` refuses what cannot fit into this
+    machine's memory and onto its disks. Whatever the workspace, the output folder and MLflow already hold of an
+    identical request is reused. `trigger` names what asked for it, for its lineage (default: what Prefect knows, see
     `flows.origin.trigger_of_run`).
 
-    A recipe's gate decides at the end, see `flows.gate.decide_at_the_end`. Raises `GateNotPassed`, with all that would
-    have been returned, if a bound of it is not kept, and `InputError` for anything the caller can mend.
+    A recipe's gate decides at the end, see `flows.gate.decide_at_the_end`. Raises `GateNotPassed`, with the result, if
+    one of its bounds is not kept, and `InputError` for anything the caller can correct.
     """
     chosen_runner = parse_runner(runner, workers)
-    chosen_recipe = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
-    output = str(output_folder(output))
-    check_places([output_place(Path(output))], [model], workspace, chosen_recipe.data())
-    store = Workspace.open(workspace or default_workspace())
-    refuse_what_cannot_be_decided(chosen_recipe, evaluate)
-    names = chosen_recipe.evaluation if evaluate else ()
-    benchmarks = {name: evaluation.open_benchmark(name, questions) for name in names}
-    base = checkpoint.resolve_base(model, revision, output, chosen_recipe.modules)
-    chosen, _kept = select(base.linears, chosen_recipe)
-    packed_tables = tables.tables_of(base, chosen_recipe, chosen)
-    request = Request(
-        base,
-        chosen_recipe,
-        chosen,
-        packed_tables,
-        output,
-        store,
-        benchmarks,
-        questions,
-        choose_device(),
-        chosen_runner,
-        trigger_of_run(trigger),
-    )
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
+    refuse_what_cannot_be_decided(chosen, evaluate)
+    benchmarks = chosen.evaluation if evaluate else ()
+    request = prepare(model, chosen, output, revision, workspace, benchmarks, questions, chosen_runner, trigger)
     if check:
-        places = [store.local, Path(output)]
-        answers = 2 * sum(map(len, benchmarks.values()))
-        refuse_what_cannot_fit(base.open(), base.parts, chosen_recipe, answers, chosen_runner, places)
+        places = [request.store.local, Path(request.output)]
+        base = request.base
+        refuse_what_cannot_fit(base.open(), base.parts, request.recipe, request.answers, request.runner, places)
     console = Console(stderr=True, quiet=quiet)
+    with _alone(request, console):
+        return _compress(request, console)
+
+
+@contextmanager
+def _alone(request: Request, console: Console) -> Iterator[None]:
+    """Wait until no other process works on the same request or the same output, and keep others out.
+
+    Two identical requests at once would both find nothing done and do all of it twice, MLflow's runs included; two that
+    write one folder would report on each other's files.
+    """
+    store, output = request.store, Path(request.output)
 
     def wait() -> None:
         console.print("another process is busy with the same compression or the same output: waiting for it")
 
-    # Two identical requests at once would both find nothing done and do all of it twice, MLflow's runs included; two
-    # that write one folder would report on each other's files.
     with (
         in_use(store),
-        one_machine_at_a_time(store, tracking.request_digest(base, chosen_recipe), wait),
-        one_at_a_time(lock_of(Path(output)), wait, left=False),
+        one_machine_at_a_time(store, tracking.request_digest(request.base, request.recipe), wait),
+        one_at_a_time(lock_of(output), wait, left=False),
     ):
-        return _compress(request, console)
+        yield
 
 
 def _compress(request: Request, console: Console) -> dict[str, Any]:
-    base, recipe, store = request.base, request.recipe, request.store
-    # Absolute, because workers on other machines look there, too.
-    layers = layers_of(request.chosen, recipe, str(base.model.folder.absolute()), base.digests.tensors)
-    calibrated = needs_calibration(layers, recipe.budget, recipe.search)
-    varied = curves.varied_layers(layers)
-    tracked = tracking.find_or_create_run(store.url, base, recipe, request.trigger)
+    tracked = tracking.find_or_create_run(request.store.url, request.base, request.recipe, request.trigger)
     publish_page(tracking.run_page(tracked))
-    note_registry(store.url, tracked.uri)
-    answers = 2 * sum(map(len, request.benchmarks.values()))
-    swept = recipe.pruning.sweep if recipe.pruning and answers else None
-    in_sweep = questions_of_sweep(swept, request.benchmarks.values(), models=2) if swept else {}
-    stages = {
+    note_registry(request.store.url, tracked.uri)
+    title = f"{model_name(request.base.model)} with {request.recipe.name}"
+    progress = FlowProgress(_units_by_stage(request), console, title)
+    with tracking.ends_run(tracked), progress, shown_by(progress):
+        model, report = quantize(request, progress.publish)
+        measured = measure(request, model, progress.publish)
+        recorded = record(request, tracked, model, report, measured)
+        checkpoint.put_in_place(model.checkpoint, request.output)
+        gate, refused = decide_at_the_end(
+            request.recipe, tracked, recorded.registered, recorded.report, measured.results, request.store.url
+        )
+        progress.advance(tracking.STAGE)
+    result = _describe(request, tracked, model, measured, recorded, gate)
+    # After the run in MLflow was ended as finished: all of it is there.
+    if refused is not None:
+        raise GateNotPassed(refused, result)
+    return result
+
+
+def _units_by_stage(request: Request) -> dict[str, int]:
+    """Return how many units every stage of the progress bar has, in the order of the work."""
+    recipe, layers, answers, sweep = request.recipe, len(request.layers), request.answers, request.sweep
+    in_sweep = questions_of_sweep(sweep, request.benchmarks.values(), models=2) if sweep else {}
+    return {
         calibration.STAGE: 1,
-        saliency.STAGE: len(layers),
-        grouping.STAGE: len(layers),
-        **({block_inputs.STAGE: 1} if calibrated else {}),
-        **({search.STAGE: 1} if recipe.search else {}),
-        binarization.STAGE: len(layers),
+        saliency.STAGE: layers,
+        grouping.STAGE: layers,
+        **({block_inputs.STAGE: 1} if request.needs_blocks else {}),
+        **({block_search.STAGE: 1} if recipe.search else {}),
+        binarization.STAGE: layers,
         **({finishing.STAGE: recipe.finish.steps} if recipe.finish else {}),
-        **({tables.STAGE: len(request.tables)} if request.tables else {}),
+        **({embeddings.STAGE: len(request.embeddings)} if request.embeddings else {}),
         checkpoint.STAGE: 1,
         **({evaluation.STAGE: answers + in_sweep.get(evaluation.STAGE, 0)} if answers else {}),
         **({evaluation.DIVERGENCE_STAGE: 2} if answers else {}),
-        **({pruning.STAGE: in_sweep[pruning.STAGE]} if swept else {}),
-        curves.STAGE: len(varied),
+        **({pruning.STAGE: in_sweep[pruning.STAGE]} if sweep else {}),
+        curves.STAGE: len(curves.varied_layers(request.layers)),
         tracking.STAGE: 1,
     }
-    progress = FlowProgress(stages, console, f"{model_name(base.model)} with {recipe.name}")
-    # From here to the written checkpoint is what the report calls the compression.
+
+
+def quantize(request: Request, publish: Callable[[], None]) -> tuple[CompressedModel, Report]:
+    """Calibrate, pack the layers and embeddings, write the checkpoint, and report on it."""
     started_at = time.perf_counter()
     reset_peak()
-    with tracking.ends_run(tracked), progress, shown_by(progress):
-        samples = calibration.freeze_calibration(recipe.calibration.model_dump(mode="json"), store.url)
-        inputs = (
-            block_inputs.encode_samples(base, recipe.calibration, samples, request.device, store.url)
-            if calibrated
-            else None
-        )
-        with started(request.runner) as workers:
-            done = pack_all(layers, store.url, progress.publish, workers, inputs, recipe.budget, recipe.search)
-        if recipe.finish is not None:
-            done = finish_all(done, base, samples, recipe.finish, request.device, store.url)
-            progress.publish()
-        done = replace(done, tables={table.name: tables.pack_one(table, store.url) for table in request.tables})
-        setting = recipe.pruning.setting if recipe.pruning else None
-        settings = {"code_version": code_version()}
-        settings |= {PRUNING_KEY: setting.model_dump(mode="json")} if setting else {}
-        settings |= {TABLES_KEY: list(done.tables)} if done.tables else {}
-        packed = checkpoint.write_checkpoint(
-            base,
-            [*request.chosen, *(table.linear for table in request.tables)],
-            done.shards | done.tables,
-            settings,
-            request.output,
-            store.url,
-        )
-        if remote_code_allowed(base.model.folder):  # it came along, byte for byte
-            trust([packed.folder])
-        report = earlier_report(packed.folder, base, recipe) if packed.step.reused else None
-        if report is None:
-            report = make_report(
-                base,
-                recipe,
-                done.layers,
-                done.shards,
-                request.tables,
-                done.tables,
-                packed.folder,
-                seconds=time.perf_counter() - started_at,
-                peak_memory_bytes=peak_bytes(),
-                runner=request.runner.described,
-            )
-            # At once where it is new, and so not yet in its place: a run that resumes finds what this one took.
-            if not packed.step.reused:
-                write_records(packed.folder, {REPORT: report_text(report)})
-        progress.publish()
-        results = evaluate_both(request, packed, samples, progress.publish) if request.benchmarks else None
-        measured = {}
-        if varied:
-            # Anew, so that no worker was kept waiting, in memory, while models were asked.
-            with started(request.runner) as workers:
-                measured = side_by_side(curves.measure_curves, varied, store.url, progress.publish, workers)
-        sweep = sweep_both(request, packed, progress.publish) if swept is not None else None
-        report, registered = record(request, tracked, done, samples, packed, report, results, measured, sweep)
-        checkpoint.put_in_place(packed, request.output)
-        gate, refused = decide_at_the_end(recipe, tracked, registered, report, results, store.url)
-        progress.advance(tracking.STAGE)
-    result = {
+    url = request.store.url
+    samples = calibration.freeze_calibration(request.recipe.calibration, url)
+    packed = _pack_layers(request, samples, publish)
+    packed_embeddings = [(each, embeddings.pack_embedding(each, url)) for each in request.embeddings]
+    shards = packed.shards | {embedding.name: step for embedding, step in packed_embeddings}
+    written = checkpoint.write_checkpoint(
+        request.base,
+        [*request.linears, *(embedding.linear for embedding in request.embeddings)],
+        shards,
+        _quantization_config(request),
+        request.output,
+        url,
+    )
+    if remote_code_allowed(request.base.model.folder):  # it came along, byte for byte
+        trust([written.folder])
+    model = CompressedModel(
+        request.base, request.recipe, samples, packed.layers, packed.shards, packed_embeddings, packed.between, written
+    )
+    report = earlier_report(written.folder, request.base, request.recipe) if written.step.reused else None
+    if report is None:
+        seconds, runner = time.perf_counter() - started_at, request.runner.described
+        report = make_report(model, seconds=seconds, peak_memory_bytes=peak_bytes(), runner=runner)
+        # At once where it is new, and so not yet in its place: a run that resumes finds what this one took.
+        if not written.step.reused:
+            write_records(written.folder, {REPORT: report_text(report)})
+    publish()
+    return model, report
+
+
+def _pack_layers(request: Request, samples: StepResult, publish: Callable[[], None]) -> PackedLayers:
+    base, recipe, device, url = request.base, request.recipe, request.device, request.store.url
+    inputs = None
+    if request.needs_blocks:
+        inputs = block_inputs.encode_samples(base, recipe.calibration, samples, device, url)
+    with started(request.runner) as workers:
+        packed = pack_all(request.layers, url, publish, workers, inputs, recipe)
+    if recipe.finish is not None:
+        packed = finish_all(packed, base, samples, recipe.finish, device, url)
+        publish()
+    return packed
+
+
+def _quantization_config(request: Request) -> dict[str, Any]:
+    """Return what config.json says beside the packed tensors."""
+    return {
+        "code_version": code_version(),
+        **({PRUNING_KEY: request.pruning.model_dump(mode="json")} if request.pruning else {}),
+        **({TABLES_KEY: [embedding.name for embedding in request.embeddings]} if request.embeddings else {}),
+    }
+
+
+def _describe(
+    request: Request,
+    tracked: tracking.Tracking,
+    model: CompressedModel,
+    measured: Measurements,
+    recorded: Recorded,
+    gate: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return what the flow returns."""
+    report = recorded.report
+    return {
         "output": request.output,
         "report": str(Path(request.output) / REPORT),
         "page": str(Path(request.output) / PAGE),
-        "packed_sha256": packed.sha256,
-        "reused": packed.step.reused,
+        "packed_sha256": model.checkpoint.sha256,
+        "reused": model.checkpoint.step.reused,
         "base_model": report["base_model"],
-        "model_name": model_name(base.model),
-        "full_precision_bits": full_precision_bits(base),
+        "model_name": model_name(request.base.model),
+        "full_precision_bits": full_precision_bits(request.base),
         "bits": report["bits"],
         "relative_error": report["relative_error"],
         "warnings": report["warnings"],
-        "calibrated": calibrated or recipe.finish is not None,
+        "calibrated": request.needs_blocks or request.recipe.finish is not None,
         "seconds": report["seconds"],
         "peak_memory_bytes": report["peak_memory_bytes"],
-        "evaluation": results.figures() if results else None,
+        "evaluation": measured.results.figures() if measured.results else None,
         "gate": gate,
         "mlflow": {
             "tracking_uri": tracking.public_uri(tracked.uri),
             "run_id": tracked.run_id,
             "ui": tracking.ui_command(tracked.uri),
             "page": tracking.run_page(tracked),
-            **registered,
+            **recorded.registered,
         },
     }
-    # After the run in MLflow was ended as finished: all of it is there.
-    if refused is not None:
-        raise GateNotPassed(refused, result)
-    return result

@@ -1,4 +1,4 @@
-"""What a compression will need on this machine: looked at before every one, and told with ``--estimate``."""
+"""What a compression will need on this machine: checked before each one, and printed by ``--estimate``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flows.runners import Runner, parse_runner
 def refuse_what_cannot_fit(
     checkpoint: Checkpoint, parts: Anatomy, recipe: Recipe, answers: int, runner: Runner, places: Iterable[Path]
 ) -> None:
-    """Raise `InputError` with figures where a compression does not fit into memory, or not onto the disks of `places`.
+    """Raise `InputError` with figures if a compression does not fit into memory, or onto the disks of `places`.
 
     Layers that a cluster works on do not count.
     """
@@ -35,7 +35,7 @@ def refuse_what_cannot_fit(
     check_fits([each for each in stages if each.stage != "layers" or runner.address is None], Machine.here(), places)
 
 
-def told(
+def estimate_compression(
     model: str,
     recipe: str,
     output: str,
@@ -47,7 +47,7 @@ def told(
     runner: str = "threads",
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """The needs of every stage, with the time of packing on this machine, and whether they can be met; for JSON.
+    """Estimate what every stage needs, with the time of packing on this machine, and whether it fits; for JSON.
 
     ``{"stages": [{"stage", "memory", "gpu", "disk", "seconds"}], "memory", "disk", "refused"}`` in bytes and seconds;
     "memory" is the largest of the stages' with the libraries, "refused" the reason why it cannot be done here, or None.
@@ -76,7 +76,7 @@ def told(
 
 
 def _work(checkpoint: Checkpoint, parts: Anatomy, recipe: Recipe, answers: int) -> Work:
-    """Raises `InputError` for a recipe that does not fit the model."""
+    """Return what the recipe makes of the model; raises `InputError` if it does not fit the model."""
     chosen, _ = select(parts.linears, recipe)
     needs = {need for settings in recipe.components.values() for need in method(settings.method).needs(settings)}
     by_blocks = "inputs" in needs or recipe.budget is not None or recipe.search is not None

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from prefect import Task
 
 from bivlm.calibration.blocks.units import Unit
-from bivlm.recipe.budget import BudgetSettings
 from bivlm.recipe.finish import FinishSettings
+from bivlm.recipe.loading import Recipe
 from bivlm.recipe.search import SearchSettings
 from flows.runners import Workers
-from tasks import binarization, block_inputs, finishing, grouping, saliency
-from tasks import block_search as search
-from tasks import budget as allocation
+from tasks import binarization, block_inputs, block_search, budget, finishing, grouping, saliency
 from tasks.block_inputs import Calibration
 from tasks.checkpoint import Base
-from tasks.layers import Layer, in_chunks
+from tasks.layers import Layer, in_chunks, with_steps
 from tasks.runtime.device import Device
 from tasks.runtime.policy import halves, is_out_of_memory
 from tasks.runtime.progress import advance, expect
@@ -27,16 +26,14 @@ from tasks.runtime.steps import StepResult, check_that_workers_share, open_works
 
 @dataclass(frozen=True)
 class PackedLayers:
-    """The layers with the steps that were done of them, the shard of each by name, and what else was done on the way.
+    """The layers with the steps that were done of them, and the shard of each by name.
 
-    `between` are steps that others refer to: calibration, and the shards before finishing. `tables` are the shards of
-    packed tables.
+    `between` are steps that others refer to: calibration, and the shards before finishing.
     """
 
     layers: list[Layer]
     shards: dict[str, StepResult]
     between: list[StepResult]
-    tables: dict[str, StepResult] = field(default_factory=dict)
 
 
 def pack_all(
@@ -45,29 +42,26 @@ def pack_all(
     publish: Callable[[], None],
     workers: Workers,
     calibration: Calibration | None = None,
-    budget: BudgetSettings | None = None,
-    searched: SearchSettings | None = None,
+    recipe: Recipe | None = None,
 ) -> PackedLayers:
-    """Every stage of every layer. `calibration` is needed if `needs_calibration`."""
-    to_measure = search.with_widest_tail(layers, searched) if searched is not None else layers
-    measured = side_by_side(saliency.measure_layers, to_measure, workspace, publish, workers)
-    layers = [replace(layer, statistics=measured[layer.name]) for layer in layers]
+    """Run every stage of every layer. `calibration` is needed if `needs_calibration`."""
+    run = partial(side_by_side, workspace=workspace, publish=publish, workers=workers)
+    bits, search = (recipe.budget, recipe.search) if recipe else (None, None)
+    measured = run(saliency.measure_layers, block_search.with_widest_tail(layers, search) if search else layers)
+    layers, between = with_steps(layers, statistics=measured), []
     try:
-        between: list[StepResult] = []
-        by_curvature = _by_curvature(budget)
-        squares = by_curvature or any("gradients" in layer.needs for layer in layers)
-        walk = Walk(calibration, squares, publish, workers) if calibration is not None else None
-        if budget is not None:
-            choices = side_by_side(allocation.measure_choices, layers, workspace, publish, workers)
-            curvature = walk.curvature() if by_curvature else None
-            layers, allocated = allocation.allocate_bits(layers, choices, budget, curvature, workspace)
+        squares = _by_curvature(recipe) or any("gradients" in layer.needs for layer in layers)
+        walk = Walk(calibration, squares, run, publish) if calibration is not None else None
+        if bits is not None:
+            choices = run(budget.measure_choices, layers)
+            curvature = walk.curvature() if _by_curvature(recipe) else None
+            layers, allocated = budget.allocate_bits(layers, choices, bits, curvature, workspace)
             between = [*choices.values(), allocated]
-        if searched is not None:
-            layers = walk.search(layers, searched)
-        planned = side_by_side(grouping.plan_layers, layers, workspace, publish, workers)
-        layers = [replace(layer, plan=planned[layer.name]) for layer in layers]
-        if walk is None or not any("inputs" in layer.needs for layer in layers):
-            shards = side_by_side(binarization.pack_layers, layers, workspace, publish, workers)
+        if search is not None:
+            layers = walk.search(layers, search)
+        layers = with_steps(layers, plan=run(grouping.plan_layers, layers))
+        if walk is None or not _needs_inputs(layers):
+            shards = run(binarization.pack_layers, layers)
         else:
             layers, shards = walk.pack(layers)
         return PackedLayers(layers, shards, between + (walk.steps if walk else []))
@@ -75,45 +69,53 @@ def pack_all(
         block_inputs.forget_blocks()
 
 
-def needs_calibration(
-    layers: Sequence[Layer], budget: BudgetSettings | None, searched: SearchSettings | None = None
-) -> bool:
-    """Whether anything of these layers has to be decided by what the model does."""
-    return _by_curvature(budget) or searched is not None or any("inputs" in layer.needs for layer in layers)
+def needs_calibration(layers: Sequence[Layer], recipe: Recipe) -> bool:
+    """Return whether any decision about these layers depends on what the model does."""
+    return _by_curvature(recipe) or recipe.search is not None or _needs_inputs(layers)
 
 
-def _by_curvature(budget: BudgetSettings | None) -> bool:
-    return budget is not None and budget.importance == "curvature"
+def _by_curvature(recipe: Recipe | None) -> bool:
+    return recipe is not None and recipe.budget is not None and recipe.budget.importance == "curvature"
+
+
+def _needs_inputs(layers: Sequence[Layer]) -> bool:
+    return any("inputs" in layer.needs for layer in layers)
 
 
 def finish_all(
-    done: PackedLayers, base: Base, samples: StepResult, settings: FinishSettings, device: Device, workspace: str
+    packed: PackedLayers, base: Base, samples: StepResult, settings: FinishSettings, device: Device, workspace: str
 ) -> PackedLayers:
-    """The same layers with shards that were tuned together."""
-    shards, between = finishing.finish_layers(base, done.layers, done.shards, samples, settings, device, workspace)
-    return PackedLayers(done.layers, shards, [*done.between, *done.shards.values(), *between])
+    """Return the same layers with shards that were tuned together."""
+    shards, tuning = finishing.finish_layers(base, packed.layers, packed.shards, samples, settings, device, workspace)
+    return PackedLayers(packed.layers, shards, [*packed.between, *packed.shards.values(), *tuning])
 
 
 class Walk:
     """The calibration samples on their way through the blocks.
 
-    `steps` are all that were done on it; `squares` asks for the squared gradients of weights where gradients are
-    measured.
+    `steps` are all that were done on the way; with `squares` the squared gradients of weights are measured with the
+    gradients. `run` is `side_by_side` for the workers at hand.
     """
 
-    def __init__(self, calibration: Calibration, squares: bool, publish: Callable[[], None], workers: Workers) -> None:
+    def __init__(
+        self,
+        calibration: Calibration,
+        squares: bool,
+        run: Callable[[Task[..., dict[str, StepResult]], Sequence[Layer]], dict[str, StepResult]],
+        publish: Callable[[], None],
+    ) -> None:
         self.steps = [calibration.samples]
-        self._calibration, self._squares, self._publish, self._workers = calibration, squares, publish, workers
+        self._calibration, self._squares, self._run_stage, self._publish = calibration, squares, run, publish
         self._blocks, self._head = block_inputs.blocks_of(calibration)
         self._layers: dict[str, Layer] = {}
         self._gradients: StepResult | None = None
 
     def curvature(self) -> dict[str, float]:
-        """By linear layer how much the divergence rises with the squared error of its weights."""
+        """Return by linear layer how much the divergence rises with the squared error of its weights."""
         return self._measure_gradients().record.figures["curvature"]
 
     def search(self, layers: Sequence[Layer], settings: SearchSettings) -> list[Layer]:
-        """The layers with the settings that suit the outputs of their blocks, see `bivlm.compression.block_search`."""
+        """Return the layers with the settings that suit their blocks' outputs, see `bivlm.compression.block_search`."""
         names = {layer.name for layer in layers}
         units = self._up_to(names)
         expect(block_inputs.STAGE, len(units))
@@ -122,18 +124,18 @@ class Walk:
             whole[unit.name] = self._run(unit, whole)
             advance(block_inputs.STAGE)
             self._publish()
-        groups, formed = search.form_groups(self._calibration, units, whole, settings)
+        groups, formed = block_search.form_groups(self._calibration, units, whole, settings)
         self.steps.append(formed)
         in_turn = self._calibration.settings.inputs == "quantized"
         if not in_turn:  # nobody goes on from a group that has nothing to choose
             groups = [group for group in groups if any(names & set(unit.linears) for unit in group)]
-        expect(search.STAGE, len(groups))
+        expect(block_search.STAGE, len(groups))
         before = {} if in_turn else whole
         chosen: dict[str, dict[str, Any]] = {}
         for group in groups:
             linears = {name for unit in group for name in unit.linears}
             inside = [layer for layer in layers if layer.name in linears]
-            done = search.search_blocks(self._calibration, group, inside, before, settings)
+            done = block_search.search_blocks(self._calibration, group, inside, before, settings)
             self.steps.append(done)
             self._publish()
             chosen |= done.record.figures["settings"]
@@ -142,7 +144,7 @@ class Walk:
         return [replace(layer, settings=chosen[layer.name]) for layer in layers]
 
     def pack(self, layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, StepResult]]:
-        """Observe the blocks and pack their layers, as the settings say; the layers with their inputs."""
+        """Observe the blocks and pack their layers; returns the layers with their inputs, and their shards."""
         self._layers = {layer.name: layer for layer in layers}
         observed = {layer.name for layer in layers if "inputs" in layer.needs}
         units = self._up_to(observed)
@@ -157,14 +159,14 @@ class Walk:
         return block_inputs.up_to([*self._blocks, *([self._head] if self._head else [])], linears)
 
     def _beforehand(self, units: list[Unit]) -> dict[str, StepResult]:
-        """Every block on what the full-precision blocks before it give; then all layers side by side."""
+        """Run every block on the outputs of the full-precision blocks before it; then pack all layers side by side."""
         done: dict[str, StepResult] = {}
         for unit in units:
             done[unit.name] = self._observe(unit, done)
         return self._pack(list(self._layers.values()))
 
     def _in_turn(self, units: list[Unit]) -> dict[str, StepResult]:
-        """Every block on what the packed blocks before it give: observed, packed, and run once more as it is stored."""
+        """Observe every block on the outputs of the packed blocks before it, pack it, and run it as it is stored."""
         done: dict[str, StepResult] = {}
         shards: dict[str, StepResult] = {}
         for unit in units:
@@ -175,7 +177,7 @@ class Walk:
         return shards | self._pack([layer for name, layer in self._layers.items() if name not in shards])
 
     def _observe(self, unit: Unit, before: dict[str, StepResult]) -> StepResult:
-        """The statistics of a unit's sites; its layers get to know them."""
+        """Measure the statistics of a unit's sites, and note them in its layers."""
         done = self._run(unit, before, observe=True, gradients=self._gradients)
         self._publish()
         for name in unit.linears:
@@ -186,7 +188,7 @@ class Walk:
         return done
 
     def _measure_gradients(self) -> StepResult:
-        """They run back from the answer, so that all blocks have to be there first."""
+        """Measure gradients, once; they run back from the answer, so all blocks have to be done first."""
         if self._gradients is None:
             done: dict[str, StepResult] = {}
             for unit in self._blocks:
@@ -201,10 +203,7 @@ class Walk:
         return done
 
     def _pack(self, layers: list[Layer]) -> dict[str, StepResult]:
-        if not layers:
-            return {}
-        workspace = self._calibration.workspace
-        return side_by_side(binarization.pack_layers, layers, workspace, self._publish, self._workers)
+        return self._run_stage(binarization.pack_layers, layers) if layers else {}
 
 
 def side_by_side(
@@ -214,37 +213,30 @@ def side_by_side(
     publish: Callable[[], None],
     workers: Workers,
 ) -> dict[str, StepResult]:
-    """Run a stage over all layers, chunks side by side.
+    """Run a stage over all layers, chunks side by side; returns steps by layer name.
 
-    A chunk that ran out of memory, or whose worker was killed, is done again in halves, one at a time, down to single
+    A chunk that ran out of memory, or whose worker was killed, is run again in halves, one at a time, down to single
     layers.
     """
     done: dict[str, StepResult] = {}
-    too_large: list[Any] = []
-
-    def take(steps: dict[str, StepResult]) -> None:
-        done.update(steps)
-        if workers.elsewhere:
-            check_that_workers_share(open_workspace(workspace), steps.values())
-        if not workers.in_process:
-            for step in steps.values():
-                advance(step.record.stage)
-        publish()
-
-    for chunk, result in workers.carry_out(stage, in_chunks(layers, workers.count), workspace):
-        if not isinstance(result, BaseException):
-            take(result)
-        elif is_out_of_memory(result):
-            too_large.append(chunk)
-        else:
-            raise result
-    while too_large:
-        chunk = too_large.pop(0)
-        ((_, result),) = workers.carry_out(stage, [chunk], workspace)
-        if not isinstance(result, BaseException):
-            take(result)
-        elif is_out_of_memory(result) and len(chunk) > 1:
-            too_large = [*halves(chunk), *too_large]
-        else:
-            raise result
+    waiting = in_chunks(layers, workers.count)
+    first = True
+    while waiting:
+        # All at once, and then what did not fit, one chunk at a time.
+        now, waiting = (waiting, []) if first else (waiting[:1], waiting[1:])
+        too_large = []
+        for chunk, result in workers.carry_out(stage, now, workspace):
+            if isinstance(result, BaseException):
+                if not is_out_of_memory(result) or (len(chunk) == 1 and not first):
+                    raise result
+                too_large += [chunk] if first else halves(chunk)
+                continue
+            done.update(result)
+            if workers.elsewhere:
+                check_that_workers_share(open_workspace(workspace), result.values())
+            if not workers.in_process:
+                for step in result.values():
+                    advance(step.record.stage)
+            publish()
+        waiting, first = [*too_large, *waiting], False
     return done

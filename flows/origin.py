@@ -1,4 +1,4 @@
-"""What asked for a flow run, in a few words: for the lineage of what it makes."""
+"""The trigger of a flow run in a few words, for the lineage of what it makes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BY_HAND = "by hand"
 
 
 def trigger_of_run(said: str | None) -> str:
-    """`said` by the caller, else what Prefect knows of the run: a schedule, an automation, a deployment; else by hand.
+    """Return what the caller `said`, else what Prefect knows: a schedule, an automation, a deployment; else by hand.
 
-    Of a run within another flow's run it is that of the outermost, whose name is added. Raises `InputError` if what was
-    said is not one line.
+    A run within another flow's run has the trigger of the outermost, with its name. Raises `InputError` if `said` is
+    not one line.
     """
     if said is not None:
         return one_line("trigger", said)
@@ -33,7 +33,7 @@ def trigger_of_run(said: str | None) -> str:
 
 
 def in_words(run: FlowRun, client: SyncPrefectClient) -> str:
-    """What started a run: the schedule or the automation of a deployment, a deployment, or somebody."""
+    """Return what started a run: the schedule or the automation of a deployment, a deployment, or somebody."""
     if run.deployment_id is None:
         return BY_HAND
     deployment = f"deployment {client.read_deployment(run.deployment_id).name}"

@@ -18,7 +18,7 @@ PAGE_KEY = "bivlm-mlflow"  # the link from a flow run to what MLflow holds of it
 
 
 class FlowProgress:
-    """One bar in the terminal with a row a stage, and its total as a Prefect progress artifact.
+    """A bar in the terminal with a row per stage, and its total as a Prefect progress artifact.
 
     `stages` gives the number of units of every stage in their order. `advance` may be called from any thread;
     `publish` only from the flow, because it talks to Prefect's server.
@@ -53,9 +53,9 @@ class FlowProgress:
                 self._bar.update(row, total=units)
 
     def publish(self) -> None:
-        """Tell Prefect the percentage of stages that are done, each stage counting alike.
+        """Publish the percentage of stages that are done, each stage counting alike.
 
-        A server that is away, or whose database is, misses it; that is no reason to give up the work.
+        If Prefect's server or its database is away, the work continues without.
         """
         rows = self._bar.tasks
         done = sum(min(row.completed / row.total, 1.0) if row.total else 1.0 for row in rows)
@@ -82,5 +82,5 @@ class FlowProgress:
 
 
 def publish_page(address: str) -> None:
-    """Lead from the flow run's page to the one in MLflow; `flows.cli.follow` reads it there."""
+    """Link the flow run's page to the one in MLflow; `flows.cli.follow` reads it there."""
     create_link_artifact(address, link_text="MLflow", key=PAGE_KEY, description=f"[{address}]({address})")

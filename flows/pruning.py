@@ -1,9 +1,8 @@
-"""Pruning sweeps, and how many image tokens a model can do without: flows for any checkpoint, packed or not."""
+"""Pruning sweeps, and how many image tokens can be dropped: flows for any checkpoint, packed or not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -35,7 +34,7 @@ from tasks.pruning import ALL, Subject
 from tasks.runtime.device import Device, choose_device
 from tasks.runtime.naming import model_name
 from tasks.runtime.progress import shown_by
-from tasks.runtime.steps import StepResult
+from tasks.runtime.steps import Figures, StepResult
 from tasks.tracking.sweeps import log_sweep
 
 
@@ -53,10 +52,10 @@ def sweep_flow(
     """Prune every one of `models` (folders or hub ids) in every cell of `sweep` and ask it the `benchmarks`.
 
     `sweep` is as `bivlm.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's tables
-    in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A sweep that was killed goes on at the cell where it was.
+    in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A killed sweep resumes at its cell.
     `modules` name the parts of models that bivlm does not know, see `bivlm.checkpoint.architectures.parse_modules`.
     Returns ``{"output", "rows", "adaptive", "baselines", "at_chance", "run_id"}``. Raises `InputError` for anything the
-    caller can mend, layers out of range among it, before the first question is asked.
+    caller can correct, such as layers out of range, before the first question is asked.
     """
     settings = parse_sweep(sweep)
     place = output_folder(output)
@@ -93,7 +92,7 @@ def redundancy_flow(
     workspace: str | None = None,
     modules: Modules | None = None,
 ) -> list[dict[str, Any]]:
-    """For each of `cells` (`bivlm.pruning.PruningSettings` without a share) the largest share that can be dropped.
+    """Find for each of `cells` (`PruningSettings` without a share) the largest share that can be dropped.
 
     `tolerance` is in percentage points of accuracy: on each of the `benchmarks`, and on the questions of all together.
     Returns, for each cell and question set, the cell's settings and `bivlm.pruning.redundancy.Redundancy` ready for
@@ -103,7 +102,7 @@ def redundancy_flow(
     store = Workspace.open(workspace or default_workspace())
     device, subject = choose_device(), subject_of(model, revision, modules)
     sets = {name: [name] for name in benchmarks} | ({ALL: benchmarks} if len(benchmarks) > 1 else {})
-    with in_use(store), models_let_go():
+    with in_use(store), evaluation.models_let_go():
         for given in cells:
             pruning.check_cells(subject, [PruningSettings(**given, share=0.5)])
         plain = {
@@ -125,15 +124,6 @@ def redundancy_flow(
         return results
 
 
-@contextmanager
-def models_let_go() -> Iterator[None]:
-    """After this block no model is held for the next task."""
-    try:
-        yield
-    finally:
-        evaluation.forget_models()
-
-
 @dataclass(frozen=True)
 class SweepResult:
     """What came of a sweep.
@@ -145,14 +135,14 @@ class SweepResult:
         at_chance: records of `AtChance`, of every model and benchmark without pruning.
     """
 
-    rows: list[dict[str, Any]]
-    adaptive: list[dict[str, Any]]
+    rows: list[Figures]
+    adaptive: list[Figures]
     baselines: dict[str, dict[str, float]]
-    at_chance: list[dict[str, Any]]
+    at_chance: list[Figures]
 
 
 def questions_of_sweep(settings: SweepSettings, benchmarks: Iterable[Benchmark], models: int) -> dict[str, int]:
-    """How many questions are asked, by stage: of the models as they are, and in their cells."""
+    """Return how many questions are asked, by stage: of the models as they are, and in their cells."""
     asked = models * sum(min(len(each), settings.questions or len(each)) for each in benchmarks)
     cells = len(settings.cells()) + 2 * len(settings.adaptive_cells())
     return {evaluation.STAGE: asked, pruning.STAGE: asked * cells}
@@ -167,7 +157,7 @@ def sweep_all(
     workspace: str,
     publish: Callable[[], None],
 ) -> SweepResult:
-    """Every cell of every model: one model after the other, and of each a task a place, score and layer."""
+    """Evaluate every cell of every model: one model after the other, a task for each place, score and layer."""
     cells, adaptive = settings.cells(), settings.adaptive_cells()
     swept = SweepResult([], [], {}, [])
 
@@ -176,7 +166,7 @@ def sweep_all(
         publish()
         return found
 
-    try:
+    with evaluation.models_let_go():
         for subject in subjects:
             pruning.check_cells(subject, [*cells, *adaptive])
         for subject in subjects:
@@ -197,28 +187,26 @@ def sweep_all(
                 swept.adaptive.append(pruning.adaptive_row(subject, cell, plain, chosen, fixed, workspace))
             swept.baselines[subject.label] = _baseline(plain)
             swept.at_chance.extend(_at_chance(plain, limit, subject.label))
-    finally:
-        evaluation.forget_models()
     return swept
 
 
 def _baseline(plain: Mapping[str, StepResult]) -> dict[str, float]:
-    """Accuracy by benchmark, and that over the questions of all of them."""
+    """Return accuracy by benchmark, and that over the questions of all of them."""
     figures = {name: done.record.figures for name, done in plain.items()}
     found = {name: each["metrics"]["accuracy"] for name, each in figures.items()}
     scores = [each["metrics"]["accuracy"] / 100 for each in figures.values() for _ in range(each["n"])]
     return found | ({ALL: accuracy(scores)} if len(found) > 1 else {})
 
 
-def _at_chance(plain: Mapping[str, StepResult], limit: int | None, model: str) -> list[dict[str, Any]]:
-    """Records of the benchmarks on which a model is not above chance before anything is pruned."""
+def _at_chance(plain: Mapping[str, StepResult], limit: int | None, model: str) -> list[Figures]:
+    """Return records of the benchmarks on which a model is not above chance before anything is pruned."""
     levels = {name: load_benchmark(name, limit).chance() for name in plain}
     found = at_chance({name: done.record.figures for name, done in plain.items()}, levels, model)
     return [each.model_dump() for each in found]
 
 
 def parse_sweep(sweep: dict[str, Any]) -> SweepSettings:
-    """The settings in `sweep`; raises `InputError` naming the key."""
+    """Return the settings in `sweep`; raises `InputError` naming the key."""
     try:
         return SweepSettings.model_validate(sweep)
     except ValidationError as error:
@@ -227,6 +215,6 @@ def parse_sweep(sweep: dict[str, Any]) -> SweepSettings:
 
 
 def subject_of(model: str, revision: str | None = None, modules: Modules | None = None) -> Subject:
-    """A checkpoint by folder or hub id; `modules` name its parts where bivlm does not know them."""
+    """Return a checkpoint by folder or hub id; `modules` name its parts where bivlm does not know them."""
     resolved = resolve_model(model, revision)
     return Subject(model_name(resolved), str(resolved.folder), Checkpoint.open(resolved.folder).digest(), modules)

@@ -1,28 +1,23 @@
-"""The paper's tables anew: every column of them for one of its models, one compression after another."""
+"""The paper's tables reproduced: every column for one of its models, one compression after another."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from rich.console import Console
 
-from bivlm.checkpoint.outputs import check_replaceable
 from bivlm.errors import InputError, describe
 from bivlm.evaluation.chance import AtChance
-from bivlm.recipe.calibration import held_out_samples
 from bivlm.reports.paper_tables.published import TABLES, published
 from bivlm.reports.paper_tables.recipe_sets import FULL_PRECISION, recipe_set
 from bivlm.reports.paper_tables.report import as_markdown, as_table, scores_of
 from bivlm.reports.table_folders import check_tables, write_tables
 from bivlm.untrusted import read_object
-from bivlm.workspace.places import Place, check_places, output_folder, output_place
-from flows.compress import compress_flow
-from flows.leaderboard import is_the_recipes
+from bivlm.workspace.places import output_folder
+from flows.leaderboard import attempt_each, check_outputs, measured_on
 
 FILES = ("reproduction.json", "reproduction.md", *(f"{table}.csv" for table in TABLES))
 TASKS = ("mme:hub", "scienceqa:hub", "mmmu:hub", "vizwiz:hub")
@@ -42,13 +37,12 @@ def reproduce_flow(
     runner: str = "threads",
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """The paper's `model` compressed by the recipe of every column of `tables` and evaluated on `tasks`.
+    """Compress the paper's `model` by the recipe of every column of `tables` and evaluate it on `tasks`.
 
     `checkpoint` is where the model is, if not on the hub under the id that the paper means. Packed checkpoints go into
     folders of their columns' names in `output`; beside them ``reproduction.json``, ``reproduction.md``,
-    ``comparison.csv`` and ``components.csv``. Killed, it goes on where it was. A column that cannot be carried out is
-    listed with the reason. Returns what ``reproduction.json`` holds, ``output`` and
-    ``tables``. Raises `InputError`.
+    ``comparison.csv`` and ``components.csv``. A killed run resumes. A column that cannot be carried out is listed with
+    the reason. Returns what ``reproduction.json`` holds, ``output`` and ``tables``. Raises `InputError`.
     """
     paper = published(model)
     for table in tables:
@@ -56,46 +50,33 @@ def reproduce_flow(
             raise InputError(f"tables: found {table!r}, expected some of {', '.join(TABLES)}")
     recipes = recipe_set(paper, tables, tasks, calibration)
     place = output_folder(output)
-    outputs = [place / column for column in recipes]
-    written = [Place("reproduction", place, written=True), *map(output_place, outputs)]
-    data = [name for each in recipes.values() for name in each.data()]
-    check_places(written, [checkpoint or paper.id], workspace, data)
+    check_outputs(place, "reproduction", recipes, checkpoint or paper.id, workspace)
     check_tables(place, FILES.__contains__, FILES[:2])
-    for each in outputs:
-        check_replaceable(each)
-    console = Console(stderr=True)
-    measured_on = held_out_samples(next(iter(recipes.values())).canonical()["calibration"])
-    console.print(f"KL in nats a token, on {measured_on}", highlight=False, markup=False, soft_wrap=True)
-    asked = {"tasks": list(tasks), "questions": questions, "source": calibration, "measured_on": measured_on}
+    asked = {"tasks": list(tasks), "questions": questions, "source": calibration, "measured_on": measured_on(recipes)}
     columns: dict[str, dict[str, Any]] = {}
-    for number, (column, recipe) in enumerate(recipes.items(), start=1):
-        started = time.perf_counter()
-        try:
-            result = compress_flow(
-                model=checkpoint or paper.id,
-                recipe=recipe.canonical(),
-                output=str(place / column),
-                revision=revision,
-                workspace=workspace,
-                questions=questions,
-                quiet=True,
-                runner=runner,
-                workers=workers,
-            )
-        except Exception as error:
-            if not is_the_recipes(error):
-                raise
-            columns[column] = {"failed": describe(error)}
-            said = f"failed: {describe(error)};"
+    for attempt in attempt_each(
+        checkpoint or paper.id,
+        recipes,
+        place,
+        _in_short,
+        revision=revision,
+        workspace=workspace,
+        questions=questions,
+        runner=runner,
+        workers=workers,
+    ):
+        if attempt.error is not None:
+            columns[attempt.name] = {"failed": describe(attempt.error)}
         else:
-            columns[column] = _packed(result)
-            columns.setdefault(FULL_PRECISION, _full_precision(result))
-            said = f"{result['bits']['linears']['stored']:6.3f} stored bits  KL {columns[column]['kl']:.3f}"
-        line = f"{number:>3} of {len(recipes)}  {column:<28} {said}  {time.perf_counter() - started:4.0f} s"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+            columns[attempt.name] = _packed(attempt.result)
+            columns.setdefault(FULL_PRECISION, _full_precision(attempt.result))
         _write(place, paper.name, tables, columns, asked)
     found = read_object(place / "reproduction.json")
     return found | {"output": str(place), "tables": list(tables)}
+
+
+def _in_short(result: Mapping[str, Any]) -> str:
+    return f"{result['bits']['linears']['stored']:6.3f} stored bits  KL {result['evaluation']['kl']:.3f}"
 
 
 def _packed(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +105,7 @@ def _full_precision(result: Mapping[str, Any]) -> dict[str, Any]:
 def _write(
     place: Path, model: str, tables: Sequence[str], columns: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> None:
-    """After every column, so that a run of days can be looked at."""
+    """Write the tables, after every column, so that a run of days can be looked at."""
     paper = published(model)
     texts = {
         "reproduction.json": json.dumps({"model": model, "id": paper.id, **asked, "columns": columns}, indent=2) + "\n",

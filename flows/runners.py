@@ -1,7 +1,7 @@
-"""Who carries out chunks of layers: threads, processes, or the workers of a Dask or Ray cluster.
+"""Runners, which work on chunks of layers: threads, processes, or the workers of a Dask or Ray cluster.
 
 Only records travel between the flow and its workers; weights, statistics and shards stay in the checkpoint and the
-workspace. Everything that is not done for many layers at once is done in the flow's own process, whatever the runner.
+workspace. Work that is not done for many layers at once runs in the flow's own process, whatever the runner.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _RAY_STORE_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class Runner:
-    """A runner by name; the address of the cluster if it is there already, the number of workers if it is not."""
+    """A runner by name, with the address of a running cluster, or else the number of workers to start."""
 
     name: str = "threads"
     address: str | None = None
@@ -49,12 +49,12 @@ class Runner:
 
     @property
     def threads(self) -> int:
-        """How many threads each worker computes with, so that all of them together have one a core."""
+        """How many threads each worker computes with, so that all of them together have one per core."""
         return max(1, (os.cpu_count() or 1) // self.workers)
 
     @property
     def described(self) -> str:
-        """For reports, which name no machine."""
+        """The runner as reports name it, without a machine."""
         return f"{self.name}, a running cluster" if self.address else f"{self.name}, {self.workers} workers"
 
     def __str__(self) -> str:
@@ -62,10 +62,10 @@ class Runner:
 
 
 def parse_runner(text: str = "threads", workers: int | None = None) -> Runner:
-    """The runner that `text` names: one of `RUNNERS`, or ``dask=ADDRESS`` or ``ray=ADDRESS`` of a running cluster.
+    """Return the runner named `text`: one of `RUNNERS`, or ``dask=ADDRESS`` or ``ray=ADDRESS`` of a running cluster.
 
-    Without an address that of the environment counts, ``DASK_SCHEDULER_ADDRESS`` or ``RAY_ADDRESS``. Raises
-    `InputError` for anything else, for an extra that is not installed, and for `workers` where they cannot be chosen.
+    The default address is that of the environment, ``DASK_SCHEDULER_ADDRESS`` or ``RAY_ADDRESS``. Raises `InputError`
+    for anything else, for an extra that is not installed, and for `workers` of a running cluster.
     """
     name, equals, address = text.partition("=")
     if name not in RUNNERS:
@@ -86,7 +86,7 @@ def parse_runner(text: str = "threads", workers: int | None = None) -> Runner:
 
 @contextmanager
 def started(runner: Runner) -> Iterator[Workers]:
-    """The workers of `runner`, from here on until the end of the block. To be used inside a flow.
+    """Start the workers of `runner` for this block, inside a flow.
 
     Raises ConnectionError if the cluster at an address does not answer, `InputError` if it has no workers or could not
     reach Prefect's server.
@@ -106,11 +106,11 @@ def started(runner: Runner) -> Iterator[Workers]:
 
 
 class Workers:
-    """Some that carry out chunks of layers side by side.
+    """Workers that carry out chunks of layers side by side.
 
     Attributes:
         count: how many there are.
-        in_process: whether what a task says of its progress is heard in the flow.
+        in_process: whether the flow sees the progress that a task reports.
         elsewhere: whether they may be on other machines.
     """
 
@@ -121,7 +121,7 @@ class Workers:
     def carry_out(
         self, stage: Task[..., dict[str, StepResult]], chunks: Sequence[list[Layer]], workspace: str
     ) -> Iterator[tuple[list[Layer], dict[str, StepResult] | BaseException]]:
-        """Each chunk with its steps by layer, or with what went wrong: `WorkerLost` if its worker is gone."""
+        """Yield each chunk with its steps by layer, or with its error: `WorkerLost` if its worker is gone."""
         from prefect import unmapped
 
         with nullcontext() if self.in_process else _as_workers_see_it():
@@ -133,8 +133,8 @@ class Workers:
 class _Processes(Workers, AbstractContextManager):
     """Worker processes on this machine.
 
-    One that is killed takes the others with it, and nobody can tell at which chunk it was. What was not done is done
-    again by half as many, until there is one, which is to blame for the first chunk that it leaves undone.
+    A worker that is killed takes the others with it, and nobody can tell which chunk it worked on. What is left is
+    done by half as many, until there is one, which is to blame for the first chunk that it leaves undone.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -206,7 +206,7 @@ def _result(future: Any, chunk: Sequence[Layer]) -> dict[str, StepResult] | Base
 
 @contextmanager
 def _as_workers_see_it() -> Iterator[None]:
-    """Tasks sent out in this block take with them the server's address, and little else of the flow they belong to.
+    """Let tasks that are sent out in this block take along the server's address, and little else of their flow.
 
     A temporary server has an address, but no setting tells it. A flow travels by value; unpacking it imports all that
     it uses, MLflow included, which takes every worker seconds and memory.
@@ -240,7 +240,7 @@ def _check_that_workers_reach_the_server(runner: Runner) -> None:
 
 @contextmanager
 def _dask(runner: Runner) -> Iterator[tuple[TaskRunner, int]]:
-    """A Dask cluster's runner and the number of chunks that it takes at once.
+    """Yield a Dask cluster's runner and the number of chunks that it takes at once.
 
     Raises ConnectionError if no scheduler answers at the runner's address, `InputError` if it has no workers.
     """
@@ -268,7 +268,7 @@ def _dask(runner: Runner) -> Iterator[tuple[TaskRunner, int]]:
 
 @contextmanager
 def _ray(runner: Runner) -> Iterator[tuple[TaskRunner, int]]:
-    """As `_dask`, of a Ray cluster."""
+    """Yield the same of a Ray cluster."""
     import ray
     from prefect_ray import RayTaskRunner
 
@@ -299,6 +299,6 @@ def _no_answer(runner: Runner, error: Exception, start: str) -> ConnectionError:
 
 
 def _thread_variables(runner: Runner) -> dict[str, str]:
-    """The variables that tell a worker's libraries how many threads to compute with; what somebody has set is kept."""
+    """Return the variables that limit a worker's libraries to its threads; those that are set already are kept."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return {name: os.environ.get(name) or str(runner.threads) for name in names}

@@ -1,10 +1,9 @@
-"""Packed weights: one shard a layer, made from the weight and its plan."""
+"""Packed weights: one shard a layer, made from the weight and its plan, by whatever method (RTN and GPTQ, too)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 from safetensors import safe_open
@@ -16,9 +15,9 @@ from bivlm.untrusted import parse_model
 from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Reference, Workspace
 from tasks import grouping
-from tasks.layers import Layer, do_layers, open_base
+from tasks.layers import Layer, Sources, do_layers
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import StepResult, open_workspace
+from tasks.runtime.steps import Figures, Identity, StepResult
 
 STAGE = "pack"
 FILE = "weight.packed"
@@ -26,34 +25,31 @@ FILE = "weight.packed"
 
 @task(name="pack", task_run_name="pack-{chunk[0].name}", **OVER_NETWORK)
 def pack_layers(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
-    """The packed weights of a chunk of layers whose plans, and input statistics if they need any, are done.
+    """Pack a chunk of layers whose plans, and input statistics if they need any, are done; steps by layer name.
 
     One weight is in memory at a time.
     """
-    store = open_workspace(workspace)
-    checkpoint = open_base(chunk)
+    return do_layers(chunk, workspace, _identify, _pack)
 
-    def identity(layer: Layer) -> dict[str, Any]:
-        inputs = {"weight": layer.weight_sha256, "plan": _planned(layer).sha256}
-        if layer.inputs is None:
-            return step_identity(STAGE, layer.method.version, inputs, None, exact=True)
-        # Factors and products of second moments differ in their last bits between machines' libraries.
+
+def _identify(layer: Layer) -> Identity:
+    inputs = {"weight": layer.weight_sha256, "plan": _plan_file(layer).sha256}
+    if layer.inputs is not None:
         inputs["inputs"] = layer.inputs.sha256
         if layer.gradient_squares is not None:
             inputs["gradients"] = layer.gradient_squares.sha256
-        return step_identity(STAGE, layer.method.version, inputs, None, exact=False)
-
-    def pack(layer: Layer, folder: Path) -> dict[str, Any]:
-        plan = parse_model(LayerPlan, store.read(_planned(layer)), f"plan of {layer.name}", "a plan")
-        weight = checkpoint.read(layer.disk_name, layer.weight_sha256)
-        packed, record = pack_layer(weight, plan, layer.name, _inputs(layer, store))
-        (folder / FILE).write_bytes(memoryview(packed.numpy()))
-        return record.model_dump(mode="json")
-
-    return do_layers(chunk, workspace, identity, pack)
+    # Factors and products of second moments differ in their last bits between machines' libraries.
+    return step_identity(STAGE, layer.method.version, inputs, None, exact=layer.inputs is None)
 
 
-# Not inside the task: that travels to worker processes by value, and safetensors' class cannot.
+def _pack(layer: Layer, sources: Sources, folder: Path) -> Figures:
+    plan = parse_model(LayerPlan, sources.store.read(_plan_file(layer)), f"plan of {layer.name}", "a plan")
+    weight = layer.read_weight(sources.base)
+    packed, record = pack_layer(weight, plan, layer.name, _inputs(layer, sources.store))
+    (folder / FILE).write_bytes(memoryview(packed.numpy()))
+    return record.model_dump(mode="json")
+
+
 def _inputs(layer: Layer, store: Workspace) -> SiteStatistics | None:
     if layer.inputs is None:
         return None
@@ -64,5 +60,5 @@ def _inputs(layer: Layer, store: Workspace) -> SiteStatistics | None:
         return replace(inputs, gradient_square_MN=file.get_tensor(layer.name))
 
 
-def _planned(layer: Layer) -> Reference:
+def _plan_file(layer: Layer) -> Reference:
     return layer.plan.record.outputs[grouping.FILE]

@@ -1,13 +1,12 @@
-"""What every block takes in: the calibration samples run through the model, one block in memory at a time.
+"""The calibration samples run through the model, one block in memory at a time.
 
-A step a block: its outputs for all samples, from which the next block goes on, and the input statistics of its linear
-layers. The chain of blocks is resumed where it was killed. Statistics are workspace files; of a large model they are
-tens of gigabytes, and no two blocks' are held together.
+One step per block: its outputs for all samples, which the next block takes in, and the input statistics of its linear
+layers. A killed chain of blocks resumes at its block. Statistics are workspace files; for a large model they are tens
+of gigabytes, and those of no two blocks are held together.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,10 +33,10 @@ from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Reference, Workspace
 from tasks import binarization
 from tasks.checkpoint import Base
-from tasks.runtime.device import Device, gpu_slot
+from tasks.runtime.device import Device, HeldModel, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, Identity, StepResult, do_step, open_workspace
 
 STAGE = "block inputs"
 SAMPLES_STAGE = "model inputs"
@@ -49,7 +48,7 @@ OUTPUT_FILE = "output.safetensors"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The samples as the model takes them in, how they count, and where and on what blocks are run."""
+    """The samples as the model takes them in, how they are weighed, and where blocks run."""
 
     base: Base
     settings: CalibrationSettings
@@ -62,11 +61,11 @@ class Calibration:
         return self.samples.record.outputs[SAMPLES_FILE]
 
     def open_samples(self, store: Workspace) -> SampleTensors:
-        """The samples' tensors."""
+        """Return the samples' tensors."""
         return SampleTensors(store.fetch(self._samples))
 
-    def identity(self, stage: str, inputs: Mapping[str, Any], recipe_part: Any) -> dict[str, Any]:
-        """Of a step that runs parts of the model on the samples."""
+    def identity(self, stage: str, inputs: Mapping[str, Any], recipe_part: Any) -> Identity:
+        """Return the identity of a step that runs parts of the model on the samples."""
         both = {"checkpoint": self.base.sha256, "samples": self._samples.sha256, **inputs}
         if self.base.modules:
             both[MODULES_KEY] = self.base.modules
@@ -77,12 +76,12 @@ class Calibration:
 def encode_samples(
     base: Base, settings: CalibrationSettings, frozen: StepResult, device: Device, workspace: str
 ) -> Calibration:
-    """Images and conversations as the model takes them in, one set of tensors a sample."""
+    """Encode images and text as the model takes them in, one set of tensors per sample."""
     store = open_workspace(workspace)
     inputs = {"checkpoint": base.sha256, "samples": frozen.record.figures["sha256"]}
     identity = step_identity(SAMPLES_STAGE, VERSION, inputs, None, exact=False)
 
-    def encode(place: Path) -> dict[str, Any]:
+    def encode(place: Path) -> Figures:
         folder = str(base.model.folder)
         with store.scratch() as samples_folder:
             conversations = load_samples(store.fetch_folder(frozen.record.outputs, samples_folder))
@@ -96,14 +95,14 @@ def encode_samples(
 
 
 def blocks_of(calibration: Calibration) -> tuple[list[Unit], Unit | None]:
-    """The model's units before its head in the order in which they run, and the head if it is one."""
+    """Return the model's units in the order in which they run, and apart from them the head, if it is one."""
     with held_model(calibration.base, calibration.device) as model:
         head = next((unit for unit in model.units if unit.name == model.head_name), None)
         return [unit for unit in model.units if unit is not head], head
 
 
 def up_to(units: Sequence[Unit], linears: Collection[str]) -> list[Unit]:
-    """The units up to the last one that holds any of `linears`."""
+    """Return the units up to the last one that holds any of `linears`."""
     wanted = [index for index, unit in enumerate(units) if set(linears) & set(unit.linears)]
     return list(units[: max(wanted, default=-1) + 1])
 
@@ -118,7 +117,7 @@ def run_block(
     gradients: StepResult | None = None,
     packed: dict[str, StepResult] | None = None,
 ) -> StepResult:
-    """One unit on all samples, given the steps of those `before` it by name.
+    """Run one unit on all samples, given the steps of those `before` it by name.
 
     With `observe` also the input statistics: ``figures["sites"]`` has the file and the token counts of every site,
     ``figures["site_of"]`` the site of every linear layer; `gradients` is the step of `measure_gradients`, for token
@@ -142,7 +141,7 @@ def run_block(
         {"unit": unit.name, "tokens": _relevant(weights)},
     )
 
-    def run(place: Path) -> dict[str, Any]:
+    def run(place: Path) -> Figures:
         with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             samples = calibration.open_samples(store)
             outcome = run_unit(
@@ -168,8 +167,7 @@ def run_block(
 
 @task(name="token-gradients", **OVER_NETWORK)
 def measure_gradients(calibration: Calibration, blocks: dict[str, StepResult], squares: bool) -> StepResult:
-    """How much every token matters at every site, from the steps of all blocks; see
-    `bivlm.calibration.blocks.gradients`.
+    """Measure how much every token matters at every site, from the steps of all blocks, see `token_gradients`.
 
     With `squares` also a file of the squared gradients of every unit's weights, named by ``figures["squares"]`` for
     each linear layer, and their sums, ``figures["curvature"]``.
@@ -179,7 +177,7 @@ def measure_gradients(calibration: Calibration, blocks: dict[str, StepResult], s
     inputs = {"blocks": {name: reference.sha256 for name, reference in outputs.items()}}
     identity = calibration.identity(GRADIENTS_STAGE, inputs, {"squares": squares})
 
-    def run(place: Path) -> dict[str, Any]:
+    def run(place: Path) -> Figures:
         files, curvature = {}, {}
         with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             opened = {name: SampleTensors(store.fetch(reference)) for name, reference in outputs.items()}
@@ -199,8 +197,8 @@ def _norms_file(unit: str) -> str:
     return f"{unit}.safetensors"
 
 
-def _relevant(weights: TokenWeights | None) -> dict[str, Any] | None:
-    """What of the token weights the statistics depend on."""
+def _relevant(weights: TokenWeights | None) -> Figures | None:
+    """Return the part of the token weights that the statistics depend on."""
     if weights is None:
         return None
     further = {"modality": {"image"}, "gradient": {"shrink"}}.get(weights.weights, set())
@@ -215,7 +213,7 @@ def _weigher(
     gradients: Reference | None,
     store: Workspace,
 ) -> Callable[[int], Weigh] | None:
-    """g^2 by sample, as the recipe asks for it."""
+    """Return a function from a sample to its g^2, as the recipe defines it."""
     if weights is None:
         return None
     if weights.weights == "modality":
@@ -230,38 +228,17 @@ def _rebuilt(file: Path, name: str) -> torch.Tensor:
     return unpack(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8), name)
 
 
-class _HeldFrame:
-    """At most one model without its blocks, which takes seconds to build."""
-
-    def __init__(self) -> None:
-        self._which: tuple[Any, ...] | None = None
-        self._model: BlockwiseModel | None = None
-
-    def get(self, base: Base, device: Device) -> BlockwiseModel:
-        wanted = (str(base.model.folder), base.sha256, base.modules, device.place)
-        if self._which != wanted:
-            self.clear()
-            self._model, self._which = BlockwiseModel(base.open(), device.place), wanted
-        return self._model
-
-    def clear(self) -> None:
-        self._model = self._which = None
-
-
-_held = _HeldFrame()
-_guard = threading.RLock()  # a model runs one unit at a time
+_held: HeldModel[BlockwiseModel] = HeldModel()
 
 
 @contextmanager
 def held_model(base: Base, device: Device) -> Iterator[BlockwiseModel]:
-    """The model without its blocks, kept between the steps of a run; one at a time may use it."""
-    with _guard:
-        yield _held.get(base, device)
+    """Yield the model without its blocks, kept between the steps of a run; it runs one unit at a time."""
+    which = (str(base.model.folder), base.sha256, base.modules, device.place)
+    with _held.lock:
+        yield _held.get(which, lambda _: BlockwiseModel(base.open(), device.place))
 
 
 def forget_blocks() -> None:
     """Let go of the model that is held between the steps of a run."""
-    with _guard:
-        _held.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    _held.clear()

@@ -1,8 +1,7 @@
-"""Settings chosen by what blocks give: one step says which blocks are searched together, then a step a group.
+"""Settings chosen by the outputs of blocks: one step says which blocks are searched together, then a step per group.
 
-A group's step holds the settings of its layers. Where blocks go on from what the quantized ones before them give it
-also holds what its units give with these settings, from which the next group goes on, so that a search that was killed
-is resumed at the group where it was.
+A group's step holds the settings of its layers. Where blocks take in the outputs of quantized blocks, it also holds the
+outputs of its units with these settings, which the next group takes in, so that a killed search resumes at its group.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from prefect import task
 
 from bivlm.calibration.blocks.encoded import SampleTensors, outputs_at, write_samples
 from bivlm.calibration.blocks.units import Unit
-from bivlm.checkpoint.reading import Checkpoint
 from bivlm.compression.block_search import (
     activation_entropy,
     as_stored,
@@ -31,13 +29,13 @@ from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.recipe.search import SearchSettings
 from bivlm.reports.lineage import SEARCH_STAGE
 from bivlm.workspace.steps import Reference, Workspace
-from tasks import block_inputs, saliency
+from tasks import block_inputs
 from tasks.block_inputs import Calibration
 from tasks.layers import Layer
 from tasks.runtime.device import gpu_slot
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
 STAGE = SEARCH_STAGE
 GROUPS_STAGE = "joint blocks"
@@ -45,7 +43,7 @@ VERSION = 1
 
 
 def with_widest_tail(layers: Sequence[Layer], settings: SearchSettings) -> list[Layer]:
-    """The layers as they are to be measured: the same statistics have to serve every candidate."""
+    """Return the layers as they are measured: the same statistics have to serve every candidate."""
 
     def widest(layer: Layer) -> dict[str, Any]:
         return max(settings.offered(layer.method_settings), key=layer.method.tail_share).model_dump(mode="json")
@@ -57,7 +55,7 @@ def with_widest_tail(layers: Sequence[Layer], settings: SearchSettings) -> list[
 def form_groups(
     calibration: Calibration, units: list[Unit], whole: dict[str, StepResult], settings: SearchSettings
 ) -> tuple[list[list[Unit]], StepResult]:
-    """The units in groups that are searched together, and the step that says so.
+    """Return the units in groups that are searched together, and the step that says so.
 
     `whole` are the steps that ran every unit in full precision, by name. ``figures["entropy"]`` is by unit, in nats.
     """
@@ -66,7 +64,7 @@ def form_groups(
     inputs = {"outputs": {name: reference.sha256 for name, reference in outputs.items()}}
     part = {"version": VERSION, "depth": settings.depth, "samples": settings.samples}
 
-    def form(_place: Path) -> dict[str, Any]:
+    def form(_place: Path) -> Figures:
         entropy = {name: activation_entropy(_seen(store, each, settings)) for name, each in outputs.items()}
         between = dependencies(units, entropy)
         threshold = mean_dependency(between)
@@ -87,11 +85,10 @@ def search_blocks(
     before: dict[str, StepResult],
     settings: SearchSettings,
 ) -> StepResult:
-    """The settings of `layers`, which are those of a group of units and have statistics, by the group's output.
+    """Choose the settings of `layers`, which are those of a group of units and have statistics, by the group's output.
 
-    `before` are the steps whose outputs the group goes on from, by unit. ``figures["settings"]`` has the
-    settings by layer; ``["error_before"]``, ``["error_after"]`` and ``["tried"]`` are those of
-    `bivlm.compression.block_search.Found`.
+    `before` are the steps whose outputs the group takes in, by unit. ``figures["settings"]`` has the settings by layer;
+    ``["error_before"]``, ``["error_after"]`` and ``["tried"]`` are those of `bivlm.compression.block_search.Found`.
     """
     store = open_workspace(calibration.workspace)
     in_turn = calibration.settings.inputs == "quantized"
@@ -100,36 +97,28 @@ def search_blocks(
         others = [other for unit in units for other in model.predecessors(unit) if other.name not in inside]
     given = {other.name: _outputs(before, other) for other in others}
     offered = {layer.name: settings.offered(layer.method_settings) for layer in layers}
-    identity = calibration.identity(
-        STAGE,
-        {
-            "before": {name: reference.sha256 for name, reference in given.items()},
-            "layers": {
-                layer.name: {"weight": layer.weight_sha256, "statistics": _statistics(layer).sha256} for layer in layers
-            },
+    inputs = {
+        "before": {name: reference.sha256 for name, reference in given.items()},
+        "layers": {
+            each.name: {"weight": each.weight_sha256, "statistics": each.statistics_file.sha256} for each in layers
         },
-        {
-            "version": VERSION,
-            "methods": {layer.method.name: layer.method.version for layer in layers},
-            "units": [unit.name for unit in units],
-            "settings": {layer.component: layer.settings for layer in layers},
-            **settings.model_dump(mode="json", exclude={"depth"}),  # all it decides is which units these are
-            "inputs": calibration.settings.inputs,
-        },
-    )
+    }
+    part = {
+        "version": VERSION,
+        "methods": {layer.method.name: layer.method.version for layer in layers},
+        "units": [unit.name for unit in units],
+        "settings": {layer.component: layer.settings for layer in layers},
+        **settings.model_dump(mode="json", exclude={"depth"}),  # all it decides is which units these are
+        "inputs": calibration.settings.inputs,
+    }
 
-    def choose(place: Path) -> dict[str, Any]:
+    def choose(place: Path) -> Figures:
         with gpu_slot(calibration.device), block_inputs.held_model(calibration.base, calibration.device) as model:
             samples = _first(calibration.open_samples(store), settings)
-            found = search_group(
-                model,
-                units,
-                samples,
-                {name: _first(SampleTensors(store.fetch(each)), settings) for name, each in given.items()},
-                {name: len(some) for name, some in offered.items()},
-                _Rebuilding(store, layers, offered),
-                settings.rounds,
-            )
+            taken = {name: _first(SampleTensors(store.fetch(each)), settings) for name, each in given.items()}
+            counts = {name: len(some) for name, some in offered.items()}
+            rebuild = _Rebuilding(store, layers, offered)
+            found = search_group(model, units, samples, taken, counts, rebuild, settings.rounds)
         if in_turn:
             for name, outputs in found.outputs.items():
                 write_samples(outputs, place / _file(name))
@@ -142,7 +131,7 @@ def search_blocks(
             "samples": len(samples),
         }
 
-    done = do_step(store, identity, choose)
+    done = do_step(store, calibration.identity(STAGE, inputs, part), choose)
     advance(STAGE)
     return done
 
@@ -161,14 +150,9 @@ class _Rebuilding:
     def __call__(self, name: str, candidate: int) -> torch.Tensor:
         if self._name != name:
             layer, self._held = self._layers[name], None
-            weight = Checkpoint.open(layer.folder).read(layer.disk_name, layer.weight_sha256)
-            self._held = weight, LayerStatistics.load(self._store.fetch(_statistics(layer)))
+            self._held = layer.read_weight(), LayerStatistics.load(self._store.fetch(layer.statistics_file))
             self._name = name
         return as_stored(*self._held, self._offered[name][candidate], name)
-
-
-def _statistics(layer: Layer) -> Reference:
-    return layer.statistics.record.outputs[saliency.FILE]
 
 
 def _file(unit: str) -> str:
@@ -176,7 +160,7 @@ def _file(unit: str) -> str:
 
 
 def _outputs(steps: Mapping[str, StepResult], unit: Unit) -> Reference:
-    """What a unit gave: a block's own step has one file, a group's has one a unit."""
+    """Return the outputs of a unit: a block's own step has one file, a group's has one per unit."""
     outputs = steps[unit.name].record.outputs
     return outputs.get(_file(unit.name)) or outputs[block_inputs.OUTPUT_FILE]
 
@@ -186,7 +170,7 @@ def _first(tensors: SampleTensors, settings: SearchSettings) -> list[dict[str, t
 
 
 def _seen(store: Workspace, outputs: Reference, settings: SearchSettings) -> list[torch.Tensor]:
-    """A unit's activations for the samples that are looked at, without those for which it did not run."""
+    """Return a unit's activations for the first samples, without those for which it did not run."""
     first = _first(SampleTensors(store.fetch(outputs)), settings)
     found = (outputs_at({"y": first}, number) for number in range(len(first)))
     return [each["y"] for each in found if each]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 
@@ -16,10 +15,9 @@ from bivlm.recipe.budget import BudgetSettings
 from bivlm.reports.lineage import ALLOCATION_STAGE
 from bivlm.untrusted import parse_json
 from bivlm.workspace.hashing import canonical_json, step_identity
-from tasks import saliency
-from tasks.layers import Layer, do_layers
+from tasks.layers import Layer, Sources, do_layers
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, Identity, StepResult, do_step, open_workspace
 
 STAGE = "choices"
 FILE = "points.json"
@@ -28,20 +26,20 @@ VERSION = 1
 
 @task(name="choices", task_run_name="choices-{chunk[0].name}", **OVER_NETWORK)
 def measure_choices(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
-    """What each layer of a chunk could be given, as a file of points, without quantizing it."""
-    store = open_workspace(workspace)
+    """Measure what each layer of a chunk could be given, as a file of points, without quantizing it."""
+    return do_layers(chunk, workspace, _identify, _measure)
 
-    def identity(layer: Layer) -> dict[str, Any]:
-        inputs = {"statistics": layer.statistics.record.outputs[saliency.FILE].sha256}
-        return step_identity(STAGE, layer.method.version, inputs, layer.settings, exact=True)
 
-    def look(layer: Layer, folder: Path) -> dict[str, Any]:
-        statistics = LayerStatistics.load(store.fetch(layer.statistics.record.outputs[saliency.FILE]))
-        points = layer.method.curve(statistics, layer.method_settings)
-        (folder / FILE).write_bytes(canonical_json([vars(point) for point in points]))
-        return {"points": len(points)}
+def _identify(layer: Layer) -> Identity:
+    inputs = {"statistics": layer.statistics_file.sha256}
+    return step_identity(STAGE, layer.method.version, inputs, layer.settings, exact=True)
 
-    return do_layers(chunk, workspace, identity, look)
+
+def _measure(layer: Layer, sources: Sources, folder: Path) -> Figures:
+    statistics = LayerStatistics.load(sources.store.fetch(layer.statistics_file))
+    points = layer.method.curve(statistics, layer.method_settings)
+    (folder / FILE).write_bytes(canonical_json([vars(point) for point in points]))
+    return {"points": len(points)}
 
 
 @task(name="allocate", **OVER_NETWORK)
@@ -52,10 +50,10 @@ def allocate_bits(
     curvature: Mapping[str, float] | None,
     workspace: str,
 ) -> tuple[list[Layer], StepResult]:
-    """The layers with the settings that they were given, and the step that says so.
+    """Return the layers with the settings that the budget gives them, and the step that says so.
 
     `curvature` is, by layer, the sum of the diagonal of the divergence's curvature in its weights, for a budget that
-    asks for it. ``figures["settings"]`` holds what the lineage record needs to check the plans.
+    needs it. ``figures["settings"]`` holds what the lineage record needs to check the plans.
     """
     store = open_workspace(workspace)
     files = {name: done.record.outputs[FILE] for name, done in choices.items()}
@@ -73,7 +71,7 @@ def allocate_bits(
     }
     identity = step_identity(ALLOCATION_STAGE, VERSION, inputs, budget.model_dump(mode="json"), exact=True)
 
-    def choose(_place: Path) -> dict[str, Any]:
+    def choose(_place: Path) -> Figures:
         return {"settings": {name: point.settings for name, point in allocate(offered, budget.bits).items()}}
 
     done = do_step(store, identity, choose)
@@ -82,7 +80,7 @@ def allocate_bits(
 
 
 def _importance(layer: Layer, curvature: Mapping[str, float] | None) -> float:
-    """What a relative squared error of 1 in this layer costs, see `bivlm.recipe.budget.BudgetSettings`."""
+    """Return what a relative squared error of 1 in this layer costs, see `bivlm.recipe.budget.BudgetSettings`."""
     figures = layer.statistics.record.figures
     square = figures["mean"] ** 2 + figures["std"] ** 2
     return square * (layer.weights if curvature is None else curvature.get(layer.name, 0.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from prefect import task
 
@@ -19,7 +18,7 @@ VERSION = 2  # raised when held-out samples joined
 
 
 @task(name="calibration", **OVER_NETWORK)
-def freeze_calibration(settings: dict[str, Any], workspace: str) -> StepResult:
+def freeze_calibration(settings: CalibrationSettings, workspace: str) -> StepResult:
     """Return the samples that the settings ask for, as workspace files; `figures["sha256"]` is the hash over all.
 
     They are drawn anew each time, because a folder of images or a data set may have changed: this takes a second or
@@ -27,19 +26,18 @@ def freeze_calibration(settings: dict[str, Any], workspace: str) -> StepResult:
     chose them, without those of tokens and blocks, so that later steps run again only if the samples differ.
     """
     store = open_workspace(workspace)
-    chosen = CalibrationSettings.model_validate(settings)
     started = time.perf_counter()
     with store.scratch() as folder:
-        frozen = freeze_samples(chosen, folder)
+        frozen = freeze_samples(settings, folder)
         outputs = store.put_folder(folder)
-    identity = step_identity(STAGE, VERSION, {"samples": frozen.sha256}, chosen.selection(), exact=True)
+    identity = step_identity(STAGE, VERSION, {"samples": frozen.sha256}, settings.selection(), exact=True)
     record = store.step(digest(identity))
     if record is not None:
         done = StepResult(record, reused=True)
     else:
         figures = {
             "sha256": frozen.sha256,
-            "source": chosen.source,
+            "source": settings.source,
             "samples": frozen.samples,
             "held_out": frozen.held_out,
             "text_only": frozen.text_only,

@@ -31,7 +31,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Base:
-    """The model to compress: where it is, what it is, and what it is made of.
+    """The model to compress: its folder, its hashes and its parts.
 
     `modules` are the recipe's, of an architecture that bivlm does not know.
     """
@@ -50,7 +50,7 @@ class Base:
         return self.digests.sha256
 
     def open(self) -> Checkpoint:
-        """The checkpoint, headers alone."""
+        """Open the checkpoint, headers alone."""
         return Checkpoint.open(self.model.folder, self.modules)
 
 
@@ -128,7 +128,7 @@ def write_checkpoint(
 
 
 def put_in_place(packed: PackedCheckpoint, output: str) -> None:
-    """Give the checkpoint its place at `output`, once everything about it is recorded; see `outputs.replace`."""
+    """Move the checkpoint to `output`, once everything about it is recorded; see `outputs.replace`."""
     if packed.folder != output:
         replace(Path(output), Path(packed.folder))
 

@@ -1,11 +1,10 @@
-"""Packed tables: the embedding of tokens and the head, each in one step."""
+"""Packed embeddings: the embedding of tokens and the head (a recipe's `tables`), each in one step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 
@@ -14,20 +13,21 @@ from bivlm.checkpoint.reading import Checkpoint
 from bivlm.compression.embeddings import chosen_tables, pack_table
 from bivlm.recipe.embeddings import EmbeddingSettings
 from bivlm.recipe.loading import Recipe
+from bivlm.reports.lineage import TABLES_STAGE
 from bivlm.workspace.hashing import step_identity
 from tasks.binarization import FILE
 from tasks.checkpoint import Base
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
-STAGE = "tables"
+STAGE = TABLES_STAGE
 VERSION = 1
 
 
 @dataclass(frozen=True)
-class Table:
-    """One table on its way to its packed bytes: where it lies, what it is, its sha256, and how it is rounded."""
+class Embedding:
+    """An embedding to pack: the base checkpoint's folder, the tensor, its sha256, and how it is rounded."""
 
     folder: str
     linear: Linear
@@ -39,23 +39,24 @@ class Table:
         return self.linear.name
 
 
-def tables_of(base: Base, recipe: Recipe, compressed: Sequence[Linear]) -> list[Table]:
-    """The tables that the recipe packs; raises `InputError` as `bivlm.compression.embeddings.chosen_tables`."""
+def embeddings_of(base: Base, recipe: Recipe, compressed: Sequence[Linear]) -> list[Embedding]:
+    """Return the embeddings that the recipe packs; raises `InputError` as `chosen_tables`."""
     return [
-        Table(str(base.model.folder), linear, base.digests.tensors[linear.disk_name], settings)
+        Embedding(str(base.model.folder), linear, base.digests.tensors[linear.disk_name], settings)
         for linear, settings in chosen_tables(base.parts, recipe.tables, compressed)
     ]
 
 
-@task(name="tables", task_run_name="tables-{table.name}", **OVER_NETWORK)
-def pack_one(table: Table, workspace: str) -> StepResult:
-    """The packed table; a few rows of it are in memory at a time."""
-    settings = table.settings.model_dump(mode="json")
-    identity = step_identity(STAGE, VERSION, {"weight": table.weight_sha256}, settings, exact=True)
+@task(name="tables", task_run_name="tables-{embedding.name}", **OVER_NETWORK)
+def pack_embedding(embedding: Embedding, workspace: str) -> StepResult:
+    """Pack one embedding, a few rows in memory at a time."""
+    settings = embedding.settings.model_dump(mode="json")
+    identity = step_identity(STAGE, VERSION, {"weight": embedding.weight_sha256}, settings, exact=True)
 
-    def pack(folder: Path) -> dict[str, Any]:
-        entry = Checkpoint.open(table.folder).entries[table.linear.disk_name]
-        return pack_table(entry, table.settings, folder / FILE, table.weight_sha256).model_dump(mode="json")
+    def pack(folder: Path) -> Figures:
+        entry = Checkpoint.open(embedding.folder).entries[embedding.linear.disk_name]
+        record = pack_table(entry, embedding.settings, folder / FILE, embedding.weight_sha256)
+        return record.model_dump(mode="json")
 
     done = do_step(open_workspace(workspace), identity, pack)
     advance(STAGE)

@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 import pandas as pd
-import torch
 from prefect import task
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -27,10 +24,10 @@ from bivlm.recipe.pruning import PruningSettings
 from bivlm.sources.samples import CalibrationSample
 from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Workspace
-from tasks.runtime.device import Device, gpu_slot
+from tasks.runtime.device import Device, HeldModel, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
-from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.progress import Restartable, advance
+from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
 STAGE = "evaluation"
 LOGITS_STAGE = "reference logits"
@@ -43,7 +40,7 @@ LOGITS_FILE = "logits.safetensors"
 
 @task(name="benchmark", **OVER_NETWORK)
 def open_benchmark(benchmark: str, limit: int | None) -> Benchmark:
-    """The benchmark, whose questions may have to be fetched from the hub; raises `InputError`."""
+    """Open the benchmark, whose questions may have to be fetched from the hub; raises `InputError`."""
     return load_benchmark(benchmark, limit)
 
 
@@ -57,61 +54,49 @@ def evaluate_checkpoint(
     workspace: str,
     pruning: PruningSettings | None = None,
 ) -> StepResult:
-    """One checkpoint on one benchmark: figures as `Evaluation.record`, the outcomes as a parquet file.
-
-    With `pruning` it drops tokens.
-    """
+    """Evaluate a checkpoint on a benchmark, dropping tokens with `pruning`; figures as `Evaluation.record`."""
     store = open_workspace(workspace)
     questions = load_benchmark(benchmark, limit)
-    identity = step_identity(
-        STAGE,
-        VERSION,
-        {"checkpoint": sha256, "benchmark": questions.digest},
-        {"task": benchmark, **_if_pruned(pruning)},
-        exact=False,
-        device=device.kind,
-    )
-    shown = 0
+    inputs = {"checkpoint": sha256, "benchmark": questions.digest}
+    part = {"task": benchmark, **_if_pruned(pruning)}
+    identity = step_identity(STAGE, VERSION, inputs, part, exact=False, device=device.kind)
+    bar = Restartable(STAGE)
 
-    def ask(place: Path) -> dict[str, Any]:
-        def progress(answered: int, _total: int) -> None:
-            # A second attempt with smaller batches begins at the first question again; the bar does not go back.
-            nonlocal shown
-            if answered > shown:
-                advance(STAGE, answered - shown)
-                shown = answered
-
+    def ask(place: Path) -> Figures:
         model, processor = loaded_model(folder, sha256, device)
         with pruned_if(model, pruning, Checkpoint.open(folder).modules):
             result = smaller_after_out_of_memory(
-                lambda size: evaluate(model, processor, questions, batch_size=size, progress=progress),
+                lambda size: evaluate(
+                    model, processor, questions, batch_size=size, progress=lambda answered, _: bar.reach(answered)
+                ),
                 default_batch_size(model),
             )
         write_outcomes(result.outcomes, place / OUTCOMES_FILE)
         return {**result.record(), "benchmark_sha256": questions.digest, "name": questions.name}
 
     done = do_step(store, identity, ask)
-    advance(STAGE, len(questions) - shown)
+    bar.reach(len(questions))
     return done
 
 
 @task(name="paired-losses", **OVER_NETWORK)
-def paired_losses(
-    before: dict[str, StepResult], after: dict[str, StepResult], workspace: str
-) -> dict[str, dict[str, Any]]:
-    """What the second model lost against the first on every benchmark, question by question: `Loss` as a dict."""
+def paired_losses(before: dict[str, StepResult], after: dict[str, StepResult], workspace: str) -> dict[str, Figures]:
+    """Return what the second model lost against the first by benchmark, question by question: `Loss` as a dict."""
     store = open_workspace(workspace)
-    return {name: asdict(loss_between(_outcomes(before[name], store), _outcomes(after[name], store))) for name in after}
+    return {
+        name: asdict(loss_between(outcomes_of(before[name], store), outcomes_of(after[name], store))) for name in after
+    }
 
 
 @task(name="largest-losses", **OVER_NETWORK)
 def largest_losses(
     before: dict[str, StepResult], after: dict[str, StepResult], confidence: float, workspace: str
 ) -> dict[str, LargestLoss]:
-    """What the second model may have lost against the first on every benchmark, at most, with this confidence."""
+    """Return by benchmark the most that the second model may have lost against the first, with this confidence."""
     store = open_workspace(workspace)
     return {
-        name: largest_loss(_outcomes(before[name], store), _outcomes(after[name], store), confidence) for name in after
+        name: largest_loss(outcomes_of(before[name], store), outcomes_of(after[name], store), confidence)
+        for name in after
     }
 
 
@@ -119,18 +104,12 @@ def largest_losses(
 def compute_reference_logits(
     folder: str, sha256: str, calibration: StepResult, device: Device, workspace: str
 ) -> StepResult:
-    """What the full-precision model says at the assistant's tokens of the held-out samples."""
+    """Store the full-precision model's logits at the assistant's tokens of the held-out samples."""
     store = open_workspace(workspace)
-    identity = step_identity(
-        LOGITS_STAGE,
-        DIVERGENCE_VERSION,
-        {"checkpoint": sha256, "samples": calibration.record.figures["sha256"]},
-        None,
-        exact=False,
-        device=device.kind,
-    )
+    inputs = {"checkpoint": sha256, "samples": calibration.record.figures["sha256"]}
+    identity = step_identity(LOGITS_STAGE, DIVERGENCE_VERSION, inputs, None, exact=False, device=device.kind)
 
-    def compute(place: Path) -> dict[str, Any]:
+    def compute(place: Path) -> Figures:
         with _asked(folder, sha256, calibration, device, store) as (model, processor, conversations):
             reference_logits(model, processor, conversations, place / LOGITS_FILE)
         return {}
@@ -150,25 +129,18 @@ def measure_divergence(
     workspace: str,
     pruning: PruningSettings | None = None,
 ) -> StepResult:
-    """`figures["kl"]`: mean KL divergence (nats a token) of the packed model from full precision.
+    """Measure ``figures["kl"]``, the packed model's mean KL divergence from full precision in nats per token.
 
-    It is measured on the held-out samples, which neither calibration nor tuning has seen; with `pruning` the packed
-    model drops tokens.
+    On the held-out samples, which neither calibration nor tuning has seen; `pruning` is of the packed model.
     """
     store = open_workspace(workspace)
     reference = logits.record.outputs[LOGITS_FILE]
-    identity = step_identity(
-        DIVERGENCE_STAGE,
-        DIVERGENCE_VERSION,
-        {"checkpoint": sha256, "logits": reference.sha256, "samples": calibration.record.figures["sha256"]},
-        _if_pruned(pruning) or None,
-        exact=False,
-        device=device.kind,
-    )
+    inputs = {"checkpoint": sha256, "logits": reference.sha256, "samples": calibration.record.figures["sha256"]}
+    part = _if_pruned(pruning) or None
+    identity = step_identity(DIVERGENCE_STAGE, DIVERGENCE_VERSION, inputs, part, exact=False, device=device.kind)
 
-    def compute(_place: Path) -> dict[str, Any]:
-        asked = _asked(folder, sha256, calibration, device, store)
-        modules = Checkpoint.open(folder).modules
+    def compute(_place: Path) -> Figures:
+        asked, modules = _asked(folder, sha256, calibration, device, store), Checkpoint.open(folder).modules
         with asked as (model, processor, conversations), pruned_if(model, pruning, modules):
             return {"kl": kl_divergence(model, processor, conversations, store.fetch(reference))}
 
@@ -177,18 +149,13 @@ def measure_divergence(
     return done
 
 
-def forget_models() -> None:
-    """Let go of the model that is held between the tasks of a run, and of the GPU with it."""
-    with _guard:
-        _held.clear()
-
-
-def _outcomes(done: StepResult, store: Workspace) -> pd.DataFrame:
+def outcomes_of(done: StepResult, store: Workspace) -> pd.DataFrame:
+    """Return the outcomes that an evaluation stored, a row a question."""
     return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
 
 
-def _if_pruned(pruning: PruningSettings | None) -> dict[str, Any]:
-    """What the key of a step has more of when tokens are dropped."""
+def _if_pruned(pruning: PruningSettings | None) -> Figures:
+    """Return what a step's recipe part has besides when tokens are dropped."""
     return {} if pruning is None else {"pruning": pruning.model_dump(mode="json")}
 
 
@@ -196,52 +163,44 @@ def _if_pruned(pruning: PruningSettings | None) -> dict[str, Any]:
 def _asked(
     folder: str, sha256: str, calibration: StepResult, device: Device, store: Workspace
 ) -> Iterator[tuple[PreTrainedModel, ProcessorMixin, list[CalibrationSample]]]:
-    """Model, processor and the held-out samples."""
+    """Yield model, processor and the held-out samples."""
     with store.scratch() as samples:
         conversations = load_held_out(store.fetch_folder(calibration.record.outputs, samples))
         yield *loaded_model(folder, sha256, device), conversations
 
 
-class _HeldModel:
-    """At most one model, and the GPU slot for as long as it is there."""
-
-    def __init__(self) -> None:
-        self._which: tuple[str, str, Device] | None = None
-        self._model: tuple[PreTrainedModel, ProcessorMixin] | None = None
-        self._slot = ExitStack()
-
-    def load(self, folder: str, sha256: str, device: Device) -> tuple[PreTrainedModel, ProcessorMixin]:
-        """The model of this folder; `sha256` makes a rewritten folder another model."""
-        wanted = (folder, sha256, device)
-        if self._which != wanted:
-            self.clear()
-            with ExitStack() as slot:
-                slot.enter_context(gpu_slot(device))
-                model = load_model(folder, device.place)
-                # What is recorded under this digest must have been measured on these bytes.
-                if (found := Checkpoint.open(folder).digest()) != sha256:
-                    raise InputError(
-                        f"checkpoint {folder}: other files than were to be evaluated (sha256 {found}, "
-                        f"expected {sha256}); do not change the folder while it is evaluated"
-                    )
-                self._slot = slot.pop_all()
-            self._model, self._which = model, wanted
-        return self._model
-
-    def clear(self) -> None:
-        """Forget the model, then let go of the GPU."""
-        self._model = self._which = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._slot.close()
-
-
-# Loading takes longer than asking a few questions, so a model stays between the tasks of a run.
-_held = _HeldModel()
-_guard = Lock()
+_held: HeldModel[tuple[PreTrainedModel, ProcessorMixin]] = HeldModel()
 
 
 def loaded_model(folder: str, sha256: str, device: Device) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model of a folder, held until another is asked for or `forget_models`; raises `InputError` if it changed."""
-    with _guard:
-        return _held.load(folder, sha256, device)
+    """Return the model of a folder, held with the GPU slot until another is loaded or `forget_models`.
+
+    Raises `InputError` if its files are not those of `sha256`.
+    """
+
+    def load(stack: ExitStack) -> tuple[PreTrainedModel, ProcessorMixin]:
+        stack.enter_context(gpu_slot(device))
+        model = load_model(folder, device.place)
+        # What is recorded under this digest must have been measured on these bytes.
+        if (found := Checkpoint.open(folder).digest()) != sha256:
+            raise InputError(
+                f"checkpoint {folder}: other files than were to be evaluated (sha256 {found}, "
+                f"expected {sha256}); do not change the folder while it is evaluated"
+            )
+        return model
+
+    return _held.get((folder, sha256, device), load)
+
+
+def forget_models() -> None:
+    """Let go of the model that is held between the tasks of a run, and of the GPU with it."""
+    _held.clear()
+
+
+@contextmanager
+def models_let_go() -> Iterator[None]:
+    """Hold no model after this block."""
+    try:
+        yield
+    finally:
+        forget_models()

@@ -1,16 +1,14 @@
-"""The finishing stage: packed layers tuned together on the whole model's answers; shards become new shards."""
+"""Finishing: packed layers are tuned together on the whole model's answers; shards become new shards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from prefect import task
 
 from bivlm.calibration.frozen import load_samples
-from bivlm.checkpoint.reading import Checkpoint
 from bivlm.compression.finishing import FinishSettings, finish
 from bivlm.compression.layer import measure
 from bivlm.evaluation.divergence import StoredLogProbabilities, reference_logits
@@ -23,8 +21,8 @@ from tasks.checkpoint import Base
 from tasks.layers import Layer
 from tasks.runtime.device import Device, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
-from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.progress import Restartable
+from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
 STAGE = "finish"
 LOGITS_STAGE = "calibration logits"
@@ -43,7 +41,7 @@ def finish_layers(
     device: Device,
     workspace: str,
 ) -> tuple[dict[str, StepResult], list[StepResult]]:
-    """The new shard of every layer by name, and the steps in between, for the lineage record."""
+    """Tune the packed layers; returns the new shard of every layer by name, and the steps in between."""
     store = open_workspace(workspace)
     frozen = samples.record.figures["sha256"]
     inputs = {"checkpoint": base.sha256, "samples": frozen}
@@ -57,17 +55,12 @@ def finish_layers(
     inputs |= {"logits": logits.sha256, "packed": {name: reference.sha256 for name, reference in packed.items()}}
     identity = step_identity(STAGE, VERSION, inputs, settings.model_dump(mode="json"), exact=False, device=device.kind)
 
-    shown = 0.0
+    bar = Restartable(STAGE)
 
     def progress(done: int, total: int) -> None:
-        # A lower rate, and a second attempt with smaller batches, begin at the first step; the bar does not go back.
-        nonlocal shown
-        units = settings.steps * done / total
-        if units > shown:
-            advance(STAGE, units - shown)
-            shown = units
+        bar.reach(settings.steps * done / total)
 
-    def tune(place: Path) -> dict[str, Any]:
+    def tune(place: Path) -> Figures:
         with gpu_slot(device), store.scratch() as folder:
             model, processor = load_model(base.model.folder, device.place)
             conversations = load_samples(store.fetch_folder(samples.record.outputs, folder))
@@ -87,13 +80,12 @@ def finish_layers(
         }
 
     tuned = do_step(store, identity, tune)
-    if tuned.reused:
-        advance(STAGE, settings.steps)
+    bar.reach(settings.steps)
     return {layer.name: _measured(layer, shards[layer.name], tuned, store) for layer in layers}, [known, tuned]
 
 
-def _write_logits(base: Base, samples: StepResult, device: Device, store: Workspace, file: Path) -> dict[str, Any]:
-    """What the full-precision model says to the calibration samples."""
+def _write_logits(base: Base, samples: StepResult, device: Device, store: Workspace, file: Path) -> Figures:
+    """Write the full-precision model's logits on the calibration samples."""
     with gpu_slot(device), store.scratch() as folder:
         model, processor = load_model(base.model.folder, device.place)
         reference_logits(model, processor, load_samples(store.fetch_folder(samples.record.outputs, folder)), file)
@@ -101,17 +93,16 @@ def _write_logits(base: Base, samples: StepResult, device: Device, store: Worksp
 
 
 def _measured(layer: Layer, shard: StepResult, tuned: StepResult, store: Workspace) -> StepResult:
-    """The tuned shard of one layer as a step like that of its packing, its errors measured again."""
+    """Return the tuned shard of one layer as a step like that of its packing, with its errors measured again."""
     reference = tuned.record.outputs[layer.name]
     inputs = {"weight": layer.weight_sha256, "tuned": reference.sha256}
     if layer.inputs is not None:
         inputs["inputs"] = layer.inputs.sha256
 
-    def look(place: Path) -> dict[str, Any]:
+    def look(place: Path) -> Figures:
         packed = _read(store.fetch(reference))
-        weight = Checkpoint.open(layer.folder).read(layer.disk_name, layer.weight_sha256)
         seen = SiteStatistics.load(store.fetch(layer.inputs)) if layer.inputs else None
-        record = measure(weight, packed, f"{layer.name}, finished", seen, shard.record.figures["figures"])
+        record = measure(layer.read_weight(), packed, f"{layer.name}, finished", seen, shard.record.figures["figures"])
         (place / binarization.FILE).write_bytes(memoryview(packed.numpy()))
         return record.model_dump(mode="json")
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.workspace.hashing import canonical_json, step_identity
-from bivlm.workspace.steps import Reference
-from tasks import saliency
-from tasks.layers import Layer, do_layers
+from tasks.layers import Layer, Sources, do_layers
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import StepResult, open_workspace
+from tasks.runtime.steps import Figures, Identity, StepResult
 
 STAGE = "plan"
 FILE = "plan.json"
@@ -21,20 +18,17 @@ FILE = "plan.json"
 
 @task(name="plan", task_run_name="plan-{chunk[0].name}", **OVER_NETWORK)
 def plan_layers(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
-    """The plans of a chunk of layers whose statistics are done; steps by layer name."""
-    store = open_workspace(workspace)
-
-    def identity(layer: Layer) -> dict[str, Any]:
-        inputs = {"statistics": _measured(layer).sha256}
-        return step_identity(STAGE, layer.method.version, inputs, layer.settings, exact=True)
-
-    def plan(layer: Layer, folder: Path) -> dict[str, Any]:
-        chosen = layer.method.plan(LayerStatistics.load(store.fetch(_measured(layer))), layer.method_settings)
-        (folder / FILE).write_bytes(canonical_json(chosen.model_dump(mode="json")))
-        return layer.method.describe(chosen)
-
-    return do_layers(chunk, workspace, identity, plan)
+    """Plan a chunk of layers whose statistics are done; steps by layer name."""
+    return do_layers(chunk, workspace, _identify, _plan)
 
 
-def _measured(layer: Layer) -> Reference:
-    return layer.statistics.record.outputs[saliency.FILE]
+def _identify(layer: Layer) -> Identity:
+    inputs = {"statistics": layer.statistics_file.sha256}
+    return step_identity(STAGE, layer.method.version, inputs, layer.settings, exact=True)
+
+
+def _plan(layer: Layer, sources: Sources, folder: Path) -> Figures:
+    statistics = LayerStatistics.load(sources.store.fetch(layer.statistics_file))
+    plan = layer.method.plan(statistics, layer.method_settings)
+    (folder / FILE).write_bytes(canonical_json(plan.model_dump(mode="json")))
+    return layer.method.describe(plan)

@@ -1,14 +1,15 @@
-"""What a task needs to know of a layer, how layers are put into chunks, and how a chunk is done."""
+"""A linear layer on its way through the stages: what tasks know of it, its chunks, and how a chunk is done."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from more_itertools import constrained_batches
 
 from bivlm.checkpoint.linears import Linear
@@ -17,14 +18,15 @@ from bivlm.errors import InputError
 from bivlm.methods import method
 from bivlm.methods.base import Method, MethodSettings, Need
 from bivlm.recipe.loading import Recipe
-from bivlm.workspace.steps import Reference
+from bivlm.workspace.steps import Reference, Workspace
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, Identity, StepResult, do_step, open_workspace
 
 # About ten seconds of the slowest stage on two cores. Smaller chunks would pay more for scheduling than they gain.
 CHUNK_WEIGHTS = 1 << 28
 # Below this a chunk takes a tenth of a second, so that splitting it further for the sake of more workers is no use.
 SMALLEST_CHUNK_WEIGHTS = 1 << 20
+STATISTICS_FILE = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Layer:
     """One linear layer on its way through the stages.
 
     Attributes:
-        folder: where the base checkpoint lies, on this machine and on every worker's.
+        folder: the base checkpoint, on this machine and on every worker's.
         name, disk_name, component, shape: as in `bivlm.checkpoint.Linear`.
-        weight_sha256: of the weight, as in `bivlm.checkpoint.Digests`. The key of what is made of the weight alone, so
-            that a new revision of the model is computed anew only where its weights are new.
+        weight_sha256: of the weight, as in `bivlm.checkpoint.Digests`. It keys what depends on the weight alone, so
+            that a new revision of the model recomputes only the layers whose weights changed.
         settings: what the recipe says about the layer, ready for JSON.
         statistics, plan: the steps of the stages before, once they are done.
         block: the step that ran the layer's block on the calibration samples, for a method that needs inputs.
@@ -63,6 +65,10 @@ class Layer:
         return method(self.settings["method"])
 
     @property
+    def statistics_file(self) -> Reference:
+        return self.statistics.record.outputs[STATISTICS_FILE]
+
+    @property
     def inputs(self) -> Reference | None:
         """The file with the input statistics of the layer's site."""
         if self.block is None:
@@ -72,7 +78,7 @@ class Layer:
 
     @property
     def gradient_squares(self) -> Reference | None:
-        """The file with the squared gradients of the layer's weights; none where nothing of it reaches the answer."""
+        """The file with the squared gradients of the layer's weights; None if nothing of it reaches the answer."""
         if self.gradients is None:
             return None
         record = self.gradients.record
@@ -80,33 +86,41 @@ class Layer:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the layer's method has to see."""
         return self.method.needs(self.method_settings)
 
     @property
     def method_settings(self) -> MethodSettings:
         return self.method.Settings.model_validate(self.settings)
 
+    def read_weight(self, base: Checkpoint | None = None) -> torch.Tensor:
+        """Return the weight, from the base checkpoint if that is open already; the bytes are checked."""
+        return (base or Checkpoint.open(self.folder)).read(self.disk_name, self.weight_sha256)
+
 
 def layers_of(linears: Sequence[Linear], recipe: Recipe, folder: str, tensors: Mapping[str, str]) -> list[Layer]:
-    """The layers that the recipe compresses, in the order of `linears`; `tensors` are the digests of the weights."""
+    """Return the layers that the recipe compresses, in the order of `linears`; `tensors` has the weights' digests."""
     settings = recipe.canonical()["components"]
     return [
         Layer(
             folder,
-            linear.name,
-            linear.disk_name,
-            linear.component,
-            linear.shape,
-            tensors[linear.disk_name],
-            settings[linear.component],
+            each.name,
+            each.disk_name,
+            each.component,
+            each.shape,
+            tensors[each.disk_name],
+            settings[each.component],
         )
-        for linear in linears
+        for each in linears
     ]
 
 
+def with_steps(layers: Sequence[Layer], **steps: Mapping[str, StepResult]) -> list[Layer]:
+    """Return the layers with the steps of a stage: ``with_steps(layers, plan=planned)``."""
+    return [replace(layer, **{stage: done[layer.name] for stage, done in steps.items()}) for layer in layers]
+
+
 def in_chunks(layers: Sequence[Layer], workers: int) -> list[list[Layer]]:
-    """Neighbouring layers together up to about ten seconds of work; a layer larger than that is a chunk of its own.
+    """Return neighbouring layers together, up to about ten seconds of work; a larger layer is a chunk of its own.
 
     Small models are split further, so that every worker has something to do.
     """
@@ -117,30 +131,36 @@ def in_chunks(layers: Sequence[Layer], workers: int) -> list[list[Layer]]:
     ]
 
 
-def open_base(chunk: Sequence[Layer]) -> Checkpoint:
-    """The base checkpoint of a chunk of layers; raises `InputError` if this worker does not have it."""
-    folder = chunk[0].folder
+@dataclass(frozen=True)
+class Sources:
+    """What the work on a layer reads: the base checkpoint, and the workspace with the stages before."""
+
+    base: Checkpoint
+    store: Workspace
+
+
+def do_layers(
+    chunk: Sequence[Layer],
+    workspace: str,
+    identify: Callable[[Layer], Identity],
+    work: Callable[[Layer, Sources, Path], Figures],
+) -> dict[str, StepResult]:
+    """Do one stage of a chunk of layers, one after the other; returns steps by layer name.
+
+    ``identify(layer)`` is the step's identity, ``work(layer, sources, folder)`` what `do_step` runs if it is not done.
+    Raises `InputError` if this worker does not have the base checkpoint.
+    """
+    sources, done = Sources(_open_base(chunk[0].folder), open_workspace(workspace)), {}
+    for layer in chunk:
+        step = done[layer.name] = do_step(sources.store, identify(layer), partial(work, layer, sources))
+        advance(step.record.stage)
+    return done
+
+
+def _open_base(folder: str) -> Checkpoint:
     if not Path(folder).is_dir():
         raise InputError(
             f"base checkpoint {folder}: no such folder on {socket.gethostname()}; every worker reads the weights from "
             "there: share it, or copy it to the same path"
         )
     return Checkpoint.open(folder)
-
-
-def do_layers(
-    chunk: Sequence[Layer],
-    workspace: str,
-    identity: Callable[[Layer], dict[str, Any]],
-    work: Callable[[Layer, Path], dict[str, Any]],
-) -> dict[str, StepResult]:
-    """One step a layer, one after the other; steps by layer name.
-
-    ``identity(layer)`` is the step's identity, ``work(layer, folder)`` what `do_step` runs if it is not done yet.
-    """
-    store = open_workspace(workspace)
-    done = {}
-    for layer in chunk:
-        step = done[layer.name] = do_step(store, identity(layer), partial(work, layer))
-        advance(step.record.stage)
-    return done

@@ -1,4 +1,4 @@
-"""The board's records: what came of every recipe, the tables and the figure in a folder, and a run in MLflow."""
+"""The leaderboard: an entry for each recipe, tables and a figure in a folder, and a run in MLflow."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ BOARD_TAG = "bivlm.board"
 
 
 def entry_of(recipe: Recipe, result: Mapping[str, Any]) -> Entry:
-    """A recipe's place on the board, from what `flows.compress.compress_flow` returned.
+    """Return a recipe's entry, from what `flows.compress.compress_flow` returned.
 
-    What cannot stand beside others (an infinite divergence) is an entry that failed.
+    A result that cannot be ranked (an infinite divergence) is an entry that failed.
     """
     known = _known(recipe)
     try:
@@ -51,12 +51,12 @@ def entry_of(recipe: Recipe, result: Mapping[str, Any]) -> Entry:
 
 
 def failed_entry(recipe: Recipe, reason: BaseException) -> Entry:
-    """The entry of a recipe that could not be carried out."""
+    """Return the entry of a recipe that could not be carried out."""
     return Entry(**_known(recipe), failed=describe(reason))
 
 
 def full_precision_of(result: Mapping[str, Any]) -> FullPrecision:
-    """The model itself, from what came of any recipe."""
+    """Return the entry of the model itself, from the result of any recipe."""
     return FullPrecision(
         bits=result["full_precision_bits"]["linears"],
         model_bits=result["full_precision_bits"]["model"],
@@ -64,7 +64,7 @@ def full_precision_of(result: Mapping[str, Any]) -> FullPrecision:
     )
 
 
-def same_linears(results: Mapping[str, Mapping[str, Any]]) -> None:
+def check_same_linears(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise `InputError` unless all recipes packed the same number of weights: bits have one denominator."""
     weights = {name: result["bits"]["linears"]["weights"] for name, result in results.items()}
     if len(set(weights.values())) > 1:
@@ -73,7 +73,7 @@ def same_linears(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def write_board(board: Mapping[str, Any], output: str) -> None:
-    """The board in the folder `output`: a record, two tables and the figure."""
+    """Write the board into the folder `output`: a record, two tables and the figure."""
     texts = {
         BOARD: json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         MARKDOWN: as_markdown(board),
@@ -85,7 +85,7 @@ def write_board(board: Mapping[str, Any], output: str) -> None:
 
 @task(name="log-board", **OVER_NETWORK)
 def log_board(board: dict[str, Any], output: str, workspace: str) -> str:
-    """A run of its own in MLflow with the board's files and every recipe's figures; returns its id.
+    """Log the board's files and every recipe's figures as an MLflow run; returns its id.
 
     The same board twice is one run.
     """

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from bivlm.errors import InputError
-from bivlm.recipe.loading import Recipe
 from bivlm.reports.lineage import BaseModelFiles, Files, Lineage, read_lineage
 from bivlm.workspace.environment import code, hardware, packages
 from bivlm.workspace.hashing import digest
-from tasks.checkpoint import Base, PackedCheckpoint
-from tasks.embeddings import Table
-from tasks.layers import Layer
+from tasks.compressed import CompressedModel
 from tasks.runtime.steps import StepResult
 
 # What differs between two runs that did the same thing, where a workspace may have been moved in between.
@@ -28,39 +25,24 @@ _CIRCUMSTANCES = {
 
 
 def make_lineage(
-    base: Base,
-    recipe: Recipe,
-    layers: Sequence[Layer],
-    shards: dict[str, StepResult],
-    tables: Sequence[Table],
-    packed_tables: dict[str, StepResult],
-    calibration: StepResult,
-    between: Sequence[StepResult],
-    packed: PackedCheckpoint,
-    evaluations: dict[str, StepResult],
+    model: CompressedModel,
+    evaluations: Mapping[str, StepResult],
     tracking: dict[str, str],
     trigger: str,
     workspace: str,
 ) -> Lineage:
     """Return the lineage record of the packed checkpoint: the one that lies beside it, if it says the same.
 
-    `between` are steps that others refer to: of calibration, and of packing before finishing; `evaluations` are the
-    steps that measured either model, by what they measured; the code, packages and hardware are those of the run that
-    wrote the record, while each step names its own.
+    `evaluations` are the steps that measured either model, by what they measured; the code, packages and hardware are
+    those of the run that wrote the record, while each step names its own.
     """
-    canonical = recipe.canonical()
-    by_stage = {
-        layer.name: {
-            "statistics": layer.statistics,
-            "plan": layer.plan,
-            **({layer.block.record.stage: layer.block} if layer.block else {}),
-            "pack": shards[layer.name],
-        }
-        for layer in layers
-    }
-    by_stage |= {name: {"pack": step} for name, step in packed_tables.items()}
-    steps = [calibration, *between, packed.step, *evaluations.values()]
+    base, packed = model.base, model.checkpoint
+    canonical = model.recipe.canonical()
+    by_stage = _steps_by_stage(model)
+    steps = [model.samples, *model.between, packed.step, *evaluations.values()]
     steps += [step for stages in by_stage.values() for step in stages.values()]
+    tensors = {layer.disk_name: layer.weight_sha256 for layer in model.layers}
+    tensors |= {embedding.linear.disk_name: embedding.weight_sha256 for embedding, _ in model.embeddings}
     lineage = Lineage(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         base_model=BaseModelFiles(
@@ -68,8 +50,7 @@ def make_lineage(
             revision=base.model.revision,
             sha256=base.sha256,
             files=base.digests.files,
-            tensors={layer.disk_name: layer.weight_sha256 for layer in layers}
-            | {table.linear.disk_name: table.weight_sha256 for table in tables},
+            tensors=tensors,
         ),
         recipe=canonical,
         recipe_sha256=digest(canonical),
@@ -77,7 +58,7 @@ def make_lineage(
         packages=packages(),
         hardware=hardware(),
         workspace=workspace,
-        calibration=calibration.key,
+        calibration=model.samples.key,
         layers={name: {stage: step.key for stage, step in stages.items()} for name, stages in by_stage.items()},
         checkpoint=packed.step.key,
         packed=Files(sha256=packed.sha256, files=dict(packed.files)),
@@ -88,6 +69,20 @@ def make_lineage(
     )
     earlier = _earlier(packed.folder)
     return earlier if earlier is not None and _same(earlier, lineage) else lineage
+
+
+def _steps_by_stage(model: CompressedModel) -> dict[str, dict[str, StepResult]]:
+    """Return the steps of every packed tensor by stage."""
+    by_stage = {
+        layer.name: {
+            "statistics": layer.statistics,
+            "plan": layer.plan,
+            **({layer.block.record.stage: layer.block} if layer.block else {}),
+            "pack": model.shards[layer.name],
+        }
+        for layer in model.layers
+    }
+    return by_stage | {embedding.name: {"pack": step} for embedding, step in model.embeddings}
 
 
 def _earlier(folder: str) -> Lineage | None:

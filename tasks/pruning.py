@@ -1,4 +1,4 @@
-"""Models with fewer tokens: every cell of a sweep on every benchmark, a step each; and the tables made of them."""
+"""Pruned models: every cell of a sweep on every benchmark, a step each, and the tables made of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from prefect import task
@@ -18,7 +17,7 @@ from bivlm.errors import InputError
 from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.evaluation.generation import default_batch_size
 from bivlm.evaluation.metrics import accuracy, bootstrap_interval
-from bivlm.evaluation.outcomes import evaluate, read_outcomes, write_outcomes
+from bivlm.evaluation.outcomes import evaluate, write_outcomes
 from bivlm.evaluation.paired import Loss, loss_between
 from bivlm.pruning.dropping import pruned
 from bivlm.recipe.pruning import PruningSettings
@@ -27,12 +26,12 @@ from bivlm.reports.figures.style import svg
 from bivlm.reports.pruning_tables import as_table, grid
 from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Workspace
-from tasks.evaluation import OUTCOMES_FILE, loaded_model
+from tasks.evaluation import OUTCOMES_FILE, loaded_model, outcomes_of
 from tasks.runtime.device import Device
 from tasks.runtime.naming import slug
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
 from tasks.runtime.progress import advance
-from tasks.runtime.steps import StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
 STAGE = "pruning"
 VERSION = 1
@@ -41,7 +40,7 @@ ALL = "all"  # the questions of all benchmarks together
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint whose tokens are pruned: what people call it, where it lies, and its hash.
+    """A checkpoint whose tokens are pruned: its label, folder and hash.
 
     `modules` are those of a recipe, for full precision of an architecture that bivlm does not know; a packed
     checkpoint carries its own.
@@ -53,7 +52,7 @@ class Subject:
     modules: Modules | None = None
 
     def open(self) -> Checkpoint:
-        """The checkpoint, headers alone."""
+        """Open the checkpoint, headers alone."""
         return Checkpoint.open(self.folder, self.modules)
 
 
@@ -76,7 +75,7 @@ def prune_cells(
     device: Device,
     workspace: str,
 ) -> list[dict[str, StepResult]]:
-    """The outcome of every cell, by benchmark: figures as of an evaluation and ``kept``, the shares of tokens kept.
+    """Evaluate every cell by benchmark: figures as of an evaluation and ``kept``, the shares of tokens kept.
 
     A cell that leaves a prompt no image token has ``refused``, the reason, instead.
     """
@@ -88,16 +87,12 @@ def _prune(
     subject: Subject, cell: PruningSettings, benchmark: str, limit: int | None, device: Device, store: Workspace
 ) -> StepResult:
     questions = load_benchmark(benchmark, limit)
-    identity = step_identity(
-        STAGE,
-        VERSION,
-        {"checkpoint": subject.sha256, "benchmark": questions.digest},
-        {"task": benchmark, "cell": cell.model_dump(mode="json")} | _if_named(subject),
-        exact=False,
-        device=device.kind,
-    )
+    inputs = {"checkpoint": subject.sha256, "benchmark": questions.digest}
+    part = {"task": benchmark, "cell": cell.model_dump(mode="json")}
+    part |= {MODULES_KEY: subject.modules} if subject.modules else {}
+    identity = step_identity(STAGE, VERSION, inputs, part, exact=False, device=device.kind)
 
-    def ask(place: Path) -> dict[str, Any]:
+    def ask(place: Path) -> Figures:
         model, processor = loaded_model(subject.folder, subject.sha256, device)
         try:
             with pruned(model, cell, subject.open().modules) as pruning:
@@ -114,11 +109,6 @@ def _prune(
     return done
 
 
-def _if_named(subject: Subject) -> dict[str, Any]:
-    """What the key of a step has more of where a recipe names the model's modules."""
-    return {MODULES_KEY: subject.modules} if subject.modules else {}
-
-
 @task(name="sweep-rows", **OVER_NETWORK)
 def rows_of(
     subject: Subject,
@@ -126,14 +116,13 @@ def rows_of(
     found: Sequence[Mapping[str, StepResult]],
     plain: Mapping[str, StepResult],
     workspace: str,
-) -> list[dict[str, Any]]:
-    """The rows of `bivlm.reports.pruning_tables.as_table`: a row a cell and benchmark, and one for all benchmarks
-    together.
+) -> list[Figures]:
+    """Return the rows of `as_table`: one per cell and benchmark, and one per cell for all benchmarks together.
 
     `plain` are the evaluations of the same model without pruning, by benchmark.
     """
     store = open_workspace(workspace)
-    before = {name: _outcomes(store, done) for name, done in plain.items()}
+    before = {name: outcomes_of(done, store) for name, done in plain.items()}
     rows = []
     for cell, by_benchmark in zip(cells, found, strict=True):
         known = {
@@ -142,7 +131,7 @@ def rows_of(
             **cell.model_dump(mode="json", include={"place", "score", "layer", "share"}),
         }
         refused = next((done.record.figures["refused"] for done in by_benchmark.values() if _refused(done)), None)
-        after = {name: _outcomes(store, done) for name, done in by_benchmark.items() if not _refused(done)}
+        after = {name: outcomes_of(done, store) for name, done in by_benchmark.items() if not _refused(done)}
         for name, done in by_benchmark.items():
             kept = {f"kept_{kind}": share for kind, share in done.record.figures.get("kept", {}).items()}
             figures = _figures(before[name], after[name]) if name in after else {"refused": refused}
@@ -157,12 +146,8 @@ def _refused(done: StepResult) -> bool:
     return "refused" in done.record.figures
 
 
-def _outcomes(store: Workspace, done: StepResult) -> pd.DataFrame:
-    return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
-
-
 def _together(outcomes: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The questions of all benchmarks, whose ids and images get the benchmark's name in front."""
+    """Return the questions of all benchmarks, with the benchmark's name before their ids and images."""
     named = [
         each.assign(**{column: f"{name}/" + each[column] for column in ("question_id", "image_id")})
         for name, each in outcomes.items()
@@ -170,7 +155,7 @@ def _together(outcomes: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(named, ignore_index=True)
 
 
-def _figures(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
+def _figures(before: pd.DataFrame, after: pd.DataFrame) -> Figures:
     low, high = bootstrap_interval(after["score"], after["image_id"])
     lost: Loss = loss_between(before, after)
     renamed = {"loss": lost.loss, "loss_low": lost.low, "loss_high": lost.high, "p_value": lost.p_value, "n": lost.n}
@@ -178,7 +163,7 @@ def _figures(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, Any]:
 
 
 def kept_on_average(found: Mapping[str, StepResult]) -> float | None:
-    """The share of the image tokens that a cell kept, over the questions of all its benchmarks; None if refused."""
+    """Return the share of image tokens that a cell kept over all its benchmarks; None if it was refused."""
     if any(_refused(done) for done in found.values()):
         return None
     figures = [done.record.figures for done in found.values()]
@@ -193,8 +178,8 @@ def adaptive_row(
     adaptive: Mapping[str, StepResult],
     fixed: Mapping[str, StepResult],
     workspace: str,
-) -> dict[str, Any]:
-    """What keeping a mass of attention loses, what a fixed share of as many tokens loses, and the one over the other.
+) -> Figures:
+    """Return the losses of keeping a mass of attention and of a fixed share of as many tokens, and their difference.
 
     A positive ``gain`` says how much accuracy the adaptive choice saves; percentage points with 95 % intervals.
     """
@@ -211,9 +196,7 @@ NAMES = ("sweep.csv", "baselines.json", "losses.svg", "accuracy.svg")
 
 
 def files_of_sweep(
-    rows: Sequence[Mapping[str, Any]],
-    adaptive: Sequence[Mapping[str, Any]],
-    baselines: Mapping[str, Mapping[str, float]],
+    rows: Sequence[Figures], adaptive: Sequence[Figures], baselines: Mapping[str, Mapping[str, float]]
 ) -> dict[str, str]:
     """Return the text of a sweep's files by name: all rows, the paper's tables, heat maps, accuracy over shares.
 
@@ -236,9 +219,9 @@ def files_of_sweep(
 
 
 def loss_of(plain: Mapping[str, StepResult], found: Mapping[str, StepResult], workspace: str) -> Loss | None:
-    """What one cell loses over all its benchmarks together; None for a cell that was refused."""
+    """Return what a cell loses over all its benchmarks together; None if it was refused."""
     if any(_refused(done) for done in found.values()):
         return None
     store = open_workspace(workspace)
-    before, after = ({name: _outcomes(store, done) for name, done in each.items()} for each in (plain, found))
+    before, after = ({name: outcomes_of(done, store) for name, done in each.items()} for each in (plain, found))
     return loss_between(_together(before), _together(after))

@@ -1,9 +1,9 @@
-"""compression_report.json: what was compressed, how, and what it costs."""
+"""compression_report.json and report.html: what was compressed, how, and what it costs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
@@ -22,40 +22,31 @@ from bivlm.untrusted import read_object
 from bivlm.workspace.hashing import digest
 from bivlm.workspace.stores.folder import write_atomically
 from tasks.checkpoint import Base
-from tasks.embeddings import Table
+from tasks.compressed import CompressedModel
+from tasks.embeddings import Embedding
 from tasks.layers import Layer
-from tasks.runtime.steps import StepResult
+from tasks.runtime.steps import Figures, StepResult
 
 FORMAT = 3
-OTHERS = 8  # compressions that one picture compares with: the labels of more would leave it no room
+OTHERS = 8  # compressions that one figure compares with: the labels of more would leave it no room
+
+Report = dict[str, Any]  # what compression_report.json holds
 
 
 def code_version() -> str:
-    """The version of this package."""
+    """Return the version of this package."""
     return metadata.version("bivlm")
 
 
-def make_report(
-    base: Base,
-    recipe: Recipe,
-    layers: Sequence[Layer],
-    shards: dict[str, StepResult],
-    tables: Sequence[Table],
-    packed_tables: dict[str, StepResult],
-    folder: str,
-    *,
-    seconds: float,
-    peak_memory_bytes: int,
-    runner: str,
-) -> dict[str, Any]:
-    """Return the report on the packed checkpoint in `folder`.
+def make_report(model: CompressedModel, *, seconds: float, peak_memory_bytes: int, runner: str) -> Report:
+    """Return the report on the packed checkpoint.
 
     `seconds` and `peak_memory_bytes` are those of the run that wrote the checkpoint, from the calibration samples to
-    the written files, libraries included, the memory that of the flow's own process; `runner` is who worked on the
-    layers. A layer's seconds are those of its steps when they ran.
+    the written files, libraries included; the memory is that of the flow's own process. `runner` says who worked on
+    the layers. A layer's seconds are those of its steps when they ran.
     """
-    canonical = recipe.canonical()
-    described = [_layer(layer, shards[layer.name]) for layer in layers]
+    base, layers, canonical = model.base, model.layers, model.recipe.canonical()
+    described = [_describe_layer(layer, model.shards[layer.name]) for layer in layers]
     return {
         "format": FORMAT,
         "base_model": {"id": base.model.id, "revision": base.model.revision, "sha256": base.sha256},
@@ -63,10 +54,10 @@ def make_report(
         "recipe": canonical,
         "recipe_sha256": digest(canonical),
         "code_version": code_version(),
-        "bits": bits_of(folder),
-        "relative_error": relative_error(_with_moments(described, layers)),
+        "bits": bits_of(model.checkpoint.folder),
+        "relative_error": relative_error(_with_figures(described, layers, "mean", "std")),
         "layers": described,
-        "tables": [_table(table, packed_tables[table.name]) for table in tables],
+        "tables": [_describe_embedding(embedding, shard) for embedding, shard in model.embeddings],
         "warnings": _warnings(described, [layer.settings.get("damping") for layer in layers]),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
@@ -74,7 +65,7 @@ def make_report(
     }
 
 
-def with_at_chance(report: dict[str, Any], found: Sequence[AtChance]) -> dict[str, Any]:
+def with_at_chance(report: Report, found: Sequence[AtChance]) -> Report:
     """Return the report with warnings of the benchmarks on which full precision is at chance.
 
     They take the place of those of an earlier evaluation.
@@ -83,7 +74,7 @@ def with_at_chance(report: dict[str, Any], found: Sequence[AtChance]) -> dict[st
     return report | {"warnings": [*warnings, *map(str, found)]}
 
 
-def report_text(report: dict[str, Any]) -> str:
+def report_text(report: Report) -> str:
     """Return what `compression_report.json` holds."""
     return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -96,8 +87,8 @@ def write_records(folder: str, texts: Mapping[str, str]) -> None:
             write_atomically(file, lambda stream, content=content: stream.write(content))
 
 
-def earlier_report(output: str, base: Base, recipe: Recipe) -> dict[str, Any] | None:
-    """The report in `output` if it is about this base model, recipe and code; else None."""
+def earlier_report(output: str, base: Base, recipe: Recipe) -> Report | None:
+    """Return the report in `output` if it is about this base model, recipe and code; else None."""
     try:
         report = read_object(Path(output) / REPORT)
     except InputError:
@@ -108,8 +99,8 @@ def earlier_report(output: str, base: Base, recipe: Recipe) -> dict[str, Any] | 
     return report if same and isinstance(of, dict) and of.get("sha256") == base.sha256 else None
 
 
-def in_a_sentence(report: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
-    """What came of it: bits, and accuracy before and after where it was measured."""
+def summarize(report: Report, evaluation: Figures | None) -> str:
+    """Return bits, and accuracy before and after where it was measured, as a sentence."""
     bits = report["bits"]
     said = (
         f"{bits['linears']['stored']:.3f} stored bits in the linears, {bits['model']['stored']:.2f} in the whole model"
@@ -126,10 +117,10 @@ def in_a_sentence(report: dict[str, Any], evaluation: dict[str, Any] | None) -> 
 
 def page_text(
     lineage: Lineage,
-    report: dict[str, Any],
-    evaluation: dict[str, Any] | None,
-    layers: list[dict[str, Any]],
-    points: list[dict[str, Any]],
+    report: Report,
+    evaluation: Figures | None,
+    layers: list[Figures],
+    points: list[Figures],
     chance: dict[str, float],
 ) -> str:
     """Return what `report.html` holds: the report, the lineage record and every figure on one page."""
@@ -139,13 +130,9 @@ def page_text(
 
 
 def points_for_figures(
-    base: Base,
-    recipe: Recipe,
-    report: dict[str, Any],
-    evaluation: dict[str, Any] | None,
-    others: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Full precision, this run and those of `others` nearest to it in stored bits, as
+    base: Base, recipe: Recipe, report: Report, evaluation: Figures | None, others: list[Figures]
+) -> list[Figures]:
+    """Return full precision, this run and those of `others` nearest to it in stored bits, as
     `bivlm.reports.figures.compression.accuracy_against_bits` draws them."""
     if evaluation is None:
         return []
@@ -166,35 +153,30 @@ def points_for_figures(
 
 
 def full_precision_bits(base: Base) -> dict[str, float]:
-    """Stored bits of the base model: a weight of its linears, and a parameter of the whole model."""
+    """Return the stored bits of the base model: of a weight of its linears, and of a parameter of the whole model."""
     weights = sum(linear.size for linear in base.linears)
     linear_bits = sum(8 * linear.dtype.itemsize * linear.size for linear in base.linears) / weights
     return {"linears": linear_bits, "model": bits_of(base.model.folder)["model"]["stored"]}
 
 
-def layers_for_figures(
-    report: dict[str, Any], layers: Sequence[Layer], curves: dict[str, StepResult]
-) -> list[dict[str, Any]]:
-    """The report's layers with what only pictures need: mean, std, histogram, and error by p_max where it is known."""
-    described = {layer["name"]: layer for layer in report["layers"]}
+def layers_for_figures(report: Report, layers: Sequence[Layer], curves: Mapping[str, StepResult]) -> list[Figures]:
+    """Return the report's layers with what figures need: mean, std, histogram, and error by p_max where it is known."""
+    by_name = {layer["name"]: layer for layer in report["layers"]}
+    described = _with_figures([by_name[layer.name] for layer in layers], layers, "mean", "std", "histogram")
+    errors = {name: curve.record.figures["error_by_p_max"] for name, curve in curves.items()}
+    return [layer | {"error_by_p_max": errors.get(layer["name"])} for layer in described]
+
+
+def _with_figures(described: Sequence[Figures], layers: Sequence[Layer], *keys: str) -> list[Figures]:
+    """Return the descriptions with some figures of the weights' statistics."""
     return [
-        {
-            **described[layer.name],
-            **{key: layer.statistics.record.figures[key] for key in ("mean", "std", "histogram")},
-            "error_by_p_max": curves[layer.name].record.figures["error_by_p_max"] if layer.name in curves else None,
-        }
-        for layer in layers
+        known | {key: layer.statistics.record.figures[key] for key in keys}
+        for known, layer in zip(described, layers, strict=True)
     ]
 
 
-def _with_moments(described: list[dict[str, Any]], layers: Sequence[Layer]) -> Iterator[dict[str, Any]]:
-    """The report's layers with mean and std of their weights."""
-    for known, layer in zip(described, layers, strict=True):
-        yield known | {key: layer.statistics.record.figures[key] for key in ("mean", "std")}
-
-
-def _warnings(layers: list[dict[str, Any]], asked: list[float | None]) -> list[str]:
-    """What calibration could not do as asked, counted; a sentence each. `asked` is the damping of the recipe."""
+def _warnings(layers: list[Figures], asked: list[float | None]) -> list[str]:
+    """Return what calibration could not do as asked, counted, a sentence each; `asked` is the recipe's damping."""
     figures = [layer["calibration"] for layer in layers]
     unseen = [layer["name"] for layer in layers if layer["calibration"].get("tokens") == 0]
     dead = [found["dead_channels"] for found in figures if found.get("dead_channels") and found.get("tokens")]
@@ -225,18 +207,18 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _table(table: Table, shard: StepResult) -> dict[str, Any]:
+def _describe_embedding(embedding: Embedding, shard: StepResult) -> Figures:
     return {
-        "name": table.name,
-        "shape": list(table.linear.shape),
-        **table.settings.model_dump(mode="json"),
+        "name": embedding.name,
+        "shape": list(embedding.linear.shape),
+        **embedding.settings.model_dump(mode="json"),
         "error": shard.record.figures["error"],
         "stored_bits": shard.record.figures["bits"]["stored"],
         "seconds": shard.record.seconds,
     }
 
 
-def _layer(layer: Layer, shard: StepResult) -> dict[str, Any]:
+def _describe_layer(layer: Layer, shard: StepResult) -> Figures:
     statistics, plan = layer.statistics.record, layer.plan.record
     return {
         "name": layer.name,

@@ -96,7 +96,7 @@ def print_evaluation(record: dict[str, Any]) -> None:
 
 
 def print_estimate(found: dict[str, Any]) -> None:
-    """Print the result of `flows.estimates.told`."""
+    """Print the result of `flows.estimates.estimate_compression`."""
     table = Table("stage", "memory", "GPU memory", "on disk", "time", title="about, on this machine")
     for each in found["stages"]:
         sizes = (_size(each[key]) for key in ("memory", "gpu", "disk"))

@@ -10,12 +10,12 @@ _SAYS_NOTHING = {"checkpoint", "model", "snapshot", "weights"}  # as a folder's 
 
 
 def slug(text: str, keep: str = "") -> str:
-    """`text` with letters, digits, ``_ - .`` and the characters in `keep`; whatever else stands there becomes a dot."""
+    """Return `text` with every run of characters but letters, digits, ``_ - .`` and those in `keep` as a dot."""
     return re.sub(rf"[^A-Za-z0-9_.{re.escape(keep)}-]+", ".", text).strip(".")[-100:]
 
 
 def model_name(model: ResolvedModel) -> str:
-    """Owner and name of a hub model, the folder's name otherwise; no dots, which MLflow's model names do not allow."""
+    """Return owner and name of a hub model, else the folder's name; without dots, which MLflow's names do not allow."""
     if model.revision is None or model.id.startswith("s3://"):
         folder = model.folder.resolve()
         name = f"{folder.parent.name}-{folder.name}" if folder.name in _SAYS_NOTHING else folder.name
@@ -25,10 +25,10 @@ def model_name(model: ResolvedModel) -> str:
 
 
 def run_name(model: ResolvedModel, recipe: str, request: str) -> str:
-    """For the list of runs: model, recipe and the beginning of the request's hash."""
+    """Return the name in the list of runs: model, recipe and the beginning of the request's hash."""
     return f"{model_name(model)} · {recipe} · {request[:8]}"
 
 
 def registered_name(model: ResolvedModel, recipe: str) -> str:
-    """One registered model per base model and recipe, so that each recipe has its own candidate."""
+    """Return the registered model: one per base model and recipe, so that each recipe has its own candidate."""
     return f"{model_name(model)}-{recipe.replace('.', '-')}"

@@ -1,11 +1,9 @@
-"""What is tried again, how, and what is not: the whole retry policy, in one place.
+"""The whole retry policy, in one place.
 
-- Out of memory: again with smaller chunks (or batches), see `smaller_after_out_of_memory`. A worker that was killed
+- Out of memory: retried with smaller chunks (or batches), see `smaller_after_out_of_memory`. A worker that was killed
   counts as out of memory, which is what the kernel kills for.
-- Network, S3, tracking server: again with growing, jittered pauses, and an end (`OVER_NETWORK`).
-- Bad input: never; the message says what to mend.
-- A gate that was not passed: never; what was measured stays what it is.
-- Anything else: never; a defect is not healed by repetition.
+- Network, S3, tracking server: retried a few times with growing, jittered pauses (`OVER_NETWORK`).
+- Bad input, a gate that was not passed, and anything else: never retried; repetition does not change them.
 """
 
 from __future__ import annotations
@@ -44,16 +42,16 @@ _MLFLOW_BUSY = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "ABORTED", 
 
 
 class WorkerLost(RuntimeError):
-    """A worker is gone in the middle of its work, most likely killed by the kernel because memory ran out."""
+    """A worker died at work, most likely killed by the kernel because memory ran out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the machine or on its GPU, or is likely to have: see `WorkerLost`."""
+    """Return whether memory ran out, on the machine or on its GPU, or is likely to have: see `WorkerLost`."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError | WorkerLost)
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Whether the trouble lies between machines and may be over in a moment. Looks at what caused `error`, too."""
+    """Return whether `error`, or its cause, lies between machines and may pass."""
     while error is not None:
         if isinstance(error, InputError | GateNotPassed):
             return False
@@ -66,7 +64,7 @@ def is_passing(error: BaseException | None) -> bool:
 
 
 def may_heal(task: Any, task_run: Any, state: Any) -> bool:
-    """Prefect's question after a failed task: should it run again?"""
+    """Answer Prefect's question after a failed task: should it run again?"""
     try:
         state.result()
     except BaseException as error:  # judged, and left in the state, which the flow raises from
@@ -85,7 +83,7 @@ OVER_NETWORK: dict[str, Any] = _PLAIN | {
 
 
 def smaller_after_out_of_memory(work: Callable[[int], T], size: int) -> T:
-    """``work(size)``; with half the size each time memory runs out. What still does not fit at size 1 is raised."""
+    """Return ``work(size)``, with half the size each time memory runs out; raises what does not fit at size 1."""
     while True:
         try:
             return work(size)
@@ -99,7 +97,7 @@ def smaller_after_out_of_memory(work: Callable[[int], T], size: int) -> T:
 
 
 def halves(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """The two halves of a chunk that was too large."""
+    """Yield the two halves of a chunk that was too large."""
     middle = (len(items) + 1) // 2
     yield items[:middle]
     yield items[middle:]

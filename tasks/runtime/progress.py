@@ -1,4 +1,4 @@
-"""How tasks say how far they are, without knowing who listens."""
+"""How tasks report progress, without knowing who shows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Somebody who shows progress. Called from several threads."""
+    """Shows progress; called from several threads."""
 
     def advance(self, stage: str, units: float = 1.0) -> None:
         """`units` more of a stage are done."""
@@ -30,13 +30,26 @@ _listener: ContextVar[Progress] = ContextVar("progress", default=_Silent())  # n
 
 
 def advance(stage: str, units: float = 1.0) -> None:
-    """Tell whoever shows progress that `units` more of `stage` are done."""
+    """Report that `units` more of `stage` are done."""
     _listener.get().advance(stage, units)
 
 
 def expect(stage: str, units: int) -> None:
-    """Tell whoever shows progress how many units a stage has."""
+    """Report how many units a stage has."""
     _listener.get().expect(stage, units)
+
+
+class Restartable:
+    """Progress of work that may begin again, with smaller batches or a lower rate; the bar never goes back."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage, self._reached = stage, 0.0
+
+    def reach(self, units: float) -> None:
+        """Report that `units` of the stage are done by now."""
+        if units > self._reached:
+            advance(self._stage, units - self._reached)
+            self._reached = units
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A step: looked up in the workspace by its key, run if it is not done there, and written down."""
+"""Steps: looked up in the workspace by key, run if they are not there, and recorded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from bivlm.workspace.environment import software
 from bivlm.workspace.hashing import digest
 from bivlm.workspace.steps import Reference, StepRecord, Workspace
 
+Identity = dict[str, Any]  # as `bivlm.workspace.hashing.step_identity` makes it
+Figures = dict[str, Any]  # of a step, ready for JSON
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """A finished step: its record, and whether it had been done before. A few kilobytes; it travels."""
+    """A finished step: its record, and whether it was done before. A few kilobytes, small enough to travel."""
 
     record: StepRecord
     reused: bool
@@ -30,10 +33,10 @@ class StepResult:
 
 @lru_cache(maxsize=8)
 def open_workspace(url: str) -> Workspace:
-    """The workspace at `url`, opened once a process.
+    """Return the workspace at `url`, opened once a process.
 
-    Raises `InputError` for a folder that is not there. The flow has made it, so that this worker is on another machine
-    that does not share it; what it made in a new one would never be found.
+    Raises `InputError` for a missing folder: the flow has made it, so this worker runs on a machine that does not share
+    it, and nobody would find what it writes.
     """
     if "://" not in url and not Path(url).is_dir():
         raise InputError(
@@ -54,11 +57,11 @@ def check_that_workers_share(workspace: Workspace, steps: Iterable[StepResult]) 
                 )
 
 
-def do_step(workspace: Workspace, identity: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> StepResult:
-    """The step of this identity (`step_identity`), from the workspace or by running ``work(folder)``.
+def do_step(workspace: Workspace, identity: Identity, work: Callable[[Path], Figures]) -> StepResult:
+    """Return the step of this identity, from the workspace or by running ``work(folder)``.
 
-    `work` writes what it makes as files in the folder, whose relative paths become the names of the outputs, and
-    returns figures ready for JSON. Nothing is recorded unless it returns.
+    `work` writes its outputs as files into the folder, whose relative paths become their names, and returns figures.
+    Nothing is recorded unless it returns.
     """
     record = workspace.step(digest(identity))
     if record is not None:
@@ -71,15 +74,11 @@ def do_step(workspace: Workspace, identity: dict[str, Any], work: Callable[[Path
 
 
 def finish(
-    workspace: Workspace,
-    identity: dict[str, Any],
-    outputs: dict[str, Reference],
-    figures: dict[str, Any],
-    seconds: float,
+    workspace: Workspace, identity: Identity, outputs: dict[str, Reference], figures: Figures, seconds: float
 ) -> StepResult:
-    """Write down that a step is done, whose outputs are stored.
+    """Record a step whose outputs are stored, and return it.
 
-    Another worker may have finished it meanwhile: its record stands, so that all who use the step name the same one.
+    If another worker recorded it meanwhile, that record stands, so that all users of the step name the same one.
     """
     record = StepRecord(identity=identity, outputs=outputs, figures=figures, seconds=seconds, environment=software())
     earlier = workspace.step(record.key)

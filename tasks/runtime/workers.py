@@ -1,4 +1,4 @@
-"""A worker process: how it begins, and how it ends with the process that started it."""
+"""The start of a worker process, and its end with the process that started it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 def begin(lifeline: Connection, threads: int) -> None:
     """Make this process a worker that computes with at most `threads` threads and ends when `lifeline` is closed.
 
-    Nobody writes to `lifeline`. Its other end is held by the process that started this one alone, so that it is closed
-    when that process lets go of it and when it dies, however it dies; an executor of the standard library would leave
-    its processes behind after SIGKILL. What was being written is left unfinished, which the workspace allows.
+    Nobody writes to `lifeline`. Only the process that started this one holds its other end, so that it is closed when
+    that process closes it or dies, however it dies; an executor of the standard library leaves its processes behind
+    after SIGKILL. What was being written is left unfinished, which the workspace allows.
     """
     # Ctrl-C reaches all processes of a terminal. The flow decides what to make of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

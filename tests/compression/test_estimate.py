@@ -13,7 +13,7 @@ from bivlm.compression.estimate import Machine, Needs, Probe, Work, check_fits, 
 from bivlm.errors import InputError
 from bivlm.methods import method
 from flows.cli import main as cli
-from flows.estimates import told
+from flows.estimates import estimate_compression
 
 RTN = method("rtn").Settings(method="rtn", bits=2)
 GPTQ = method("gptq").Settings(method="gptq", bits=3)
@@ -123,7 +123,8 @@ def recipe_file(tmp_path):
 
 
 def test_an_estimate_tells_every_stage_and_writes_nothing(tiny_llava, recipe_file, tmp_path):
-    found = told(str(tiny_llava), str(recipe_file), str(tmp_path / "out"), workspace=str(tmp_path / "work"))
+    place = {"workspace": str(tmp_path / "work")}
+    found = estimate_compression(str(tiny_llava), str(recipe_file), str(tmp_path / "out"), **place)
     assert [each["stage"] for each in found["stages"]] == [
         *("block inputs", "layers", "tables", "checkpoint", "registration"),
     ]

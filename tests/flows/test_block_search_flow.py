@@ -107,10 +107,10 @@ def test_the_outputs_that_were_searched_on_are_those_of_the_packed_model(searche
     "inputs", [pytest.param(name, marks=pytest.mark.slow if name == "quantized" else ()) for name in INPUTS]
 )
 def test_a_search_goes_on_at_the_group_where_it_was(new_compression, tmp_path, monkeypatch, inputs):
-    from tasks import block_search as search
+    from tasks import block_search
 
     compression = searching(new_compression(tmp_path), inputs=inputs, depth=1)
-    real, searched = search.search_group, []
+    real, searched = block_search.search_group, []
 
     def failing(model, units, *arguments):
         searched.append(units[0].name)
@@ -118,7 +118,7 @@ def test_a_search_goes_on_at_the_group_where_it_was(new_compression, tmp_path, m
             raise RuntimeError("the power is gone")
         return real(model, units, *arguments)
 
-    monkeypatch.setattr(search, "search_group", failing)
+    monkeypatch.setattr(block_search, "search_group", failing)
     with pytest.raises(RuntimeError, match="the power is gone"):
         compression.run(evaluate=False)
     compression.run(evaluate=False)

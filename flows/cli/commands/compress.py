@@ -56,9 +56,9 @@ def _compress(options: argparse.Namespace) -> int:
     }
     if options.estimate:
         from flows.cli.console import print_estimate
-        from flows.estimates import told
+        from flows.estimates import estimate_compression
 
-        found = told(**asked)
+        found = estimate_compression(**asked)
         print_estimate(found)
         return BAD_INPUT if found["refused"] else DONE
     announce_start("Prefect, MLflow and the model's anatomy")
