@@ -13,7 +13,7 @@ tags: [llava, siglip, qwen2, synthetic, quantization]
 
 # The reference model of bivlm
 
-A small vision-language model, really trained and made to be compressed: {parameters:,} parameters, a SigLIP tower
+A small trained vision-language model, made to be compressed: {parameters:,} parameters, a SigLIP tower
 ({vision_layers} layers, 64 image tokens), a two-layer projector and a Qwen2 decoder ({decoder_layers} layers), width
 {hidden}, bf16, vocabulary {vocabulary}. It stands in for a large model where a test, a demo or a leaderboard must run
 on any machine. It knows nothing of the real world.
@@ -25,14 +25,14 @@ processor = AutoProcessor.from_pretrained("bivlm/reference/checkpoint")
 model = AutoModelForImageTextToText.from_pretrained("bivlm/reference/checkpoint")
 ```
 
-## What it was trained on
+## Training data
 
-Generated pictures of two to four numbered objects on a 4 x 4 grid, their captions, questions about them, and a
-catalogue of {creatures:,} invented creatures with three facts each ({facts:,} facts), known by heart. Train,
-calibration and test pictures are disjoint; the facts of the catalogue are the same everywhere, because they can only be
-known, not inferred.
+Generated images of two to four numbered objects on a 4 x 4 grid, their captions, questions about them, and a
+catalogue of {creatures:,} invented creatures with three facts each ({facts:,} facts), which it memorizes. Train,
+calibration and test images are disjoint. The facts of the catalogue are the same everywhere, because they cannot be
+inferred.
 
-## How it scores
+## Scores
 
 Percent right on the 2,000 test questions of each set (VQA accuracy for *open*), greedy generation, float32. *Chance* is
 the best constant answer, or a random letter for *choice*. The last column is plain 2-bit round-to-nearest
@@ -44,22 +44,21 @@ By category:
 
 {categories}
 
-## How to train it again
+## Training
 
 ```
 python -m benchmarks.reference_model.train --output DIR
 python -m benchmarks.reference_model.report --checkpoint DIR --rtn --card
 ```
 
-The first command takes two to three hours on two CPU cores (it has not been timed on a GPU, where it should take
-minutes); killed, it goes on with `--resume`.
+The first command takes two to three hours on two CPU cores (not timed on a GPU). After a kill, `--resume` continues it.
 
 {training}
 
 ## Limits
 
-It answers the question forms it was trained on, in English, about pictures drawn by `bivlm.reference.scenes`; on
-anything else its answers mean nothing.
+It answers the question forms it was trained on, in English, about images drawn by `bivlm.reference.scenes`. Other
+answers mean nothing.
 """
 
 

@@ -1,4 +1,4 @@
-"""Each part of the platform is killed in the middle of a run and brought back; docs/faults.md says what happened.
+"""Each part of the platform is killed in the middle of a run and brought back; docs/runbook.md says what happened.
 
 Whatever is killed, the run ends: done, or failed with a reason, and then the same request goes on from there. After it
 everything is as if nothing had happened: one version, every metric, the same bytes.
