@@ -69,7 +69,7 @@ def model_card(report: Mapping[str, Any], lineage: Lineage, name: str, licence_f
         undefined=StrictUndefined,
     )
     environment.filters["fixed"] = lambda value, places: "" if value is None else f"{value:.{places}f}"
-    return environment.get_template("model_card.md").render(
+    return environment.get_template("model_card.jinja").render(
         header=_header(lineage, recipe, licence),
         title=name.rsplit("/", 1)[-1],
         shown=f"[{base.id}]({_HUB}/{base.id})" if base.revision else f"The model in a folder `{Path(base.id).name}`",
