@@ -55,6 +55,7 @@ from tasks.runtime.device import choose_device
 from tasks.runtime.locks import one_at_a_time
 from tasks.runtime.naming import model_name
 from tasks.runtime.progress import shown_by
+from tasks.runtime.states import failed_by
 
 
 def _run_name() -> str:
@@ -253,5 +254,5 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     }
     # After the run in MLflow was ended as finished: all of it is there.
     if refused is not None:
-        raise GateNotPassed(refused, result)
+        return failed_by(GateNotPassed(refused, result))
     return result

@@ -8,12 +8,20 @@ from prefect.logging.formatters import PrefectFormatter
 
 from bivlm.errors import GateNotPassed
 from flows.cli.follow import _without_frames, follow
+from infra.automations import ENDS
+from tasks.runtime.states import GATE_STATE, INPUT_STATE, failed_by
 
 
 def raised(depth: int, error: Exception) -> None:
     if depth:
         raised(depth - 1, error)
     raise error
+
+
+def logged(error: Exception) -> str:
+    about = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("flow", logging.ERROR, "x", 1, "It %s", ("failed",), about)
+    return PrefectFormatter("%(message)s").format(record)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +32,8 @@ def raised(depth: int, error: Exception) -> None:
         (ValueError("an\n    indented one"), "ValueError: an\n    indented one"),
         (KeyError("x"), "KeyError: 'x'"),
         (
-            ValueError('bad file:\n  File "x.yaml", line 3\n    is it'),
-            'ValueError: bad file:\n  File "x.yaml", line 3\n    is it',
+            ValueError('bad:\n  File "x.yaml", line 3\n    is it'),
+            'ValueError: bad:\n  File "x.yaml", line 3\n    is it',
         ),
     ],
 )
@@ -33,10 +41,7 @@ def test_of_a_traceback_the_error_stays(error, shown):
     try:
         raised(3, error)
     except Exception as caught:
-        record = logging.LogRecord(
-            "flow", logging.ERROR, "x", 1, "It %s", ("failed",), (type(caught), caught, caught.__traceback__)
-        )
-    message = PrefectFormatter("%(message)s").format(record)
+        message = logged(caught)
     assert message.count("test_triggering.py") > 3
     assert _without_frames(message) == f"It failed\n{shown}"
 
@@ -45,10 +50,9 @@ def test_a_recursion_is_shown_by_its_error():
     try:
         endless()
     except RecursionError as caught:
-        record = logging.LogRecord("flow", logging.ERROR, "x", 1, "", (), (type(caught), caught, caught.__traceback__))
-    message = PrefectFormatter("%(message)s").format(record)
+        message = logged(caught)
     assert "[Previous line repeated" in message
-    assert _without_frames(message).strip() == "RecursionError: maximum recursion depth exceeded"
+    assert _without_frames(message) == "It failed\nRecursionError: maximum recursion depth exceeded"
 
 
 def endless():
@@ -67,16 +71,13 @@ def test_of_a_chain_the_last_error_stays():
         except KeyError as inner:
             raise RuntimeError("outer") from inner
     except RuntimeError as caught:
-        record = logging.LogRecord(
-            "flow", logging.ERROR, "x", 1, "It failed", (), (type(caught), caught, caught.__traceback__)
-        )
-    assert _without_frames(PrefectFormatter("%(message)s").format(record)) == "It failed\nRuntimeError: outer"
+        assert _without_frames(logged(caught)) == "It failed\nRuntimeError: outer"
 
 
 @flow(name="refused-within")
 def refused():
     get_run_logger().critical("about to be refused")
-    raise GateNotPassed("too many bits")
+    return failed_by(GateNotPassed("too many bits"))
 
 
 @flow(name="a-night")
@@ -88,17 +89,21 @@ def night(error=None):
 
 
 def followed(flow, **parameters):
-    """(how its run ended, what was told of it) by somebody who looks once it has ended."""
+    """(the last state of its run, what was told of it) by somebody who looks once it has ended."""
     state = flow(**parameters, return_state=True)
     told = []
-    return follow(state.state_details.flow_run_id, told.append), told
+    return follow(state.state_details.flow_run_id, told.append).state, told
 
 
 def test_a_gate_that_was_not_passed_is_the_end_of_its_own_run_alone():
     ended, told = followed(refused)
-    assert (ended.completed, ended.refused) == (False, True) and "too many bits" in ended.message
+    assert (ended.is_completed(), ended.name) == (False, GATE_STATE) and "too many bits" in ended.message
     assert any("about to be refused" in line for line in told)
     ended, told = followed(night, error="the GPU is on fire")
-    assert (ended.completed, ended.refused) == (False, False) and "the GPU is on fire" in ended.message
+    assert (ended.is_completed(), ended.name) == (False, "Failed") and "the GPU is on fire" in ended.message
     assert any("about to be refused" in line for line in told)  # of the run within it
-    assert followed(night)[0].completed
+    assert followed(night)[0].is_completed()
+
+
+def test_a_run_that_ends_in_a_state_of_ours_has_not_fallen_silent():
+    assert {GATE_STATE, INPUT_STATE} <= ENDS
