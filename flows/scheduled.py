@@ -50,18 +50,10 @@ class WatchResult:
 
 
 @dataclass(frozen=True)
-class NightResult:
-    """Versions by model, revision and recipe, and by model why it has no revision yet."""
+class MadeResult:
+    """Versions or leaderboards by what they are of, and by model why it has no revision yet."""
 
-    versions: dict[str, str]
-    waiting: dict[str, str]
-
-
-@dataclass(frozen=True)
-class WeekResult:
-    """Folders of leaderboards by model and revision, and by model why it has no revision yet."""
-
-    boards: dict[str, str]
+    made: dict[str, str]
     waiting: dict[str, str]
 
 
@@ -119,7 +111,7 @@ def nightly_flow(
     workspace: str | None = None,
     runner: str = "threads",
     settled_seconds: Seconds = 60,
-) -> NightResult:
+) -> MadeResult:
     """Compress every listed model, at its current revision, by each of its recipes, unless that was done.
 
     It catches up on what no event did: a changed recipe, a lost event, a failed run. Raises `SomeFailed` at the end,
@@ -141,17 +133,14 @@ def nightly_flow(
         asked = {"model_id": each.model, "revision": each.revision, "recipe": each.recipe, "questions": questions}
         try:
             result = on_base_model_flow(**asked, evaluate=evaluate, workspace=store.url, runner=runner)
-        except GateNotPassed as error:
-            if error.result is None:  # reported on the night when it was made
+            versions[_words(each)] = result.version
+        except Exception as error:  # reported below, all together; the model's own run has the trace
+            if isinstance(error, GateNotPassed) and error.result is None:  # reported on the night when it was made
                 get_run_logger().warning("%s", error)
             else:
                 failed[_words(each)] = describe(error)
-        except Exception as error:  # reported below, all together; the model's own run has the trace
-            failed[_words(each)] = describe(error)
-        else:
-            versions[_words(each)] = result.version
     _raise_if(failed)
-    return NightResult(versions, seen.waiting)
+    return MadeResult(versions, seen.waiting)
 
 
 @flow(name="weekly-leaderboards", flow_run_name="weekly-leaderboards", persist_result=False)
@@ -160,7 +149,7 @@ def weekly_flow(
     workspace: str | None = None,
     finish: bool = False,
     settled_seconds: Seconds = 60,
-) -> WeekResult:
+) -> MadeResult:
     """Make the leaderboard of every listed model that has one, in ``leaderboards`` of the outputs.
 
     Two entries about one revision share a board with the recipes of both. Raises `SomeFailed` at the end, with every
@@ -180,19 +169,18 @@ def weekly_flow(
     seen = _look(listed, settled_seconds, store.url)
     recipes: dict[tuple[str, str], list[str]] = {}
     for each in seen.revisions:
-        recipes.setdefault((each.model, each.revision), []).append(recipe_source(each.recipe))
+        recipes.setdefault((each.model, each.revision), []).append(each.recipe)
     boards, failed = {}, dict(seen.troubled)
-    for (model, revision), sources in recipes.items():
+    for (model, revision), names in recipes.items():
         output = str(outputs_folder() / LEADERBOARDS / model_slug(model) / revision[:16])
-        asked = {"model": model, "revision": revision, "recipes": sources, "output": output, "questions": questions}
+        asked = {"model": model, "revision": revision, "output": output, "questions": questions, "finish": finish}
         try:
-            result = leaderboard_flow(**asked, workspace=store.url, finish=finish)
+            result = leaderboard_flow(recipes=[recipe_source(name) for name in names], workspace=store.url, **asked)
+            boards[f"{model} at {revision[:12]}"] = result["output"]
         except Exception as error:  # as above
             failed[model] = describe(error)
-        else:
-            boards[f"{model} at {revision[:12]}"] = result["output"]
     _raise_if(failed)
-    return WeekResult(boards, seen.waiting)
+    return MadeResult(boards, seen.waiting)
 
 
 def _now() -> datetime:

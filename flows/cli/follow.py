@@ -18,18 +18,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    ArtifactFilterKey,
-    FlowRunFilter,
-    FlowRunFilterParentFlowRunId,
-    LogFilter,
-    LogFilterFlowRunId,
-    LogFilterTimestamp,
-    TaskRunFilter,
-    TaskRunFilterId,
-)
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import LogSort
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
@@ -177,14 +166,14 @@ class _View:
         return Ended(run.state, _pages(client, runs))
 
     def _show_log(self, client: SyncPrefectClient, runs: list[UUID]) -> None:
-        since = LogFilterTimestamp(after_=self.newest - _LATE) if self.newest else None
-        wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=runs), timestamp=since)
+        since = {"after_": self.newest - _LATE} if self.newest else None
+        wanted = LogFilter.model_validate({"flow_run_id": {"any_": runs}, "timestamp": since})
         for page in itertools.count():
             lines = client.read_logs(wanted, limit=_LOGS, offset=page * _LOGS, sort=LogSort.TIMESTAMP_ASC)
             new = [line for line in lines if line.id not in self.lines]
             # A task that the server does not know yet stays without a name.
             if unknown := {line.task_run_id for line in new if line.task_run_id} - self.tasks.keys():
-                asked = TaskRunFilter(id=TaskRunFilterId(any_=list(unknown)))
+                asked = TaskRunFilter.model_validate({"id": {"any_": list(unknown)}})
                 self.tasks |= {each.id: each.name for each in client.read_task_runs(task_run_filter=asked, limit=_LOGS)}
             for line in new:
                 self.lines.add(line.id)
@@ -199,13 +188,13 @@ def _within(client: SyncPrefectClient, run_id: UUID) -> Iterator[UUID]:
     """Yield the runs that were started within a run, and within those."""
     level = [run_id]
     while level:
-        parents = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=level))
+        parents = FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": level}})
         level = [each.id for each in client.read_flow_runs(flow_run_filter=parents, limit=_LOGS)]
         yield from level
 
 
 def _pages(client: SyncPrefectClient, runs: list[UUID]) -> list[str]:
-    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=runs), key=ArtifactFilterKey(any_=[PAGE_KEY]))
+    wanted = ArtifactFilter.model_validate({"flow_run_id": {"any_": runs}, "key": {"any_": [PAGE_KEY]}})
     oldest_first = sorted(client.read_artifacts(artifact_filter=wanted), key=lambda each: each.created)
     return list(dict.fromkeys(link for each in oldest_first for link in _LINK.findall(str(each.data))))
 

@@ -10,15 +10,7 @@ from uuid import UUID
 
 from prefect import task
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    FlowRunFilterTags,
-    Operator,
-)
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, Operator
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import flow_run as runtime
@@ -85,11 +77,11 @@ def read_answers(revisions: Sequence[Revision]) -> dict[Revision, Answer]:
 
 def _runs(client: SyncPrefectClient, tags: list[str]) -> Iterator[FlowRun]:
     """Yield the runs of `FLOW` that have one of the tags, or have not ended."""
-    unfinished = FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNFINISHED))
+    wanted = {"operator": Operator.or_, "tags": {"any_": tags}, "state": {"type": {"any_": _UNFINISHED}}}
     for page in itertools.count():
         runs = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])),
-            flow_run_filter=FlowRunFilter(operator=Operator.or_, tags=FlowRunFilterTags(any_=tags), state=unfinished),
+            flow_filter=FlowFilter.model_validate({"name": {"any_": [FLOW]}}),
+            flow_run_filter=FlowRunFilter.model_validate(wanted),
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
             limit=_PAGE,
             offset=page * _PAGE,

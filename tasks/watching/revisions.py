@@ -91,8 +91,6 @@ def hub_revision(model: str, branch: str | None = None) -> str:
         raise InputError(f"model {model!r}: not a hub id of the form owner/name") from None
     except HUB_TROUBLE as error:
         raise hub_error(error, model, branch) from error
-    if commit is None:
-        raise InputError(f"model {model!r}: the hub names no commit of {branch or 'its main branch'}")
     return check_commit(commit, f"model {model!r}")  # it becomes the name of a folder
 
 

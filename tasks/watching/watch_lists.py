@@ -89,7 +89,7 @@ class Watched(BaseModel):
             check_asked("hub", self.revision)
         for names in (self.recipes, self.leaderboard):
             if len(set(names)) < len(names):
-                raise ValueError("a recipe is named twice")
+                raise ValueError(f"{', '.join(names)}: a recipe is named twice")
             for name in names:
                 named_recipe(name)
         return self
@@ -108,10 +108,9 @@ class Watched(BaseModel):
         return kind_of(self.place)
 
     def covers(self, model: str) -> bool:
-        """Whether `model` is this one or one of these."""
-        if self.kind != kind_of(model):
-            return False
-        return _lies_in(model, self.place) if self.every else _same(model, self.place)
+        """Return whether the folder or prefix `model` is this one or one of these."""
+        depth = _depth(model, self.place) if self.kind != "hub" else None
+        return depth is not None and (depth > 0) == self.every
 
 
 class _List(BaseModel):
@@ -235,8 +234,7 @@ def check_permitted(model: str, listed: Iterable[Watched]) -> None:
         return
     named = [each.strip() for each in os.environ.get(PLACES_VARIABLE, "").split(",") if each.strip()]
     places = [each.rstrip("/") if each.startswith("s3://") else str(Path(each).expanduser()) for each in named]
-    of_its_kind = [place for place in places if place.startswith("s3://") == model.startswith("s3://")]
-    if not any(_same(model, place) or _lies_in(model, place) for place in of_its_kind):
+    if all(_depth(model, place) is None for place in places):
         raise InputError(
             f"model {model!r}: neither in the list of base models nor in a place of {PLACES_VARIABLE} "
             f"(in the worker's environment: {', '.join(places) or 'not set'})"
@@ -281,13 +279,11 @@ def outputs_folder() -> Path:
     return Path(named).expanduser().absolute() if named else cache_folder().absolute() / "outputs"
 
 
-def _same(model: str, place: str) -> bool:
-    return model == place or (model.startswith("/") and Path(model).resolve() == Path(place).resolve())
-
-
-def _lies_in(model: str, place: str) -> bool:
-    """Whether it is below `place`, and not that itself."""
-    if model.startswith("s3://"):
-        return model.startswith(place.rstrip("/") + "/")
-    resolved, root = Path(model).resolve(), Path(place).resolve()
-    return resolved != root and resolved.is_relative_to(root)
+def _depth(model: str, place: str) -> int | None:
+    """Return how many folders `model` lies below `place`, 0 if it is that place; None if it lies elsewhere."""
+    if model.startswith("s3://") != place.startswith("s3://"):
+        return None
+    below, above = PurePosixPath(model), PurePosixPath(place)
+    if not model.startswith("s3://"):
+        below, above = Path(model).resolve(), Path(place).resolve()
+    return len(below.relative_to(above).parts) if below.is_relative_to(above) else None

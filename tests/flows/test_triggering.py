@@ -1,15 +1,24 @@
-"""What whoever waits for a run is told of its end, and shown of its log."""
+"""What starts a run; what whoever waits for it is told of its end, and shown of its log."""
 
 import logging
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
+import yaml
 from prefect import flow, get_run_logger
 from prefect.logging.formatters import PrefectFormatter
+from prefect.server.events.actions import RunDeployment
+from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
 
 from bivlm.errors import GateNotPassed
 from flows.cli.follow import _without_frames, follow
 from infra.automations import ENDS
 from tasks.runtime.states import GATE_STATE, INPUT_STATE, failed_by
+from tasks.watching.watch_lists import EVENT, Revision
+
+PREFECT = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text())
 
 
 def raised(depth: int, error: Exception) -> None:
@@ -107,3 +116,21 @@ def test_a_gate_that_was_not_passed_is_the_end_of_its_own_run_alone():
 
 def test_a_run_that_ends_in_a_state_of_ours_has_not_fallen_silent():
     assert {GATE_STATE, INPUT_STATE} <= ENDS
+
+
+def test_the_event_starts_a_run_with_its_model_revision_recipe_and_id():
+    """By the trigger in prefect.yaml, as Prefect's server renders it."""
+    revision = Revision('/models/it\'s "one"', "c" * 64, "small")
+    event = ReceivedEvent(occurred=datetime.now(UTC), id=revision.event_id, **revision.event())
+    (trigger,) = next(each for each in PREFECT["deployments"] if each["name"] == "on-base-model")["triggers"]
+    assert trigger["expect"] == [EVENT]
+    assert event.resource.id.startswith(trigger["match"]["prefect.resource.id"].removesuffix("*"))
+    parameters = trigger["parameters"]
+    RunDeployment._upgrade_v1_templates(parameters)
+    context = HydrationContext(raise_on_error=True, render_jinja=True, jinja_context={"event": event})
+    assert hydrate(parameters, context) == {
+        "model_id": revision.model,
+        "revision": revision.revision,
+        "recipe": revision.recipe,
+        "event_id": str(revision.event_id),
+    }

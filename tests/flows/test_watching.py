@@ -1,6 +1,7 @@
 """From a new model to its compression: what the watcher tells Prefect, how often, and what is made of it."""
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,38 +31,24 @@ HOUR = timedelta(hours=1)
 
 
 @pytest.fixture
-def place(tmp_path, tiny_llava, small_recipe, mlflow_database, monkeypatch) -> Path:
+def place(listed, tmp_path, monkeypatch) -> Path:
     """Everything that a worker has in its environment, and one listed folder of models with one model in it."""
-    for name in ("models", "recipes", "workspace"):
-        (tmp_path / name).mkdir()
-    shutil.copytree(tiny_llava, tmp_path / "models" / "llava")
-    shutil.copyfile(mlflow_database, tmp_path / "workspace" / "mlflow.db")
-    (tmp_path / "recipes" / "small.yaml").write_text(yaml.safe_dump(small_recipe))
-    listed = [{"model": f"{tmp_path}/models/*", "recipes": ["small"]}]
-    write_list(tmp_path, listed)
-    monkeypatch.setenv("BIVLM_BASE_MODELS", str(tmp_path / "base-models.yaml"))
-    monkeypatch.setenv("BIVLM_RECIPES", str(tmp_path / "recipes"))
-    monkeypatch.setenv("BIVLM_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setenv("BIVLM_WORKSPACE", str(tmp_path / "workspace"))
+    write_list(tmp_path, [{"model": f"{tmp_path}/models/*", "recipes": ["small"]}])
     monkeypatch.delenv("BIVLM_MODELS", raising=False)
     return tmp_path
 
 
 def write_list(place, models):
-    (place / "base-models.yaml").write_text(yaml.safe_dump({"format": 1, "models": models}))
-
-
-def events_of(revision):
-    """What the server holds of the revision's event; it writes events down after a moment."""
-    body = {"filter": {"id": {"id": [str(revision.event_id)]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}}
-    with get_client(sync_client=True) as client:
-        return client.request("POST", "/events/filter", json=body).raise_for_status().json()["events"]
+    (place / "list.yaml").write_text(yaml.safe_dump({"format": 1, "models": models}))
 
 
 def wait_for_event(revision):
+    """What the server holds of the revision's event; it writes events down after a moment."""
+    body = {"filter": {"id": {"id": [str(revision.event_id)]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}}
     deadline = datetime.now(UTC) + timedelta(seconds=30)
-    while not (found := events_of(revision)):
-        assert datetime.now(UTC) < deadline, "the server has no such event"
+    with get_client(sync_client=True) as client:
+        while not (found := client.request("POST", "/events/filter", json=body).raise_for_status().json()["events"]):
+            assert datetime.now(UTC) < deadline, "the server has no such event"
     return found
 
 
@@ -72,6 +59,16 @@ def found_revision(place, model="llava"):
 
 def compress(revision, **options):
     return on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe=revision.recipe, **options)
+
+
+@contextmanager
+def run_to_come(revision, state=None, **parameters):
+    """(a client, a run of the flow that is about `revision` and has not begun); it is deleted in the end."""
+    asked = {"model_id": revision.model, "revision": revision.revision, **parameters}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(on_base_model_flow, parameters=asked, state=state)
+        yield client, run
+        client.delete_flow_run(run.id)
 
 
 def answer_to(revision):
@@ -150,20 +147,14 @@ def test_trouble_that_nobody_foresaw_is_one_models_too(place, tiny_llava, monkey
 def test_an_event_becomes_a_version_once_and_the_watcher_knows_of_it(place, counted):
     look(), look()
     revision = found_revision(place)
-    asked = {
-        "model_id": revision.model,
-        "revision": revision.revision,
-        "recipe": "small",
-        "event_id": str(revision.event_id),
-    }
-    first = on_base_model_flow(**asked)
+    first = compress(revision, event_id=str(revision.event_id))
     assert first.outcome == "compressed" and first.version == "llava-small/1"
     assert Path(first.output) == revision.output()
     assert revision.output().is_relative_to(place / "outputs")
     worked = {stage: len(calls) for stage, calls in counted.items()}
     assert worked["pack"] > 0
 
-    again = on_base_model_flow(**asked)
+    again = compress(revision, event_id=str(revision.event_id))
     assert again.outcome == "registered before" and again.version == first.version
     assert again.page.endswith("#/models/llava-small/versions/1")
     assert {stage: len(calls) for stage, calls in counted.items()} == worked
@@ -177,7 +168,7 @@ def test_a_folder_that_is_no_longer_what_was_found_is_not_compressed(place):
     config = place / "models" / "llava" / "config.json"
     config.write_bytes(config.read_bytes() + b"\n")
     with pytest.raises(InputError, match="which was asked for, is gone"):
-        on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe="small")
+        compress(revision)
     assert answer_to(revision).outcome == "InputError"
     assert not (place / "outputs").exists()
 
@@ -219,7 +210,7 @@ def test_a_failure_is_written_down_and_the_event_is_emitted_again_after_a_pause(
 
     monkeypatch.setattr(flows.base_model, "compress_flow", failing)
     with pytest.raises(RuntimeError):
-        on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe="small")
+        compress(revision)
     with get_client(sync_client=True) as client:
         tag = FlowRunFilter(tags=FlowRunFilterTags(any_=[str(revision.event_id)]))
         (run,) = client.read_flow_runs(flow_run_filter=tag)
@@ -236,35 +227,25 @@ def test_a_run_that_was_lost_before_it_began_counts_for_a_day(place, monkeypatch
     import tasks.watching.events
 
     revision = found_revision(place)
-    asked = {"model_id": revision.model, "revision": revision.revision, "recipe": "small"}
-    with get_client(sync_client=True) as client:
-        run = client.create_flow_run(on_base_model_flow, parameters=asked, state=Pending())
+    with run_to_come(revision, Pending(), recipe="small") as (client, run):
         assert answer_to(revision).at_work == str(run.id)
         monkeypatch.setattr(tasks.watching.events, "LONGEST_PAUSE", timedelta(0))  # as if that day were over
         assert answer_to(revision).at_work is None
         client.set_flow_run_state(run.id, Scheduled(), force=True)  # it waits for a worker, however long
         assert answer_to(revision).at_work == str(run.id)
-        client.delete_flow_run(run.id)
 
 
 def test_a_run_that_names_no_recipe_is_for_the_default_one(place):
     revision = replace(found_revision(place), recipe=DEFAULT_RECIPE)
-    with get_client(sync_client=True) as client:
-        parameters = {"model_id": revision.model, "revision": revision.revision}
-        run = client.create_flow_run(on_base_model_flow, parameters=parameters)
-    assert answer_to(revision).at_work == str(run.id)
-    with get_client(sync_client=True) as client:
-        client.delete_flow_run(run.id)
+    with run_to_come(revision) as (_, run):
+        assert answer_to(revision).at_work == str(run.id)
 
 
 def test_a_run_that_waits_for_a_worker_is_not_asked_for_again(place):
     revision = found_revision(place)
-    with get_client(sync_client=True) as client:
-        parameters = {"model_id": revision.model, "revision": revision.revision, "recipe": "small"}
-        run = client.create_flow_run(on_base_model_flow, parameters=parameters)
+    with run_to_come(revision, recipe="small"):
         look()
         assert look().at_work == [str(revision.event_id)]
-        client.delete_flow_run(run.id)
     assert look().emitted == [str(revision.event_id)]
 
 
@@ -355,7 +336,7 @@ def test_a_branch_is_pinned_to_its_commit_before_anything_is_done(place, tiny_ll
 
 def test_a_gate_that_says_no_ends_red_and_is_told_again_not_tried_again(place, small_recipe, counted):
     impossible = {**small_recipe, "name": "impossible", "gate": {"bits": {"linears": 0.001}}}
-    (place / "recipes" / "impossible.yaml").write_text(yaml.safe_dump(impossible))
+    (place / "impossible.yaml").write_text(yaml.safe_dump(impossible))
     revision = replace(found_revision(place), recipe="impossible")
     with pytest.raises(GateNotPassed) as first:
         compress(revision, evaluate=False)
