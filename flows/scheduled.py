@@ -187,7 +187,7 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _listed() -> tuple[Watched, ...]:
+def _listed() -> list[Watched]:
     """Return the list of base models; log if it is empty."""
     listed = load_base_models()
     if not listed:

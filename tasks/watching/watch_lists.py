@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bivlm.errors import InputError
 from bivlm.names import check_revision, is_commit, is_sha256
@@ -42,20 +42,6 @@ EVERY = "/*"  # at the end of a folder or an S3 prefix: every model in it
 _RECIPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def _tuple_of(what: str) -> BeforeValidator:
-    """Take a list of YAML as a tuple, and nothing else."""
-
-    def take(value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"expected a list of {what}")
-        return tuple(value)
-
-    return BeforeValidator(take)
-
-
-_Recipes = Annotated[tuple[str, ...], _tuple_of("recipes' names")]
-
-
 class Watched(BaseModel):
     """An entry of the list: where a model is, and the recipes that every new revision of it is compressed by.
 
@@ -68,8 +54,8 @@ class Watched(BaseModel):
 
     model: str
     revision: str | None = None
-    recipes: Annotated[_Recipes, Field(min_length=1)]
-    leaderboard: _Recipes = ()
+    recipes: list[str] = Field(min_length=1)
+    leaderboard: list[str] = []
 
     @field_validator("model")
     @classmethod
@@ -117,11 +103,11 @@ class _List(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal[1]
-    models: Annotated[tuple[Watched, ...], _tuple_of("models")]
+    models: list[Watched]
 
     @field_validator("models")
     @classmethod
-    def _each_once(cls, models: tuple[Watched, ...]) -> tuple[Watched, ...]:
+    def _each_once(cls, models: list[Watched]) -> list[Watched]:
         names = [(each.model, each.revision) for each in models]
         if twice := next((model for model, revision in names if names.count((model, revision)) > 1), None):
             raise ValueError(f"{twice} is listed twice; name all its recipes in one entry")
@@ -171,7 +157,7 @@ def base_models_file() -> Path:
     return file
 
 
-def load_base_models(file: str | Path | None = None) -> tuple[Watched, ...]:
+def load_base_models(file: str | Path | None = None) -> list[Watched]:
     """Return the entries of the list (default: `base_models_file`); raises `InputError` naming the file and the key."""
     file = Path(file) if file is not None else base_models_file()
     data = read_yaml(file)
@@ -189,9 +175,9 @@ def nothing_watched() -> str:
     return f"no base models are watched; write them into {base_models_file()}"
 
 
-def listed_if_any() -> tuple[Watched, ...]:
+def listed_if_any() -> list[Watched]:
     """Return the entries of the list; none on a machine that has no list."""
-    return load_base_models() if os.environ.get(LIST_VARIABLE) or _SHIPPED_LIST.is_file() else ()
+    return load_base_models() if os.environ.get(LIST_VARIABLE) or _SHIPPED_LIST.is_file() else []
 
 
 def kind_of(model: str) -> Kind:

@@ -36,7 +36,7 @@ def test_the_shipped_list_is_empty_and_says_where_to_write(monkeypatch):
     """A first deployment downloads nothing."""
     monkeypatch.delenv("BIVLM_BASE_MODELS", raising=False)
     assert base_models_file().name == "base-models.yaml"
-    assert load_base_models() == ()
+    assert load_base_models() == []
     assert nothing_watched() == f"no base models are watched; write them into {base_models_file()}"
 
 
@@ -72,7 +72,7 @@ def test_a_list_of_all_three_kinds(write, monkeypatch):
         ({"model": "owner/name"}, "models.0.recipes: Field required"),
         ({"model": "owner/name", "recipes": []}, "models.0.recipes"),
         ({"model": "owner/name", "recipes": ["bivlm", "bivlm"]}, "named twice"),
-        ({"model": "owner/name", "recipes": "bivlm"}, "expected a list of recipes' names"),
+        ({"model": "owner/name", "recipes": "bivlm"}, "models.0.recipes: Input should be a valid list"),
         ({"model": "owner/name", "recipes": ["no-such"]}, "recipe 'no-such'"),
         ({"model": "owner/name", "recipes": ["../bivlm"]}, "not a path"),
         ({"model": "owner/name", "recipes": ["bivlm"], "branch": "main"}, "models.0.branch: Extra inputs"),
@@ -132,8 +132,8 @@ def test_folders_and_prefixes_are_permitted_by_list_or_place_alone(tmp_path, mon
     (tmp_path / "placed" / "link").symlink_to(tmp_path / "elsewhere")
     monkeypatch.setenv("BIVLM_MODELS", f"{tmp_path}/placed, s3://bucket/models")
     listed = [
-        Watched(model=f"{tmp_path}/listed/*", recipes=("bivlm",)),
-        Watched(model="s3://other/model", recipes=("bivlm",)),
+        Watched(model=f"{tmp_path}/listed/*", recipes=["bivlm"]),
+        Watched(model="s3://other/model", recipes=["bivlm"]),
     ]
     folders = [f"{tmp_path}/{name}" for name in ("listed/model", "placed", "placed/model")]
     for model in [*folders, "owner/name", "s3://bucket/models", "s3://bucket/models/x", "s3://other/model"]:
