@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import State, flow, runtime
 from rich.console import Console
 
 from bivlm.checkpoint.outputs import PAGE, lock_of
@@ -57,6 +57,7 @@ from tasks.report import (
 )
 from tasks.runtime.naming import model_name
 from tasks.runtime.progress import shown_by
+from tasks.runtime.states import failed_by
 from tasks.runtime.steps import StepResult
 
 
@@ -81,7 +82,7 @@ def compress_flow(
     workers: int | None = None,
     check: bool = True,
     trigger: str | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | State:
     """Compress `model` by `recipe` into the folder `output`; returns what the command line and the demo print.
 
     `recipe` is a shipped name, a file or the recipe itself. `workspace` is a folder or ``s3://bucket/prefix`` (default:
@@ -129,7 +130,7 @@ def _alone(request: Request, console: Console) -> Iterator[None]:
         yield
 
 
-def _compress(request: Request, console: Console) -> dict[str, Any]:
+def _compress(request: Request, console: Console) -> dict[str, Any] | State:
     tracked = tracking.find_or_create_run(request.store.url, request.base, request.recipe, request.trigger)
     publish_page(tracking.run_page(tracked))
     note_registry(request.store.url, tracked.uri)
@@ -147,7 +148,7 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     result = _describe(request, tracked, model, measured, recorded, gate)
     # After the run in MLflow was ended as finished: all of it is there.
     if refused is not None:
-        raise GateNotPassed(refused, result)
+        return failed_by(GateNotPassed(refused, result))
     return result
 
 

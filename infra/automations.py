@@ -4,13 +4,12 @@ A run whose worker was killed, or whose machine is gone, cannot say so: without 
 Runs send a heartbeat every ``PREFECT_FLOWS_HEARTBEAT_FREQUENCY`` seconds; one that has been silent for `SILENCE` is
 marked as crashed, which lets whoever waits for it know. Run again, it resumes from its finished steps.
 
-A run that has not begun sends none. One whose worker died before that, or whose pod finds no node or no image, would be
+A run that has not begun sends none. If its worker died before that, or its pod finds no node or no image, it would be
 `Pending` for ever: after `WAITING` it is marked as crashed, too.
 """
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
 
 from prefect.automations import Automation
@@ -18,21 +17,20 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.server.schemas.states import StateType
 
-LOST_RUNS = "bivlm: a run that has fallen silent has crashed"
 SILENCE = timedelta(seconds=120)  # four heartbeats of 30 s
-STUCK_RUNS = "bivlm: a run that does not begin has crashed"
 WAITING = timedelta(hours=1)  # for a node and an image; for a place in its pool a run waits as `Late`
-_HEARTBEAT = "prefect.flow-run.heartbeat"
-_ENDS = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Cancelled", "Crashed", "Cancelling")}
+_HEARTBEAT = "heartbeat"
+# The names of a run's last states, those of tasks/runtime/states.py included.
+ENDS = {"Completed", "Failed", "Cancelled", "Crashed", "Cancelling", "GateNotPassed", "InputError"}
 
 
 def lost_runs() -> Automation:
     """After a heartbeat there must be another, or an end, within `SILENCE`; else the run has crashed."""
     return _crashed_without(
-        expected={_HEARTBEAT, *_ENDS},
+        expected={_HEARTBEAT, *ENDS},
         after={_HEARTBEAT},
         within=SILENCE,
-        name=LOST_RUNS,
+        name="bivlm: a run that has fallen silent has crashed",
         description="Its worker was killed or its machine is gone. Run it again: finished steps are not done twice.",
         message=f"no heartbeat for {SILENCE.seconds} s: its worker or machine is lost; run it again, it "
         "resumes from its finished steps",
@@ -42,10 +40,10 @@ def lost_runs() -> Automation:
 def stuck_runs(waiting: timedelta = WAITING) -> Automation:
     """After one of the states in which a run is pending there must be another state within `waiting`."""
     return _crashed_without(
-        expected={"prefect.flow-run.*"},
-        after={f"prefect.flow-run.{name}" for name in ("Pending", "Submitting", "InfrastructurePending")},
+        expected={"*"},
+        after={"Pending", "Submitting", "InfrastructurePending"},
         within=waiting,
-        name=STUCK_RUNS,
+        name="bivlm: a run that does not begin has crashed",
         description="Its worker died before it began, or its pod finds no node or no image: its log may say which.",
         message=f"it did not begin within {waiting.total_seconds():.0f} s: its worker died, or its pod found "
         "no node or no image; fix that and run it again",
@@ -55,12 +53,12 @@ def stuck_runs(waiting: timedelta = WAITING) -> Automation:
 def _crashed_without(
     *, expected: set[str], after: set[str], within: timedelta, name: str, description: str, message: str
 ) -> Automation:
-    """A run that has sent one of the events `after` and none of those `expected` for so long is marked as crashed."""
+    """Mark a run as crashed that has sent one of the events `after` and none of those `expected` for so long."""
     trigger = EventTrigger(
         match={"prefect.resource.id": "prefect.flow-run.*"},
         for_each={"prefect.resource.id"},
-        after=after,
-        expect=expected,
+        after={f"prefect.flow-run.{each}" for each in after},
+        expect={f"prefect.flow-run.{each}" for each in expected},
         posture=Posture.Proactive,
         threshold=1,
         within=within,
@@ -85,4 +83,3 @@ def renew(wanted: Automation) -> None:
 if __name__ == "__main__":
     renew(lost_runs())
     renew(stuck_runs())
-    sys.exit()

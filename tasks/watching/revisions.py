@@ -1,7 +1,7 @@
 """Which revision of a base model there is now.
 
-The hub says it. In a folder and below an S3 prefix files come one after the other, so nothing counts before it is whole
-and has been seen twice, unchanged, with some time in between.
+The hub says it. In a folder and below an S3 prefix files arrive one by one, so nothing counts before it is whole and
+two looks, some time apart, have seen it unchanged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
+from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from bivlm.checkpoint.reading import Checkpoint
@@ -22,11 +23,12 @@ from bivlm.names import check_commit, check_revision
 from bivlm.sources.hub_errors import hub_error
 from bivlm.sources.models import HUB_TROUBLE
 from bivlm.workspace.hashing import digest
-from tasks.watching.watch_lists import EVERY, Watched
+from tasks.runtime.policy import OVER_NETWORK
+from tasks.watching.watch_lists import EVERY, Watched, is_pinned, kind_of
 
 
 class Look(BaseModel):
-    """What a look at a folder or an S3 prefix saw, to be compared with the next one.
+    """One look at a folder or an S3 prefix, for the next look to compare with.
 
     Attributes:
         listing: sha256 of the names, lengths and times (ETags in S3) of all files.
@@ -45,17 +47,42 @@ class Look(BaseModel):
 
 @dataclass(frozen=True)
 class Listing:
-    """Everything at a place now: its digest, how to tell why it is not whole, and its revision (may take minutes)."""
+    """Everything at a place now: its digest, and functions for its problem and its revision (may take minutes)."""
 
     digest: str
     problem: Callable[[], str]
     revision: Callable[[], str]
 
 
-def hub_revision(model: str, branch: str | None = None) -> str:
-    """The commit that `branch` (default: the main one) is at. The hub is asked: its cache knows nothing new.
+@task(name="pin-revision", **OVER_NETWORK)
+def pin_revision(model: str, revision: str | None) -> str:
+    """Return the commit of a branch (default: the main one) on the hub, or the revision a folder or S3 prefix has now.
 
-    Raises `InputError` and `ConnectionError` as `bivlm.checkpoint.resolve_model` does.
+    Raises `InputError` if that is not the revision asked for. A commit is returned as it is: a model in the hub's cache
+    needs no hub.
+    """
+    kind = kind_of(model)
+    if kind == "hub":
+        if Path(model).is_dir():
+            raise InputError(f"model {model!r}: a folder of that name is in {Path.cwd()}; expected a model of the hub")
+        return revision if revision and is_pinned(kind, revision) else hub_revision(model, revision)
+    if kind == "s3":
+        from bivlm.sources.s3_models import cached_copy, list_prefix
+
+        if revision is not None and cached_copy(model, revision) is not None:
+            return revision
+        found = list_prefix(model).revision
+    else:
+        found = Checkpoint.open(model).digest()
+    if revision not in (None, found):
+        raise InputError(f"model {model}: now at {found}; {revision}, which was asked for, is gone")
+    return found
+
+
+def hub_revision(model: str, branch: str | None = None) -> str:
+    """Return the commit of `branch` (default: the main one). It asks the hub, whose cache knows nothing new.
+
+    Raises `InputError` and `ConnectionError` as `bivlm.sources.models.resolve_model` does.
     """
     check_revision(branch, f"model {model!r}")
     try:
@@ -64,13 +91,11 @@ def hub_revision(model: str, branch: str | None = None) -> str:
         raise InputError(f"model {model!r}: not a hub id of the form owner/name") from None
     except HUB_TROUBLE as error:
         raise hub_error(error, model, branch) from error
-    if commit is None:
-        raise InputError(f"model {model!r}: the hub names no commit of {branch or 'its main branch'}")
     return check_commit(commit, f"model {model!r}")  # it becomes the name of a folder
 
 
 def folder_listing(folder: str | Path) -> Listing:
-    """A folder's files, links followed; hidden folders, as git's, are left out. Its revision is `Checkpoint.digest`."""
+    """List a folder's files, links followed, hidden folders (git's) left out. Its revision is `Checkpoint.digest`."""
     folder = Path(folder)
     found = {}
     for place, folders, files in os.walk(folder, followlinks=False):
@@ -95,7 +120,7 @@ def folder_listing(folder: str | Path) -> Listing:
 
 
 def s3_listing(url: str) -> Listing:
-    """The objects below an S3 prefix; their revision is that of `bivlm.sources.s3_models`."""
+    """List the objects below an S3 prefix. Their revision is that of `bivlm.sources.s3_models`."""
     from bivlm.sources.s3_models import list_prefix, what_is_missing
 
     listing = list_prefix(url)
@@ -105,11 +130,10 @@ def s3_listing(url: str) -> Listing:
 def settle(
     before: Look | None, listing: Callable[[], Listing], settled_seconds: float, now: datetime | None = None
 ) -> Look:
-    """The next look at a place after the look `before`.
+    """Return the look at a place that follows the look `before`.
 
-    It has a revision if all of it is there and has been the same since a look at least `settled_seconds` ago. Hashing a
-    folder takes minutes, so the revision that is known of a listing is kept, and one that was changed while it was
-    hashed has none.
+    It has a revision if the model is whole and unchanged since a look at least `settled_seconds` ago. Hashing a folder
+    takes minutes: the revision of a listing is kept, and a folder that changed while it was hashed has none.
     """
     now = now or datetime.now(UTC)
     seen = listing()
@@ -128,9 +152,9 @@ def settle(
 
 
 def models_of(entry: Watched) -> list[str]:
-    """The models that an entry of the list stands for: itself, or what is in its place now.
+    """Return the models of an entry of the list: itself, or every model in its place now.
 
-    Raises `InputError` for a folder of models that is not there; a single model may appear later.
+    Raises `InputError` for a missing folder of models; a single model may appear later.
     """
     if not entry.every:
         return [entry.model]

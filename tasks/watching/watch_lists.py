@@ -1,7 +1,7 @@
-"""The base models that are watched, and what is one of them: ``infra/base-models.yaml``, names, revisions, events.
+"""The list of watched base models (``infra/base-models.yaml``), and the checks of names that come from outside.
 
-Names of models, revisions and recipes also come from outside, in the payloads of events and the inputs of workflows.
-Here they are judged by their form before anything is done with them, and folders and S3 prefixes by where they lie.
+Events and workflows name models, revisions and recipes. Names are judged by their form before anything is done with
+them, folders and S3 prefixes also by where they lie.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -53,17 +54,8 @@ class Watched(BaseModel):
 
     model: str
     revision: str | None = None
-    recipes: tuple[str, ...] = Field(min_length=1)
-    leaderboard: tuple[str, ...] = ()
-
-    @field_validator("recipes", "leaderboard", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            raise ValueError("expected a list of recipes' names")
-        if len(set(map(str, value))) < len(value):
-            raise ValueError("a recipe is named twice")
-        return tuple(value)
+    recipes: list[str] = Field(min_length=1)
+    leaderboard: list[str] = []
 
     @field_validator("model")
     @classmethod
@@ -71,26 +63,21 @@ class Watched(BaseModel):
         expanded = os.path.expandvars(value)
         if "$" in expanded:
             raise ValueError(f"{value!r} names a variable that is not set in the environment")
-        place = expanded.removesuffix(EVERY)
-        try:
-            kind = kind_of(place)
-        except InputError as error:
-            raise ValueError(str(error)) from None
-        if kind == "hub" and place != expanded:
+        if kind_of(expanded.removesuffix(EVERY)) == "hub" and expanded.endswith(EVERY):
             raise ValueError(f"{value!r}: {EVERY} stands for the models in a folder or an S3 prefix")
         return expanded
 
     @model_validator(mode="after")
     def _in_order(self) -> Watched:
-        try:
-            if self.revision is not None:
-                if self.kind != "hub":
-                    raise InputError(f"revision {self.revision!r}: a {self.kind} model has none; leave it out")
-                check_asked("hub", self.revision)
-            for name in (*self.recipes, *self.leaderboard):
+        if self.revision is not None:
+            if self.kind != "hub":
+                raise ValueError(f"revision {self.revision!r}: a {self.kind} model has none; leave it out")
+            check_asked("hub", self.revision)
+        for names in (self.recipes, self.leaderboard):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{', '.join(names)}: a recipe is named twice")
+            for name in names:
                 named_recipe(name)
-        except InputError as error:
-            raise ValueError(str(error)) from None
         return self
 
     @property
@@ -107,31 +94,24 @@ class Watched(BaseModel):
         return kind_of(self.place)
 
     def covers(self, model: str) -> bool:
-        """Whether `model` is this one or one of these."""
-        if self.kind != kind_of(model):
-            return False
-        return _lies_in(model, self.place) if self.every else _same(model, self.place)
+        """Return whether the folder or prefix `model` is this one or one of these."""
+        depth = _depth(model, self.place) if self.kind != "hub" else None
+        return depth is not None and (depth > 0) == self.every
 
 
 class _List(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal[1]
-    models: tuple[Watched, ...]
+    models: list[Watched]
 
-    @field_validator("models", mode="before")
+    @field_validator("models")
     @classmethod
-    def _list_to_tuple(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            raise ValueError("expected a list of models")
-        return tuple(value)
-
-    @model_validator(mode="after")
-    def _each_once(self) -> _List:
-        names = [(each.model, each.revision) for each in self.models]
+    def _each_once(cls, models: list[Watched]) -> list[Watched]:
+        names = [(each.model, each.revision) for each in models]
         if twice := next((model for model, revision in names if names.count((model, revision)) > 1), None):
             raise ValueError(f"{twice} is listed twice; name all its recipes in one entry")
-        return self
+        return models
 
 
 @dataclass(frozen=True)
@@ -148,11 +128,11 @@ class Revision:
 
     @property
     def event_id(self) -> uuid.UUID:
-        """The same one whenever and wherever this revision is found."""
+        """The same id whenever and wherever this revision is found."""
         return uuid.uuid5(_EVENTS, canonical_json([self.model, self.revision, self.recipe]).decode())
 
     def event(self) -> dict[str, Any]:
-        """Name, resource and payload of the event; the id is `event_id`."""
+        """Return name, resource and payload of the event; the id is `event_id`."""
         return {
             "event": EVENT,
             "resource": {
@@ -164,23 +144,21 @@ class Revision:
         }
 
     def output(self) -> Path:
-        """The folder for the packed checkpoint: model, recipe and revision below ``BIVLM_OUTPUTS``."""
+        """Return the folder for the packed checkpoint: model, recipe and revision below ``BIVLM_OUTPUTS``."""
         return outputs_folder() / model_slug(self.model) / self.recipe / self.revision[:16]
 
 
 def base_models_file() -> Path:
-    """The file of ``BIVLM_BASE_MODELS``, else ``infra/base-models.yaml`` of the checkout that this code runs from."""
+    """Return the file of ``BIVLM_BASE_MODELS``, else ``infra/base-models.yaml`` of the checkout that this runs from."""
     named = os.environ.get(LIST_VARIABLE)
     file = Path(named).expanduser() if named else _SHIPPED_LIST
     if not file.is_file():
-        raise InputError(
-            f"{LIST_VARIABLE}: no file {file}; expected the list of base models, as infra/base-models.yaml"
-        )
+        raise InputError(f"{LIST_VARIABLE}: no file {file}; expected a list of base models, as infra/base-models.yaml")
     return file
 
 
-def load_base_models(file: str | Path | None = None) -> tuple[Watched, ...]:
-    """The entries of the list (default: `base_models_file`); raises `InputError` naming the file and the key."""
+def load_base_models(file: str | Path | None = None) -> list[Watched]:
+    """Return the entries of the list (default: `base_models_file`); raises `InputError` naming the file and the key."""
     file = Path(file) if file is not None else base_models_file()
     data = read_yaml(file)
     if not isinstance(data, dict):
@@ -197,28 +175,21 @@ def nothing_watched() -> str:
     return f"no base models are watched; write them into {base_models_file()}"
 
 
-def listed_if_any() -> tuple[Watched, ...]:
-    """The entries of the list; none on a machine that has no list."""
-    if not os.environ.get(LIST_VARIABLE) and not _SHIPPED_LIST.is_file():
-        return ()
-    return load_base_models()
+def listed_if_any() -> list[Watched]:
+    """Return the entries of the list; none on a machine that has no list."""
+    return load_base_models() if os.environ.get(LIST_VARIABLE) or _SHIPPED_LIST.is_file() else []
 
 
 def kind_of(model: str) -> Kind:
-    """What `model` names, by its form alone; raises `InputError` for anything else than the three forms."""
-    if model.isprintable():
-        if model.startswith("s3://"):
-            if is_s3_model(model):
-                return "s3"
-        elif model.startswith("/"):
-            if ".." not in PurePosixPath(model).parts:
-                return "folder"
-        elif model.count("/") == 1:
-            try:
-                validate_repo_id(model)
-                return "hub"
-            except HFValidationError:
-                pass
+    """Return what `model` names, by its form alone; raises `InputError` for any other form."""
+    if is_s3_model(model):
+        return "s3"
+    if model.isprintable() and model.startswith("/") and ".." not in PurePosixPath(model).parts:
+        return "folder"
+    if model.isprintable() and model.count("/") == 1 and not model.startswith("/"):
+        with suppress(HFValidationError):
+            validate_repo_id(model)
+            return "hub"
     raise InputError(
         f"model {model!r}: expected owner/name on the hub, an absolute folder, or s3://bucket/prefix, without '..'"
     )
@@ -240,27 +211,24 @@ def is_pinned(kind: Kind, revision: str) -> bool:
 
 
 def check_permitted(model: str, listed: Iterable[Watched]) -> None:
-    """Raise `InputError` for a folder or S3 prefix neither `listed` nor, itself or one above it, in ``BIVLM_MODELS``.
+    """Raise `InputError` for a folder or S3 prefix that is neither `listed` nor in a place of ``BIVLM_MODELS``.
 
-    Folders are judged by where they really lie, links followed. Models of the hub are named and nothing else, so every
-    one of them may be asked for; their code never runs unless it is trusted (`bivlm.checkpoint.remote_code`).
+    Folders are judged by where they really lie, links followed. Every model of the hub is permitted: its code never
+    runs unless it is trusted (`bivlm.checkpoint.remote_code`).
     """
-    kind = kind_of(model)
-    if kind == "hub" or any(each.covers(model) for each in listed):
+    if kind_of(model) == "hub" or any(each.covers(model) for each in listed):
         return
-    places = _permitted_places()
-    of_its_kind = [place for place in places if place.startswith("s3://") == (kind == "s3")]
-    if any(_same(model, place) or _lies_in(model, place) for place in of_its_kind):
-        return
-    raise InputError(
-        f"model {model!r}: neither in the list of base models nor in a place of {PLACES_VARIABLE} "
-        f"(in the worker's environment: {', '.join(places) or 'not set'})"
-    )
+    named = [each.strip() for each in os.environ.get(PLACES_VARIABLE, "").split(",") if each.strip()]
+    places = [each.rstrip("/") if each.startswith("s3://") else str(Path(each).expanduser()) for each in named]
+    if all(_depth(model, place) is None for place in places):
+        raise InputError(
+            f"model {model!r}: neither in the list of base models nor in a place of {PLACES_VARIABLE} "
+            f"(in the worker's environment: {', '.join(places) or 'not set'})"
+        )
 
 
 def recipe_source(name: str) -> str:
-    """The recipe of that name as `bivlm.recipe.loading.load_recipe` takes it: a file in ``BIVLM_RECIPES``, else a
-    shipped one.
+    """Return what `bivlm.recipe.loading.load_recipe` takes: a file in ``BIVLM_RECIPES``, else a shipped recipe's name.
 
     Raises `InputError` for a name that is a path, or unknown.
     """
@@ -277,7 +245,7 @@ def recipe_source(name: str) -> str:
 
 
 def named_recipe(name: str) -> Recipe:
-    """The recipe of `recipe_source`; raises `InputError` as that does, and if the file gives itself another name."""
+    """Return the recipe of `recipe_source`; raises `InputError` also for a file that gives itself another name."""
     source = recipe_source(name)
     recipe = load_recipe(source)
     if recipe.name != name:
@@ -286,29 +254,22 @@ def named_recipe(name: str) -> Recipe:
 
 
 def model_slug(model: str) -> str:
-    """A name for folders and resources: readable, and another one for every model."""
+    """Return a name for folders and resources: readable, and different for every model."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", model.removeprefix("s3://")).strip("-")[-60:]
     return f"{readable}-{digest(model)[:8]}".lower()
 
 
 def outputs_folder() -> Path:
-    """``BIVLM_OUTPUTS``, else ``outputs`` in the cache folder."""
+    """Return ``BIVLM_OUTPUTS``, else ``outputs`` in the cache folder."""
     named = os.environ.get(OUTPUTS_VARIABLE)
     return Path(named).expanduser().absolute() if named else cache_folder().absolute() / "outputs"
 
 
-def _permitted_places() -> list[str]:
-    named = [each.strip() for each in os.environ.get(PLACES_VARIABLE, "").split(",") if each.strip()]
-    return [each.rstrip("/") if each.startswith("s3://") else str(Path(each).expanduser()) for each in named]
-
-
-def _same(model: str, place: str) -> bool:
-    return model == place or (model.startswith("/") and Path(model).resolve() == Path(place).resolve())
-
-
-def _lies_in(model: str, place: str) -> bool:
-    """Whether it is below `place`, and not that itself."""
-    if model.startswith("s3://"):
-        return model.startswith(place.rstrip("/") + "/")
-    resolved, root = Path(model).resolve(), Path(place).resolve()
-    return resolved != root and resolved.is_relative_to(root)
+def _depth(model: str, place: str) -> int | None:
+    """Return how many folders `model` lies below `place`, 0 if it is that place; None if it lies elsewhere."""
+    if model.startswith("s3://") != place.startswith("s3://"):
+        return None
+    below, above = PurePosixPath(model), PurePosixPath(place)
+    if not model.startswith("s3://"):
+        below, above = Path(model).resolve(), Path(place).resolve()
+    return len(below.relative_to(above).parts) if below.is_relative_to(above) else None

@@ -41,13 +41,22 @@ class Platform:
 
     def run(self, *command: str, **changes: str) -> subprocess.CompletedProcess:
         environment = {key: value for key, value in (self.environment | changes).items() if value}
-        program, *arguments = command
-        return subprocess.run(
-            [str(BIN / program), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
-        )
+        command = (str(BIN / command[0]), *command[1:])
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
 
     def bivlm(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
         return self.run("python", "-m", "flows.cli", *arguments, **changes)
+
+    def trigger(self, *arguments: str, ends: int = DONE, **changes: str) -> subprocess.CompletedProcess:
+        """`bivlm trigger`, followed to the end of the run."""
+        done = self.bivlm("trigger", *arguments, "--wait", **changes)
+        assert done.returncode == ends, done.stdout + done.stderr
+        return done
+
+    def look(self, deployment: str) -> None:
+        """Two runs of a deployment that looks at the list: in the first a folder may still be arriving."""
+        for _ in range(2):
+            self.trigger("--deployment", deployment, "--set", "settled_seconds=0")
 
     def post(self, path: str, **body: object) -> list[dict]:
         return httpx.post(f"{self.api}/{path}", json=body, timeout=30).raise_for_status().json()
@@ -181,9 +190,8 @@ def test_parameters_are_judged_by_the_server_from_the_flows_signature(platform):
 def test_a_model_by_bivlm_trigger_is_followed_to_its_page_in_mlflow_and_made_once(platform):
     revision = platform.add_model("asked")
     github = {"GITHUB_ACTIONS": "true", "GITHUB_REPOSITORY": "owner/repo", "GITHUB_RUN_ID": "17"}
-    asked = ("trigger", "--model", revision.model, "--recipe", "small", "--wait", "--once")
-    done = platform.bivlm(*asked, **github)
-    assert done.returncode == DONE, done.stdout + done.stderr
+    asked = ("--model", revision.model, "--recipe", "small", "--once")
+    done = platform.trigger(*asked, **github)
     (version,) = platform.versions("asked-small")
     assert f"/runs/{version.run_id}" in done.stdout and "Completed" in done.stdout
     assert version.tags["bivlm.trigger"] == "ci owner/repo run 17"
@@ -192,19 +200,16 @@ def test_a_model_by_bivlm_trigger_is_followed_to_its_page_in_mlflow_and_made_onc
     assert Checkpoint.open(output).packed
 
     # The same run, then another one that finds it done.
-    assert platform.bivlm(*asked).returncode == DONE
-    again = platform.bivlm(*asked[:-1])
-    assert again.returncode == DONE and "/models/asked-small/versions/1" in again.stdout
+    platform.trigger(*asked)
+    assert "/models/asked-small/versions/1" in platform.trigger(*asked[:-1]).stdout
     assert len(platform.versions("asked-small")) == 1
 
 
 def test_the_end_of_the_run_is_the_exit_code(platform):
     revision = platform.add_model("refused")
-    gate = platform.bivlm("trigger", "--model", revision.model, "--recipe", "impossible", "--wait")
-    assert gate.returncode == NOT_PASSED, gate.stdout + gate.stderr
+    gate = platform.trigger("--model", revision.model, "--recipe", "impossible", ends=NOT_PASSED)
     assert "gate not passed by refused-impossible version 1" in gate.stdout and "MLflow: http" in gate.stdout
-    failed = platform.bivlm("trigger", "--model", "/etc", "--recipe", "small", "--wait")
-    assert failed.returncode == FAILED
+    failed = platform.trigger("--model", "/etc", "--recipe", "small", ends=FAILED)
     assert "neither in the list of base models" in failed.stdout
     for wrong, told in [
         (["--deployment", "no/such"], "not on the server"),
@@ -222,52 +227,38 @@ def test_the_end_of_the_run_is_the_exit_code(platform):
 
 def test_a_folder_that_appears_becomes_a_version_by_its_event_once(platform):
     revision = platform.add_model("new")
-    look = ("trigger", "--deployment", "watch/watch", "--set", "settled_seconds=0", "--wait")
-    for _ in range(2):
-        done = platform.bivlm(*look)
-        assert done.returncode == DONE, done.stdout + done.stderr
+    platform.look("watch/watch")
     (version,) = _wait_until(lambda: platform.versions("new-small"), COMPRESSION_SECONDS)
     _wait_until(lambda: "bivlm.recorded" in platform.versions("new-small")[0].tags)
     assert version.tags["bivlm.trigger"] == f"event {revision.event_id}"
     assert version.tags["bivlm.base.sha256"] == revision.revision
-    runs = lambda: [  # noqa: E731
-        each["state_type"]
-        for each in platform.post("flow_runs/filter")
-        if each["parameters"].get("event_id") == str(revision.event_id)
-    ]
+
+    def runs():
+        asked = [each for each in platform.post("flow_runs/filter") if "event_id" in each["parameters"]]
+        return [each["state_type"] for each in asked if each["parameters"]["event_id"] == str(revision.event_id)]
+
     _wait_until(lambda: runs() == ["COMPLETED"])
-    assert platform.bivlm(*look).returncode == DONE
+    platform.look("watch/watch")
     assert runs() == ["COMPLETED"]
 
 
 def test_a_registered_version_is_evaluated_and_the_results_added_to_it(platform):
     revision = platform.add_model("judged")
-    made = platform.bivlm("trigger", "--model", revision.model, "--recipe", "small", "--no-evaluate", "--wait")
-    assert made.returncode == DONE, made.stdout + made.stderr
+    platform.trigger("--model", revision.model, "--recipe", "small", "--no-evaluate")
     (version,) = platform.versions("judged-small")
     before = platform.registry.get_logged_model(version.tags["bivlm.model_id"]).metrics or []
-    asked = (
-        "trigger",
-        "--deployment",
-        "evaluate-version/evaluate-version",
-        "--set",
-        'version="judged-small@candidate"',
-    )
-    done = platform.bivlm(*asked, "--wait")
-    assert done.returncode == DONE, done.stdout + done.stderr
+    asked = ("--deployment", "evaluate-version/evaluate-version", "--set")
+    done = platform.trigger(*asked, 'version="judged-small@candidate"')
     assert f"/runs/{version.run_id}" in done.stdout
     metrics = platform.registry.get_logged_model(version.tags["bivlm.model_id"]).metrics
     assert {metric.key for metric in metrics} - {metric.key for metric in before} >= {"accuracy", "questions"}
-    missing = platform.bivlm(*asked[:-1], 'version="no-such-model/1"', "--wait")
-    assert missing.returncode == FAILED and "not in the registry" in missing.stdout
+    missing = platform.trigger(*asked, 'version="no-such-model/1"', ends=FAILED)
+    assert "not in the registry" in missing.stdout
 
 
 def test_the_nightly_run_compresses_what_is_listed_and_not_yet_made(platform):
     platform.add_model("nightly")
-    night = ("trigger", "--deployment", "nightly/nightly", "--set", "settled_seconds=0", "--wait")
-    for _ in range(2):
-        done = platform.bivlm(*night)
-        assert done.returncode == DONE, done.stdout + done.stderr
+    platform.look("nightly/nightly")
     (version,) = platform.versions("nightly-small")
     assert "nightly" in version.tags["bivlm.trigger"]
 
@@ -278,10 +269,7 @@ def test_the_weekly_run_makes_the_boards_that_are_listed(platform):
     before = list_file.read_text()
     entry = {"model": revision.model, "recipes": ["small"], "leaderboard": ["small", "impossible"]}
     list_file.write_text(yaml.safe_dump({"format": 1, "models": [entry]}))
-    week = ("trigger", "--deployment", "weekly-leaderboards/weekly", "--set", "settled_seconds=0", "--wait")
-    for _ in range(2):
-        done = platform.bivlm(*week)
-        assert done.returncode == DONE, done.stdout + done.stderr
+    platform.look("weekly-leaderboards/weekly")
     list_file.write_text(before)
     (board,) = (platform.place / "outputs" / "leaderboards").glob(f"*/{revision.revision[:16]}/board.json")
     assert {each["recipe"] for each in json.loads(board.read_text())["entries"]} == {"small", "impossible"}

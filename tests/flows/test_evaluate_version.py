@@ -11,7 +11,7 @@ from tasks import tracking
 def test_a_version_that_was_not_evaluated_is_and_its_results_are_linked_to_it(listed, monkeypatch):
     compression, model = listed
     made = on_base_model_flow(model_id=model, recipe="small", evaluate=False)
-    version = compression.client.get_model_version(*made["version"].split("/"))
+    version = compression.client.get_model_version(*made.version.split("/"))
     in_progress = []
     log_evaluation = tracking.log_evaluation
 

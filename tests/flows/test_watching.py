@@ -1,6 +1,7 @@
 """From a new model to its compression: what the watcher tells Prefect, how often, and what is made of it."""
 
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ import boto3
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.states import Pending, Scheduled
 from tiny_llava import make_tiny_llava
 
@@ -19,9 +21,9 @@ from bivlm.sources.s3_models import list_prefix
 from bivlm.workspace.steps import Workspace
 from bivlm.workspace.stores.location import default_workspace
 from flows.base_model import on_base_model_flow
-from flows.watching import LookFailed, watch_flow
-from tasks.watching.events import runs_at_work
-from tasks.watching.looking import Answer, Found, is_due, read_answer, remember_found
+from flows.scheduled import SomeFailed, watch_flow
+from tasks.watching.events import Answer, read_answers
+from tasks.watching.looking import Found, is_due, recall_found
 from tasks.watching.watch_lists import DEFAULT_RECIPE, Revision
 
 AT = datetime(2026, 11, 24, 2, 0, tzinfo=UTC)
@@ -29,38 +31,24 @@ HOUR = timedelta(hours=1)
 
 
 @pytest.fixture
-def place(tmp_path, tiny_llava, small_recipe, mlflow_database, monkeypatch) -> Path:
+def place(listed, tmp_path, monkeypatch) -> Path:
     """Everything that a worker has in its environment, and one listed folder of models with one model in it."""
-    for name in ("models", "recipes", "workspace"):
-        (tmp_path / name).mkdir()
-    shutil.copytree(tiny_llava, tmp_path / "models" / "llava")
-    shutil.copyfile(mlflow_database, tmp_path / "workspace" / "mlflow.db")
-    (tmp_path / "recipes" / "small.yaml").write_text(yaml.safe_dump(small_recipe))
-    listed = [{"model": f"{tmp_path}/models/*", "recipes": ["small"]}]
-    write_list(tmp_path, listed)
-    monkeypatch.setenv("BIVLM_BASE_MODELS", str(tmp_path / "base-models.yaml"))
-    monkeypatch.setenv("BIVLM_RECIPES", str(tmp_path / "recipes"))
-    monkeypatch.setenv("BIVLM_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setenv("BIVLM_WORKSPACE", str(tmp_path / "workspace"))
+    write_list(tmp_path, [{"model": f"{tmp_path}/models/*", "recipes": ["small"]}])
     monkeypatch.delenv("BIVLM_MODELS", raising=False)
     return tmp_path
 
 
 def write_list(place, models):
-    (place / "base-models.yaml").write_text(yaml.safe_dump({"format": 1, "models": models}))
-
-
-def events_of(revision):
-    """What the server holds of the revision's event; it writes events down after a moment."""
-    body = {"filter": {"id": {"id": [str(revision.event_id)]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}}
-    with get_client(sync_client=True) as client:
-        return client.request("POST", "/events/filter", json=body).raise_for_status().json()["events"]
+    (place / "list.yaml").write_text(yaml.safe_dump({"format": 1, "models": models}))
 
 
 def wait_for_event(revision):
+    """What the server holds of the revision's event; it writes events down after a moment."""
+    body = {"filter": {"id": {"id": [str(revision.event_id)]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}}
     deadline = datetime.now(UTC) + timedelta(seconds=30)
-    while not (found := events_of(revision)):
-        assert datetime.now(UTC) < deadline, "the server has no such event"
+    with get_client(sync_client=True) as client:
+        while not (found := client.request("POST", "/events/filter", json=body).raise_for_status().json()["events"]):
+            assert datetime.now(UTC) < deadline, "the server has no such event"
     return found
 
 
@@ -73,44 +61,64 @@ def compress(revision, **options):
     return on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe=revision.recipe, **options)
 
 
+@contextmanager
+def run_to_come(revision, state=None, **parameters):
+    """(a client, a run of the flow that is about `revision` and has not begun); it is deleted in the end."""
+    asked = {"model_id": revision.model, "revision": revision.revision, **parameters}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(on_base_model_flow, parameters=asked, state=state)
+        yield client, run
+        client.delete_flow_run(run.id)
+
+
+def runs_of(revision):
+    with get_client(sync_client=True) as client:
+        tagged = FlowRunFilter(tags=FlowRunFilterTags(any_=[str(revision.event_id)]))
+        return client.read_flow_runs(flow_run_filter=tagged)
+
+
+def answer_to(revision):
+    return read_answers.fn([revision])[revision]
+
+
 def look(**options):
     return watch_flow(**({"settled_seconds": 0} | options))
 
 
 def test_a_new_model_is_told_of_once_with_an_event_that_the_server_holds(place):
-    assert look()["waiting"] and not look(settled_seconds=3600)["seen"]
+    assert look().waiting and not look(settled_seconds=3600).seen
     result = look()
     revision = found_revision(place)
-    assert result["emitted"] == [str(revision.event_id)]
+    assert result.emitted == [str(revision.event_id)]
     (event,) = wait_for_event(revision)
     assert event["event"] == "bivlm.base_model.found"
     assert event["payload"] == {"revision": revision.revision, "recipe": "small"}
     assert event["resource"]["bivlm.model_id"] == revision.model
     # The next look, and one by a watcher that remembers nothing but what is in the workspace.
-    assert look()["emitted"] == []
-    found, answer = remember_found.fn(revision, default_workspace())
-    assert len(found.emitted) == 1 and answer is None
+    assert look().emitted == []
+    found = recall_found.fn([revision], default_workspace())[revision]
+    assert len(found.emitted) == 1 and answer_to(revision) == Answer()
 
 
 def test_what_came_while_no_watcher_ran_is_found_by_the_next(place, tiny_llava):
     look(), look()
     shutil.copytree(tiny_llava, place / "models" / "late")
-    assert look()["emitted"] == []
-    assert look()["emitted"] == [str(found_revision(place, "late").event_id)]
+    assert look().emitted == []
+    assert look().emitted == [str(found_revision(place, "late").event_id)]
 
 
 def test_an_event_that_the_server_did_not_take_is_emitted_by_the_next_look(place, monkeypatch):
-    import flows.watching
+    import flows.scheduled
 
     def refused(revision):
         raise ConnectionError("server away")
 
     look()
     with monkeypatch.context() as patch:
-        patch.setattr(flows.watching, "emit_found", refused)
+        patch.setattr(flows.scheduled, "emit_found", refused)
         with pytest.raises(ConnectionError):
             look()
-    assert look()["emitted"] == [str(found_revision(place).event_id)]
+    assert look().emitted == [str(found_revision(place).event_id)]
 
 
 def test_trouble_with_one_model_is_told_and_keeps_no_other_from_being_found(place):
@@ -119,9 +127,9 @@ def test_trouble_with_one_model_is_told_and_keeps_no_other_from_being_found(plac
         {"model": str(place / "models" / "llava"), "recipes": ["small"]},
     ]
     write_list(place, entries)
-    with pytest.raises(LookFailed, match=r"1 of the listed models could not be .*:\n  .*none/\*: no such folder"):
+    with pytest.raises(SomeFailed, match=r"1 of the listed models could not be .*:\n  .*none/\*: no such folder"):
         look()
-    with pytest.raises(LookFailed):
+    with pytest.raises(SomeFailed):
         look()
     assert wait_for_event(found_revision(place))
 
@@ -137,7 +145,7 @@ def test_trouble_that_nobody_foresaw_is_one_models_too(place, tiny_llava, monkey
 
     monkeypatch.setattr(Checkpoint, "open", fails)
     for _ in range(2):
-        with pytest.raises(LookFailed, match=r"1 of the listed models could not be .*:\n  .*/broken: RecursionError"):
+        with pytest.raises(SomeFailed, match=r"1 of the listed models could not be .*:\n  .*/broken: RecursionError"):
             look()
     assert wait_for_event(found_revision(place))
 
@@ -145,27 +153,24 @@ def test_trouble_that_nobody_foresaw_is_one_models_too(place, tiny_llava, monkey
 def test_an_event_becomes_a_version_once_and_the_watcher_knows_of_it(place, counted):
     look(), look()
     revision = found_revision(place)
-    asked = {
-        "model_id": revision.model,
-        "revision": revision.revision,
-        "recipe": "small",
-        "event_id": str(revision.event_id),
-    }
-    first = on_base_model_flow(**asked)
-    assert first["outcome"] == "compressed" and first["version"] == "llava-small/1"
-    assert Path(first["output"]) == revision.output()
+    first = compress(revision, event_id=str(revision.event_id))
+    assert first.outcome == "compressed" and first.version == "llava-small/1"
+    assert Path(first.output) == revision.output()
     assert revision.output().is_relative_to(place / "outputs")
     worked = {stage: len(calls) for stage, calls in counted.items()}
     assert worked["pack"] > 0
 
-    again = on_base_model_flow(**asked)
-    assert again["outcome"] == "registered before" and again["version"] == first["version"]
-    assert again["page"].endswith("#/models/llava-small/versions/1")
+    again = compress(revision, event_id=str(revision.event_id))
+    assert again.outcome == "registered before" and again.version == first.version
+    assert again.page.endswith("#/models/llava-small/versions/1")
     assert {stage: len(calls) for stage, calls in counted.items()} == worked
-    answer = read_answer(revision, default_workspace())
-    assert (answer.outcome, answer.version) == ("compressed", "llava-small/1")
+    assert answer_to(revision).outcome == "Completed"
     later = look(again_after_minutes=6)
-    assert (later["emitted"], later["answered"]) == ([], [str(revision.event_id)])
+    assert (later.emitted, later.answered) == ([], [str(revision.event_id)])
+    with get_client(sync_client=True) as client:
+        for run in runs_of(revision):
+            client.delete_flow_run(run.id)
+    assert look().answered == [str(revision.event_id)]  # the workspace knows it without Prefect's runs
 
 
 def test_a_folder_that_is_no_longer_what_was_found_is_not_compressed(place):
@@ -173,8 +178,8 @@ def test_a_folder_that_is_no_longer_what_was_found_is_not_compressed(place):
     config = place / "models" / "llava" / "config.json"
     config.write_bytes(config.read_bytes() + b"\n")
     with pytest.raises(InputError, match="which was asked for, is gone"):
-        on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe="small")
-    assert read_answer(revision, default_workspace()).outcome == "bad input"
+        compress(revision)
+    assert answer_to(revision).outcome == "InputError"
     assert not (place / "outputs").exists()
 
 
@@ -205,6 +210,7 @@ def test_an_event_with_a_path_for_a_recipe_does_not_even_begin(place):
 
 def test_a_failure_is_written_down_and_the_event_is_emitted_again_after_a_pause(place, monkeypatch):
     import flows.base_model
+    import flows.scheduled
 
     look(), look()
     revision = found_revision(place)
@@ -214,63 +220,47 @@ def test_a_failure_is_written_down_and_the_event_is_emitted_again_after_a_pause(
 
     monkeypatch.setattr(flows.base_model, "compress_flow", failing)
     with pytest.raises(RuntimeError):
-        on_base_model_flow(model_id=revision.model, revision=revision.revision, recipe="small")
-    answer = read_answer(revision, default_workspace())
-    assert (answer.outcome, answer.detail) == (None, "RuntimeError: the GPU is on fire")
-    assert look()["emitted"] == []
-    # As if that had been an hour ago.
-    store = Workspace.open(default_workspace())
-    for name in ("found", "answer"):
-        state = store.state(f"base-models/{revision.event_id}/{name}")
-        for key in ("taken", "ended"):
-            state |= {key: str(datetime.fromisoformat(state[key]) - HOUR)} if state.get(key) else {}
-        if name == "found":
-            state["emitted"] = [str(datetime.fromisoformat(each) - HOUR) for each in state["emitted"]]
-        store.put_state(f"base-models/{revision.event_id}/{name}", state)
-    assert look()["emitted"] == [str(revision.event_id)]
-    assert look()["emitted"] == []
+        compress(revision)
+    (run,) = runs_of(revision)
+    assert run.state.message.endswith("RuntimeError: the GPU is on fire")
+    assert answer_to(revision) == Answer(last=run.end_time)
+    assert look().emitted == []
+    later = datetime.now(UTC) + HOUR
+    monkeypatch.setattr(flows.scheduled, "_now", lambda: later)
+    assert look().emitted == [str(revision.event_id)]
+    assert look().emitted == []
 
 
 def test_a_run_that_was_lost_before_it_began_counts_for_a_day(place, monkeypatch):
     import tasks.watching.events
 
     revision = found_revision(place)
-    asked = {"model_id": revision.model, "revision": revision.revision, "recipe": "small"}
-    with get_client(sync_client=True) as client:
-        run = client.create_flow_run(on_base_model_flow, parameters=asked, state=Pending())
-        assert runs_at_work.fn()[revision] == str(run.id)
+    with run_to_come(revision, Pending(), recipe="small") as (client, run):
+        assert answer_to(revision).at_work == str(run.id)
         monkeypatch.setattr(tasks.watching.events, "LONGEST_PAUSE", timedelta(0))  # as if that day were over
-        assert revision not in runs_at_work.fn()
+        assert answer_to(revision).at_work is None
         client.set_flow_run_state(run.id, Scheduled(), force=True)  # it waits for a worker, however long
-        assert runs_at_work.fn()[revision] == str(run.id)
-        client.delete_flow_run(run.id)
+        assert answer_to(revision).at_work == str(run.id)
 
 
 def test_a_run_that_names_no_recipe_is_for_the_default_one(place):
     revision = replace(found_revision(place), recipe=DEFAULT_RECIPE)
-    with get_client(sync_client=True) as client:
-        parameters = {"model_id": revision.model, "revision": revision.revision}
-        run = client.create_flow_run(on_base_model_flow, parameters=parameters)
-    assert runs_at_work.fn()[revision] == str(run.id)
-    with get_client(sync_client=True) as client:
-        client.delete_flow_run(run.id)
+    with run_to_come(revision) as (_, run):
+        assert answer_to(revision).at_work == str(run.id)
 
 
 def test_a_run_that_waits_for_a_worker_is_not_asked_for_again(place):
     revision = found_revision(place)
-    with get_client(sync_client=True) as client:
-        parameters = {"model_id": revision.model, "revision": revision.revision, "recipe": "small"}
-        run = client.create_flow_run(on_base_model_flow, parameters=parameters)
+    with run_to_come(revision, recipe="small"):
         look()
-        assert look()["at_work"] == [str(revision.event_id)]
-        client.delete_flow_run(run.id)
-    assert look()["emitted"] == [str(revision.event_id)]
+        assert look().at_work == [str(revision.event_id)]
+    assert look().emitted == [str(revision.event_id)]
 
 
 @pytest.mark.slow
 def test_a_version_that_was_asked_too_little_is_not_finished(place, counted):
     revision = found_revision(place)
-    assert compress(revision, evaluate=False)["outcome"] == "compressed"
+    assert compress(revision, evaluate=False).outcome == "compressed"
     packed = len(counted["pack"])
     for changes, outcome, evaluations in [
         ({"evaluate": False}, "registered before", 0),
@@ -282,7 +272,7 @@ def test_a_version_that_was_asked_too_little_is_not_finished(place, counted):
         ({}, "registered before", 4),
     ]:
         found = compress(revision, **changes)
-        assert (found["outcome"], found["version"]) == (outcome, "llava-small/1"), changes
+        assert (found.outcome, found.version) == (outcome, "llava-small/1"), changes
         assert len(counted["evaluation"]) == evaluations, changes
     assert len(counted["pack"]) == packed
 
@@ -324,27 +314,27 @@ def test_a_model_below_an_s3_prefix_and_one_on_the_hub_become_versions_of_their_
     first, second = look(), look()
     of_hub = Revision("owner/llava", commit, "small")
     of_s3 = Revision(f"{s3_location}/models/llava", list_prefix(f"{s3_location}/models/llava").revision, "small")
-    assert (first["emitted"], second["emitted"]) == ([str(of_hub.event_id)], [str(of_s3.event_id)])
+    assert (first.emitted, second.emitted) == ([str(of_hub.event_id)], [str(of_s3.event_id)])
     for revision, name in ((of_hub, "owner-llava-small"), (of_s3, "llava-small")):
         found = compress(revision, event_id=str(revision.event_id))
-        assert found["version"] == f"{name}/1"
-        lineage = read_lineage(found["output"])
+        assert found.version == f"{name}/1"
+        lineage = read_lineage(found.output)
         assert (lineage.base_model.id, lineage.base_model.revision) == (revision.model, revision.revision)
         assert lineage.trigger == f"event {revision.event_id}"
-        findings = verify(lineage, found["output"], Workspace.open(default_workspace()))
+        findings = verify(lineage, found.output, Workspace.open(default_workspace()))
         assert {finding.state for finding in findings} == {"holds"}
     # Another commit that changes no weight is another revision, and is packed from what is there.
     files = hub.repositories["owner/llava"].head.files
     newer = hub.repositories["owner/llava"].commit({**files, "README.md": b"---\nlicense: mit\n---\n"}, "a card")
-    assert look()["emitted"] == [str(Revision("owner/llava", newer.oid, "small").event_id)]
+    assert look().emitted == [str(Revision("owner/llava", newer.oid, "small").event_id)]
 
 
 def test_a_branch_is_pinned_to_its_commit_before_anything_is_done(place, tiny_llava, hub):
     commit = hub.add("owner/llava", tiny_llava).head.oid
     found = on_base_model_flow(model_id="owner/llava", recipe="small", evaluate=False, trigger="ci owner/repo run 1")
-    assert Path(found["output"]).name == commit[:16]
-    assert read_answer(Revision("owner/llava", commit, "small"), default_workspace()).outcome == "compressed"
-    assert read_lineage(found["output"]).trigger == "ci owner/repo run 1"
+    assert Path(found.output).name == commit[:16]
+    assert answer_to(Revision("owner/llava", commit, "small")).outcome == "Completed"
+    assert read_lineage(found.output).trigger == "ci owner/repo run 1"
     (place / "owner" / "llava").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -354,7 +344,7 @@ def test_a_branch_is_pinned_to_its_commit_before_anything_is_done(place, tiny_ll
 
 def test_a_gate_that_says_no_ends_red_and_is_told_again_not_tried_again(place, small_recipe, counted):
     impossible = {**small_recipe, "name": "impossible", "gate": {"bits": {"linears": 0.001}}}
-    (place / "recipes" / "impossible.yaml").write_text(yaml.safe_dump(impossible))
+    (place / "impossible.yaml").write_text(yaml.safe_dump(impossible))
     revision = replace(found_revision(place), recipe="impossible")
     with pytest.raises(GateNotPassed) as first:
         compress(revision, evaluate=False)
@@ -364,38 +354,37 @@ def test_a_gate_that_says_no_ends_red_and_is_told_again_not_tried_again(place, s
         compress(revision, evaluate=False)
     assert again.value.result is None
     assert {stage: len(calls) for stage, calls in counted.items()} == worked
-    assert read_answer(revision, default_workspace()).outcome == "gate not passed"
+    assert answer_to(revision).outcome == "GateNotPassed"
 
 
 # When an event is due
 
 
 FOUND = {"model": "a/b", "revision": "c" * 40, "recipe": "small", "event": "e", "first_seen": AT}
-ANSWER = {"model": "a/b", "revision": "c" * 40, "recipe": "small", "event": "e", "flow_run": None, "taken": AT}
 
 
 @pytest.mark.parametrize(
-    ("emitted", "answer", "hours", "due"),
+    ("emitted", "outcome", "last_run", "hours", "due"),
     [
-        ([], None, 0, True),
-        ([AT], None, 0.9, False),
-        ([AT], None, 1, True),
-        ([AT, AT], None, 1.9, False),
-        ([AT, AT], None, 2, True),
-        ([AT] * 10, None, 23, False),
-        ([AT] * 10, None, 24, True),
-        ([AT] * 40, None, 23, False),
-        ([AT] * 4000, None, 24, True),
-        ([AT], {"outcome": "compressed"}, 1000, False),
-        ([AT], {"outcome": "gate not passed"}, 1000, False),
-        ([AT], {"outcome": "bad input"}, 1000, False),
-        ([AT], {"ended": AT + HOUR}, 1.9, False),
-        ([AT], {"ended": AT + HOUR}, 2, True),
-        ([], {"outcome": "compressed"}, 1000, False),  # by a schedule, before the watcher saw it
-        ([], {}, 0.5, False),
-        ([], {}, 1, True),
+        ([], None, None, 0, True),
+        ([AT], None, None, 0.9, False),
+        ([AT], None, None, 1, True),
+        ([AT, AT], None, None, 1.9, False),
+        ([AT, AT], None, None, 2, True),
+        ([AT] * 10, None, None, 23, False),
+        ([AT] * 10, None, None, 24, True),
+        ([AT] * 40, None, None, 23, False),
+        ([AT] * 4000, None, None, 24, True),
+        ([AT], "Completed", AT, 1000, False),
+        ([AT], "GateNotPassed", AT, 1000, False),
+        ([AT], "InputError", AT, 1000, False),
+        ([AT], None, AT + HOUR, 1.9, False),
+        ([AT], None, AT + HOUR, 2, True),
+        ([], "Completed", AT, 1000, False),  # by a schedule, before the watcher saw it
+        ([], None, AT, 0.5, False),
+        ([], None, AT, 1, True),
     ],
 )
-def test_an_event_is_due_until_it_is_answered_with_growing_pauses(emitted, answer, hours, due):
-    known = Answer(**ANSWER, **answer) if answer is not None else None
-    assert is_due(Found(**FOUND, emitted=tuple(emitted)), known, HOUR, AT + hours * HOUR) is due
+def test_an_event_is_due_until_it_is_answered_with_growing_pauses(emitted, outcome, last_run, hours, due):
+    found = Found(**FOUND, emitted=tuple(emitted), outcome=outcome)
+    assert is_due(found, last_run, HOUR, AT + hours * HOUR) is due

@@ -131,10 +131,10 @@ def test_a_known_revision_is_not_hashed_again(model):
 def test_every_model_in_a_folder(model):
     (model.parent / ".hidden").mkdir()
     (model.parent / "a-file").touch()
-    entry = Watched(model=f"{model.parent}/*", recipes=("bivlm",))
+    entry = Watched(model=f"{model.parent}/*", recipes=["bivlm"])
     assert models_of(entry) == [str(model)]
     with pytest.raises(InputError, match="no such folder"):
-        models_of(Watched(model=f"{model}/none/*", recipes=("bivlm",)))
+        models_of(Watched(model=f"{model}/none/*", recipes=["bivlm"]))
 
 
 def test_the_hub_says_the_commit_of_a_branch(hub, sharded_llava):  # noqa: F811

@@ -1,4 +1,4 @@
-"""`bivlm trigger`: a deployment started through Prefect's API and followed to its end, as from CI."""
+"""`bivlm trigger`: start a deployment through Prefect's API and follow it to its end, as from CI."""
 
 from __future__ import annotations
 
@@ -15,28 +15,25 @@ DEPLOYMENT = "on-base-model/on-request"
 def add(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the parsers to the `commands` of another, and return them."""
     trigger = commands.add_parser("trigger", help="start a compression on a worker through Prefect's API, as from CI")
-    trigger.add_argument("--model", metavar="M", help="owner/name, a folder of the worker's, or s3://bucket/prefix")
-    trigger.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub (default: its main branch)")
-    trigger.add_argument(
-        "--recipe", metavar="R", help="name of a recipe that the worker has (default: the deployment's)"
-    )
-    trigger.add_argument("--questions", type=int, metavar="N", help="only the first N of every benchmark")
-    trigger.add_argument("--no-evaluate", action="store_true", help="leave accuracy and divergence out")
-    trigger.add_argument(
-        "--deployment", default=DEPLOYMENT, metavar="FLOW/NAME", help=f"which one is started (default: {DEPLOYMENT})"
-    )
-    trigger.add_argument(
-        "--set", action="append", default=[], metavar="KEY=JSON", help="any other parameter of the deployment's"
-    )
-    trigger.add_argument("--once", action="store_true", help="the same request again finds the run that was started")
-    trigger.add_argument("--wait", action="store_true", help="follow the run to its end; its end is the exit code")
-    trigger.add_argument("--timeout", type=float, metavar="MINUTES", help="give up waiting after this; the run goes on")
+    option = trigger.add_argument
+    option("--model", metavar="M", help="owner/name, a folder of the worker's, or s3://bucket/prefix")
+    option("--revision", metavar="R", help="branch, tag or commit on the hub (default: its main branch)")
+    option("--recipe", metavar="R", help="name of a recipe that the worker has (default: the deployment's)")
+    option("--questions", type=int, metavar="N", help="only the first N of every benchmark")
+    option("--no-evaluate", action="store_true", help="leave accuracy and divergence out")
+    which = f"which one is started (default: {DEPLOYMENT})"
+    option("--deployment", default=DEPLOYMENT, metavar="FLOW/NAME", help=which)
+    option("--set", action="append", default=[], metavar="KEY=JSON", help="any other parameter of the deployment's")
+    option("--once", action="store_true", help="the same request again finds the run that was started")
+    option("--wait", action="store_true", help="follow the run to its end; its end is the exit code")
+    option("--timeout", type=float, metavar="MINUTES", help="give up waiting after this; the run goes on")
     trigger.set_defaults(run=_trigger)
     return [trigger]
 
 
 def _trigger(options: argparse.Namespace) -> int:
     from flows.cli.follow import follow, start
+    from tasks.runtime.states import GATE_STATE
 
     parameters = {
         "model": options.model,
@@ -44,7 +41,7 @@ def _trigger(options: argparse.Namespace) -> int:
         "recipe": options.recipe or None,
         "questions": options.questions,
         "evaluate": False if options.no_evaluate else None,
-        "trigger": who_asks(),
+        "trigger": _who_asks(),
         **dict(map(_parameter, options.set)),
     }
     run, page = start(options.deployment, parameters, once=options.once)
@@ -59,20 +56,20 @@ def _trigger(options: argparse.Namespace) -> int:
         return FAILED
     for each in ended.pages:
         print(f"MLflow: {each}")
-    print(f"{ended.state}: {ended.message}" if ended.message else ended.state)
-    if ended.completed:
+    state = ended.state
+    print(f"{state.name}: {state.message}" if state.message else state.name)
+    if state.is_completed():
         return DONE
-    return NOT_PASSED if ended.refused else FAILED
+    return NOT_PASSED if state.name == GATE_STATE else FAILED
 
 
-def who_asks() -> str:
-    """For the lineage record: the workflow's run on GitHub, else somebody at a terminal."""
+def _who_asks() -> str:
+    """Return who asks, for the lineage record: the workflow's run on GitHub, else somebody at a terminal."""
     from flows.origin import BY_HAND
 
     repository, run = os.environ.get("GITHUB_REPOSITORY"), os.environ.get("GITHUB_RUN_ID")
-    if os.environ.get("GITHUB_ACTIONS") == "true" and repository and run:
-        return f"ci {repository} run {run}"
-    return BY_HAND
+    on_github = os.environ.get("GITHUB_ACTIONS") == "true" and repository and run
+    return f"ci {repository} run {run}" if on_github else BY_HAND
 
 
 def _parameter(text: str) -> tuple[str, Any]:
