@@ -14,8 +14,8 @@ from bivlm.workspace.stores.location import default_workspace
 from flows.cli.console import in_short
 from flows.compress import compress_flow
 from flows.progress import publish_page
-from tasks.tracking.facts import questions_asked
-from tasks.tracking.finished import finished_version
+from tasks.tracking import questions_asked
+from tasks.tracking.registry import finished_version
 from tasks.watching.base_model import pin_revision
 from tasks.watching.events import FLOW
 from tasks.watching.looking import ended_now, remember_answer, taken_now

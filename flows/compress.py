@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime
+from prefect.client.schemas.objects import State
 from rich.console import Console
 
 from bivlm.checkpoint.outputs import PAGE, lock_of
@@ -24,7 +25,7 @@ from bivlm.workspace.places import check_places, output_folder, output_place
 from bivlm.workspace.steps import Workspace
 from bivlm.workspace.stores.location import default_workspace
 from flows.estimates import refuse_what_cannot_fit
-from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided
+from flows.gate import decide_at_the_end, refuse_what_cannot_be_decided, refused_state
 from flows.layers import finish_all, needs_calibration, pack_all, side_by_side
 from flows.origin import trigger_of_run
 from flows.progress import FlowProgress, publish_page
@@ -138,7 +139,7 @@ def compress_flow(
         return _compress(request, console)
 
 
-def _compress(request: Request, console: Console) -> dict[str, Any]:
+def _compress(request: Request, console: Console) -> dict[str, Any] | State[Any]:
     base, recipe, store = request.base, request.recipe, request.store
     # Absolute, because workers on other machines look there, too.
     layers = layers_of(request.chosen, recipe, str(base.model.folder.absolute()), base.digests.tensors)
@@ -253,5 +254,5 @@ def _compress(request: Request, console: Console) -> dict[str, Any]:
     }
     # After the run in MLflow was ended as finished: all of it is there.
     if refused is not None:
-        raise GateNotPassed(refused, result)
+        return refused_state(GateNotPassed(refused, result))
     return result

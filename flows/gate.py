@@ -1,10 +1,14 @@
-"""The end of a compression whose recipe has a gate: candidate becomes champion, or the run says why not."""
+"""The end of a compression whose recipe has a gate: the candidate becomes champion, or the run says why not."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bivlm.errors import InputError
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
+
+from bivlm.errors import GateNotPassed, InputError, describe
 from bivlm.evaluation.gate import Figures, decide
 from bivlm.recipe.loading import Recipe
 from tasks import evaluation, tracking
@@ -12,9 +16,20 @@ from tasks import evaluation, tracking
 if TYPE_CHECKING:
     from flows.results import Results
 
+GATE_STATE = "GateNotPassed"  # the name of the failed state that a refused flow run ends in
+
+
+def refused_state(error: GateNotPassed) -> State[Any]:
+    """Return the state that a flow returns in place of raising `error`.
+
+    The flow run is Failed under the name `GATE_STATE`, so that nobody has to read its message. Whoever called the flow
+    gets `error` raised.
+    """
+    return Failed(name=GATE_STATE, message=f"{GateNotPassed.__name__}: {describe(error)}", data=error)
+
 
 def refuse_what_cannot_be_decided(recipe: Recipe, evaluate: bool) -> None:
-    """Raise `InputError` for a gate that looks at accuracies that are not going to be measured."""
+    """Raise `InputError` for a gate that bounds accuracies that are not going to be measured."""
     if recipe.gate is not None and recipe.gate.accuracy is not None and not evaluate:
         raise InputError(
             f"recipe {recipe.name}: its gate bounds the accuracy that may be lost, which takes an evaluation; "
@@ -30,13 +45,13 @@ def decide_at_the_end(
     results: Results | None,
     workspace: str,
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """(what came of the gate, the message if it was not passed); the first is None without a gate.
+    """Return (what came of the gate, the message if it did not pass); the first is None without a gate.
 
-    When the version is registered and everything is recorded: passed, it becomes champion; not passed, the champion
-    stays. Either way the decision with its figures is written on the run, the version and their pages.
+    Call it when everything is recorded. If the gate passes, the version becomes champion; if not, the champion is
+    unchanged. The decision with its figures is written on the run, the version and their pages.
     """
     decided, refused = None, None
-    name = registered["registered_model"]
+    name, version = registered["registered_model"], registered["version"]
     if recipe.gate is not None:
         losses, at_chance = {}, []
         if recipe.gate.accuracy is not None and results is not None:
@@ -45,13 +60,9 @@ def decide_at_the_end(
             at_chance = results.at_chance()
         bits = report["bits"]
         decision = decide(recipe.gate, Figures(bits["linears"]["stored"], bits["model"]["stored"], losses, at_chance))
-        decided = tracking.apply_decision(
-            tracked, name, registered["version"], decision, losses, registered["model_id"]
-        )
+        outcome = tracking.apply_decision(tracked, name, version, decision, losses, registered["model_id"])
+        decided = asdict(outcome)
         if not decision.passed:
-            refused = (
-                f"gate not passed by {name} version {registered['version']}: {'; '.join(decision.refused_by)}; "
-                f"{decided['said']}"
-            )
+            refused = f"gate not passed by {name} version {version}: {'; '.join(decision.refused_by)}; {outcome.said}"
     tracking.refresh_pages(tracked, name)
     return decided, refused

@@ -26,8 +26,8 @@ from bivlm.workspace.steps import Workspace
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.steps import open_workspace
 from tasks.tracking.champions import moves_of
-from tasks.tracking.models import fluent
-from tasks.tracking.run import REQUEST_TAG, public_uri, tracking_place
+from tasks.tracking.run import fluent, public_uri, tracking_place
+from tasks.tracking.tags import Tag
 
 DAY_SECONDS = 24 * 3600.0
 REGISTRIES = "registries"  # in the workspace: which stores of MLflow have versions whose steps are here
@@ -162,7 +162,7 @@ def _chosen(client: MlflowClient, keep_versions: int) -> Iterator[tuple[ModelVer
     """The versions that stay and why, of everything that bivlm registered."""
     versions: dict[str, list[ModelVersion]] = {}
     for version in _pages(client.search_model_versions):
-        if REQUEST_TAG in version.tags:
+        if Tag.REQUEST in version.tags:
             versions.setdefault(version.name, []).append(version)
     models = {model.name: model for model in _pages(client.search_registered_models)}
     for name, ours in sorted(versions.items()):
@@ -207,7 +207,7 @@ def _lineages(client: MlflowClient, version: ModelVersion) -> Iterator[dict[str,
     """
     said = f"version {version.name}/{version.version}: {LINEAGE}"
     places = [f"runs:/{version.run_id}/{LINEAGE}"] if version.run_id and _on_run(client, version.run_id) else []
-    if model_id := version.tags.get("bivlm.model_id"):
+    if model_id := version.tags.get(Tag.MODEL):
         places += _beside_checkpoint(client, model_id)
     if not places:
         raise InputError(

@@ -9,8 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from bivlm.errors import InputError
-from tasks.tracking.audit import audit_base, audit_version
-from tasks.tracking.pages import write_pages
+from tasks.tracking.pages import audit_base, audit_version, write_pages
 from tasks.tracking.promotion import promote_by_gate, promote_by_hand, roll_back
 
 COLUMN = 5000  # characters of a description, in the registry's tables
@@ -97,9 +96,9 @@ def test_a_version_says_what_its_kl_was_measured_on_and_where_full_precision_is_
     register(client, "model-small", base, bivlm__kl="0.2083")  # of before either was written down
     write_pages(client, "model-small")
     first, second, old = (page(client, "model-small", number) for number in (1, 2, 3))
-    assert "0.2083 nats a token, on 64 held-out samples of /data/my\\_own" in first and "above chance" not in first
+    assert "0.2083 nats per token, on 64 held-out samples of /data/my\\_own" in first and "above chance" not in first
     assert "| not above chance\u00a0\u00a0 | open: full precision scores 0.0 %" in second
-    assert "0.2083 nats a token, on held-out samples" in old and "above chance" not in old
+    assert "0.2083 nats per token, on held-out samples" in old and "above chance" not in old
     assert page(client, "model-small").count("85.0 of 95.0 % (not above chance)") == 1
 
 

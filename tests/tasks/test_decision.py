@@ -5,7 +5,7 @@ from mlflow import MlflowClient
 
 from bivlm.evaluation.gate import Decision
 from bivlm.evaluation.paired import LargestLoss
-from tasks.tracking.decision import apply_decision
+from tasks.tracking.promotion import apply_decision
 from tasks.tracking.run import Tracking
 
 NAME, MORE, FEWER = "llava-small", 1000, 100
@@ -47,20 +47,20 @@ def decide(registry, tmp_path, monkeypatch):
 
 
 def test_a_refusal_is_not_undone_by_fewer_questions(decide):
-    assert decide(False, MORE)["said"] == "no version is champion"
+    assert decide(False, MORE).said == "no version is champion"
     found = decide(True, FEWER)
-    assert found["champion"] is None
-    assert found["said"] == "no version is champion: it was refused after 1000 questions, and these are 100"
+    assert found.champion is None
+    assert found.said == "no version is champion: it was refused after 1000 questions, and these are 100"
     assert decide.standing() == ("refused", None)
-    assert decide(True, MORE)["champion"] == 1
+    assert decide(True, MORE).champion == 1
     assert decide.standing() == ("passed", 1)
 
 
 def test_what_has_passed_is_not_undone_by_fewer_questions(decide):
     decide(True, MORE)
-    assert decide(False, FEWER)["said"] == "version 1 stays champion"
+    assert decide(False, FEWER).said == "version 1 stays champion"
     assert decide.standing() == ("passed", 1)
-    assert decide(True, FEWER)["champion"] == 1
+    assert decide(True, FEWER).champion == 1
 
 
 def test_a_version_is_decided_about_when_its_champion_has_moved_and_not_before(decide, monkeypatch):
