@@ -71,4 +71,4 @@ def keep_loopback_direct(environment: MutableMapping[str, str] = os.environ) -> 
     known = [each.strip() for name in ("NO_PROXY", "no_proxy") for each in environment.get(name, "").split(",")]
     # A * means every host, and only where it stands alone.
     hosts = "*" if "*" in known else ",".join(dict.fromkeys([*filter(None, known), *_LOOPBACK]))
-    environment |= {"NO_PROXY": hosts, "no_proxy": hosts}
+    environment.update(NO_PROXY=hosts, no_proxy=hosts)

@@ -63,17 +63,18 @@ def _message(error: BaseException) -> str:
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen = {id(error)}
-    while error := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        if id(error) in seen:
+    cause: BaseException | None = error
+    while cause := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
+        if id(cause) in seen:
             return
-        seen.add(id(error))
-        yield error
+        seen.add(id(cause))
+        yield cause
 
 
 def _request(error: BaseException) -> str:
     """For an error of httpx: which request it was and, if it took too long, after how many seconds it was given up."""
     try:
-        request = error.request
+        request = error.request  # type: ignore[attr-defined]
         asked = text_without_credentials(f"{request.method} {request.url}")
         patience = request.extensions.get("timeout", {})
     except (AttributeError, RuntimeError):  # none, or not known to it

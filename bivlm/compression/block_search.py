@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bivlm.calibration.blocks.encoded import outputs_at, stack
+from bivlm.calibration.blocks.encoded import Samples, outputs_at, stack
 from bivlm.calibration.blocks.model import BlockwiseModel
 from bivlm.calibration.blocks.run import run_unit
 from bivlm.calibration.blocks.units import Unit
@@ -38,7 +38,7 @@ LEVELS = 256
 # every large language model, nearly all activations would share a handful of levels.
 SPAN = 4.0
 
-Outputs = Sequence[Mapping[str, torch.Tensor]]  # what `stack` makes of a unit's outputs, or the file written of it
+Outputs = Samples  # what `stack` makes of a unit's outputs, or the file written of it
 Rebuild = Callable[[str, int], torch.Tensor]
 
 
@@ -130,7 +130,7 @@ def relative_output_error(found: Outputs, target: Outputs, samples: int) -> floa
     lost = total = 0.0
     for number in range(samples):
         y_q, y = (outputs_at({"y": outputs}, number).get("y") for outputs in (found, target))
-        if y is None:
+        if y is None or y_q is None:
             continue
         y = y.to(torch.float64)
         total += float(y.square().sum())

@@ -59,7 +59,8 @@ def pack_table(entry: TensorEntry, settings: EmbeddingSettings, file: Path, sha2
     Beside a piece of the table no more than the packed bytes is in memory. Raises `InputError` naming the tensor for
     weights that are not finite as they are or as they are rebuilt, and for bytes that are not those of `sha256`.
     """
-    count = max(1, PIECE_WEIGHTS // entry.shape[1])
+    rows, columns = entry.shape
+    count = max(1, PIECE_WEIGHTS // columns)
 
     def pieces() -> Iterator[torch.Tensor]:
         for piece in tensor_rows(entry, count, sha256):
@@ -67,13 +68,13 @@ def pack_table(entry: TensorEntry, settings: EmbeddingSettings, file: Path, sha2
                 raise InputError(f"{entry.name}: has NaN or infinite weights")
             yield piece
 
-    grouped.pack_rows(file, pieces, entry.shape, settings.bits, settings.group_size)
+    grouped.pack_rows(file, pieces, (rows, columns), settings.bits, settings.group_size)
     packed = torch.from_numpy(np.fromfile(file, dtype=np.uint8))
     codec, header = open_packed(packed, f"{entry.name}, packed at {settings.bits} bits")
     error, total, begin = 0.0, 0.0, 0
     for piece in tensor_rows(entry, count):
-        rows = torch.arange(begin, begin + len(piece))
-        lost = piece.to(torch.float32) - unpack_rows(packed, rows, entry.name).to(torch.float32)
+        numbers = torch.arange(begin, begin + len(piece))
+        lost = piece.to(torch.float32) - unpack_rows(packed, numbers, entry.name).to(torch.float32)
         error += float(lost.square_().sum(dtype=torch.float64))
         total += float(piece.to(torch.float32).square_().sum(dtype=torch.float64))
         begin += len(piece)

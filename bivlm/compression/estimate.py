@@ -126,8 +126,9 @@ def estimate(work: Work, workers: int, probes: Mapping[str, Probe] | None = None
 def check_fits(stages: Sequence[Needs], machine: Machine, folders: Iterable[Path]) -> None:
     """Raise `InputError` with figures where a stage does not fit into memory, or all of them onto a disk."""
     for each in stages:
-        on_gpu = machine.gpu is not None and each.gpu > 0
-        needed, there = (each.gpu, machine.gpu) if on_gpu else (LIBRARIES + each.memory, machine.memory)
+        on_gpu, needed, there = False, LIBRARIES + each.memory, machine.memory
+        if machine.gpu is not None and each.gpu > 0:
+            on_gpu, needed, there = True, each.gpu, machine.gpu
         if needed > there:
             raise InputError(
                 f"{each.stage}: needs about {needed / GIGA:.1f} GB of {'GPU ' * on_gpu}memory, "

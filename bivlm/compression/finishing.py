@@ -18,6 +18,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,7 +141,7 @@ class _Tuned:
 
     def __init__(self, model: PreTrainedModel, name: str, packed: torch.Tensor) -> None:
         try:
-            self._linear = model.get_submodule(name)
+            self._linear: Any = model.get_submodule(name)
         except AttributeError:
             raise InputError(f"finishing: the model has no layer called {name}") from None
         self.name = name
@@ -248,7 +249,8 @@ def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], lis
 
 def _order(numbers: Sequence[int], settings: FinishSettings) -> list[list[int]]:
     """The conversations of every step: all of them in a new order each time round."""
-    rng, waiting, order = random.Random(settings.seed), [], []
+    rng, order = random.Random(settings.seed), []
+    waiting: list[int] = []
     for _ in range(settings.steps):
         while len(waiting) < settings.batch:
             waiting += rng.sample(numbers, len(numbers))

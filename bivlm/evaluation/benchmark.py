@@ -88,7 +88,8 @@ def benchmark_kinds() -> dict[str, type[Benchmark]]:
     """Every kind of benchmark by the name that a task begins with."""
     package = importlib.import_module("bivlm.evaluation")
     for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"bivlm.evaluation.{module.name}")
+        if module.name != "lmms_eval":  # no benchmark, and it needs an extra
+            importlib.import_module(f"bivlm.evaluation.{module.name}")
     return {cls.kind: cls for cls in _below(Benchmark) if not inspect.isabstract(cls)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from typing import Any
 
 from bivlm.errors import InputError
 from bivlm.methods.base import CurvePoint, LayerPlan, Method, MethodSettings, Quantized
@@ -14,14 +15,14 @@ __all__ = ["CurvePoint", "LayerPlan", "Method", "MethodSettings", "Quantized", "
 
 
 @cache
-def methods() -> dict[str, Method]:
+def methods() -> dict[str, Method[Any]]:
     """Every method by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return {cls.name: cls() for cls in Method.__subclasses__()}
 
 
-def method(name: str) -> Method:
+def method(name: str) -> Method[Any]:
     """The method called `name`; raises `InputError` with the names there are."""
     try:
         return methods()[name]

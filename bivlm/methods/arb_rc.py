@@ -32,7 +32,7 @@ class ARBSettings(MethodSettings):
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
 
 
-class ARB(Method):
+class ARB(Method[ARBSettings]):
     """The method `arb_rc`."""
 
     name: ClassVar[str] = "arb_rc"

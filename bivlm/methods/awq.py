@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from bivlm.errors import InputError
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.numerics.uniform_grid import GroupedCodes, round_to_nearest
@@ -32,7 +33,7 @@ class AWQSettings(MethodSettings):
     group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group a row
 
 
-class AWQ(Method):
+class AWQ(Method[AWQSettings]):
     """The method `awq`."""
 
     name: ClassVar[str] = "awq"
@@ -47,14 +48,18 @@ class AWQ(Method):
 
         Of several best the smallest beta is taken: 0, which is `rtn`, where no token was seen.
         """
+        if inputs is None:
+            raise InputError(f"method {self.name!r} needs the magnitudes of the layer's inputs; none were given")
         bits, group_size = plan.parameters["bits"], plan.parameters["group_size"]
         magnitude_N = inputs.magnitude_N.to(weight_MN.device)
         moment_NN = inputs.second_moment_NN.to(weight_MN.device)
-        least, chosen, best = float("inf"), 0.0, None
-        for beta in BETAS:
+        chosen = 0.0
+        best = round_scaled(weight_MN, None, bits, group_size)
+        least = _output_error(weight_MN, *best, moment_NN)
+        for beta in BETAS[1:]:
             candidate = round_scaled(weight_MN, channel_scales(magnitude_N, beta), bits, group_size)
             error = _output_error(weight_MN, *candidate, moment_NN)
-            if best is None or error < least:
+            if error < least:
                 least, chosen, best = error, beta, candidate
         coded, multipliers_N = best
         dead = int((magnitude_N <= 0).sum())

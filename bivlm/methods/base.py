@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -66,7 +66,10 @@ class Quantized:
     figures: dict[str, int | float] = field(default_factory=dict)
 
 
-class Method(ABC):
+S = TypeVar("S", bound=MethodSettings)
+
+
+class Method(ABC, Generic[S]):
     """One file in `bivlm.methods` holds one subclass; that is all a new method needs.
 
     `version` enters the keys of the steps that ran the method: raise it when the bytes it makes change.
@@ -76,26 +79,25 @@ class Method(ABC):
     version: ClassVar[int]
     scope: ClassVar[Literal["layer", "block", "model"]] = "layer"
     Settings: ClassVar[type[MethodSettings]]
-    bytes_a_weight: ClassVar[float] = (
-        8.0  # peak memory where it sees weights alone, see `bivlm.compression.estimate.layer_bytes`
-    )
+    # Peak memory where it sees weights alone, see `bivlm.compression.estimate.layer_bytes`.
+    bytes_a_weight: ClassVar[float] = 8.0
 
-    def needs(self, settings: MethodSettings) -> frozenset[Need]:
+    def needs(self, settings: S) -> frozenset[Need]:
         """What the method has to see: the weights alone unless it says more."""
         return WEIGHTS
 
-    def tail_share(self, settings: MethodSettings) -> float:
+    def tail_share(self, settings: S) -> float:
         """The Gaussian share of largest magnitudes that the statistics must keep with their rows."""
         return 0.0
 
-    def curve(self, statistics: LayerStatistics, settings: MethodSettings) -> list[CurvePoint]:
+    def curve(self, statistics: LayerStatistics, settings: S) -> list[CurvePoint]:
         """The choices of settings worth having, without quantizing; none if the method leaves no choice.
 
         Of `settings` everything is kept that the choice is not about.
         """
         return []
 
-    def plan(self, statistics: LayerStatistics, settings: MethodSettings) -> LayerPlan:
+    def plan(self, statistics: LayerStatistics, settings: S) -> LayerPlan:
         """Decide how to quantize the layer from its statistics alone; by default there is nothing to decide."""
         parameters = settings.model_dump(mode="json", exclude={"method"})
         return LayerPlan(method=self.name, version=self.version, shape=statistics.shape, parameters=parameters)

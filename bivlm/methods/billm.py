@@ -30,7 +30,7 @@ class BiLLMSettings(MethodSettings):
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
 
 
-class BiLLM(Method):
+class BiLLM(Method[BiLLMSettings]):
     """The method `billm`."""
 
     name: ClassVar[str] = "billm"

@@ -12,7 +12,7 @@ import torch
 
 from bivlm.methods.base import LayerPlan, Quantized
 from bivlm.numerics.binary import choose_salient, normalised
-from bivlm.numerics.error_feedback import factor_figures, feed_back, input_factor
+from bivlm.numerics.error_feedback import feed_back, input_factor
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.packing import rowblock
 
@@ -53,4 +53,4 @@ def quantize_blocks(
         exponent=exponent,
         dtype=weight_MN.dtype,
     )
-    return Quantized(packed, {**factor_figures(factor, inputs), "salient_columns": int(salient_N.sum())})
+    return Quantized(packed, {**factor.figures(), "salient_columns": int(salient_N.sum())})

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
-from bivlm.numerics.error_feedback import factor_figures, feed_back, feed_back_columns, input_factor
+from bivlm.numerics.error_feedback import feed_back, feed_back_columns, input_factor
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.numerics.uniform_grid import GroupedCodes, divisor, fit_grid, group_width, layer_exponent
 from bivlm.packing import grouped
@@ -28,7 +28,7 @@ class GPTQSettings(MethodSettings):
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)  # share of the mean diagonal of H
 
 
-class GPTQ(Method):
+class GPTQ(Method[GPTQSettings]):
     """The method `gptq`."""
 
     name: ClassVar[str] = "gptq"
@@ -46,7 +46,7 @@ class GPTQ(Method):
         p = plan.parameters
         factor = input_factor(inputs, p["damping"], self.name, weight_MN)
         coded = feed_back_groups(weight_MN, factor.upper_NN, p["bits"], p["group_size"])
-        return Quantized(grouped.pack(coded, weight_MN.dtype), factor_figures(factor, inputs))
+        return Quantized(grouped.pack(coded, weight_MN.dtype), factor.figures())
 
     def describe(self, plan: LayerPlan) -> dict[str, Any]:
         return {key: plan.parameters[key] for key in ("bits", "group_size")}

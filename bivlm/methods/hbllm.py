@@ -26,7 +26,7 @@ from pydantic import Field
 
 from bivlm.methods.base import INPUTS, LayerPlan, Method, MethodSettings, Need, Quantized
 from bivlm.numerics.binary import normalised, saliency, to_stored
-from bivlm.numerics.error_feedback import BLOCK, factor_figures, feed_back, input_factor
+from bivlm.numerics.error_feedback import BLOCK, feed_back, input_factor
 from bivlm.numerics.haar import haar
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.packing import wavelet
@@ -43,7 +43,7 @@ class HBLLMSettings(MethodSettings):
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
 
 
-class HBLLM(Method):
+class HBLLM(Method[HBLLMSettings]):
     """The method `hbllm`."""
 
     name: ClassVar[str] = "hbllm"
@@ -89,7 +89,7 @@ class HBLLM(Method):
             exponent=exponent,
             dtype=weight_MN.dtype,
         )
-        return Quantized(packed, {**factor_figures(factor, inputs), "salient_columns": int(salient_N.sum())})
+        return Quantized(packed, {**factor.figures(), "salient_columns": int(salient_N.sum())})
 
 
 def most_salient(columns_BM: torch.Tensor, diagonal_B: torch.Tensor, share: float) -> torch.Tensor:

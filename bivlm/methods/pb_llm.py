@@ -27,7 +27,7 @@ class PBLLMSettings(MethodSettings):
     share: float = Field(default=0.1, ge=0, le=1, allow_inf_nan=False)  # of the weights, at eight bits
 
 
-class PBLLM(Method):
+class PBLLM(Method[PBLLMSettings]):
     """The method `pb_llm`."""
 
     name: ClassVar[str] = "pb_llm"

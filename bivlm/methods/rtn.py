@@ -26,7 +26,7 @@ class RTNSettings(MethodSettings):
     clip: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)  # share of a group's range that its grid spans
 
 
-class RTN(Method):
+class RTN(Method[RTNSettings]):
     """The method `rtn`."""
 
     name: ClassVar[str] = "rtn"

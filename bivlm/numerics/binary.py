@@ -80,7 +80,9 @@ def choose_salient(columns_BM: torch.Tensor, diagonal_B: torch.Tensor, most: int
     most = min(most, len(columns_BM))
     if most:
         order = saliency(columns_BM, diagonal_B).sum(1).argsort(descending=True, stable=True)
-        errors = sum(_errors_by_count(chunk, most, centred) for chunk in columns_BM[order].split(_CHUNK_ROWS, dim=1))
+        chunks = columns_BM[order].split(_CHUNK_ROWS, dim=1)
+        none = torch.zeros((), device=columns_BM.device)
+        errors = sum((_errors_by_count(chunk, most, centred) for chunk in chunks), start=none)
         salient_B[order[: int(errors.argmin()) + 1]] = True
     return salient_B
 
@@ -100,7 +102,8 @@ def choose_boundary(columns_BM: torch.Tensor, *, centred: bool) -> float:
     above = (below + 1).clamp_max_(len(magnitudes) - 1)
     boundaries_P = torch.lerp(magnitudes[below], magnitudes[above], between)
     explained = _explained_centred if centred else _explained_plain
-    gains = sum(explained(chunk, boundaries_P) for chunk in columns_BM.split(_CHUNK_ROWS, dim=1))
+    chunks, none = columns_BM.split(_CHUNK_ROWS, dim=1), torch.zeros((), device=columns_BM.device)
+    gains = sum((explained(chunk, boundaries_P) for chunk in chunks), start=none)
     return float(boundaries_P[gains.argmax()])
 
 

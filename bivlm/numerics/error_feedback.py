@@ -13,7 +13,7 @@ Columns that were fed back within a block need no account of it, because only ``
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,11 +36,17 @@ class InverseFactor:
         damping: what was added to the diagonal, as a share of its mean; more than was asked for where H has so little
             rank (fewer tokens than channels) that it could not be factored otherwise.
         dead_channels: channels whose inputs were all zero. No error is fed into or out of them.
+        tokens: how many tokens H was made of; 0 if that is not known.
     """
 
     upper_NN: torch.Tensor
     damping: float
     dead_channels: int
+    tokens: int = 0
+
+    def figures(self) -> dict[str, int | float]:
+        """Return what a record says of the second moment."""
+        return {"damping": self.damping, "dead_channels": self.dead_channels, "tokens": self.tokens}
 
 
 def inverse_factor(second_moment_NN: torch.Tensor, damping: float = 0.01) -> InverseFactor:
@@ -76,12 +82,8 @@ def input_factor(inputs: SiteStatistics | None, damping: float, method: str, wei
     """The factor of the inverse second moment on the weight's device; raises `InputError` if there are no inputs."""
     if inputs is None:
         raise InputError(f"method {method!r} needs the second moment of the layer's inputs; none was given")
-    return inverse_factor(inputs.second_moment_NN.to(weight_MN.device), damping)
-
-
-def factor_figures(factor: InverseFactor, inputs: SiteStatistics) -> dict[str, int | float]:
-    """What a record says of a second moment."""
-    return {"damping": factor.damping, "dead_channels": factor.dead_channels, "tokens": inputs.total_tokens}
+    factor = inverse_factor(inputs.second_moment_NN.to(weight_MN.device), damping)
+    return replace(factor, tokens=inputs.total_tokens)
 
 
 def feed_back(

@@ -45,6 +45,7 @@ def scores(
         return weight_MN.abs() * inputs.magnitude_N
     if metric == "hessian":
         return (weight_MN / inverse_factor(inputs.second_moment_NN, damping).upper_NN.diagonal()).square_()
+    assert inputs.gradient_square_MN is not None  # else it is silent
     return weight_MN.square() * inputs.gradient_square_MN
 
 

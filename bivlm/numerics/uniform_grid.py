@@ -64,7 +64,8 @@ def layer_exponent(weight_MN: torch.Tensor, bits: int) -> int:
     The scale of the layer's whole range comes near 2^10, a 64th of the largest float16: error feedback may widen the
     range of a group so far before its scale is cut.
     """
-    return range_exponent(*(float(end) for end in weight_MN.aminmax()), bits)
+    lowest, highest = weight_MN.aminmax()
+    return range_exponent(float(lowest), float(highest), bits)
 
 
 def range_exponent(lowest: float, highest: float, bits: int) -> int:

@@ -265,8 +265,8 @@ def _count_patterns(weight_MN: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     else:
         for chunk in flat.view(torch.int16).split(8 * CHUNK_WEIGHTS):
             counts += torch.bincount(chunk.to(torch.int32) & 0xFFFF, minlength=1 << 16).cpu().numpy()
-    patterns = np.flatnonzero(counts)
-    return patterns.astype(np.uint32), counts[patterns]
+    found = np.flatnonzero(counts)
+    return found.astype(np.uint32), counts[found]
 
 
 def _merge_signs(raw: np.ndarray, counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

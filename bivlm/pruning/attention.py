@@ -29,7 +29,7 @@ def observing(layer: nn.Module, see: See) -> Iterator[None]:
     Shapes are (B, H, Q, d), (B, H_kv, K, d), and the mask's, which is added, or true where a query may look.
     """
     modules = [module for module in layer.modules() if hasattr(getattr(module, "config", None), "_attn_implementation")]
-    before = [module.config for module in modules]
+    before: list[Any] = [module.config for module in modules]
     for module, config in zip(modules, before, strict=True):
         own = copy.copy(config)
         own._attn_implementation = _NAME

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from bivlm.errors import InputError
@@ -40,7 +41,7 @@ class LanguagePruning:
     def __init__(
         self,
         parts: Anatomy,
-        model: nn.Module,
+        model: PreTrainedModel,
         settings: PruningSettings,
         tally: Tally,
         vision: VisionPruning | None = None,
@@ -49,15 +50,28 @@ class LanguagePruning:
         self._parts, self._model, self._settings, self._tally = parts, model, settings, tally
         self._vision = vision
         self._of_text = settings.place in ("text", "joint")
-        self._scored = None  # the layer whose attention is the score
+        self._scored: int | None = None  # the layer whose attention is the score
         self.tokens: Sequence | None = None
         self.states: Sequence | None = None
         self._reading = False
         self._scores_BT: torch.Tensor | None = None
         self._is_image_BT: torch.Tensor | None = None
-        self._remembered: WeakKeyDictionary[Any, dict[int, tuple[Sequence, Sequence | None]]] = WeakKeyDictionary()
-        if settings.place in ("language", "text", "joint"):
+        self._remembered: WeakKeyDictionary[Any, dict[int, tuple[Shortened | None, Shortened | None]]] = (
+            WeakKeyDictionary()
+        )
+        if settings.layer is not None and settings.place in ("language", "text", "joint"):
             self._scored = self._layer_before(settings.layer)
+
+    @property
+    def _prompt(self) -> Sequence:
+        """The prompt that is being read."""
+        assert self.tokens is not None, "no prompt was read"
+        return self.tokens
+
+    @property
+    def _image_BT(self) -> torch.Tensor:
+        assert self._is_image_BT is not None, "no prompt was read"
+        return self._is_image_BT
 
     @property
     def _drops_states(self) -> bool:
@@ -136,27 +150,28 @@ class LanguagePruning:
             return None
         features = named.get("cross_attention_states")
         if features is not None:
-            rows = len(self.tokens.alive_BT)
+            rows = len(self._prompt.alive_BT)
             flat_BSD = features.reshape(rows, -1, features.shape[-1])
             lost_BS = self._lost(flat_BSD)
             all_BS = torch.ones_like(lost_BS)
-            self.states = Sequence(self._seen_states(named, all_BS), all_BS, self.tokens.seeds)
-            self._check_lost(lost_BS, self.states.candidates_BT)
-            self.states.drop(~lost_BS)
+            states = Sequence(self._seen_states(named, all_BS), all_BS, self._prompt.seeds)
+            self._check_lost(lost_BS, states.candidates_BT)
+            states.drop(~lost_BS)
+            self.states = states
             whole_BSD = flat_BSD.masked_fill(lost_BS[..., None], 0)
             named = {**named, "cross_attention_states": whole_BSD}
             if self._settings.place == "input":
-                self._choose_by_features(self.states, whole_BSD, self._text_of(named))
+                self._choose_by_features(states, whole_BSD, self._text_of(named))
             return arguments, named
         embeds_BTD = named.get("inputs_embeds")
         if embeds_BTD is None:
             return None
-        lost_BT = self._lost(embeds_BTD) & self._is_image_BT
-        self._check_lost(lost_BT, self._is_image_BT)
+        lost_BT = self._lost(embeds_BTD) & self._image_BT
+        self._check_lost(lost_BT, self._image_BT)
         whole_BTD = embeds_BTD.masked_fill(lost_BT[..., None], 0)
-        self.tokens.drop(~lost_BT)
+        self._prompt.drop(~lost_BT)
         if self._settings.place == "input":
-            self._choose_by_features(self.tokens, whole_BTD, whole_BTD)
+            self._choose_by_features(self._prompt, whole_BTD, whole_BTD)
         return arguments, {**named, "inputs_embeds": whole_BTD}
 
     def _lost(self, features_BTD: torch.Tensor) -> torch.Tensor:
@@ -194,7 +209,7 @@ class LanguagePruning:
         return self._model.get_input_embeddings()(named["input_ids"]) if embeds is None else embeds
 
     def _choose_by_features(self, sequence: Sequence, features_BSD: torch.Tensor, text_BTD: torch.Tensor) -> None:
-        text_BT = self.tokens.alive_BT & ~self._is_image_BT
+        text_BT = self._prompt.alive_BT & ~self._image_BT
 
         def diverse(row: int, places_n: torch.Tensor, count: int) -> torch.Tensor:
             features_nD = features_BSD[row, places_n]
@@ -215,17 +230,17 @@ class LanguagePruning:
         """The scores, from the attention of the layer before."""
         if not self._reading:
             return
-        left = self.tokens.shortened
-        counts_BQ = self.tokens.alive_BT if left is None else left.filled_BK
+        left = self._prompt.shortened
+        counts_BQ = self._prompt.alive_BT if left is None else left.filled_BK
         if self._settings.score == "last_token":
             places = torch.arange(counts_BQ.shape[1], device=counts_BQ.device)
             counts_BQ = counts_BQ & (places == (counts_BQ * places).amax(1, keepdim=True))
-        if self._drops_states:
+        if self._drops_states and self.states is not None:
             scores_BS = received(query, key, mask, scale, False, counts_BQ)
             self._scores_BT = _spread(scores_BS, self.states.shortened, self.states.alive_BT.shape)
         else:
             scores_BT = received(query, key, mask, scale, causal, counts_BQ)
-            self._scores_BT = _spread(scores_BT, left, self.tokens.alive_BT.shape)
+            self._scores_BT = _spread(scores_BT, left, self._prompt.alive_BT.shape)
 
     def _choose(self, number: int) -> None:
         """Drop what is to be dropped from this layer on."""
@@ -243,7 +258,7 @@ class LanguagePruning:
             cache = named.get("past_key_values")
             if self._reading:
                 self._choose(number)
-                left = self.tokens.shortened
+                left = self._prompt.shortened
                 if left is None:
                     return forward(hidden_states, *arguments, **named)
                 named["attention_mask"] = left.mask(named.get("attention_mask"), causal=True)
@@ -252,7 +267,7 @@ class LanguagePruning:
                 self._remember(cache, number)
                 return left.put_back(short, hidden_states)
             left, _ = self._remembered.get(cache, {}).get(number, (None, None))
-            if left is not None:
+            if left is not None and cache is not None:
                 length = cache.get_seq_length(number) + hidden_states.shape[1] - left.alive_BT.shape[1]
                 named["attention_mask"] = left.later_mask(named.get("attention_mask"), length, hidden_states.shape[1])
             return forward(hidden_states, *arguments, **named)
@@ -270,7 +285,7 @@ class LanguagePruning:
                     named["cross_attention_mask"] = _columns(named["cross_attention_mask"], states)
                 return forward(hidden_states, *arguments, **named)
             self._choose(number)
-            text = self.tokens.shortened
+            text = self._prompt.shortened
             states = None if self.states is None else self.states.shortened
             if text is None and states is None:
                 return forward(hidden_states, *arguments, **named)
@@ -278,7 +293,9 @@ class LanguagePruning:
                 named["cross_attention_states"] = states.take(named["cross_attention_states"])
                 mask = named.get("cross_attention_mask")
                 if mask is None and not states.full:
-                    mask = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], self._all_states())
+                    mask = hidden_states.new_zeros(
+                        len(hidden_states), 1, hidden_states.shape[1], states.alive_BT.shape[1]
+                    )
                 named["cross_attention_mask"] = None if mask is None else _columns(mask, states)
             whole = hidden_states
             if text is not None:
@@ -292,9 +309,6 @@ class LanguagePruning:
             return result if text is None else text.put_back(result, whole)
 
         return run
-
-    def _all_states(self) -> int:
-        return self.states.alive_BT.shape[1]
 
     @staticmethod
     def _take_positions(left: Shortened, named: dict[str, Any]) -> None:
@@ -313,11 +327,11 @@ class LanguagePruning:
                 f"pruning: layer {number} has a cache of type {type(layer).__name__}; expected the default one, which "
                 "grows with the sequence"
             )
-        left, states = self.tokens.shortened, None if self.states is None else self.states.shortened
+        left, states = self._prompt.shortened, None if self.states is None else self.states.shortened
         self._remembered.setdefault(cache, {})[number] = (left, states)
         if left is not None and not self._is_cross(number):
-            dropped = left.alive_BT.shape[1] - left.length
-            layer.get_seq_length = lambda: layer.keys.shape[-2] + dropped
+            dropped, length_of_cache = left.alive_BT.shape[1] - left.length, layer.get_seq_length
+            layer.__dict__["get_seq_length"] = lambda: length_of_cache() + dropped
 
 
 def _sections(left: Shortened, tensor: torch.Tensor, dims: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Sequence:
                 continue
             count = n if settings.share is None else selection.kept_count(n, settings.share, last)
             scores_n = None if scores_BT is None else scores_BT[row][units_nu].mean(1)
-            if settings.mass is not None:
+            if scores_n is not None and settings.mass is not None:
                 kept_n = selection.by_mass(scores_n, settings.mass)
             elif scores_n is not None:
                 kept_n = selection.highest(scores_n, count)
@@ -72,8 +72,10 @@ class Sequence:
                 kept_n = selection.at_random(n, count, seed, kept_BT.device)
             elif settings.score == "uniform":
                 kept_n = selection.evenly(n, count, kept_BT.device)
-            else:
+            elif diverse is not None:
                 kept_n = diverse(row, places_n, count)
+            else:
+                raise ValueError(f"score {settings.score!r} needs what it is computed from")
             kept_BT[row, units_nu[~kept_n].view(-1)] = False
         self.drop(kept_BT)
         return int(candidates_BT.sum()), int((candidates_BT & kept_BT).sum())

@@ -83,7 +83,8 @@ def find_redundancy(measure: Callable[[float], Loss | None], tolerance: float, h
         share = step / STEPS
         if share not in found:
             found[share] = measure(share)
-        return "beyond" if found[share] is None else verdict(found[share], tolerance)
+        loss = found[share]
+        return "beyond" if loss is None else verdict(loss, tolerance)
 
     top = round(highest * STEPS)
     shown = _last(lambda step: says(step) == "within", top)

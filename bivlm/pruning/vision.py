@@ -46,10 +46,11 @@ class VisionPruning:
         self._seen: list[torch.Tensor] = []
         self._broken: torch.Tensor | None = None
         last = len(parts.vision_layers) - 1
-        if not 1 <= settings.layer <= last:
+        if settings.layer is None or not 1 <= settings.layer <= last:
             raise InputError(
                 f"pruning.layer: found {settings.layer}, expected 1 to {last}, the vision encoder's last layer"
             )
+        self._layer = settings.layer
 
     @property
     def dropped(self) -> bool:
@@ -72,7 +73,7 @@ class VisionPruning:
             layer.forward = self._wrapped(number, layer.forward)
             stack.callback(layer.__dict__.pop, "forward", None)
         if self._settings.score == "attention":
-            stack.enter_context(observing(self._parts.vision_layers[self._settings.layer - 1], self._see))
+            stack.enter_context(observing(self._parts.vision_layers[self._layer - 1], self._see))
 
     def _begin(self, _module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._pixels = arguments[0] if arguments else named.get("pixel_values", named.get("hidden_states"))
@@ -87,18 +88,22 @@ class VisionPruning:
             rows = torch.arange(len(self._sizes), device=hidden_states.device)
             owner_T = rows.repeat_interleave(torch.tensor(self._sizes, device=hidden_states.device))
             alive_IT = owner_T == rows[:, None]
-            return Sequence(alive_IT, alive_IT, self._seeds(self._pixels.split(self._sizes)), self._parts.merged)
+            return Sequence(
+                alive_IT, alive_IT, self._seeds(lambda pixels: pixels.split(self._sizes)), self._parts.merged
+            )
         alive_BT = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         candidates_BT = alive_BT.clone()
         if self._parts.class_token:
             candidates_BT[:, 0] = False
         if mask is not None:  # padding may look at anything but padding, and others look at it
             candidates_BT &= mask.diagonal(dim1=2, dim2=3)[:, 0] == 0
-        return Sequence(candidates_BT, alive_BT, self._seeds(self._pixels.reshape(len(hidden_states), -1)))
+        return Sequence(candidates_BT, alive_BT, self._seeds(lambda pixels: pixels.reshape(len(hidden_states), -1)))
 
-    def _seeds(self, pixels: Iterable[torch.Tensor]) -> list[int]:
+    def _seeds(self, images: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> list[int]:
         """Of every image or tile; none unless they are needed, since its pixels have to be brought to the CPU."""
-        return [seed_of(each) for each in pixels] if self._settings.score == "random" else []
+        if self._settings.score != "random" or self._pixels is None:
+            return []
+        return [seed_of(each) for each in images(self._pixels)]
 
     def _see(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, _causal: bool
@@ -114,7 +119,7 @@ class VisionPruning:
             if self.tokens is None:
                 self.tokens = self._look(hidden_states, mask)
             tokens = self.tokens
-            if number == self._settings.layer:
+            if number == self._layer:
                 scores_BT = torch.cat(self._seen, dim=1).expand(len(tokens.alive_BT), -1) if self._seen else None
                 self._tally.add("image", tokens.choose(self._settings, scores_BT))
             left = tokens.shortened

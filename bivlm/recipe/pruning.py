@@ -95,7 +95,7 @@ class PruningSettings(BaseModel):
     def label(self) -> str:
         """A short name: place, layer, share and score."""
         layer = "" if self.layer is None else f" from layer {self.layer}"
-        much = f"{100 * self.share:g} %" if self.share is not None else f"mass {100 * self.mass:g} % kept"
+        much = f"{100 * self.share:g} %" if self.share is not None else f"mass {100 * (self.mass or 0):g} % kept"
         return f"{self.place}{layer}, {much}, {self.score}"
 
 
@@ -147,8 +147,8 @@ class SweepSettings(BaseModel):
                 raise ValueError("masses: expected the place 'language' and the score attention or last_token")
         except ValidationError as error:
             first = error.errors()[0]
-            place, found = ".".join(map(str, first["loc"])), short(first["input"])
-            raise ValueError(f"{place}: {first['msg']}, found {found}") from None
+            key, found = ".".join(map(str, first["loc"])), short(first["input"])
+            raise ValueError(f"{key}: {first['msg']}, found {found}") from None
         return self
 
     def cells(self) -> list[PruningSettings]:

@@ -54,7 +54,11 @@ def render(
     `figures.accuracy_against_bits`. `lineage` is any tree of JSON.
     """
     environment = Environment(
-        loader=PackageLoader("bivlm"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=PackageLoader("bivlm.reports"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     environment.filters |= {"number": _number, "scalar": _scalar}
     environment.tests["tree"] = lambda value: isinstance(value, (dict, list, tuple))

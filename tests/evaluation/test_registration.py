@@ -7,6 +7,7 @@ import pytest
 import bivlm.evaluation
 from bivlm.errors import InputError
 from bivlm.evaluation.benchmark import load_benchmark
+from bivlm.evaluation.outcomes import evaluate
 
 FILE = """
 from PIL import Image
@@ -49,7 +50,7 @@ def one_more_file(tmp_path, monkeypatch):
 
 def test_a_file_in_the_room_is_all_that_a_benchmark_needs(one_more_file, loaded):
     benchmark = load_benchmark("echo:hello")
-    assert bivlm.evaluation.evaluate(*loaded, benchmark).n == 1
+    assert evaluate(*loaded, benchmark).n == 1
     with pytest.raises(InputError, match="valid: echo:WORD, mme:"):
         load_benchmark("unheard-of:x")
 

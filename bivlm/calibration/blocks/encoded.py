@@ -38,6 +38,10 @@ class SampleTensors:
         return {name: read_tensor(entry) for name, entry in self._entries[sample].items()}
 
 
+# Tensors of every sample by name: in a file, or in memory.
+Samples = SampleTensors | Sequence[Mapping[str, torch.Tensor]]
+
+
 def write_samples(samples: Iterable[Mapping[str, torch.Tensor]], file: str | Path) -> None:
     """Write the tensors of every sample; the same tensors give the same bytes."""
     tensors = {
@@ -83,7 +87,7 @@ def stack(outputs: Sequence[torch.Tensor | None]) -> list[dict[str, torch.Tensor
     return [{_ABSENT: torch.zeros(0)} if output is None else {_OUTPUT: output} for output in outputs]
 
 
-def outputs_at(given: Mapping[str, SampleTensors], sample: int) -> dict[str, torch.Tensor]:
+def outputs_at(given: Mapping[str, Samples], sample: int) -> dict[str, torch.Tensor]:
     """What units gave for a sample, by name, from files of `stack`; those that did not run are left out."""
     found = {name: tensors[sample] for name, tensors in given.items()}
     return {name: tensors[_OUTPUT] for name, tensors in found.items() if _OUTPUT in tensors}

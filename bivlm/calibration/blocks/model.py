@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.remote_code import remote_code_allowed
 from bivlm.checkpoint.safetensors_file import read_tensor
 from bivlm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Step = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -62,7 +65,8 @@ class BlockwiseModel:
         self.units = find_units(self._model, members, names)
         self._sources = self._disk_names()
         paths = {module: name for name, module in self._model.named_modules()}
-        self._embedding, self._head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        self._embedding: nn.Module = self._model.get_input_embeddings()
+        self._head: nn.Module = self._model.get_output_embeddings()
         self._embedding_name, self.head_name = paths[self._embedding], paths[self._head]
         self._refuse_outsiders(members)
         self._load_rest()
@@ -95,7 +99,8 @@ class BlockwiseModel:
         module = self._model.get_submodule(unit.name)
         first_of_language = not any(p.component == unit.component for p in self.predecessors(unit))
         embeds = unit.component == "language" and first_of_language
-        run, given_now = module.forward, {}
+        run: Callable[..., Any] = module.forward
+        given_now: dict[str, torch.Tensor] = {}
 
         def reach(*arguments: Any, **named: Any) -> torch.Tensor:
             output = run(*arguments, **named)
@@ -139,7 +144,10 @@ class BlockwiseModel:
 
     @contextmanager
     def _prepared(
-        self, loaded: Mapping[str, nn.Module], forwards: Mapping[str, Callable[..., Any]], weights: Mapping
+        self,
+        loaded: Mapping[str, nn.Module],
+        forwards: Mapping[str, Callable[..., Any]],
+        weights: Mapping[str, torch.Tensor],
     ) -> Iterator[None]:
         """Modules with their weights in memory, and modules with another forward."""
         for name, module in loaded.items():
@@ -170,12 +178,15 @@ class BlockwiseModel:
         return self._model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}, use_cache=False)
 
     def linear(self, name: str) -> nn.Linear:
-        """The linear layer called `name`, for hooks."""
-        return self._model.get_submodule(name)
+        """Return the linear layer called `name`, for hooks."""
+        layer = self._model.get_submodule(name)
+        assert isinstance(layer, nn.Linear), f"{name} is no linear layer"
+        return layer
 
     def _no_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         """In place of the embedding where what it gives is replaced before it is used."""
-        return torch.zeros(*tokens.shape, self._embedding.embedding_dim, dtype=self.dtype, device=self.device)
+        width = cast(int, self._embedding.embedding_dim)
+        return torch.zeros(*tokens.shape, width, dtype=self.dtype, device=self.device)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The tokens' embedding, of which only the rows in question are read: whole it may be larger than a block."""
@@ -198,7 +209,7 @@ class BlockwiseModel:
         """
         for name, module in self._model.named_modules():
             if isinstance(module, nn.Linear) and members.component(name) is None and name != self.head_name:
-                module.forward = _outside(name)
+                module.__dict__["forward"] = _outside(name)
 
     def _load_rest(self) -> None:
         """Load what lies in no unit: norms, patch and position embeddings; not the tokens' embedding and the head."""
@@ -268,7 +279,7 @@ def _outside(name: str) -> Callable[..., torch.Tensor]:
     return refuse
 
 
-def _frame(checkpoint: Checkpoint) -> nn.Module:
+def _frame(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model with its buffers and without its parameters, which are on the meta device."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
@@ -278,17 +289,17 @@ def _frame(checkpoint: Checkpoint) -> nn.Module:
     dtype = config.dtype or torch.float32
     register = nn.Module.register_parameter
 
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(self, name, parameter)
-        if parameter is not None:
-            self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
     # Buffers that no file holds (rotary frequencies, positions) are computed while a model is built; on the meta
     # device they would not be. The way parameters are registered belongs to the whole process, hence the lock.
     with _BUILDING:
-        nn.Module.register_parameter = on_meta
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
         try:
             with no_init_weights():
                 return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=code).eval()
         finally:
-            nn.Module.register_parameter = register
+            nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bivlm.calibration.blocks.encoded import SampleTensors, has_picture, is_image, model_inputs, outputs_at
+from bivlm.calibration.blocks.encoded import Samples, has_picture, is_image, model_inputs, outputs_at
 from bivlm.calibration.blocks.model import BlockwiseModel
 from bivlm.calibration.blocks.sites import SiteObserver, Weigh
 from bivlm.calibration.blocks.units import Unit
@@ -41,8 +41,8 @@ def image_tokens(model: BlockwiseModel, unit: Unit, sample: Mapping[str, torch.T
 def run_unit(
     model: BlockwiseModel,
     unit: Unit,
-    samples: SampleTensors,
-    given: Mapping[str, SampleTensors],
+    samples: Samples,
+    given: Mapping[str, Samples],
     *,
     weigh: Callable[[int], Weigh] | None,
     weights: Mapping[str, torch.Tensor] | None = None,
@@ -53,7 +53,7 @@ def run_unit(
     those of linear layers by name. One sample's activations are held at a time, beside the outputs.
     Raises ArithmeticError if the unit gives NaN or infinity, or has inputs whose statistics do.
     """
-    outputs = []
+    outputs: list[torch.Tensor | None] = []
     observer = SiteObserver({name: model.linear(name) for name in unit.linears})
     with model.at(unit, weights) as step:
         for number in range(len(samples)):

@@ -32,7 +32,7 @@ from bivlm.methods.base import (
 )
 from bivlm.methods.bivlm.salient_share import Candidate, evaluate_share, search_share
 from bivlm.methods.bivlm.salient_weights import SalientCode, quantize_salient
-from bivlm.numerics.error_feedback import factor_figures, feed_back, feed_back_columns, input_factor
+from bivlm.numerics.error_feedback import feed_back, feed_back_columns, input_factor
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.numerics.saliency import Metric, most_salient, scores
 from bivlm.numerics.weight_statistics import CHUNK_WEIGHTS, LayerStatistics, weights_above
@@ -57,7 +57,7 @@ class BiVLMSettings(MethodSettings):
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)  # of the second moment
 
 
-class BiVLM(Method):
+class BiVLM(Method[BiVLMSettings]):
     """The method `bivlm`."""
 
     name: ClassVar[str] = "bivlm"
@@ -93,7 +93,7 @@ class BiVLM(Method):
             version=self.version,
             shape=statistics.shape,
             parameters={
-                **settings.model_dump(include=_CODE | {"saliency", "feedback", "damping"}),
+                **settings.model_dump(include={*_CODE, "saliency", "feedback", "damping"}),
                 "p_sal": best.p_sal,
                 "salient": len(best.positions_S),
                 "predicted_error": best.error,
@@ -119,7 +119,7 @@ class BiVLM(Method):
         levels_S = code.levels_S
         if p["feedback"]:
             factor = input_factor(inputs, p["damping"], self.name, weight_MN)
-            figures = factor_figures(factor, inputs)
+            figures = factor.figures()
             symbols_MN = _fed_back(weight_MN, factor.upper_NN, scales_K, code, positions_S)
             levels_S = _at(symbols_MN, positions_S).astype(np.uint8)
             symbols = quantile.ready(symbols_MN)
@@ -241,7 +241,7 @@ def _search(statistics: LayerStatistics, settings: BiVLMSettings) -> Candidate:
 
 
 def _evaluate(statistics: LayerStatistics, settings: BiVLMSettings, p_sal: float) -> Candidate:
-    chosen = settings.model_dump(include=_CODE | {"groups"})
+    chosen = settings.model_dump(include={*_CODE, "groups"})
     return evaluate_share(statistics, p_sal, **chosen)
 
 

@@ -92,19 +92,21 @@ def search_share(
     `stored_bits` gives a candidate's bits a weight. The cheaper of two equal candidates wins.
     """
 
-    best: tuple[float, float] | None = None
-    chosen: Candidate | None = None
+    def cost_of(candidate: Candidate) -> float:
+        return candidate.error * 4.0 ** stored_bits(candidate) if objective == "rate" else candidate.error
+
+    chosen = evaluate(0.0)
+    best = (cost_of(chosen), chosen.p_sal)
 
     def visit(p_sal: float) -> float:
         # Only the best is kept: a candidate holds the positions of its salient weights.
         nonlocal best, chosen
         candidate = evaluate(float(p_sal))
-        cost = candidate.error * 4.0 ** stored_bits(candidate) if objective == "rate" else candidate.error
-        if best is None or (cost, candidate.p_sal) < best:
+        cost = cost_of(candidate)
+        if (cost, candidate.p_sal) < best:
             best, chosen = (cost, candidate.p_sal), candidate
         return cost
 
-    visit(0.0)
     if p_max > 0:
         visit(p_max)
         minimize_scalar(visit, bounds=(0.0, p_max), method="bounded", options={"xatol": TOLERANCE * p_max})
