@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from prefect.client.schemas.objects import State
@@ -61,7 +60,8 @@ def decide_at_the_end(
         bits = report["bits"]
         decision = decide(recipe.gate, Figures(bits["linears"]["stored"], bits["model"]["stored"], losses, at_chance))
         outcome = tracking.apply_decision(tracked, name, version, decision, losses, registered["model_id"])
-        decided = asdict(outcome)
+        decided = {"passed": decision.passed, "reasons": list(decision.reasons)}
+        decided |= {"champion": outcome.champion, "previous": outcome.previous, "said": outcome.said}
         if not decision.passed:
             refused = f"gate not passed by {name} version {version}: {'; '.join(decision.refused_by)}; {outcome.said}"
     tracking.refresh_pages(tracked, name)

@@ -67,10 +67,9 @@ def write_pages(client: MlflowClient, name: str) -> None:
         if Tag.MODEL in version.tags:
             _write_on_logged_model(client, version.tags[Tag.MODEL], text)
             _write_on_run(client, version, standing(model, version))
-    for made in {
-        version.tags[Tag.BASE_MODEL]: version for version in versions if Tag.BASE_MODEL in version.tags
-    }.values():
-        _write_on_logged_model(client, made.tags[Tag.BASE_MODEL], _base_page(client, tags_of(made)))
+    for base_id, version in {version.tags.get(Tag.BASE_MODEL): version for version in versions}.items():
+        if base_id is not None:
+            _write_on_logged_model(client, base_id, _base_page(client, tags_of(version)))
 
 
 def versions_of_base(client: MlflowClient, base_id: str, sha256: str | None = None) -> list[ModelVersion]:

@@ -45,17 +45,6 @@ class Outcome:
     said: str
 
 
-@dataclass(frozen=True)
-class GateOutcome:
-    """What came of a gate: its decision, and the champion as in `Outcome`."""
-
-    passed: bool
-    reasons: list[str]
-    champion: int | None
-    previous: int | None
-    said: str
-
-
 @task(name="gate", **OVER_NETWORK)
 def apply_decision(
     tracking: Tracking,
@@ -64,7 +53,7 @@ def apply_decision(
     decision: Decision,
     losses: Mapping[str, LargestLoss],
     model_id: str,
-) -> GateOutcome:
+) -> Outcome:
     """Write a gate's decision on the run and the version; make the version champion if it passed, forwards only.
 
     A decision after fewer questions than the recorded one does not replace it, and moves no champion that the recorded
@@ -95,7 +84,7 @@ def apply_decision(
         outcome = Outcome(champion, champion, False, said)
     if stands:  # last: until then the version counts as undecided, and the same request decides again
         tag_version(client, registered, tags)
-    return GateOutcome(decision.passed, list(decision.reasons), outcome.champion, outcome.previous, outcome.said)
+    return outcome
 
 
 @task(name="write-pages", **OVER_NETWORK)

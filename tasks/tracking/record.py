@@ -6,7 +6,6 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,26 @@ from tasks.tracking.run import Tracking, find_run
 from tasks.tracking.tags import LONGEST, NONE, Tag, having
 
 
-@dataclass(frozen=True)
-class LoggedData:
-    """A data set as MLflow knows it; `digest` is cut to the 36 characters that MLflow allows."""
-
-    name: str
-    digest: str
-    source: str
-    samples: int
-
-    def as_input(self, context: str) -> DatasetInput:
-        source, profile = json.dumps({"uri": self.source}), json.dumps({"num_samples": self.samples})
-        data = Dataset(name=self.name, digest=self.digest, source_type="bivlm", source=source, profile=profile)
-        return DatasetInput(data, [InputTag("mlflow.data.context", context)])
+def data_set(name: str, sha256: str, source: str, samples: int) -> Dataset:
+    """Return a data set as MLflow knows it, whose digest has at most 36 characters."""
+    profile = json.dumps({"num_samples": samples})
+    return Dataset(name, sha256[:32], "bivlm", json.dumps({"uri": source}), profile=profile)
 
 
-def benchmark_data(evaluation: StepResult) -> LoggedData:
-    """Return the data set of an evaluation."""
-    figures = evaluation.record.figures
-    return LoggedData(slug(figures["task"]), figures["benchmark_sha256"][:32], figures["task"], figures["n"])
+def benchmark_data(figures: Mapping[str, Any]) -> Dataset:
+    """Return the data set of an evaluation with these figures."""
+    return data_set(slug(figures["task"]), figures["benchmark_sha256"], figures["task"], figures["n"])
 
 
-def calibration_data(calibration: StepResult) -> LoggedData:
-    """Return the calibration samples as a data set."""
-    figures = calibration.record.figures
-    name = f"calibration.{slug(figures['source'])}"
-    return LoggedData(name, figures["sha256"][:32], figures["source"], figures["samples"])
+def calibration_data(figures: Mapping[str, Any]) -> Dataset:
+    """Return the calibration samples with these figures as a data set."""
+    source = figures["source"]
+    return data_set(f"calibration.{slug(source)}", figures["sha256"], source, figures["samples"])
+
+
+def as_input(data: Dataset, context: str) -> DatasetInput:
+    """Return what a run has read, and what for."""
+    return DatasetInput(data, [InputTag("mlflow.data.context", context)])
 
 
 def benchmarks_digest(evaluations: Mapping[str, StepResult]) -> str:
@@ -74,13 +67,13 @@ def log_compression(
     if run.data.tags.get(Tag.PACKED) == packed_sha256:
         return
     # First, because it may be refused and tried again: two runs may log the same new data set at once.
-    client.log_inputs(tracking.run_id, [calibration_data(calibration).as_input("calibration")])
+    client.log_inputs(tracking.run_id, [as_input(calibration_data(calibration.record.figures), "calibration")])
     bits = report["bits"]
     counted = {"linears": bits["linears"], "tables": bits["tables"] or {}, "model": bits["model"]}
     metrics = {"seconds": report["seconds"], "peak_memory_bytes": report["peak_memory_bytes"]}
     for part, figures in (counted | bits["by_component"]).items():
         metrics |= {f"bits/{part}/{key}": value for key, value in figures.items()}
-    _log_metrics(client, tracking.run_id, metrics, model_id)
+    log_new_metrics(client, tracking.run_id, metrics, model_id)
     client.log_text(tracking.run_id, json.dumps(report["recipe"], indent=2, ensure_ascii=False), "recipe.json")
     if "mlflow.loggedArtifacts" not in run.data.tags:  # log_table appends to a table that is there
         client.log_table(tracking.run_id, _layer_table(report["layers"]), "layers.json")
@@ -93,7 +86,8 @@ def log_evaluation(
     tracking: Tracking, role: str, sha256: str, evaluation: StepResult, model_id: str, workspace: str
 ) -> None:
     """Log a child run for one model on one benchmark, its metrics linked to model and data set."""
-    client, figures, data = tracking.client, evaluation.record.figures, benchmark_data(evaluation)
+    client, figures = tracking.client, evaluation.record.figures
+    data = benchmark_data(figures)
     subject = digest({"checkpoint": sha256, "step": evaluation.key})
     tags = {Tag.REQUEST: tracking.request, Tag.ROLE: role, Tag.SUBJECT: subject}
     run = find_run(client, tracking.experiment_id, tags)
@@ -105,12 +99,12 @@ def log_evaluation(
         run = client.create_run(tracking.experiment_id, run_name=name, tags=tags)
     run_id = run.info.run_id
     client.log_batch(run_id, params=[Param("task", figures["task"]), Param("checkpoint", sha256)])
-    client.log_inputs(run_id, [data.as_input("evaluation")], [LoggedModelInput(model_id=model_id)])
+    client.log_inputs(run_id, [as_input(data, "evaluation")], [LoggedModelInput(model_id=model_id)])
     intervals = {"accuracy": figures["ci95"], **figures.get("intervals", {})}
     metrics = {**figures["metrics"], "questions": figures["n"]}
     for name, (low, high) in intervals.items():
         metrics |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
-    _log_metrics(client, run_id, metrics, model_id, data)
+    log_new_metrics(client, run_id, metrics, model_id, data)
     with tempfile.TemporaryDirectory() as folder:
         for name, reference in evaluation.record.outputs.items():
             open_workspace(workspace).fetch_folder({name: reference}, folder)
@@ -143,7 +137,7 @@ def log_comparison(
     }
     log_new_metrics(client, tracking.run_id, metrics)
     kl = {"kl": divergence.record.figures["kl"]}
-    log_new_metrics(client, tracking.run_id, kl, model_id, calibration_data(calibration))
+    log_new_metrics(client, tracking.run_id, kl, model_id, calibration_data(calibration.record.figures))
 
 
 @task(name="other-compressions", **OVER_NETWORK)
@@ -210,32 +204,18 @@ def log_documents(
 def log_new_metrics(
     client: MlflowClient,
     run_id: str,
-    metrics: Mapping[str, float],
-    model_id: str | None = None,
-    data: LoggedData | None = None,
-) -> None:
-    """Log those metrics that the run does not have yet, or has with another value."""
-    known = client.get_run(run_id).data.metrics
-    new = {key: value for key, value in metrics.items() if known.get(slug(key, "/")) != value}
-    _log_metrics(client, run_id, new, model_id, data)
-
-
-def _log_metrics(
-    client: MlflowClient,
-    run_id: str,
     metrics: Mapping[str, float | None],
     model_id: str | None = None,
-    data: LoggedData | None = None,
+    data: Dataset | None = None,
 ) -> None:
-    now = int(time.time() * 1000)
+    """Log those metrics that the run does not have yet, or has with another value; linked to a model and a data set."""
+    known, now = client.get_run(run_id).data.metrics, int(time.time() * 1000)
     link = {"dataset_name": data.name, "dataset_digest": data.digest} if data else {}
-    entries = [
-        Metric(slug(key, "/"), float(value), now, 0, model_id=model_id, run_id=run_id if model_id else None, **link)
-        for key, value in metrics.items()
-        if value is not None
-    ]
-    for start in range(0, len(entries), 500):
-        client.log_batch(run_id, metrics=entries[start : start + 500])
+    link |= {"model_id": model_id, "run_id": run_id} if model_id else {}
+    named = {slug(key, "/"): value for key, value in metrics.items() if value is not None}
+    new = [Metric(key, float(value), now, 0, **link) for key, value in named.items() if known.get(key) != value]
+    for start in range(0, len(new), 500):
+        client.log_batch(run_id, metrics=new[start : start + 500])
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -60,12 +60,8 @@ def _own_run(client: MlflowClient, experiment: str, rows: Sequence[Mapping[str, 
         return found.info.run_id
     models = ", ".join(dict.fromkeys(row["model"] for row in rows))
     note = f"Tokens dropped from the prompts of {models}; child runs hold the cells, `{FOLDER}/` the tables."
-    tags = {
-        Tag.ROLE: "pruning sweep",
-        Tag.SWEEP: same,
-        Tag.NOTE: " ".join([note, *(f"Warning: {said}." for said in warnings)]),
-        Tag.SOURCE: "bivlm sweep",
-    }
+    note = " ".join([note, *(f"Warning: {said}." for said in warnings)])
+    tags = {Tag.ROLE: "pruning sweep", Tag.SWEEP: same, Tag.NOTE: note, Tag.SOURCE: "bivlm sweep"}
     return client.create_run(experiment, run_name=f"pruning sweep · {models}"[:250], tags=tags).info.run_id
 
 

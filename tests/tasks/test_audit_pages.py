@@ -11,8 +11,10 @@ from mlflow import MlflowClient
 from bivlm.errors import InputError
 from tasks.tracking.pages import audit_base, audit_version, write_pages
 from tasks.tracking.promotion import promote_by_gate, promote_by_hand, roll_back
+from tasks.tracking.tags import Score
 
 COLUMN = 5000  # characters of a description, in the registry's tables
+SCORE = Score(packed=90.0, full_precision=100.0, questions=1000, lost=10.0, low=5.0, high=15.0)
 SHA = {"first": "a" * 64, "second": "b" * 64}
 
 
@@ -56,8 +58,9 @@ def register(client, name, base, **tags):
         "bivlm.calibration": "reference, 64 samples",
         "bivlm.calibration.sha256": "d" * 64,
         "bivlm.bits.linears": "2.164",
+        # as older versions of bivlm wrote it
         "bivlm.accuracy.reference.open": "80.0 of 90.0 % on 100 questions; lost 10.0 (5.0 to 15.0)",
-        "bivlm.accuracy.reference.choice": "90.0 of 100.0 % on 100 questions; lost 10.0 (5.0 to 15.0)",
+        "bivlm.accuracy.reference.choice": SCORE.model_dump_json(),
         "bivlm.stage.pack": "e" * 64,
     } | {key.replace("__", "."): value for key, value in tags.items()}
     return int(client.create_model_version(name, "/nowhere", run.info.run_id, tags=tags).version)
@@ -83,7 +86,16 @@ def test_a_version_leads_to_all_that_made_it(client):
         f"{run}/artifacts/recipe.json",
     )
     assert links["logged model"].endswith(version.tags["bivlm.model_id"])
-    for said in ("event 4f2a", "a" * 64, "c" * 64, "d" * 64, "e" * 12, "80.0 of 90.0 %", "2.164"):
+    for said in (
+        "event 4f2a",
+        "a" * 64,
+        "c" * 64,
+        "d" * 64,
+        "e" * 12,
+        "80.0 of 90.0 %",
+        "90.0 of 100.0 % on 1,000",
+        "2.164",
+    ):
         assert said in text
     assert client.get_logged_model(version.tags["bivlm.model_id"]).tags["mlflow.note.content"] == text
 

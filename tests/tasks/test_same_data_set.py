@@ -5,9 +5,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tasks.runtime.policy import OVER_NETWORK, is_passing
-from tasks.tracking.record import LoggedData
+from tasks.tracking.record import as_input, data_set
 
-DATA = LoggedData("calibration", "0" * 32, "/data", 3).as_input("calibration")
+DATA = as_input(data_set("calibration", "0" * 32, "/data", 3), "calibration")
 TAKEN = 'BAD_REQUEST: duplicate key value violates unique constraint "dataset_pk"'
 
 
