@@ -34,7 +34,7 @@ SERVED_MODEL = Path(__file__).parents[1] / "served_model.py"
 
 @task(name="log-model", **OVER_NETWORK)
 def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha256: str) -> str:
-    """The packed checkpoint as a logged model that `mlflow.pyfunc.load_model` really loads; returns its id."""
+    """Log the packed checkpoint as a model that `mlflow.pyfunc.load_model` loads; return its id."""
     tags = {Tag.REQUEST: tracking.request, Tag.PACKED: sha256}
     for model in _models(tracking, tags):
         if model.status == LoggedModelStatus.READY:
@@ -57,7 +57,7 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
 
 @task(name="log-base-model", **OVER_NETWORK)
 def log_base_model(tracking: Tracking, base: Base) -> str:
-    """The full-precision model as a logged model without files, so that its metrics have something to belong to."""
+    """Log the full-precision model without files, so that its metrics have a model to belong to; return its id."""
     tags = {Tag.BASE_SHA256: base.sha256, Tag.ROLE: "full precision"}
     for model in _models(tracking, tags):
         if model.status != LoggedModelStatus.READY:
@@ -155,9 +155,9 @@ def _stage_tags(hashes: Mapping[str, str]) -> dict[str, str]:
 
 
 def _let_the_newest_be_candidate(client: MlflowClient, name: str, version: int) -> None:
-    """After `version` was registered; an earlier request that is made again leaves the candidate where it is.
+    """Move the alias `candidate` to `version`, or a newer one; an earlier request made again moves nothing.
 
-    Somebody on another machine may set the alias between our look and our writing, so we look again afterwards.
+    Another machine may set the alias between reading and writing it, so it is read again afterwards.
     """
     with alone(client, name):
         while (version_at(client.get_registered_model(name), CANDIDATE) or 0) < version:
@@ -166,7 +166,7 @@ def _let_the_newest_be_candidate(client: MlflowClient, name: str, version: int) 
 
 
 def _models(tracking: Tracking, tags: dict[str, str]) -> list[LoggedModel]:
-    """The logged models with these tags, oldest first."""
+    """Return the logged models with these tags, oldest first."""
     oldest_first = [{"field_name": "creation_time", "ascending": True}]
     return tracking.client.search_logged_models([tracking.experiment_id], having(tags), order_by=oldest_first)
 

@@ -153,10 +153,14 @@ def find_or_create_run(workspace: str, base: Base, recipe: Recipe, trigger: str)
 
 
 def open_experiment(workspace: Workspace) -> tuple[MlflowClient, str]:
-    """A client of the workspace's tracking store, and the id of the experiment, created if it is not there."""
+    """Return a client of the workspace's tracking store and the id of the experiment, created if it is not there."""
     uri, artifact_root = tracking_place(workspace)
-    client = MlflowClient(tracking_uri=uri)
-    return client, _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT, artifact_root)
+    client, name = MlflowClient(tracking_uri=uri), os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    if (experiment := client.get_experiment_by_name(name)) is None:
+        with unless_there():
+            client.create_experiment(name, artifact_location=artifact_root)
+        experiment = client.get_experiment_by_name(name)
+    return client, experiment.experiment_id
 
 
 @contextmanager
@@ -210,13 +214,6 @@ def lineage_tags(base: Base, recipe: Recipe, request: str, trigger: str) -> dict
         Tag.TRIGGER: trigger,
         Tag.SOURCE: "bivlm compress",
     }
-
-
-def _experiment(client: MlflowClient, name: str, artifact_root: str | None) -> str:
-    if client.get_experiment_by_name(name) is None:
-        with unless_there():
-            return client.create_experiment(name, artifact_location=artifact_root)
-    return client.get_experiment_by_name(name).experiment_id
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def _log_cell(
     rows: Sequence[Mapping[str, Any]],
     known: Mapping[str | None, Run],
 ) -> None:
-    """One run with the figures of a cell's benchmarks, unless one is `known` by its tag; one cut off is taken up."""
+    """Log a run with the figures of a cell's benchmarks, unless one is `known`; resume one that was cut off."""
     subject = digest({"cell": dict(cell), "rows": [dict(row) for row in rows]})
     run = known.get(subject)
     if run is not None and run.info.status == "FINISHED":
