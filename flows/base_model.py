@@ -16,8 +16,8 @@ from flows.cli.console import in_short
 from flows.compress import compress_flow
 from flows.progress import publish_page
 from tasks.runtime.states import failed_by
-from tasks.tracking.facts import questions_asked
-from tasks.tracking.finished import Finished, finished_version
+from tasks.tracking import questions_asked
+from tasks.tracking.registry import Finished, finished_version
 from tasks.watching.events import FLOW, tag_run
 from tasks.watching.revisions import pin_revision
 from tasks.watching.watch_lists import (

@@ -1,4 +1,4 @@
-"""The evaluation of a registered version: downloaded from the registry, asked, and written down beside it."""
+"""The evaluation of a registered version: downloaded from the registry, asked, and recorded beside it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from bivlm.workspace.stores.location import default_workspace
 from flows.progress import publish_page
 from tasks import evaluation, tracking
 from tasks.runtime.device import choose_device
-from tasks.tracking.finished import logged_model_of, place_of_version
-from tasks.tracking.lookup import download_version
+from tasks.tracking.registry import download_version, place_of_version
+from tasks.tracking.tags import tags_of
 
 TABLE_KEY = "bivlm-evaluation"
 Version = Annotated[str, Field(pattern=r"^[^/@:]{1,200}(/[0-9]{1,9}|@[A-Za-z0-9_-]{1,100})$")]
@@ -35,48 +35,54 @@ def evaluate_version_flow(
 ) -> dict[str, Any]:
     """Ask a registered version `benchmarks`, and add the results to its run and its logged model in MLflow.
 
-    What was asked before, of the same checkpoint, is not asked again. Returns ``{"version", "page", "evaluation"}``,
-    the figures by benchmark. Raises `InputError` for a version that is not there, or a benchmark.
+    What this checkpoint was asked before is not asked again. Returns ``{"version", "page", "evaluation"}``, the figures
+    by benchmark. Raises `InputError` for a version or a benchmark that does not exist.
 
     Args:
         version: NAME/VERSION or NAME@ALIAS, such as NAME@champion.
-        benchmarks: as a recipe's evaluation; without it those of the recipe that made the version.
+        benchmarks: as in a recipe's evaluation; by default those of the recipe that made the version.
         questions: only the first of every benchmark.
-        workspace: a folder or s3://bucket/prefix; without it that of the worker.
+        workspace: a folder or s3://bucket/prefix; by default that of the worker.
     """
     store = Workspace.open(workspace or default_workspace())
     found, tracked = place_of_version(version, store)
-    publish_page(tracking.run_page(tracked))
+    name, page = f"{found.name}/{found.version}", tracking.run_page(tracked)
+    publish_page(page)
     device = choose_device()
     with in_use(store), store.scratch() as folder:
-        place = str(download_version(f"{found.name}/{found.version}", store, Path(folder)))
+        place = str(download_version(name, store, Path(folder)))
         lineage = read_lineage(place)
-        if (sha256 := Checkpoint.open(place).digest()) != lineage.packed.sha256:
-            raise InputError(f"model version {version}: its files have the sha256 {sha256}, not that of lineage.json")
+        sha256 = lineage.packed.sha256
+        if (found_sha256 := Checkpoint.open(place).digest()) != sha256:
+            raise InputError(
+                f"model version {version}: its files have the sha256 {found_sha256}, not that of lineage.json"
+            )
         asked = list(dict.fromkeys(benchmarks or lineage.recipe.get("evaluation") or ()))
         if not asked:
             raise InputError(f"benchmarks: found none, and the recipe of {version} names none; expected at least one")
-        for name in asked:
-            evaluation.open_benchmark(name, questions)  # a mistake in the last one is told before the first is asked
+        for benchmark in asked:
+            evaluation.open_benchmark(benchmark, questions)  # a mistake in the last one is found before the first runs
         pruning = carried_pruning(place)
         try:
             done = {
-                name: evaluation.evaluate_checkpoint(
-                    place, lineage.packed.sha256, name, questions, device, store.url, pruning
+                benchmark: evaluation.evaluate_checkpoint(
+                    place, sha256, benchmark, questions, device, store.url, pruning
                 )
-                for name in asked
+                for benchmark in asked
             }
         finally:
             evaluation.forget_models()
+        model_id = tags_of(found).model_id or found.model_id
         for each in done.values():
-            tracking.log_evaluation(tracked, "packed", lineage.packed.sha256, each, logged_model_of(found), store.url)
+            tracking.log_evaluation(tracked, "packed", sha256, each, model_id, store.url)
     figures = {
-        name: {key: each.record.figures[key] for key in ("n", "metrics", "ci95")} | {"reused": each.reused}
-        for name, each in done.items()
+        benchmark: {key: each.record.figures[key] for key in ("n", "metrics", "ci95")} | {"reused": each.reused}
+        for benchmark, each in done.items()
     }
     rows = [
-        {"benchmark": name, "questions": each["n"], **{key: f"{value:.2f}" for key, value in each["metrics"].items()}}
-        for name, each in figures.items()
+        {"benchmark": benchmark, "questions": each["n"]}
+        | {key: f"{value:.2f}" for key, value in each["metrics"].items()}
+        for benchmark, each in figures.items()
     ]
-    create_table_artifact(rows, key=TABLE_KEY, description=f"{found.name}/{found.version}")
-    return {"version": f"{found.name}/{found.version}", "page": tracking.run_page(tracked), "evaluation": figures}
+    create_table_artifact(rows, key=TABLE_KEY, description=name)
+    return {"version": name, "page": page, "evaluation": figures}

@@ -1,4 +1,4 @@
-"""The end of a compression whose recipe has a gate: candidate becomes champion, or the run says why not."""
+"""The end of a compression whose recipe has a gate: the candidate becomes champion, or the run says why not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def refuse_what_cannot_be_decided(recipe: Recipe, evaluate: bool) -> None:
-    """Raise `InputError` for a gate that looks at accuracies that are not going to be measured."""
+    """Raise `InputError` for a gate that bounds accuracies that are not going to be measured."""
     if recipe.gate is not None and recipe.gate.accuracy is not None and not evaluate:
         raise InputError(
             f"recipe {recipe.name}: its gate bounds the accuracy that may be lost, which takes an evaluation; "
@@ -30,13 +30,13 @@ def decide_at_the_end(
     results: Results | None,
     workspace: str,
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """(what came of the gate, the message if it was not passed); the first is None without a gate.
+    """Return (what came of the gate, the message if it did not pass); the first is None without a gate.
 
-    When the version is registered and everything is recorded: passed, it becomes champion; not passed, the champion
-    stays. Either way the decision with its figures is written on the run, the version and their pages.
+    Call it when everything is recorded. If the gate passes, the version becomes champion; if not, the champion is
+    unchanged. The decision with its figures is written on the run, the version and their pages.
     """
     decided, refused = None, None
-    name = registered["registered_model"]
+    name, version = registered["registered_model"], registered["version"]
     if recipe.gate is not None:
         losses, at_chance = {}, []
         if recipe.gate.accuracy is not None and results is not None:
@@ -45,13 +45,10 @@ def decide_at_the_end(
             at_chance = results.at_chance()
         bits = report["bits"]
         decision = decide(recipe.gate, Figures(bits["linears"]["stored"], bits["model"]["stored"], losses, at_chance))
-        decided = tracking.apply_decision(
-            tracked, name, registered["version"], decision, losses, registered["model_id"]
-        )
+        outcome = tracking.apply_decision(tracked, name, version, decision, losses, registered["model_id"])
+        decided = {"passed": decision.passed, "reasons": list(decision.reasons)}
+        decided |= {"champion": outcome.champion, "previous": outcome.previous, "said": outcome.said}
         if not decision.passed:
-            refused = (
-                f"gate not passed by {name} version {registered['version']}: {'; '.join(decision.refused_by)}; "
-                f"{decided['said']}"
-            )
+            refused = f"gate not passed by {name} version {version}: {'; '.join(decision.refused_by)}; {outcome.said}"
     tracking.refresh_pages(tracked, name)
     return decided, refused

@@ -27,8 +27,8 @@ from bivlm.workspace.steps import StepRecord, Workspace
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.steps import open_workspace
 from tasks.tracking.champions import moves_of
-from tasks.tracking.models import fluent
-from tasks.tracking.run import REQUEST_TAG, public_uri, tracking_place
+from tasks.tracking.run import fluent, public_uri, tracking_place
+from tasks.tracking.tags import Tag
 
 DAY_SECONDS = 24 * 3600.0
 REGISTRIES = "registries"  # in the workspace: which stores of MLflow have versions whose steps are here
@@ -166,7 +166,7 @@ def _chosen(client: MlflowClient, keep_versions: int) -> Iterator[tuple[ModelVer
     """Return the versions that stay and why, of everything that bivlm registered."""
     versions: dict[str, list[ModelVersion]] = {}
     for version in _pages(client.search_model_versions):
-        if REQUEST_TAG in version.tags:
+        if Tag.REQUEST in version.tags:
             versions.setdefault(version.name, []).append(version)
     models = {model.name: model for model in _pages(client.search_registered_models)}
     for name, ours in sorted(versions.items()):
@@ -202,7 +202,7 @@ def _lineages(client: MlflowClient, version: ModelVersion) -> Iterator[dict[str,
     They differ after the same request was evaluated otherwise: the checkpoint is not logged again.
     """
     said = f"version {version.name}/{version.version}: {LINEAGE}"
-    run_id, model_id = version.run_id, version.tags.get("bivlm.model_id")
+    run_id, model_id = version.run_id, version.tags.get(Tag.MODEL)
     on_run = _if_there(lambda: client.list_artifacts(run_id), []) if run_id else []
     places = [f"runs:/{run_id}/{LINEAGE}" for file in on_run if file.path == LINEAGE]
     places += _if_there(lambda: _beside_checkpoint(client, model_id), []) if model_id else []

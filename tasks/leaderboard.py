@@ -20,11 +20,11 @@ from bivlm.reports.leaderboard.tables import as_csv, as_markdown
 from bivlm.reports.table_folders import write_tables
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.steps import open_workspace
-from tasks.tracking.run import NOTE_TAG, ROLE_TAG, open_experiment
+from tasks.tracking.run import open_experiment
+from tasks.tracking.tags import Tag
 
 BOARD, MARKDOWN, CSV, FIGURE = "board.json", "board.md", "board.csv", "board.svg"
 BOARD_FILES = (BOARD, MARKDOWN, CSV, FIGURE)
-BOARD_TAG = "bivlm.board"
 
 
 def entry_of(recipe: Recipe, result: Mapping[str, Any]) -> Entry:
@@ -91,11 +91,11 @@ def log_board(board: dict[str, Any], output: str, workspace: str) -> str:
     """
     client, experiment = open_experiment(open_workspace(workspace))
     same = fingerprint(board)
-    found = client.search_runs([experiment], f"tags.`{BOARD_TAG}` = '{same}'", max_results=1)
+    found = client.search_runs([experiment], f"tags.`{Tag.BOARD}` = '{same}'", max_results=1)
     if found:
         return found[0].info.run_id
     name = f"leaderboard · {board['model']['name']} · {len(board['entries'])} recipes"
-    tags = {ROLE_TAG: "leaderboard", NOTE_TAG: as_markdown(board)[:5000], "mlflow.source.name": "bivlm leaderboard"}
+    tags = {Tag.ROLE: "leaderboard", Tag.NOTE: as_markdown(board)[:5000], Tag.SOURCE: "bivlm leaderboard"}
     run = client.create_run(experiment, run_name=name, tags=tags)
     for file in BOARD_FILES:
         client.log_artifact(run.info.run_id, str(Path(output) / file))
@@ -112,7 +112,7 @@ def log_board(board: dict[str, Any], output: str, workspace: str) -> str:
     for begin in range(0, len(metrics), 1000):
         client.log_batch(run.info.run_id, metrics=metrics[begin : begin + 1000])
     client.set_terminated(run.info.run_id)
-    client.set_tag(run.info.run_id, BOARD_TAG, same)  # last: it says that all of the above is there
+    client.set_tag(run.info.run_id, Tag.BOARD, same)  # last: it says that all of the above is there
     return run.info.run_id
 
 

@@ -25,7 +25,7 @@ from bivlm.sources.models import cached_model, resolve_model
 from bivlm.untrusted import _Loader
 from bivlm.workspace.steps import Workspace
 from bivlm.workspace.stores.opening import open_store
-from tasks.tracking.lookup import is_version
+from tasks.tracking.registry import is_version
 
 ROOT = Path(__file__).parents[1]
 # What makes a path leave its folder, an address another one, an argument an option, or a line two.

@@ -12,42 +12,28 @@ from bivlm.recipe.gate import AccuracyGate, BitsGate, GateSettings
 
 @dataclass(frozen=True)
 class Figures:
-    """What a gate looks at.
+    """What a gate looks at."""
 
-    Attributes:
-        linears: stored bits a weight of the packed linears.
-        whole_model: stored bits a parameter of the whole model.
-        losses: by benchmark, what may have been lost there; None if nothing was evaluated.
-        at_chance: the benchmarks on which full precision is not above chance.
-    """
-
-    linears: float
-    whole_model: float
-    losses: Mapping[str, LargestLoss] | None
-    at_chance: Sequence[AtChance] = ()
+    linears: float  # stored bits per weight of the packed linears
+    whole_model: float  # stored bits per parameter
+    losses: Mapping[str, LargestLoss] | None  # by benchmark; None if nothing was evaluated
+    at_chance: Sequence[AtChance] = ()  # benchmarks on which full precision is not above chance
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of it: a sentence a bound, with the bound and the figure found.
-
-    Attributes:
-        passed: whether every bound is kept.
-        reasons: all of them.
-        refused_by: those of bounds that are not kept.
-    """
+    """What came of it: a sentence for each bound, with the bound and the figure found."""
 
     passed: bool
     reasons: tuple[str, ...]
-    refused_by: tuple[str, ...]
+    refused_by: tuple[str, ...]  # the reasons of bounds that are not kept
 
 
 def decide(gate: GateSettings, figures: Figures) -> Decision:
-    """Hold `figures` against every bound of `gate`.
+    """Compare `figures` with every bound of `gate`.
 
-    A benchmark that the gate names and that was not asked, or not with the gate's confidence, is not passed: what was
-    not measured is not known to be within any bound. Nor is one on which full precision is at chance: there is nothing
-    to lose there.
+    A benchmark fails if it was not measured with the gate's confidence, or if full precision is at chance on it, so
+    that there is nothing to lose.
     """
     found = [*_accuracy(gate.accuracy, figures), *_bits(gate.bits, figures)]
     refused_by = tuple(sentence for kept, sentence in found if not kept)
@@ -81,8 +67,7 @@ def _loss_in_words(benchmark: str, found: LargestLoss, bound: float) -> str:
     said = f"{said}: more than the {bound:g} that may be lost"
     if found.loss >= bound:
         return said
-    needed = questions_needed(found, bound)
-    if needed is None:
+    if (needed := questions_needed(found, bound)) is None:
         return f"{said}; too close to the bound for any number of questions to tell"
     return f"{said}; too few questions to tell: answered alike, about {needed:,} would do"
 
@@ -101,7 +86,7 @@ def _bits(gate: BitsGate | None, figures: Figures) -> Iterator[tuple[bool, str]]
 
 
 def _beside(value: float, bound: float, digits: int = 2) -> str:
-    """`value` with as many digits as it takes to see on which side of `bound` it lies."""
+    """Return `value` with as many digits as show on which side of `bound` it lies."""
     while digits < 12 and round(value, digits) == bound != value:
         digits += 1
     return f"{value:.{digits}f}"

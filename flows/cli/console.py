@@ -269,7 +269,7 @@ def print_lineage(name: str, lineage: Lineage, findings: list[Finding]) -> None:
 
 
 def print_version(found: dict[str, Any]) -> None:
-    """Print the result of `tasks.tracking.audit.audit_version`."""
+    """Print the result of `tasks.tracking.pages.audit_version`."""
     table = Table("", "", title=f"{found['version']}: {found['standing']}", show_header=False)
     for key, value in found["tags"].items():
         _row(table, key, value)
@@ -281,7 +281,7 @@ def print_version(found: dict[str, Any]) -> None:
 
 
 def print_made_of(base: str, rows: list[dict[str, Any]]) -> None:
-    """Print the result of `tasks.tracking.audit.audit_base`."""
+    """Print the result of `tasks.tracking.pages.audit_base`."""
     table = Table("version", "", "revision", "recipe", "asked for", "bits", "accuracy", "gate", title=f"made of {base}")
     for row in rows:
         shown = row | {"revision": (row["revision"] or f"sha256 {row['sha256']}")[:19]}

@@ -110,5 +110,7 @@ def _busy_answer(error: BaseException) -> bool:
         return error.response is not None and error.response.status_code in _BUSY
     # By name, so that tasks that do not track anything need not import MLflow; a locked SQLite file comes this way.
     if type(error).__name__ in {"MlflowException", "RestException"}:
-        return getattr(error, "error_code", None) in _MLFLOW_BUSY
+        # Two runs write the same new row at once: the one that was refused finds it next time.
+        taken = "unique constraint" in str(error).lower()
+        return taken or getattr(error, "error_code", None) in _MLFLOW_BUSY
     return type(error).__name__ == "OperationalError" and "locked" in str(error)

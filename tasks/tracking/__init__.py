@@ -1,14 +1,13 @@
-"""What MLflow is told of a compression: one parent run, a child run per evaluation, the model and its version.
+"""A compression in MLflow: one parent run, a child run per evaluation, the model, its version and its champion.
 
-Every function finds what an earlier attempt has already written and adds only what is missing, so that each may be
-tried again, and a request that was fulfilled before leaves no second trace.
+Every task finds what an earlier attempt has written and adds what is missing: each may be retried, and the same request
+again leaves no second trace.
 """
+# ruff: noqa: F401
 
-from tasks.tracking.decision import apply_decision, refresh_pages
-from tasks.tracking.documents import log_documents, other_points
-from tasks.tracking.facts import facts_of, questions_asked, scores_of
-from tasks.tracking.models import log_base_model, log_model, register
-from tasks.tracking.record import log_comparison, log_compression, log_evaluation
+from tasks.tracking.models import facts_of, log_base_model, log_model, questions_asked, register, scores_of
+from tasks.tracking.promotion import apply_decision, refresh_pages
+from tasks.tracking.record import log_comparison, log_compression, log_documents, log_evaluation, other_points
 from tasks.tracking.run import (
     Tracking,
     ends_run,
@@ -22,29 +21,3 @@ from tasks.tracking.run import (
 from tasks.tracking.sweeps import log_sweep
 
 STAGE = "registration"
-
-__all__ = [
-    "STAGE",
-    "Tracking",
-    "apply_decision",
-    "ends_run",
-    "facts_of",
-    "find_or_create_run",
-    "log_base_model",
-    "log_comparison",
-    "log_compression",
-    "log_documents",
-    "log_evaluation",
-    "log_model",
-    "log_sweep",
-    "note",
-    "other_points",
-    "public_uri",
-    "questions_asked",
-    "refresh_pages",
-    "register",
-    "request_digest",
-    "run_page",
-    "scores_of",
-    "ui_command",
-]

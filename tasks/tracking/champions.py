@@ -1,8 +1,4 @@
-"""Which version of a registered model was champion, since when, by whom and why; and what may come next.
-
-The history is a list of moves of the alias, numbered in their order. A move is written down before the alias moves and
-again afterwards: one that was cut off in between is seen, and finished or dropped by the next.
-"""
+"""Which versions of a registered model were champion, and which may come next: the rules, without MLflow."""
 
 from __future__ import annotations
 
@@ -14,22 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bivlm.errors import InputError
 from bivlm.untrusted import parse_model
+from tasks.tracking.tags import Tag
 
-PREFIX = "bivlm.move."  # of the key that a move is kept by; its number and some random letters follow
-LONGEST = 500  # characters of who and why, as said by hand
+LONGEST = 500  # characters of who and why
 
 Kind = Literal["gate", "promotion", "rollback"]
 
 
 class Move(BaseModel):
-    """One move of the champion's alias.
+    """One move of the alias `champion`; `done` says whether the alias has moved.
 
-    Attributes:
-        kind: by a gate, or by hand: forwards, or back to one that was champion before.
-        before, after: versions; JSON calls them ``from`` and ``to``.
-        who, why: of a gate the reasons with their figures.
-        when: ISO 8601, UTC.
-        done: whether the alias has moved.
+    JSON calls the versions ``from`` and ``to``; `when` is ISO 8601 in UTC. A gate's `why` has its reasons.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
@@ -44,28 +35,29 @@ class Move(BaseModel):
 
 
 def moves_of(tags: Mapping[str, str]) -> dict[str, Move]:
-    """The moves that a registered model's tags hold, by their keys, in order; raises `InputError` naming a bad one."""
-    found = {}
-    for key, value in tags.items():
-        if key.startswith(PREFIX):
-            found[key] = parse_model(Move, value, f"tag {key}", "a move of a champion")
-    # Two of one number were made at once on two machines.
-    return dict(sorted(found.items(), key=lambda item: (item[0].removeprefix(PREFIX).split("-")[0], item[1].when)))
+    """Return the moves in a registered model's tags by their keys, in order; raise `InputError` naming a bad one."""
+    found = {
+        key: parse_model(Move, value, f"tag {key}", "a move of a champion")
+        for key, value in tags.items()
+        if key.startswith(Tag.MOVE)
+    }
+    # Two machines may have given the same number at once.
+    return dict(sorted(found.items(), key=lambda item: (item[0].partition("-")[0], item[1].when)))
 
 
 def next_key(moves: Iterable[str], letters: str) -> str:
-    """The key of the next move, with `letters` that nobody else has."""
-    numbers = [int(key.removeprefix(PREFIX).split("-")[0]) for key in moves]
-    return f"{PREFIX}{max(numbers, default=0) + 1:06d}-{letters}"
+    """Return the key of the next move, with `letters` that nobody else has."""
+    numbers = [int(key.removeprefix(Tag.MOVE).partition("-")[0]) for key in moves]
+    return f"{Tag.MOVE}{max(numbers, default=0) + 1:06d}-{letters}"
 
 
 def now() -> str:
-    """The time, as moves have it."""
+    """Return the time as moves have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def line_of(moves: Iterable[Move]) -> list[int]:
-    """The champions that a rollback can go back along, oldest first: a rollback has taken away what came after."""
+    """Return the champions a rollback can return to, oldest first: an earlier rollback removed those after its own."""
     line: list[int] = []
     for move in moves:
         if not move.done:
@@ -78,7 +70,7 @@ def line_of(moves: Iterable[Move]) -> list[int]:
 
 
 def champion_before(champion: int | None, moves: Iterable[Move]) -> int | None:
-    """Which version was champion before `champion` is; None if none was."""
+    """Return the version that was champion before `champion`, or None."""
     line = line_of(moves)
     while line and line[-1] == champion:
         line.pop()
@@ -86,10 +78,9 @@ def champion_before(champion: int | None, moves: Iterable[Move]) -> int | None:
 
 
 def stays(version: int, champion: int | None, moves: Iterable[Move]) -> str | None:
-    """Why a gate that `version` has passed leaves the champion alone; None if it may move it.
+    """Return why a gate that `version` passed leaves the champion unchanged, or None if it may move it.
 
-    A gate moves only forwards: to a version that is newer than every one that was ever champion. A champion that was
-    taken back by hand does not come back because its compression is asked for again.
+    A gate never promotes a version older than a past champion, and never undoes a rollback.
     """
     were = {move.after for move in moves if move.done} | ({champion} if champion is not None else set())
     if version == champion:
@@ -98,19 +89,15 @@ def stays(version: int, champion: int | None, moves: Iterable[Move]) -> str | No
         now_is = "none is now" if champion is None else f"version {champion} is now"
         return f"version {version} was champion before, and {now_is}: a gate does not take that back"
     if were and version < max(were):
-        return (
-            f"version {max(were)}, which is newer, {_is_or_was(max(were), champion)} champion: a gate does not go back"
-        )
+        newest = max(were)
+        is_or_was = "is" if newest == champion else "was"
+        return f"version {newest}, which is newer, {is_or_was} champion: a gate does not go back"
     return None
 
 
 def one_line(what: str, text: str) -> str:
-    """`text` for a history; raises `InputError` unless it is one line of something that can be read."""
+    """Return `text` without spaces around it; raise `InputError` unless it is one readable line."""
     text = text.strip()
     if not text or len(text) > LONGEST or not text.isprintable():
         raise InputError(f"{what} {text[:80]!r}: expected one line of at most {LONGEST} characters")
     return text
-
-
-def _is_or_was(version: int, champion: int | None) -> str:
-    return "is" if version == champion else "was"

@@ -1,41 +1,41 @@
-"""The full-precision and the packed model in MLflow: logged models, and the registry's versions."""
+"""The full-precision and the packed model in MLflow: logged models, and the registry's versions with their facts."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
-from mlflow.exceptions import MlflowException
 from prefect import task
 
 from bivlm.checkpoint.outputs import own_copy
+from bivlm.evaluation.chance import AtChance
 from bivlm.recipe.loading import Recipe
+from bivlm.reports.lineage import Lineage, stage_hashes
 from bivlm.workspace.hashing import digest
 from tasks.checkpoint import Base
 from tasks.report import code_version
-from tasks.runtime.naming import model_name, registered_name
+from tasks.runtime.naming import model_name, registered_name, slug
 from tasks.runtime.policy import OVER_NETWORK
+from tasks.runtime.steps import StepResult
 from tasks.tracking.champions import now
-from tasks.tracking.facts import ASKED_TAG, GATE_TAG, NOTHING, UNDECIDED, as_many
 from tasks.tracking.promotion import alone
-from tasks.tracking.record import PACKED_TAG
-from tasks.tracking.registry import CANDIDATE, MODEL_TAG, RECORDED_TAG, tag_version, version_at, versions_of
-from tasks.tracking.run import BASE_ID_TAG, BASE_TAG, REQUEST_TAG, ROLE_TAG, Tracking, lineage_tags
+from tasks.tracking.record import chance_in_words
+from tasks.tracking.registry import CANDIDATE, tag_version, version_at, versions_of
+from tasks.tracking.run import Tracking, fluent, lineage_tags, unless_there
+from tasks.tracking.tags import ALL, LONGEST, NOTHING, UNDECIDED, Score, Tag, as_many, having, tags_of
 
-VERSIONS_TAG = "mlflow.modelVersions"
 SERVED_MODEL = Path(__file__).parents[1] / "served_model.py"
 
 
 @task(name="log-model", **OVER_NETWORK)
 def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha256: str) -> str:
-    """The packed checkpoint as a logged model that `mlflow.pyfunc.load_model` really loads; returns its id."""
-    tags = {REQUEST_TAG: tracking.request, PACKED_TAG: sha256}
+    """Log the packed checkpoint as a model that `mlflow.pyfunc.load_model` loads; return its id."""
+    tags = {Tag.REQUEST: tracking.request, Tag.PACKED: sha256}
     for model in _models(tracking, tags):
         if model.status == LoggedModelStatus.READY:
             return model.model_id
@@ -49,7 +49,7 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
             signature=_signature(),
             pip_requirements=[f"bivlm=={code_version()}"],
             params={"recipe": recipe.name, "recipe_sha256": digest(recipe.canonical())},
-            tags={**lineage_tags(base, recipe, tracking.request, tracking.trigger), PACKED_TAG: sha256},
+            tags={**lineage_tags(base, recipe, tracking.request, tracking.trigger), Tag.PACKED: sha256},
         )
     tracking.client.update_run(tracking.run_id, status="RUNNING")
     return logged.model_id
@@ -57,8 +57,8 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
 
 @task(name="log-base-model", **OVER_NETWORK)
 def log_base_model(tracking: Tracking, base: Base) -> str:
-    """The full-precision model as a logged model without files, so that its metrics have something to belong to."""
-    tags = {BASE_TAG: base.sha256, ROLE_TAG: "full precision"}
+    """Log the full-precision model without files, so that its metrics have a model to belong to; return its id."""
+    tags = {Tag.BASE_SHA256: base.sha256, Tag.ROLE: "full precision"}
     for model in _models(tracking, tags):
         if model.status != LoggedModelStatus.READY:
             tracking.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
@@ -67,7 +67,7 @@ def log_base_model(tracking: Tracking, base: Base) -> str:
         tracking.experiment_id,
         name=f"{model_name(base.model)}-full-precision",
         source_run_id=tracking.run_id,
-        tags=tags | {BASE_ID_TAG: base.model.id},
+        tags=tags | {Tag.BASE_ID: base.model.id},
         model_type="full precision",
     )
     tracking.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
@@ -78,60 +78,86 @@ def log_base_model(tracking: Tracking, base: Base) -> str:
 def register(
     tracking: Tracking, base: Base, recipe: Recipe, model_id: str, facts: dict[str, str], scores: dict[str, str]
 ) -> tuple[str, int]:
-    """(name, version) in the model registry, with `facts` and `scores` as tags; the newest has the alias `candidate`.
+    """Return (name, version) in the registry, with `facts` and `scores` as tags; the newest is `candidate`.
 
-    Scores on fewer questions do not take the place of those on more (`tasks.tracking.facts.scores_of`).
+    Scores on fewer questions do not replace those on more (`scores_of`).
     """
     client, name = tracking.client, registered_name(base.model, recipe.name)
-    known = [each for each in versions_of(client, name) if each.tags.get(MODEL_TAG) == model_id]
-    if known:
-        made = known[0]
-    else:
-        tags = {
-            **lineage_tags(base, recipe, tracking.request, tracking.trigger),
-            MODEL_TAG: model_id,
-            **facts,
-            **scores,
-        }
-        tags |= {GATE_TAG: UNDECIDED} if recipe.gate else {}
-        _make_registered_model(client, name)
-        source = f"models:/{model_id}"
+    made = next((each for each in versions_of(client, name) if each.tags.get(Tag.MODEL) == model_id), None)
+    if made is None:
+        tags = lineage_tags(base, recipe, tracking.request, tracking.trigger)
+        tags |= {Tag.MODEL: model_id, **facts, **scores} | ({Tag.GATE: UNDECIDED} if recipe.gate else {})
+        with unless_there():
+            client.create_registered_model(name)
         with fluent(tracking.uri):  # a registry in a database looks the source up without a client
-            made = client.create_model_version(name, source, tracking.run_id, tags=tags, model_id=model_id)
-    version = int(made.version)
-    # Of a version that was there before; a new one was made with them.
-    better = as_many(scores[ASKED_TAG], made.tags.get(ASKED_TAG, NOTHING))
+            made = client.create_model_version(name, f"models:/{model_id}", tracking.run_id, tags, model_id=model_id)
+    better = as_many(scores[Tag.QUESTIONS], tags_of(made).questions)
     tag_version(client, made, facts | scores if better else facts)
+    version = int(made.version)
     # A tracking server writes this link from the logged model's page itself, a database does not.
-    if VERSIONS_TAG not in client.get_logged_model(model_id).tags:
-        client.set_logged_model_tags(model_id, {VERSIONS_TAG: json.dumps([{"name": name, "version": version}])})
+    if Tag.VERSIONS not in client.get_logged_model(model_id).tags:
+        client.set_logged_model_tags(model_id, {Tag.VERSIONS: json.dumps([{"name": name, "version": version}])})
     _let_the_newest_be_candidate(client, name, version)
-    if RECORDED_TAG not in made.tags:  # last, because it says that all of the above is there
-        tag_version(client, made, {RECORDED_TAG: now()})
+    if Tag.RECORDED not in made.tags:  # last, because it says that all of the above is there
+        tag_version(client, made, {Tag.RECORDED: now()})
     return name, version
 
 
-@contextmanager
-def fluent(uri: str) -> Iterator[None]:
-    """Within this block MLflow's functions without a client track at `uri`.
+def facts_of(
+    tracking: Tracking, lineage: Lineage, calibration: StepResult, report: Mapping[str, Any], base_model_id: str
+) -> dict[str, str]:
+    """Return the tags that say where a version comes from: its origins, a hash for each stage, its bits."""
+    samples, bits = calibration.record.figures, report["bits"]
+    stages = {stage: sha256 for stage, sha256 in stage_hashes(lineage).items() if stage not in lineage.evaluations}
+    return {
+        Tag.EXPERIMENT: tracking.experiment_id,
+        Tag.BASE_MODEL: base_model_id,
+        Tag.CALIBRATION: f"{samples['source']}, {samples['samples']} samples",
+        Tag.SAMPLES: samples["sha256"],
+        Tag.PACKED: lineage.packed.sha256,
+        Tag.MADE: lineage.created,
+        Tag.LINEARS: f"{bits['linears']['stored']:.3f}",
+        Tag.WHOLE_MODEL: f"{bits['model']['stored']:.2f}",
+        **_stage_tags(stages),
+    }
 
-    `mlflow.set_tracking_uri` also writes MLFLOW_TRACKING_URI, which would send the next compression of this process to
-    the tracking store of this one.
-    """
-    configured = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(None)
-        if configured is not None:
-            os.environ["MLFLOW_TRACKING_URI"] = configured
+
+def scores_of(lineage: Lineage, evaluation: Mapping[str, Any] | None, questions: str) -> dict[str, str]:
+    """Return the tags that say what a version can do, after how many `questions` (`questions_asked`)."""
+    tags = {Tag.QUESTIONS: questions, **_stage_tags(lineage.evaluations)}
+    if evaluation is not None:
+        tags[Tag.KL] = f"{evaluation['kl']:.4g}"
+        tags[Tag.KL_SAMPLES] = evaluation["measured_on"][:LONGEST]
+        tags[Tag.NOT_ABOVE_CHANCE] = chance_in_words([AtChance(**found) for found in evaluation["at_chance"]])
+        for benchmark, packed in evaluation["packed"].items():
+            loss = evaluation["loss"][benchmark]
+            score = Score(
+                packed=packed["metrics"]["accuracy"],
+                full_precision=evaluation["full_precision"][benchmark]["metrics"]["accuracy"],
+                questions=packed["n"],
+                lost=loss["loss"],
+                low=loss["low"],
+                high=loss["high"],
+            )
+            tags[Tag.ACCURACY + slug(benchmark)] = score.model_dump_json()
+    return tags
+
+
+def questions_asked(recipe: Recipe, evaluate: bool, questions: int | None) -> str:
+    """Return how many questions of each of the recipe's benchmarks are asked, as `Tag.QUESTIONS` says it."""
+    if not recipe.evaluation:
+        return ALL
+    return NOTHING if not evaluate else ALL if questions is None else str(questions)
+
+
+def _stage_tags(hashes: Mapping[str, str]) -> dict[str, str]:
+    return {Tag.STAGE + slug(stage): sha256 for stage, sha256 in hashes.items()}
 
 
 def _let_the_newest_be_candidate(client: MlflowClient, name: str, version: int) -> None:
-    """After `version` was registered; an earlier request that is made again leaves the candidate where it is.
+    """Move the alias `candidate` to `version`, or a newer one; an earlier request made again moves nothing.
 
-    Somebody on another machine may set the alias between our look and our writing, so we look again afterwards.
+    Another machine may set the alias between reading and writing it, so it is read again afterwards.
     """
     with alone(client, name):
         while (version_at(client.get_registered_model(name), CANDIDATE) or 0) < version:
@@ -139,21 +165,10 @@ def _let_the_newest_be_candidate(client: MlflowClient, name: str, version: int) 
             version = max(int(each.version) for each in versions_of(client, name))
 
 
-def _make_registered_model(client: MlflowClient, name: str) -> None:
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
 def _models(tracking: Tracking, tags: dict[str, str]) -> list[LoggedModel]:
-    """The logged models with these tags, oldest first."""
-    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    """Return the logged models with these tags, oldest first."""
     oldest_first = [{"field_name": "creation_time", "ascending": True}]
-    return tracking.client.search_logged_models(
-        [tracking.experiment_id], filter_string=condition, order_by=oldest_first
-    )
+    return tracking.client.search_logged_models([tracking.experiment_id], having(tags), order_by=oldest_first)
 
 
 def _signature() -> mlflow.models.ModelSignature:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
@@ -29,16 +30,12 @@ from tasks.report import code_version
 from tasks.runtime.naming import model_name, run_name
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.steps import open_workspace
+from tasks.tracking.markdown import render
+from tasks.tracking.tags import NOT_RECORDED, Tag, having
 
 EXPERIMENT = "bivlm"
+public_uri = without_credentials  # what people, files and logs see of an address
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-REQUEST_TAG = "bivlm.request"
-ROLE_TAG = "bivlm.role"  # compression | full precision | packed
-BASE_TAG = "bivlm.base.sha256"
-BASE_ID_TAG = "bivlm.base.id"
-TRIGGER_TAG = "bivlm.trigger"
-NOTE_TAG = "mlflow.note.content"
-NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Tracking:
 
 
 def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
-    """(tracking URI, artifact root): ``MLFLOW_TRACKING_URI``, else a database file in the workspace.
+    """Return (tracking URI, artifact root): ``MLFLOW_TRACKING_URI``, else a database file in the workspace.
 
     A tracking server knows where its artifacts go (None). A database alone does not: they go into the workspace, be it
     a folder or in S3.
@@ -77,10 +74,9 @@ def tracking_place(workspace: Workspace) -> tuple[str, str | None]:
 
 
 def _database_in(folder: Path) -> str:
-    """The address of the folder's own database file, whose tables are made first if it is new.
+    """Return the address of the folder's own database file; a new one gets its tables first.
 
-    Under another name until they are all there: MLflow cannot go on from a file whose tables it was making when it was
-    killed.
+    It has another name until all are there: MLflow cannot use a file whose tables it was making when it was killed.
     """
     file = folder / "mlflow.db"
     with one_at_a_time(folder / "locks" / "mlflow.lock"):
@@ -107,13 +103,8 @@ def _take_password_out_of_address() -> None:
     os.environ["MLFLOW_TRACKING_URI"] = found._replace(netloc=found.netloc.rpartition("@")[2]).geturl()
 
 
-def public_uri(uri: str) -> str:
-    """`uri` without the user name and password that it may hold: for people, files and logs."""
-    return without_credentials(uri)
-
-
 def ui_command(uri: str) -> str:
-    """The command that starts the MLflow UI on what was tracked at `uri`; a server already shows its own."""
+    """Return the command that shows what was tracked at `uri` in the MLflow UI; a server shows its own."""
     if _is_server(uri):
         return f"open {public_uri(uri)}"
     if public_uri(uri) != uri:
@@ -123,12 +114,12 @@ def ui_command(uri: str) -> str:
 
 
 def run_page(tracking: Tracking) -> str:
-    """Where the UI shows the parent run."""
+    """Return the address of the parent run in the UI."""
     return f"{page_address(tracking.uri)}/#/experiments/{tracking.experiment_id}/runs/{tracking.run_id}"
 
 
 def page_address(uri: str) -> str:
-    """Where the UI of the store at `uri` is: a server's own, else the one that `ui_command` starts."""
+    """Return the address of the UI of the store at `uri`: a server's own, else the one that `ui_command` starts."""
     return public_uri(uri).rstrip("/") if _is_server(uri) else "http://127.0.0.1:5000"
 
 
@@ -137,95 +128,102 @@ def _is_server(uri: str) -> bool:
 
 
 def request_digest(base: Base, recipe: Recipe) -> str:
-    """What makes two compressions the same one: base model, recipe, code."""
+    """Return the hash of what makes two compressions the same: base model, recipe, code."""
     return digest({"checkpoint": base.sha256, "recipe": recipe.canonical(), "code": code_version()})
 
 
 @task(name="find-or-create-run", **OVER_NETWORK)
 def find_or_create_run(workspace: str, base: Base, recipe: Recipe, trigger: str) -> Tracking:
-    """The parent run of this compression, found by its request tag or created for `trigger`.
+    """Return the parent run of this compression, found by its request tag or created for `trigger`.
 
-    Search and creation are not one atomic step: to be called under the lock of the request.
+    Search and creation are not atomic: call it under the lock of the request.
     """
     client, experiment_id = open_experiment(open_workspace(workspace))
-    uri = client.tracking_uri
     request = request_digest(base, recipe)
-    run = find_run(client, experiment_id, {REQUEST_TAG: request, ROLE_TAG: "compression"})
+    run = find_run(client, experiment_id, {Tag.REQUEST: request, Tag.ROLE: "compression"})
     if run is None:
-        tags = {
-            **lineage_tags(base, recipe, request, trigger),
-            ROLE_TAG: "compression",
-            NOTE_TAG: note(base, recipe, trigger),
-        }
+        tags = {Tag.ROLE: "compression", Tag.NOTE: note(base, recipe, trigger)}
+        tags |= lineage_tags(base, recipe, request, trigger)
         run = client.create_run(experiment_id, run_name=run_name(base.model, recipe.name, request), tags=tags)
     params = {key: value for key, value in _params(base, recipe).items() if key not in run.data.params}
     client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
     label = f"{model_name(base.model)} · {recipe.name}"
-    # Whoever asks again finds what the first has made, or takes it up.
-    first = run.data.tags.get(TRIGGER_TAG, NOT_RECORDED)
-    return Tracking(uri, experiment_id, run.info.run_id, request, label, first)
+    first = run.data.tags.get(Tag.TRIGGER, NOT_RECORDED)  # who asks again finds what the first request made
+    return Tracking(client.tracking_uri, experiment_id, run.info.run_id, request, label, first)
 
 
 def open_experiment(workspace: Workspace) -> tuple[MlflowClient, str]:
-    """A client of the workspace's tracking store, and the id of the experiment, created if it is not there."""
+    """Return a client of the workspace's tracking store and the id of the experiment, created if it is not there."""
     uri, artifact_root = tracking_place(workspace)
-    client = MlflowClient(tracking_uri=uri)
-    return client, _experiment(client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT, artifact_root)
-
-
-def close_run(tracking: Tracking, *, failed: bool = False) -> None:
-    """Mark the parent run as ended."""
-    tracking.client.set_terminated(tracking.run_id, "FAILED" if failed else "FINISHED")
+    client, name = MlflowClient(tracking_uri=uri), os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    if (experiment := client.get_experiment_by_name(name)) is None:
+        with unless_there():
+            client.create_experiment(name, artifact_location=artifact_root)
+        experiment = client.get_experiment_by_name(name)
+    return client, experiment.experiment_id
 
 
 @contextmanager
 def ends_run(tracking: Tracking) -> Iterator[None]:
-    """Within this block the parent run is running; afterwards it has finished, or failed."""
+    """Mark the parent run as running within this block; afterwards as finished, or failed."""
     tracking.client.update_run(tracking.run_id, status="RUNNING")
     try:
         yield
     except BaseException:
-        # A tracking server that is gone, too, must not hide what went wrong; the next attempt takes the run up.
+        # A tracking server that is gone, too, must not hide what went wrong; the next attempt resumes the run.
         with suppress(MlflowException):
-            close_run(tracking, failed=True)
+            tracking.client.set_terminated(tracking.run_id, "FAILED")
         raise
-    close_run(tracking)
+    tracking.client.set_terminated(tracking.run_id, "FINISHED")
+
+
+@contextmanager
+def fluent(uri: str) -> Iterator[None]:
+    """Let MLflow's functions without a client track at `uri` within this block.
+
+    `mlflow.set_tracking_uri` also writes MLFLOW_TRACKING_URI, which would send the next compression of this process to
+    the tracking store of this one.
+    """
+    configured = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        if configured is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = configured
 
 
 def find_run(client: MlflowClient, experiment_id: str, tags: dict[str, str]) -> Run | None:
-    """The oldest run with these tags."""
-    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    runs = client.search_runs([experiment_id], condition, max_results=1, order_by=["attributes.start_time ASC"])
+    """Return the oldest run with these tags."""
+    runs = client.search_runs([experiment_id], having(tags), max_results=1, order_by=["attributes.start_time ASC"])
     return runs[0] if runs else None
 
 
 def lineage_tags(base: Base, recipe: Recipe, request: str, trigger: str) -> dict[str, str]:
-    """Where a run, a model or a version comes from; the same tags on all of them."""
-    revision = {"bivlm.base.revision": base.model.revision} if base.model.revision else {}
+    """Return the tags that say where a run, a model or a version comes from."""
+    revision = {Tag.BASE_REVISION: base.model.revision} if base.model.revision else {}
     return {
-        REQUEST_TAG: request,
-        BASE_ID_TAG: base.model.id,
+        Tag.REQUEST: request,
+        Tag.BASE_ID: base.model.id,
         **revision,
-        BASE_TAG: base.sha256,
-        "bivlm.recipe": recipe.name,
-        "bivlm.recipe.sha256": digest(recipe.canonical()),
-        "bivlm.code_version": code_version(),
-        TRIGGER_TAG: trigger,
-        "mlflow.source.name": "bivlm compress",
+        Tag.BASE_SHA256: base.sha256,
+        Tag.RECIPE: recipe.name,
+        Tag.RECIPE_SHA256: digest(recipe.canonical()),
+        Tag.CODE_VERSION: code_version(),
+        Tag.TRIGGER: trigger,
+        Tag.SOURCE: "bivlm compress",
     }
 
 
-def _experiment(client: MlflowClient, name: str, artifact_root: str | None) -> str:
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return experiment.experiment_id
+@contextmanager
+def unless_there() -> Iterator[None]:
+    """Leave this block if MLflow says that what is created in it is there already: somebody else was faster."""
     try:
-        return client.create_experiment(name, artifact_location=artifact_root)
+        yield
     except MlflowException as error:
-        # Somebody else created it between the look and the attempt.
-        if error.error_code == "RESOURCE_ALREADY_EXISTS":
-            return client.get_experiment_by_name(name).experiment_id
-        raise
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _params(base: Base, recipe: Recipe) -> dict[str, str]:
@@ -239,13 +237,7 @@ def _params(base: Base, recipe: Recipe) -> dict[str, str]:
 
 
 def note(base: Base, recipe: Recipe, trigger: str, result: str = "") -> str:
-    """The description of the run, for people: what it is, what came of it (`result`, a sentence), where from, why."""
-    return (
-        f"**{base.model.id}** compressed with the recipe **{recipe.name}**. {result}\n\n"
-        f"- base model: `{base.model.id}`, revision `{base.model.revision or 'none (a folder)'}`\n"
-        f"- sha256 of the base model: `{base.sha256}`\n"
-        f"- sha256 of the recipe: `{digest(recipe.canonical())}`\n"
-        f"- asked for: {trigger}\n\n"
-        "Child runs hold the evaluations. Among the artifacts: `report.html` (all of it on one page), `lineage.json` "
-        "(every step with its key and hashes; `bivlm lineage` verifies it), `layers.json`, the figures."
-    )
+    """Return the run's description: what it is, what came of it (`result`, a sentence of Markdown), where from, why."""
+    recipe_sha256 = digest(recipe.canonical())
+    values = {"recipe": recipe.name, "recipe_sha256": recipe_sha256, "trigger": trigger, "result": result}
+    return render("description", base=base.model, sha256=base.sha256, **values)

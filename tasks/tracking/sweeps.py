@@ -16,10 +16,9 @@ from bivlm.workspace.hashing import digest
 from tasks.runtime.naming import slug
 from tasks.runtime.policy import OVER_NETWORK
 from tasks.runtime.steps import open_workspace
-from tasks.tracking.run import NOTE_TAG, ROLE_TAG, Tracking, find_run, open_experiment
+from tasks.tracking.run import Tracking, find_run, open_experiment
+from tasks.tracking.tags import Tag, having
 
-CELL_TAG = "bivlm.cell"  # of a cell's run: what was pruned, and how
-SWEEP_TAG = "bivlm.sweep"  # of the sweep's own run: all of its rows
 FOLDER = "pruning"  # of its files among a run's artifacts
 _CELL = ("model", "place", "score", "layer", "share")
 _FIGURES = ("accuracy", "loss", "loss_low", "loss_high")
@@ -41,9 +40,8 @@ def log_sweep(
     """
     client, experiment = open_experiment(open_workspace(workspace))
     run_id = parent.run_id if parent is not None else _own_run(client, experiment, rows, warnings)
-    condition = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`{ROLE_TAG}` = 'pruned'"
-    runs = client.search_runs([experiment], condition, max_results=50_000)
-    known = {run.data.tags.get(CELL_TAG): run for run in runs}
+    runs = client.search_runs([experiment], having({Tag.PARENT: run_id, Tag.ROLE: "pruned"}), max_results=50_000)
+    known = {run.data.tags.get(Tag.CELL): run for run in runs}
     for values, of_cell in groupby(rows, key=lambda row: tuple(row[key] for key in _CELL)):
         cell = dict(zip(_CELL, values, strict=True))
         _log_cell(client, experiment, run_id, cell, list(of_cell), known)
@@ -57,17 +55,13 @@ def log_sweep(
 
 def _own_run(client: MlflowClient, experiment: str, rows: Sequence[Mapping[str, Any]], warnings: Sequence[str]) -> str:
     same = digest([dict(row) for row in rows])
-    found = find_run(client, experiment, {SWEEP_TAG: same})
+    found = find_run(client, experiment, {Tag.SWEEP: same})
     if found is not None:
         return found.info.run_id
     models = ", ".join(dict.fromkeys(row["model"] for row in rows))
     note = f"Tokens dropped from the prompts of {models}; child runs hold the cells, `{FOLDER}/` the tables."
-    tags = {
-        ROLE_TAG: "pruning sweep",
-        SWEEP_TAG: same,
-        NOTE_TAG: " ".join([note, *(f"Warning: {said}." for said in warnings)]),
-        "mlflow.source.name": "bivlm sweep",
-    }
+    note = " ".join([note, *(f"Warning: {said}." for said in warnings)])
+    tags = {Tag.ROLE: "pruning sweep", Tag.SWEEP: same, Tag.NOTE: note, Tag.SOURCE: "bivlm sweep"}
     return client.create_run(experiment, run_name=f"pruning sweep · {models}"[:250], tags=tags).info.run_id
 
 
@@ -79,7 +73,7 @@ def _log_cell(
     rows: Sequence[Mapping[str, Any]],
     known: Mapping[str | None, Run],
 ) -> None:
-    """One run with the figures of a cell's benchmarks, unless one is `known` by its tag; one cut off is taken up."""
+    """Log a run with the figures of a cell's benchmarks, unless one is `known`; resume one that was cut off."""
     subject = digest({"cell": dict(cell), "rows": [dict(row) for row in rows]})
     run = known.get(subject)
     if run is not None and run.info.status == "FINISHED":
@@ -87,8 +81,8 @@ def _log_cell(
     where = "before the first layer" if cell["layer"] is None else f"from layer {cell['layer']}"
     name = f"{cell['model']} · {cell['place']} {where} · {100 * cell['share']:g} % · {cell['score']}"
     if run is None:
-        tags = {ROLE_TAG: "pruned", CELL_TAG: subject, "mlflow.parentRunId": parent}
-        run = client.create_run(experiment, run_name=name, tags=tags | {"mlflow.source.name": "bivlm sweep"})
+        tags = {Tag.ROLE: "pruned", Tag.CELL: subject, Tag.PARENT: parent}
+        run = client.create_run(experiment, run_name=name, tags=tags | {Tag.SOURCE: "bivlm sweep"})
     now = run.info.start_time
     metrics = [
         Metric(slug(f"{row['task']}/{key}", "/"), float(row[key]), now, 0)

@@ -20,6 +20,7 @@ from bivlm.reports.lineage import read_lineage
 from bivlm.reports.pushing import package
 from flows.cli import main as cli
 from flows.cli.commands import NOT_PASSED
+from tasks.runtime.states import GATE_STATE
 
 NAME = "llava-small"
 PASSES, REFUSES = {"largest_loss": 100.0}, {"largest_loss": 2.0}
@@ -100,6 +101,8 @@ def test_the_decision_stands_on_the_run_and_on_the_version_with_its_figures(prom
     (loss,) = promoted.results[0]["evaluation"]["loss"].values()
     assert sorted(key.rsplit("/")[-1] for key in lost) == ["lost", "lost_at_most"]
     assert next(value for key, value in lost.items() if key.endswith("lost")) == loss["loss"]
+    (score,) = (json.loads(value) for key, value in tags.items() if key.startswith("bivlm.accuracy."))
+    assert (score["lost"], score["low"], score["high"]) == (loss["loss"], loss["low"], loss["high"])
     (move,) = (json.loads(tags[key]) for key in tags if key.startswith("bivlm.move."))
     assert (move["from"], move["to"], move["who"], move["kind"]) == (None, 1, "gate", "gate")
     assert move["why"] == tags["bivlm.gate.reasons"]
@@ -150,7 +153,7 @@ def test_a_candidate_that_does_not_pass_ends_red_and_the_champion_stays(
         assert tags["bivlm.gate"] == "refused"
         assert "too few questions to tell: answered alike, about 150 would do" in tags["bivlm.gate.reasons"]
     (latest, *_) = _flow_runs()
-    assert latest.state.type == StateType.FAILED
+    assert (latest.state.type, latest.state.name) == (StateType.FAILED, GATE_STATE)
     assert "more than the 2 that may be lost" in latest.state.message
 
     assert cli.main(["compress", *compression.arguments()]) == NOT_PASSED

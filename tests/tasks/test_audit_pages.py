@@ -9,11 +9,12 @@ import pytest
 from mlflow import MlflowClient
 
 from bivlm.errors import InputError
-from tasks.tracking.audit import audit_base, audit_version
-from tasks.tracking.pages import write_pages
+from tasks.tracking.pages import audit_base, audit_version, write_pages
 from tasks.tracking.promotion import promote_by_gate, promote_by_hand, roll_back
+from tasks.tracking.tags import Score
 
 COLUMN = 5000  # characters of a description, in the registry's tables
+SCORE = Score(packed=90.0, full_precision=100.0, questions=1000, lost=10.0, low=5.0, high=15.0)
 SHA = {"first": "a" * 64, "second": "b" * 64}
 
 
@@ -57,8 +58,9 @@ def register(client, name, base, **tags):
         "bivlm.calibration": "reference, 64 samples",
         "bivlm.calibration.sha256": "d" * 64,
         "bivlm.bits.linears": "2.164",
+        # as older versions of bivlm wrote it
         "bivlm.accuracy.reference.open": "80.0 of 90.0 % on 100 questions; lost 10.0 (5.0 to 15.0)",
-        "bivlm.accuracy.reference.choice": "90.0 of 100.0 % on 100 questions; lost 10.0 (5.0 to 15.0)",
+        "bivlm.accuracy.reference.choice": SCORE.model_dump_json(),
         "bivlm.stage.pack": "e" * 64,
     } | {key.replace("__", "."): value for key, value in tags.items()}
     return int(client.create_model_version(name, "/nowhere", run.info.run_id, tags=tags).version)
@@ -84,7 +86,16 @@ def test_a_version_leads_to_all_that_made_it(client):
         f"{run}/artifacts/recipe.json",
     )
     assert links["logged model"].endswith(version.tags["bivlm.model_id"])
-    for said in ("event 4f2a", "a" * 64, "c" * 64, "d" * 64, "e" * 12, "80.0 of 90.0 %", "2.164"):
+    for said in (
+        "event 4f2a",
+        "a" * 64,
+        "c" * 64,
+        "d" * 64,
+        "e" * 12,
+        "80.0 of 90.0 %",
+        "90.0 of 100.0 % on 1,000",
+        "2.164",
+    ):
         assert said in text
     assert client.get_logged_model(version.tags["bivlm.model_id"]).tags["mlflow.note.content"] == text
 
@@ -97,9 +108,9 @@ def test_a_version_says_what_its_kl_was_measured_on_and_where_full_precision_is_
     register(client, "model-small", base, bivlm__kl="0.2083")  # of before either was written down
     write_pages(client, "model-small")
     first, second, old = (page(client, "model-small", number) for number in (1, 2, 3))
-    assert "0.2083 nats a token, on 64 held-out samples of /data/my\\_own" in first and "above chance" not in first
+    assert "0.2083 nats per token, on 64 held-out samples of /data/my\\_own" in first and "above chance" not in first
     assert "| not above chance\u00a0\u00a0 | open: full precision scores 0.0 %" in second
-    assert "0.2083 nats a token, on held-out samples" in old and "above chance" not in old
+    assert "0.2083 nats per token, on held-out samples" in old and "above chance" not in old
     assert page(client, "model-small").count("85.0 of 95.0 % (not above chance)") == 1
 
 

@@ -1,4 +1,4 @@
-"""The champion's alias and the history of its moves, in a registry of MLflow's own."""
+"""The champion's alias, the history of its moves and a gate's decisions, in a registry of MLflow's own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from bivlm.errors import InputError
+from bivlm.evaluation.gate import Decision
+from bivlm.evaluation.paired import LargestLoss
 from tasks.tracking.champions import moves_of
 from tasks.tracking.models import _let_the_newest_be_candidate
-from tasks.tracking.promotion import promote_by_gate, promote_by_hand, roll_back
+from tasks.tracking.promotion import apply_decision, promote_by_gate, promote_by_hand, roll_back
+from tasks.tracking.run import Tracking
 
-NAME = "llava-small"
+NAME, MORE, FEWER = "llava-small", 1000, 100
 CALLS = (
     "set_registered_model_tag",
     "set_registered_model_alias",
@@ -289,3 +292,51 @@ def test_the_newest_version_is_candidate_whoever_sets_the_alias_last(client):
     assert int(candidate()) == 4
     _let_the_newest_be_candidate(client, NAME, 3)
     assert int(candidate()) == 4
+
+
+@pytest.fixture
+def decide(client):
+    """Decide about version 1: passed or not, after so many questions."""
+    run = client.get_run(client.get_model_version(NAME, "1").run_id).info
+    model = client.create_logged_model(run.experiment_id, name="x", source_run_id=run.run_id).model_id
+    place = Tracking(client.tracking_uri, run.experiment_id, run.run_id, "r", "l", "t")
+    client.set_model_version_tag(NAME, "1", "bivlm.gate", "not decided")
+
+    def decide(passed, questions):
+        reasons = (f"{'passed' if passed else 'refused'} after {questions}",)
+        decision = Decision(passed, reasons, () if passed else reasons)
+        losses = {"b": LargestLoss(questions, 0.0, 3.0, 0.95, 0, 0)}
+        return apply_decision.fn(place, NAME, 1, decision, losses, model)
+
+    decide.standing = lambda: (client.get_model_version(NAME, "1").tags["bivlm.gate"], champion(client))
+    return decide
+
+
+def test_a_refusal_is_not_undone_by_fewer_questions(decide):
+    assert decide(False, MORE).said == "no version is champion"
+    found = decide(True, FEWER)
+    assert found.champion is None
+    assert found.said == "no version is champion: it was refused after 1000 questions, and these are 100"
+    assert decide.standing() == ("refused", None)
+    assert decide(True, MORE).champion == 1
+    assert decide.standing() == ("passed", 1)
+
+
+def test_what_has_passed_is_not_undone_by_fewer_questions(decide):
+    decide(True, MORE)
+    assert decide(False, FEWER).said == "version 1 stays champion"
+    assert decide.standing() == ("passed", 1)
+    assert decide(True, FEWER).champion == 1
+
+
+def test_a_version_is_decided_about_when_its_champion_has_moved_and_not_before(decide, monkeypatch):
+    def gone(*_):
+        raise CutOff
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", gone)
+        with pytest.raises(CutOff):
+            decide(True, MORE)
+    assert decide.standing() == ("not decided", None)
+    decide(True, MORE)
+    assert decide.standing() == ("passed", 1)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from flows.cli.commands import DONE, print_json
+from flows.cli.commands.promotion import open_registry
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
@@ -21,13 +22,11 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    from bivlm.workspace.steps import Workspace
-    from bivlm.workspace.stores.location import default_workspace
     from flows.cli.console import print_made_of, print_version
-    from tasks.tracking.audit import audit_base, audit_version
-    from tasks.tracking.lookup import find_version, registry_client
+    from tasks.tracking.pages import audit_base, audit_version
+    from tasks.tracking.registry import find_version
 
-    client = registry_client(Workspace.open(options.workspace or default_workspace()))
+    client = open_registry(options.workspace)
     if options.base is not None:
         found = {"base": options.base, "made": audit_base(client, options.base)}
     else:

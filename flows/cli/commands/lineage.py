@@ -52,7 +52,7 @@ def _downloaded(version: str, workspace: str | None, place: Path) -> Path:
     from bivlm.errors import InputError
     from bivlm.workspace.steps import Workspace
     from bivlm.workspace.stores.location import default_workspace
-    from tasks.tracking.lookup import VERSION_FORMS, download_version, is_version
+    from tasks.tracking.registry import VERSION_FORMS, download_version, is_version
 
     if not is_version(version):
         raise InputError(f"{version!r}: no such folder, and not a model version; expected DIR, {VERSION_FORMS}")
