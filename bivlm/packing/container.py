@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch  # on first use, see `flows.cli.commands.import_late`
@@ -42,6 +42,8 @@ _CHECKSUM_AT = 24
 _DTYPES = {"bfloat16": 3.3895313892515355e38, "float16": 65504.0, "float32": float(np.finfo(np.float32).max)}
 
 Bytes: TypeAlias = "np.ndarray | torch.Tensor"
+# Of a function that takes one of the two and returns the same; named in quotes, as torch is loaded on first use.
+ArrayT = TypeVar("ArrayT", "np.ndarray", "torch.Tensor")
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def write_file(
     """Write the bytes of `write` straight into `file`: the sections are not held twice."""
     with file.open("wb") as stream:
         for part in _parts(codec, shape, dtype, sections):
-            stream.write(memoryview(part))
+            stream.write(part.data)
 
 
 def _parts(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -109,7 +111,7 @@ def _parts(codec: str, shape: tuple[int, int], dtype: torch.dtype, sections: Seq
     fields = (MAGIC, FORMAT_VERSION, names.index(name), len(sections), 0, codec.encode("ascii"), *shape)
     checksum = zlib.crc32(_HEADER.pack(*fields, 0)[:_CHECKSUM_AT])
     for part in body:
-        checksum = zlib.crc32(part, checksum)
+        checksum = zlib.crc32(part.data, checksum)
     return [np.frombuffer(_HEADER.pack(*fields, checksum), dtype=np.uint8), *body]
 
 
@@ -118,13 +120,13 @@ def as_array(packed: Bytes) -> np.ndarray:
     return packed if isinstance(packed, np.ndarray) else packed.cpu().numpy()
 
 
-def section(packed: Bytes, header: Header, index: int) -> Bytes:
+def section(packed: ArrayT, header: Header, index: int) -> ArrayT:
     """Return the bytes of a section, uint8, a view."""
     begin, end = header.sections[index]
     return packed[begin:end]
 
 
-def fields(packed: Bytes, header: Header, layout: struct.Struct) -> tuple[int, ...]:
+def fields(packed: ArrayT, header: Header, layout: struct.Struct) -> tuple[int, ...]:
     """Read the first section, whose contents were checked, as `layout`."""
     return layout.unpack(as_array(section(packed, header, 0)).tobytes())
 
@@ -183,6 +185,6 @@ def read_header(packed: Bytes, name: str = "packed weight") -> Header:
 def verify(packed: Bytes, header: Header, name: str = "packed weight") -> None:
     """Raise `InputError`, naming `name`, if the contents of `packed` do not have the checksum of its header."""
     content = as_array(packed)
-    found = zlib.crc32(content[_HEADER.size :], zlib.crc32(content[:_CHECKSUM_AT]))
+    found = zlib.crc32(content[_HEADER.size :].data, zlib.crc32(content[:_CHECKSUM_AT].data))
     if found != header.crc32:
         raise InputError(f"{name}: checksum {found:08x}, its header says {header.crc32:08x}: the tensor is damaged")

@@ -27,7 +27,7 @@ import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Bytes, Header, as_array, section
+from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
@@ -56,7 +56,7 @@ _CHUNK_WEIGHTS = CHUNK_SYMBOLS >> 2
 @dataclass(frozen=True)
 class _Parameters:
     bits: int
-    channels: bool
+    channels: int  # 0 or 1
     exponent: int
     channel_exponent: int
     width: int
@@ -79,11 +79,12 @@ def pack(coded: GroupedCodes, dtype: torch.dtype, channel_scales_N: torch.Tensor
 
     `channel_scales_N`, float32 as `stored_channel_scales` gives them, multiply the rebuilt columns.
     """
-    codes = _Codes(tuple(coded.codes_MN.shape), coded.bits)
+    shape = (coded.codes_MN.shape[0], coded.codes_MN.shape[1])
+    codes = _Codes(shape, coded.bits)
     codes.put(0, coded.codes_MN)
     grids = (coded.bits, coded.width, coded.exponent)
     sections = _sections(coded.scales_MG, coded.zeros_MG, codes.section, grids, channel_scales_N)
-    return container.write(NAME, tuple(coded.codes_MN.shape), dtype, sections)
+    return container.write(NAME, shape, dtype, sections)
 
 
 def pack_rows(
@@ -222,8 +223,8 @@ class GroupedCodec(Codec):
 
     def bits(self, packed: Bytes, header: Header) -> FormatBits:
         """Nominal: b bits a weight, as the papers count. Entropy: that of the codes, all else as it is stored."""
-        stored = _read_parameters(packed, header)
         packed = as_array(packed)
+        stored = _read_parameters(packed, header)
         counts = count_symbols(_planes(packed, header, stored), 1 << stored.bits, header.shape[1])
         size, used = header.shape[0] * header.shape[1], counts[counts > 0]
         begin, end = header.sections[3]
@@ -285,7 +286,7 @@ def _by_groups(chunk: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slic
     return views
 
 
-def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
+def _read_parameters(packed: ArrayT, header: Header) -> _Parameters:
     return _Parameters(*container.fields(packed, header, _PARAMETERS))
 
 
@@ -303,5 +304,5 @@ def _zeros(packed: torch.Tensor, header: Header, stored: _Parameters) -> torch.T
     return unpack_values(planes_of(section(packed, header, 2), 1 << stored.bits, 1, count), table, count).view(rows, -1)
 
 
-def _planes(packed: Bytes, header: Header, stored: _Parameters) -> list[Bytes]:
+def _planes(packed: ArrayT, header: Header, stored: _Parameters) -> list[ArrayT]:
     return planes_of(section(packed, header, 3), 1 << stored.bits, *header.shape)

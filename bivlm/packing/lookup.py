@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -13,13 +14,13 @@ def _function() -> type[torch.autograd.Function]:
 
     class Lookup(torch.autograd.Function):
         @staticmethod
-        def forward(context, table_S: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
+        def forward(context: Any, table_S: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
             context.save_for_backward(symbols)
             context.entries = len(table_S)
             return table_S[symbols.to(torch.int32)]
 
         @staticmethod
-        def backward(context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
             (symbols,) = context.saved_tensors
             weights = gradient.reshape(-1).double()
             counts = torch.bincount(symbols.reshape(-1), weights=weights, minlength=context.entries)

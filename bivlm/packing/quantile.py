@@ -28,7 +28,7 @@ import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Bytes, Header, as_array, section
+from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.lookup import lookup
 from bivlm.packing.radix import (
@@ -223,7 +223,7 @@ class QuantileCodec(Codec):
         symbols = 2 * parameters.groups
         counts = count_symbols(_planes(packed, header, parameters.alphabet), parameters.alphabet, n)[:symbols]
         if salient and parameters.mode == _SPARSE:
-            _, levels = _salient(packed, header, parameters)
+            _, levels = _sparse_salient(packed, header, parameters)
             counts = counts - np.bincount(levels % symbols, minlength=symbols)
         group_counts = counts.reshape(-1, 2).sum(-1).tolist()
         shares = [count / size for count in [*group_counts, salient] if count]
@@ -302,33 +302,35 @@ def _pack_all_symbols(
     return np.concatenate([plane.reshape(-1) for plane in planes])
 
 
-def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
+def _read_parameters(packed: ArrayT, header: Header) -> _Parameters:
     head = as_array(section(packed, header, 0))
     groups, salient_bits, mode, rice, exponent, salient = _PARAMETERS.unpack_from(head.tobytes())
     numbers = head[_PARAMETERS.size :].view("<f2").astype(np.float32)
     return _Parameters(groups, salient_bits, mode, rice, salient, numbers[:groups], numbers[groups:], exponent)
 
 
-def _planes(packed: Bytes, header: Header, alphabet: int) -> list[Bytes]:
+def _planes(packed: ArrayT, header: Header, alphabet: int) -> list[ArrayT]:
     return planes_of(section(packed, header, 2), alphabet, *header.shape)
 
 
-def _salient(packed: Bytes, header: Header, parameters: _Parameters) -> tuple[Bytes, Bytes]:
-    """Return flat positions and levels of the salient weights, int64 (S,) each.
+def _salient(packed: torch.Tensor, header: Header, parameters: _Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return flat positions and levels of the salient weights, int64 (S,) each."""
+    if parameters.mode == _SPARSE:
+        return _sparse_salient(packed, header, parameters)
+    table = torch.arange(parameters.alphabet, dtype=torch.int16, device=packed.device)
+    symbols = unpack_values(_planes(packed, header, parameters.alphabet), table, header.shape[1]).view(-1)
+    positions = torch.nonzero(symbols >= 2 * parameters.groups).view(-1)
+    return positions, symbols[positions].to(torch.int64) - 2 * parameters.groups
 
-    Those of an array in sparse mode are arrays; alphabet mode takes a tensor.
-    """
-    if parameters.mode == _ALPHABET:
-        table = torch.arange(parameters.alphabet, dtype=torch.int16, device=packed.device)
-        symbols = unpack_values(_planes(packed, header, parameters.alphabet), table, header.shape[1]).view(-1)
-        positions = torch.nonzero(symbols >= 2 * parameters.groups).view(-1)
-        return positions, symbols[positions].to(torch.int64) - 2 * parameters.groups
-    streams = (section(packed, header, index) for index in (3, 4))
-    positions = unpack_positions(*streams, parameters.salient, parameters.rice)
+
+def _sparse_salient(packed: ArrayT, header: Header, parameters: _Parameters) -> tuple[ArrayT, ArrayT]:
+    """Return what `_salient` does, of a weight in sparse mode."""
+    unary, remainders = section(packed, header, 3), section(packed, header, 4)
+    positions = unpack_positions(unary, remainders, parameters.salient, parameters.rice)
     return positions, _sparse_levels(packed, header, parameters.groups, parameters.salient_bits, positions)
 
 
-def _sparse_levels(packed: Bytes, header: Header, groups: int, salient_bits: int, positions: Bytes) -> Bytes:
+def _sparse_levels(packed: ArrayT, header: Header, groups: int, salient_bits: int, positions: ArrayT) -> ArrayT:
     """Return levels, int64 (S,), of the salient weights at these positions in sparse mode."""
     low = symbols_at(_planes(packed, header, 2 * groups), 2 * groups, header.shape[1], positions)
     high = unpack_small(section(packed, header, 5), len(positions), _extra_bits(groups, salient_bits))

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from bivlm.packing.container import Bytes
+from bivlm.packing.container import ArrayT
 from bivlm.packing.contents import Contents
 
 _LARGEST_TABLE = 1 << 16
@@ -60,7 +60,7 @@ def radix(symbols: int) -> Radix:
     return Radix(symbols, per_word, bits)
 
 
-def planes_of(content: Bytes, alphabet: int, rows: int, columns: int) -> list[Bytes]:
+def planes_of(content: ArrayT, alphabet: int, rows: int, columns: int) -> list[ArrayT]:
     """Return the planes (rows, row bytes), views of the bytes of a packed matrix of symbols."""
     planes, begin = [], 0
     for row_bytes in radix(alphabet).plane_row_bytes(columns):
@@ -97,11 +97,8 @@ def unpack_values(planes: list[torch.Tensor], table_SV: torch.Tensor, columns: i
     return out if out.shape[1] == columns else out[:, :columns].contiguous()
 
 
-def symbols_at(planes: Sequence[Bytes], alphabet: int, columns: int, positions_S: Bytes) -> Bytes:
-    """Return the symbols, int64 (S,), at flat row-major `positions_S` of a packed (M, columns) matrix.
-
-    Planes and positions are all tensors or all arrays, and so are the symbols.
-    """
+def symbols_at(planes: Sequence[ArrayT], alphabet: int, columns: int, positions_S: ArrayT) -> ArrayT:
+    """Return the symbols, int64 (S,), at flat row-major `positions_S` of a packed (M, columns) matrix."""
     code = radix(alphabet)
     step = CHUNK_SYMBOLS >> 2
     chunks = [
@@ -111,10 +108,10 @@ def symbols_at(planes: Sequence[Bytes], alphabet: int, columns: int, positions_S
     return np.concatenate(chunks) if isinstance(positions_S, np.ndarray) else torch.cat(chunks)
 
 
-def _symbols_at(planes: Sequence[Bytes], code: Radix, columns: int, positions: Bytes) -> Bytes:
+def _symbols_at(planes: Sequence[ArrayT], code: Radix, columns: int, positions: ArrayT) -> ArrayT:
     rows, column = positions // columns, positions % columns
     word_index = column // code.per_word
-    words, shift = 0, 0
+    words, shift = 0 * rows, 0
     for plane, width in zip(planes, code.planes, strict=True):
         bit = word_index * width
         words = words + (((plane[rows, bit // 8] >> (bit % 8)) & ((1 << width) - 1)) << shift)
@@ -137,7 +134,7 @@ def count_symbols(planes: Sequence[np.ndarray], alphabet: int, columns: int) -> 
     for chunk in _word_chunks(planes, code, words):
         of_words += np.bincount(chunk.reshape(-1), minlength=len(of_words))
     symbols = _symbols_of_words(code.symbols, code.per_word, code.bits)
-    counts = sum(np.bincount(place, of_words, minlength=alphabet) for place in symbols.T).astype(np.int64)
+    counts = np.sum([np.bincount(place, of_words, minlength=alphabet) for place in symbols.T], axis=0).astype(np.int64)
     counts[0] -= len(planes[0]) * (words * code.per_word - columns)  # zeros behind the end of a row
     return counts
 
@@ -257,10 +254,9 @@ def _join_planes(planes: list[torch.Tensor], code: Radix, count: int) -> torch.T
     """Return words (rows, count) from their planes; uint8 where the word is one byte, int32 otherwise."""
     if code.planes == (8,):
         return planes[0]
-    words, shift = None, 0
-    for plane, width in zip(planes, code.planes, strict=True):
-        part = _unpack_small(plane, width, count).to(torch.int32) << shift
-        words = part if words is None else words.bitwise_or_(part)
+    words, shift = _unpack_small(planes[0], code.planes[0], count).to(torch.int32), code.planes[0]
+    for plane, width in zip(planes[1:], code.planes[1:], strict=True):
+        words.bitwise_or_(_unpack_small(plane, width, count).to(torch.int32) << shift)
         shift += width
     return words
 
@@ -286,6 +282,6 @@ def _gather_rows(table: torch.Tensor, words: torch.Tensor, out: torch.Tensor) ->
         torch.index_select(table, 0, words.reshape(-1).to(torch.int32), out=out)
         return
     # Moving a row as one number of its size is several times faster than as a row of bfloat16.
-    source = table.view(torch.uint8).numpy().reshape(-1).view(whole)
-    target = out.view(torch.uint8).numpy().reshape(-1).view(whole)
+    source: np.ndarray = table.view(torch.uint8).numpy().reshape(-1).view(whole)
+    target: np.ndarray = out.view(torch.uint8).numpy().reshape(-1).view(whole)
     np.take(source, words.reshape(-1).numpy(), out=target, mode="clip")

@@ -30,7 +30,7 @@ import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Bytes, Header, as_array, section
+from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.rowtables import (
     base_of,
@@ -168,7 +168,8 @@ class RowBlockCodec(Codec):
 
         It leaves out the group of a weight, the bitmap of the columns and all scales.
         """
-        packed, stored = as_array(packed), _read_parameters(packed, header)
+        packed = as_array(packed)
+        stored = _read_parameters(packed, header)
         m, n = header.shape
         salient_N = read_columns(packed, header, 1)
         salient = int(salient_N.sum())
@@ -211,6 +212,6 @@ def _column_bytes(numbers: dict[str, torch.Tensor]) -> np.ndarray:
     return to_halves(numbers["factors"].detach().cpu().numpy())
 
 
-def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
+def _read_parameters(packed: ArrayT, header: Header) -> _Parameters:
     block, layout, _, exponent = container.fields(packed, header, _PARAMETERS)
     return _Parameters(block, layout, exponent)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import from_halves
-from bivlm.packing.container import Bytes, Header, as_array, section
+from bivlm.packing.container import ArrayT, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.radix import check_symbols, pack_symbols, radix, read_symbols, unpack_values
 
@@ -96,7 +96,7 @@ def pack_columns(chosen_N: torch.Tensor) -> np.ndarray:
     return np.packbits(chosen_N.cpu().numpy(), bitorder="little")
 
 
-def read_columns(packed: Bytes, header: Header, index: int) -> np.ndarray:
+def read_columns(packed: ArrayT, header: Header, index: int) -> np.ndarray:
     """Undo `pack_columns` for section `index`, without torch: bool (N,)."""
     bits = as_array(section(packed, header, index))
     return np.unpackbits(bits, count=header.shape[1], bitorder="little").astype(bool)

@@ -24,7 +24,7 @@ import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Bytes, Header, as_array, section
+from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
@@ -157,12 +157,13 @@ class SignsCodec(Codec):
         """Return parameters ``row_scales`` (M,) and, if S > 0, ``row_steps`` (M,) and ``row_zeros`` (M,)."""
         stored = _read_parameters(packed, header)
         bits_MN = _bits(packed, header)
-        positions, levels = _salient(packed, header, stored) if stored.salient else (None, None)
+        places = _salient(packed, header, stored) if stored.salient else None
 
         def rebuild(values: dict[str, torch.Tensor]) -> torch.Tensor:
             weight_MN = _signed(values["row_scales"], bits_MN)
-            if positions is None:
+            if places is None:
                 return weight_MN
+            positions, levels = places
             salient = _salient_weights(values, positions, levels, header)
             return weight_MN.view(-1).index_put((positions,), salient).view(header.shape)
 
@@ -177,7 +178,8 @@ class SignsCodec(Codec):
 
         It leaves out positions and all numbers of rows.
         """
-        packed, stored = as_array(packed), _read_parameters(packed, header)
+        packed = as_array(packed)
+        stored = _read_parameters(packed, header)
         m, n = header.shape
         size, salient = m * n, stored.salient
         signs = count_symbols([_plane(packed, header)], 2, n)
@@ -205,7 +207,7 @@ def _salient_weights(
     return levels * numbers["row_steps"][rows] + numbers["row_zeros"][rows]
 
 
-def _plane(packed: Bytes, header: Header) -> Bytes:
+def _plane(packed: ArrayT, header: Header) -> ArrayT:
     return section(packed, header, 2).reshape(header.shape[0], -1)
 
 
@@ -215,8 +217,8 @@ def _bits(packed: torch.Tensor, header: Header, rows: slice = slice(None)) -> to
     return unpack_values([_plane(packed, header)[rows]], table, header.shape[1])
 
 
-def _salient(packed: Bytes, header: Header, stored: _Parameters) -> tuple[Bytes, Bytes]:
-    """Return flat positions and levels of the salient weights, int64 (S,) each; arrays if `packed` is one."""
+def _salient(packed: ArrayT, header: Header, stored: _Parameters) -> tuple[ArrayT, ArrayT]:
+    """Return flat positions and levels of the salient weights, int64 (S,) each."""
     if stored.mode == _SPARSE:
         positions = unpack_positions(
             section(packed, header, 4), section(packed, header, 5), stored.salient, stored.rice
@@ -239,5 +241,5 @@ def _row_bytes(numbers: dict[str, torch.Tensor], salient: int, exponent: int) ->
     return to_halves(torch.stack([numbers[name].detach().cpu() for name in names], dim=1).numpy(), exponent)
 
 
-def _read_parameters(packed: Bytes, header: Header) -> _Parameters:
+def _read_parameters(packed: ArrayT, header: Header) -> _Parameters:
     return _Parameters(*container.fields(packed, header, _PARAMETERS))

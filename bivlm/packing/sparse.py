@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bivlm.packing.container import Bytes
+from bivlm.packing.container import ArrayT
 from bivlm.packing.contents import Contents
 
 
@@ -37,7 +37,7 @@ def pack_positions(positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarra
     return np.packbits(unary, bitorder="little"), pack_small(gaps, k)
 
 
-def unpack_positions(unary: Bytes, remainders: Bytes, count: int, k: int) -> Bytes:
+def unpack_positions(unary: ArrayT, remainders: ArrayT, count: int, k: int) -> ArrayT:
     """Undo `pack_positions`: int64 (count,), ascending; an array if the streams are, else on their device."""
     if isinstance(unary, np.ndarray):
         ends = np.flatnonzero(np.unpackbits(unary, bitorder="little"))[:count]
@@ -86,7 +86,7 @@ def pack_small(values: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(spread.reshape(-1), bitorder="little")
 
 
-def unpack_small(packed: Bytes, count: int, bits: int) -> Bytes:
+def unpack_small(packed: ArrayT, count: int, bits: int) -> ArrayT:
     """Undo `pack_small`: int64 (count,), an array if `packed` is one."""
     if isinstance(packed, np.ndarray):
         spread = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)

@@ -35,7 +35,7 @@ import torch
 from bivlm.numerics.haar import haar
 from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.packing import Codec, FormatBits, Tunable, container
-from bivlm.packing.container import Bytes, Header, as_array, section
+from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.rowtables import (
     base_of,
@@ -246,7 +246,7 @@ def _numbers(
     return {"rows": read_rows(packed, header, 2, exponent, shape, rows), "columns": columns}
 
 
-def _read_parameters(packed: Bytes, header: Header) -> tuple[int, bool, int]:
+def _read_parameters(packed: ArrayT, header: Header) -> tuple[int, bool, int]:
     """Return the block, whether there is an order, and the exponent."""
     block, ordered, _, exponent = container.fields(packed, header, _PARAMETERS)
     return block, bool(ordered), exponent
