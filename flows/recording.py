@@ -8,6 +8,7 @@ from pathlib import Path
 from bivlm.checkpoint.outputs import PAGE, SWEEP, is_of_sweep
 from bivlm.checkpoint.reading import LINEAGE, REPORT
 from bivlm.reports.lineage import Lineage
+from bivlm.reports.report_page import SAMPLES, Drawn, draw_figures
 from bivlm.reports.table_folders import write_tables
 from flows.request import Request
 from flows.results import Measurements
@@ -37,13 +38,13 @@ class Recorded:
 
 @dataclass(frozen=True)
 class _Page:
-    """What the page and MLflow show: the lineage record, the results, and what figures are drawn from."""
+    """What the page and MLflow show: the lineage record, the results, and the figures."""
 
     lineage: Lineage
     report: Report
     evaluation: Figures | None
     layers: list[Figures]
-    points: list[Figures]
+    drawn: list[Drawn]
     chance: dict[str, float]
 
 
@@ -72,14 +73,11 @@ def _make_page(
         evaluation = results.figures()
         report = with_at_chance(report, results.at_chance())
         others = tracking.other_points(tracked, base.sha256, results.packed, model.samples)
-    return _Page(
-        lineage,
-        report,
-        evaluation,
-        layers_for_figures(report, model.layers, measured.curves),
-        points_for_figures(base, request.recipe, report, evaluation, others),
-        results.known_chance() if results else {},
-    )
+    layers = layers_for_figures(report, model.layers, measured.curves)
+    points = points_for_figures(base, request.recipe, report, evaluation, others)
+    chance = results.known_chance() if results else {}
+    drawn = draw_figures(layers, points, chance, results.measured_on if results else SAMPLES)
+    return _Page(lineage, report, evaluation, layers, drawn, chance)
 
 
 def _write(
@@ -87,7 +85,7 @@ def _write(
 ) -> None:
     """Write the records and the sweep's files beside the checkpoint, once the text of all of them is known."""
     folder, swept = model.checkpoint.folder, measured.sweep
-    html = page_text(page.lineage, page.report, page.evaluation, page.layers, page.points, page.chance)
+    html = page_text(page.lineage, page.report, page.evaluation, page.layers, page.drawn, page.chance)
     files = pruning.files_of_sweep(swept.rows, swept.adaptive, swept.baselines) if swept else {}
     lineage = page.lineage.model_dump_json(indent=1) + "\n"
     write_records(folder, {REPORT: report_text(page.report), LINEAGE: lineage, PAGE: html})
@@ -115,8 +113,8 @@ def _log(
         for done in results.packed.values():
             tracking.log_evaluation(tracked, "packed", packed.sha256, done, model_id, workspace)
     description = tracking.note(base, recipe, tracked.trigger, summarize(report, page.evaluation))
-    measured_on = results.measured_on if results else None
-    tracking.log_documents(tracked, packed.folder, description, page.layers, page.points, page.chance, measured_on)
+    svgs = {figure.name: figure.svg for figure in page.drawn}
+    tracking.log_documents(tracked, packed.folder, description, svgs)
     asked = tracking.questions_asked(recipe, results is not None, request.questions)
     facts = tracking.facts_of(tracked, page.lineage, model.samples, report, base_id)
     scores = tracking.scores_of(page.lineage, page.evaluation, asked)

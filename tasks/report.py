@@ -17,7 +17,7 @@ from bivlm.reports.bits import bits_of
 from bivlm.reports.leaderboard.entries import relative_error
 from bivlm.reports.lineage import Lineage
 from bivlm.reports.model_card import licence_of
-from bivlm.reports.report_page import render
+from bivlm.reports.report_page import Drawn, render
 from bivlm.untrusted import read_object
 from bivlm.workspace.hashing import digest
 from bivlm.workspace.stores.folder import write_atomically
@@ -120,13 +120,13 @@ def page_text(
     report: Report,
     evaluation: Figures | None,
     layers: list[Figures],
-    points: list[Figures],
+    drawn: list[Drawn],
     chance: dict[str, float],
 ) -> str:
     """Return what `report.html` holds: the report, the lineage record and every figure on one page."""
     # The steps stay in the record: there are hundreds.
     shown = lineage.model_dump(mode="json", exclude={"format", "recipe", "layers", "steps"})
-    return render(report, shown, evaluation, points, layers, chance=chance)
+    return render(report, shown, evaluation, drawn, layers, chance=chance)
 
 
 def points_for_figures(

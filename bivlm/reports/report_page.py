@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -18,6 +19,7 @@ from bivlm.reports import figures
 from bivlm.reports.bits import EMBEDDINGS, LINEARS, MODEL, named_parts
 
 _TEMPLATE = "report.html"
+SAMPLES = "held-out samples"  # what a KL is measured on where nothing else is said
 _NONE = "–"
 _BITS = ("nominal", "entropy", "stored")
 _SHOWN_ELSEWHERE = frozenset({"format", "base_model", "recipe", "bits", "layers", "tables"})
@@ -39,21 +41,51 @@ _POINTS_CAPTION = (
 )
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as it is shown: its name, what stands above and below it, and the SVG document."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+    @classmethod
+    def of(cls, name: str, figure: Figure, caption: str = "") -> Drawn:
+        """Return `figure`, rendered."""
+        return cls(name, figure.get_suptitle(), caption, figures.svg(figure))
+
+
+def draw_figures(
+    layers: Sequence[dict[str, Any]],
+    points: Sequence[dict[str, Any]],
+    chance: dict[str, float] | None = None,
+    measured_on: str = SAMPLES,
+) -> list[Drawn]:
+    """Draw the figures of a compression, once for the page and for MLflow.
+
+    `layers` are those of compression_report.json with what `bivlm.reports.figures` reads beside. `points`, `chance`
+    (percent by task) and `measured_on` are for `figures.accuracy_against_bits`; without points it is left out.
+    """
+    accuracy = figures.accuracy_against_bits
+    drawn = [Drawn.of(accuracy.__name__, accuracy(points, chance, measured_on), _POINTS_CAPTION)] if points else []
+    return drawn + [Drawn.of(draw.__name__, draw(layers), caption) for draw, caption in _LAYER_FIGURES]
+
+
 def render(
     report: dict[str, Any],
     lineage: dict[str, Any] | None,
     evaluation: dict[str, Any] | None,
-    points: Sequence[dict[str, Any]],
+    drawn: Sequence[Drawn],
     layers: Sequence[dict[str, Any]],
     *,
     chance: dict[str, float] | None = None,
 ) -> str:
     """Return the page's HTML; equal arguments give equal text.
 
-    `report` is compression_report.json, `layers` its layers with what `bivlm.reports.figures` reads beside.
-    `evaluation` is ``{"full_precision": {task: {"n", "metrics": {"accuracy"}, "ci95": [low, high]}}, "packed": the
-    same, "kl", "measured_on", "at_chance": [records of `AtChance`]}``. `points` and `chance` (percent by task) are for
-    `figures.accuracy_against_bits`. `lineage` is any tree of JSON.
+    `report` is compression_report.json, `layers` and `drawn` as in `draw_figures`. `evaluation` is
+    ``{"full_precision": {task: {"n", "metrics": {"accuracy"}, "ci95": [low, high]}}, "packed": the same, "kl",
+    "measured_on", "at_chance": [records of `AtChance`]}``. `chance` is percent by task, `lineage` any tree of JSON.
     """
     environment = Environment(
         loader=PackageLoader("bivlm.reports"),
@@ -65,9 +97,6 @@ def render(
     environment.filters |= {"number": _number, "scalar": _scalar}
     environment.tests["tree"] = lambda value: isinstance(value, (dict, list, tuple))
     rows = _bits_rows(report["bits"])
-    measured_on = (evaluation or {}).get("measured_on") or "held-out samples"
-    drawn = [(figures.accuracy_against_bits(points, chance, measured_on), _POINTS_CAPTION)] if points else []
-    drawn += [(draw(layers), caption) for draw, caption in _LAYER_FIGURES]
     return environment.get_template(_TEMPLATE).render(
         model=report["base_model"]["id"],
         recipe=report["recipe"]["name"],
@@ -79,9 +108,9 @@ def render(
         chance=bool(chance),
         tasks=len((evaluation or {}).get("full_precision") or ()),
         kl=(evaluation or {}).get("kl"),
-        measured_on=measured_on,
+        measured_on=(evaluation or {}).get("measured_on") or SAMPLES,
         at_chance=[str(AtChance(**each)) for each in (evaluation or {}).get("at_chance", ())],
-        figures=[(inline_svg(figure), caption) for figure, caption in drawn],
+        figures=[(inline_svg(figure), figure.caption) for figure in drawn],
         layers=[_layer_row(layer) for layer in layers],
         recipe_yaml=yaml.safe_dump(
             report["recipe"], sort_keys=False, allow_unicode=True, default_flow_style=None, width=96
@@ -90,16 +119,15 @@ def render(
     )
 
 
-def inline_svg(figure: Figure) -> Markup:
+def inline_svg(figure: Drawn) -> Markup:
     """Return the figure as an element of a page: named for screen readers, in the page's ink and on its paper."""
-    text = figures.svg(figure)
-    text = text[text.index("<svg ") :]
+    text = figure.svg[figure.svg.index("<svg ") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # numbered, so the same in every figure; nothing refers to them
     text = re.sub(f"(fill|stroke): {figures.INK}", r"\1: currentColor", text)
     text = re.sub(f"(fill|stroke): {figures.PAPER}", r"\1: var(--page)", text)
-    named = Markup('<svg role="img" aria-label="{}" ').format(figure.get_suptitle())
+    named = Markup('<svg role="img" aria-label="{}" ').format(figure.title)
     return Markup(text.replace("<svg ", named, 1))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from prefect import task
 from bivlm.checkpoint.outputs import PAGE
 from bivlm.checkpoint.reading import LINEAGE, REPORT
 from bivlm.evaluation.chance import AtChance
-from bivlm.reports import figures as drawing
 from bivlm.reports.lineage import read_lineage
 from bivlm.workspace.hashing import digest, file_digest
 from tasks.runtime.naming import slug
@@ -176,12 +175,9 @@ def log_documents(
     tracking: Tracking,
     folder: str,
     description: str,
-    layers: list[dict[str, Any]],
-    points: list[dict[str, Any]],
-    chance: dict[str, float],
-    measured_on: str | None,
+    figures: dict[str, str],
 ) -> None:
-    """Log the page and the records that lie in `folder`, every figure and a description on the parent run."""
+    """Log on the parent run the page and the records in `folder`, `figures` (SVG by name) and a description."""
     client = tracking.client
     files = [Path(folder) / name for name in (PAGE, LINEAGE, REPORT)]
     state = digest([file_digest(file) for file in files])
@@ -195,8 +191,8 @@ def log_documents(
     client.log_batch(tracking.run_id, tags=[RunTag(key, str(value)) for key, value in said])
     for file in files:
         client.log_artifact(tracking.run_id, str(file))
-    for name, figure in _figures(layers, points, chance, measured_on):
-        client.log_text(tracking.run_id, drawing.svg(figure), f"figures/{name}.svg")
+    for name, svg in figures.items():
+        client.log_text(tracking.run_id, svg, f"figures/{name}.svg")
     # Last, because it says that all of the above is there.
     client.set_tag(tracking.run_id, Tag.DOCUMENTS, state)
 
@@ -226,12 +222,3 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         for layer in layers
     ]
     return {key: [row[key] for row in rows] for key in rows[0]}
-
-
-def _figures(
-    layers: list[dict[str, Any]], points: list[dict[str, Any]], chance: dict[str, float], measured_on: str | None
-) -> Iterator[tuple[str, Any]]:
-    for draw in (drawing.weight_histogram, drawing.kl_per_layer, drawing.error_by_p_max, drawing.bits_and_error):
-        yield draw.__name__, draw(layers)
-    if points:
-        yield "accuracy_against_bits", drawing.accuracy_against_bits(points, chance, measured_on)

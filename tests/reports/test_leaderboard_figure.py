@@ -14,7 +14,7 @@ from bivlm.reports import figures
 from bivlm.reports.figures.labels import Label, place_labels
 from bivlm.reports.leaderboard.entries import Entry, FullPrecision, shannon_bound
 from bivlm.reports.leaderboard.ranking import board
-from bivlm.reports.report_page import inline_svg
+from bivlm.reports.report_page import Drawn, inline_svg
 from tests.reports.drawn import by_label, texts
 
 METHODS = ("bivlm", "rtn", "gptq", "awq", "pb-llm", "billm", "arb-rc", "hbllm", "trellis", "q-vlm", "awq+bivlm", "new")
@@ -156,7 +156,7 @@ def test_the_same_board_gives_the_same_document(found):
 
 
 def test_the_picture_can_stand_in_a_page(found):
-    drawn = inline_svg(figures.quality_against_bits(found))
+    drawn = inline_svg(Drawn.of("board", figures.quality_against_bits(found)))
     assert figures.INK not in drawn
     assert "nan" not in drawn.lower()
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import bivlm.reports.report_page
-from bivlm.reports.report_page import render
+from bivlm.reports.report_page import draw_figures, render
 
 EVIL = "org/<script>alert('1')</script>&\"model\""
 SHA = "baa1ec8d51ef556f8b7850fe91b0e32ba6193718c6301a6536c138b5e3665f7b"
@@ -109,9 +109,15 @@ class Page(HTMLParser):
         return found[1:]
 
 
+def whole_page():
+    chance = {"set:a": 25.0, "set:b": 50.0}
+    drawn = draw_figures(LAYERS, POINTS, chance, EVALUATION["measured_on"])
+    return render(REPORT, LINEAGE, EVALUATION, drawn, LAYERS, chance=chance)
+
+
 @pytest.fixture(scope="module")
 def source():
-    return render(REPORT, LINEAGE, EVALUATION, POINTS, LAYERS, chance={"set:a": 25.0, "set:b": 50.0})
+    return whole_page()
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +129,9 @@ def page(source):
 def least():
     bits = {"linears": None, "model": {"stored": 16.0, "weights": 10}, "by_component": {}}
     base = {"id": "plain", "revision": None, "sha256": SHA}
-    return Page(render({"base_model": base, "recipe": {"name": "none"}, "bits": bits}, None, None, [], []))
+    return Page(
+        render({"base_model": base, "recipe": {"name": "none"}, "bits": bits}, None, None, draw_figures([], []), [])
+    )
 
 
 def test_it_says_what_was_compressed_into_what(page):
@@ -171,7 +179,7 @@ def test_lineage_is_written_out_to_its_leaves(page):
 
 def test_a_long_part_of_the_lineage_is_folded_and_complete():
     tensors = {f"layer.{number}": f"{number:064x}" for number in range(30)}
-    page = Page(render(REPORT, {"base": {"tensors": tensors}}, None, [], []))
+    page = Page(render(REPORT, {"base": {"tensors": tensors}}, None, draw_figures([], []), []))
     assert [tag for tag, _ in page.tags].count("details") == 1
     assert "30 entries" in page.text
     assert set(tensors) | set(tensors.values()) <= set(page.text.split())
@@ -218,7 +226,7 @@ def test_figures_take_the_ink_and_the_paper_of_the_page(source, page):
 
 
 def test_equal_records_give_equal_pages(source):
-    assert source == render(REPORT, LINEAGE, EVALUATION, POINTS, LAYERS, chance={"set:a": 25.0, "set:b": 50.0})
+    assert source == whole_page()
 
 
 def test_a_report_alone_is_enough(least):
@@ -230,7 +238,7 @@ def test_a_report_alone_is_enough(least):
 
 def test_a_task_asked_of_one_model_only_has_no_change():
     packed = {"new": {"n": 9, "metrics": {"accuracy": 50.0}, "ci95": None}}
-    page = Page(render(REPORT, None, {"full_precision": {}, "packed": packed, "kl": None}, [], []))
+    page = Page(render(REPORT, None, {"full_precision": {}, "packed": packed, "kl": None}, draw_figures([], []), []))
     assert page.row("new") == ["9", "–", "–", "50.0", "–", "–"]
     assert "nats per token" not in page.text
 
