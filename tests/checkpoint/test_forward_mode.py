@@ -24,7 +24,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
 
-@pytest.fixture(scope="module", params=[llava, gemma3], ids=lambda build: build.__name__)
+@pytest.fixture(
+    scope="module", params=[pytest.param(llava, marks=pytest.mark.slow), gemma3], ids=lambda build: build.__name__
+)
 def packed(request, tmp_path_factory):
     """(folder, inputs): every linear layer and both tables are packed; gemma3's are tied, and scale their rows."""
     base = tmp_path_factory.mktemp("forward") / "base"

@@ -26,6 +26,9 @@ METHODS = {
     "bivlm": {"method": "bivlm", "groups": 2, "p_max": 0.05},
     "rtn": {"method": "rtn", "bits": 3, "group_size": 16},
 }
+# One of each kind of layout; the others, which differ in names, are slow.
+QUICK = ("llava", "qwen2_5_vl_tied", "qwen3_vl_moe", "mllama", "gemma3")
+BUILDERS = [pytest.param(each, marks=() if each.__name__ in QUICK else pytest.mark.slow) for each in FAMILIES]
 GPTQ = {"method": "gptq", "bits": 3, "group_size": 16}
 
 
@@ -41,7 +44,7 @@ def packed_layer(weight, settings, name, inputs=None):
     return pack_layer(weight, chosen.plan(statistics, settings), name, inputs)[0]
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda build: build.__name__)
+@pytest.fixture(scope="module", params=BUILDERS, ids=lambda build: build.__name__)
 def architecture(request, tmp_path_factory):
     """(folder of the base in the names of the published files, inputs)."""
     folder = tmp_path_factory.mktemp(request.param.__name__) / "base"
@@ -152,7 +155,7 @@ def test_every_parameter_is_packed_or_left_alone(architecture):
     assert all(tensor["component"] or "image_newline" in tensor["name"] for tensor in found["left_alone"]["tensors"])
 
 
-@pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
 def test_gptq_gets_the_inputs_that_every_layer_has_in_the_whole_model(build, tmp_path):
     inputs = make_published(build, tmp_path, torch.float32)
     base = Checkpoint.open(tmp_path)

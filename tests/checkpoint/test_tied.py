@@ -96,7 +96,9 @@ def logits(model, inputs):
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-@pytest.mark.parametrize("tables", [None, 4, "tokens", "head"])
+@pytest.mark.parametrize(
+    "tables", [None, 4, *(pytest.param(each, marks=pytest.mark.slow) for each in ("tokens", "head"))]
+)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("tie", [True, False])
 def test_both_ways_of_loading_compute_what_transformers_makes_of_the_base(tmp_path, build, tie, head, tables):

@@ -82,7 +82,7 @@ def mean_divergence(folder, packed, conversations):
 
 @pytest.mark.parametrize(
     "settings",
-    [pytest.param(each, marks=() if each["method"] in ("bivlm", "hbllm") else pytest.mark.slow) for each in METHODS],
+    [pytest.param(each, marks=() if each["method"] == "bivlm" else pytest.mark.slow) for each in METHODS],
     ids=[each["method"] for each in METHODS],
 )
 def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, settings):
@@ -100,6 +100,7 @@ def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, se
         assert torch.equal(tuned.rebuild(first.parameters), first.rebuild(first.parameters))
 
 
+@pytest.mark.slow
 def test_some_conversations_judge_and_in_the_end_all_are_tuned_on(place, tmp_path):
     """Which ones judge is told from outside: by another reply of one of them the divergence before changes."""
     folder, conversations, _ = place
