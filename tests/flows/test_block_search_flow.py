@@ -103,9 +103,8 @@ def test_the_outputs_that_were_searched_on_are_those_of_the_packed_model(searche
         assert torch.equal(found[number], outputs[number]["output"])
 
 
-@pytest.mark.parametrize(
-    "inputs", [pytest.param(name, marks=pytest.mark.slow if name == "quantized" else ()) for name in INPUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", INPUTS)
 def test_a_search_goes_on_at_the_group_where_it_was(new_compression, tmp_path, monkeypatch, inputs):
     from tasks import block_search
 

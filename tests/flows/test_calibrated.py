@@ -32,7 +32,7 @@ def findings(compression):
     }
 
 
-@pytest.mark.parametrize("inputs", ["full_precision", "quantized"])
+@pytest.mark.parametrize("inputs", [pytest.param("full_precision", marks=pytest.mark.slow), "quantized"])
 def test_every_link_from_samples_to_packed_bytes_holds(new_compression, tmp_path, inputs):
     compression = calibrated(new_compression(tmp_path), inputs=inputs, tokens={"weights": "gradient"})
     compression.run(evaluate=False)
@@ -67,6 +67,7 @@ def _step_files(compression):
     return [path.read_text() for path in (compression.workspace / "steps").glob("*.json")]
 
 
+@pytest.mark.slow
 def test_done_again_it_gives_the_same_bytes_and_does_nothing_twice(new_compression, tmp_path):
     compression = calibrated(new_compression(tmp_path), inputs="quantized")
     compression.run(evaluate=False)
@@ -79,6 +80,7 @@ def test_done_again_it_gives_the_same_bytes_and_does_nothing_twice(new_compressi
     assert len(_step_files(compression)) == steps
 
 
+@pytest.mark.slow
 def test_blocks_go_on_where_they_were(new_compression, tmp_path, monkeypatch):
     """The fourth block fails once; the three before it are not run again."""
     from tasks import block_inputs

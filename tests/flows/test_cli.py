@@ -201,6 +201,7 @@ def test_a_tracking_address_of_no_known_kind_is_refused(new_compression, tmp_pat
     assert "MLFLOW_TRACKING_URI 'htp://host': expected http://" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tracking_database_that_was_killed_while_it_was_made_is_made_anew(new_compression, tmp_path):
     compression = new_compression(tmp_path)
     (compression.workspace / "mlflow.db").unlink()
@@ -230,7 +231,8 @@ def test_a_damaged_checkpoint_is_named_when_it_is_evaluated(compressed, question
     assert f"{damaged}/model.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_and_goes_on(new_compression, compressed, tmp_path, sent):
     compression = new_compression(tmp_path)
     run = Running(compression, str(compression.workspace), tmp_path / "log", "--no-evaluate")
@@ -243,6 +245,7 @@ def test_an_interrupted_run_says_so_and_goes_on(new_compression, compressed, tmp
     assert compression.weights() == compressed.weights()
 
 
+@pytest.mark.slow
 def test_a_prefect_server_that_is_not_there_is_named(compressed, tmp_path):
     own = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
     run = Running(compressed, str(compressed.workspace), tmp_path / "log", **own)
@@ -251,7 +254,13 @@ def test_a_prefect_server_that_is_not_there_is_named(compressed, tmp_path):
     assert "Traceback" not in run.errors()
 
 
-@pytest.mark.parametrize("asked", [["inspect", "--model"], ["bits"]], ids=["a long table", "a short one"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param(["inspect", "--model"], id="a long table", marks=pytest.mark.slow),
+        pytest.param(["bits"], id="a short one"),
+    ],
+)
 def test_a_reader_that_has_seen_enough_is_no_failure(tiny_llava, asked):
     command = [sys.executable, "-m", "flows.cli", *asked, str(tiny_llava)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -234,7 +234,10 @@ def damage_record(compression, damage):
         path.write_bytes(content.replace(b'"error":0.', b'"error":1.'))
 
 
-@pytest.mark.parametrize("damage", ["deleted", "truncated", "changed"])
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param("deleted", marks=pytest.mark.slow), pytest.param("truncated", marks=pytest.mark.slow), "changed"],
+)
 @pytest.mark.parametrize("what", [damage_shard, damage_record])
 def test_what_is_damaged_in_the_workspace_is_made_again(compressed_copy, counted, what, damage):
     what(compressed_copy, damage)
@@ -245,6 +248,7 @@ def test_what_is_damaged_in_the_workspace_is_made_again(compressed_copy, counted
     assert compressed_copy.weights() == expected
 
 
+@pytest.mark.slow
 def test_an_output_that_was_tampered_with_is_written_again(compressed_copy, counted):
     expected = compressed_copy.weights()
     weights = compressed_copy.output / "model.safetensors"
@@ -283,6 +287,7 @@ def test_weights_that_are_not_finite_end_the_run_and_are_not_tried_again(new_com
     assert counted["statistics"].count(module) == 1
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_from_a_workspace_in_s3(
     new_compression, compressed, s3_location, tmp_path, monkeypatch, counted
 ):

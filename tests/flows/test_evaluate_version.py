@@ -8,6 +8,7 @@ from flows.evaluate_version import evaluate_version_flow
 from tasks import tracking
 
 
+@pytest.mark.slow
 def test_a_version_that_was_not_evaluated_is_and_its_results_are_linked_to_it(listed, monkeypatch):
     compression, model = listed
     made = on_base_model_flow(model_id=model, recipe="small", evaluate=False)

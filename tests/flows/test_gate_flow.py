@@ -174,6 +174,7 @@ def test_a_candidate_that_does_not_pass_ends_red_and_the_champion_stays(
     assert "was champion until" in version(compression, 2).description
 
 
+@pytest.mark.slow
 def test_a_gate_refuses_a_set_on_which_full_precision_is_at_chance_and_everything_says_so(
     new_fit_compression, new_compression, questions, tmp_path, capsys, monkeypatch
 ):

@@ -62,6 +62,7 @@ def test_every_recipe_is_on_the_board_and_the_board_is_the_same_twice(board_of, 
     assert json.loads(written["board.json"]) == first["board"]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_cannot_be_carried_out_is_listed_with_the_reason(board_of):
     refused = whole(METHODS["plain"]) | {"keep": ["no.such.layer"]}
     result = board_of({"plain": whole(METHODS["plain"]), "refused": refused})
@@ -71,6 +72,7 @@ def test_a_recipe_that_cannot_be_carried_out_is_listed_with_the_reason(board_of)
     assert "no.such.layer" in failed["reason"]
 
 
+@pytest.mark.slow
 def test_the_board_names_the_samples_of_its_kl_and_the_sets_on_which_the_model_is_at_chance(board_of, tmp_path, capsys):
     recipe = board_of.place.recipe
     samples = f"2 held-out samples of {recipe['calibration']['source']}"

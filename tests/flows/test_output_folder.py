@@ -68,6 +68,7 @@ def test_a_run_that_fails_leaves_no_output_and_the_next_one_takes_its_checkpoint
     assert compression.run()["reused"]
 
 
+@pytest.mark.slow
 def test_an_earlier_output_stays_whole_until_another_is_recorded(compressed_copy, failing):
     compression, output = compressed_copy, compressed_copy.output
     elsewhere = compression.place / "elsewhere"
@@ -132,6 +133,7 @@ def test_all_of_a_run_is_written_when_all_of_it_is_known(compressed_copy, monkey
     package(output, "me/packed")
 
 
+@pytest.mark.slow
 def test_an_output_of_any_name_goes_to_mlflow(new_compression, tmp_path):
     compression = new_compression(tmp_path)
     compression.output = tmp_path / "p%41q #?"
@@ -182,6 +184,7 @@ def test_tables_are_not_written_over_a_checkpoint_or_files_of_others(compressed,
         sweep_flow(**sweep, output=str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_what_the_user_put_beside_a_checkpoint_does_not_go_to_mlflow(new_compression, tmp_path):
     compression = new_compression(tmp_path)
     compression.run(evaluate=False)

@@ -66,6 +66,7 @@ def test_a_sweep_has_every_cell_and_is_the_same_twice(swept, tmp_path, monkeypat
     assert written == {file: (tmp_path / "out" / file).read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_stopped_goes_on_at_the_cell_where_it_was(swept, monkeypatch):
     real, asked = pruning.evaluate, []
 
@@ -119,6 +120,7 @@ def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_same_bytes(swept, tmp
     assert len(runs) == 1 + 2 * 6  # none twice
 
 
+@pytest.mark.slow
 def test_an_adaptive_cell_is_compared_with_a_fixed_one_of_as_many_tokens(swept, tmp_path):
     sweep = {"places": ["language"], "layers": [1], "shares": [0.5], "masses": [0.5, 0.9], "questions": 4}
     rows = swept(sweep=sweep)["adaptive"]
