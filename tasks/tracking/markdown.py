@@ -57,5 +57,5 @@ _environment = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-# A version that somebody else registered has no run and no logged model.
+# A version that somebody else registered has no run and no logged model: links say None.
 _environment.filters |= {"code": as_code, "minute": as_minute, "url": lambda text: Markup(quote(str(text)))}
