@@ -51,8 +51,8 @@ def sweep_flow(
 ) -> dict[str, Any]:
     """Prune every one of `models` (folders or hub ids) in every cell of `sweep` and ask it the `benchmarks`.
 
-    `sweep` is as `bivlm.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's tables
-    in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A killed sweep resumes at its cell.
+    `sweep` is as `bivlm.recipe.pruning.SweepSettings`. The folder `output` gets all rows as ``sweep.csv``, the paper's
+    tables in ``tables/``, ``losses.svg`` and ``accuracy.svg``. A killed sweep resumes at its cell.
     `modules` name the parts of models that bivlm does not know, see `bivlm.checkpoint.architectures.parse_modules`.
     Returns ``{"output", "rows", "adaptive", "baselines", "at_chance", "run_id"}``. Raises `InputError` for anything the
     caller can correct, such as layers out of range, before the first question is asked.

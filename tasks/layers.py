@@ -35,9 +35,9 @@ class Layer:
 
     Attributes:
         folder: the base checkpoint, on this machine and on every worker's.
-        name, disk_name, component, shape: as in `bivlm.checkpoint.Linear`.
-        weight_sha256: of the weight, as in `bivlm.checkpoint.Digests`. It keys what depends on the weight alone, so
-            that a new revision of the model recomputes only the layers whose weights changed.
+        name, disk_name, component, shape: as in `bivlm.checkpoint.linears.Linear`.
+        weight_sha256: of the weight, as in `bivlm.checkpoint.reading.Digests`. It keys what depends on the weight
+            alone, so that a new revision of the model recomputes only the layers whose weights changed.
         settings: what the recipe says about the layer, ready for JSON.
         statistics, plan: the steps of the stages before, once they are done.
         block: the step that ran the layer's block on the calibration samples, for a method that needs inputs.

@@ -116,3 +116,16 @@ def test_a_budget_is_kept(tiny_llava: Path, tmp_path):
     records = compress_model(tiny_llava, recipe, tmp_path / "out")
     bits = bivlm.measure_bits(tmp_path / "out")["linears"]
     assert 2.3 < 8 * sum(record.nbytes for record in records.values()) / bits["weights"] <= 2.6
+
+
+def test_what_was_published_by_earlier_names_is_found():
+    """As the code of models registered by version 0.1.0, and the cards of pushed models, import it."""
+    from bivlm.checkpoint import transformers_plugin
+    from bivlm.evaluation import generation, load_model
+    from bivlm.pictures import decode_picture
+    from bivlm.samples import VqaSample
+    from bivlm.sources import images, samples
+    from bivlm.transformers_plugin import BiVLMConfig
+
+    assert load_model is generation.load_model and decode_picture is images.decode_image
+    assert VqaSample is samples.VqaSample and BiVLMConfig is transformers_plugin.BiVLMConfig

@@ -38,7 +38,7 @@ class Loss:
 
 
 def loss_between(before: pd.DataFrame, after: pd.DataFrame) -> Loss:
-    """Compare outcomes (`bivlm.evaluation.COLUMNS`) question by question.
+    """Compare outcomes (`bivlm.evaluation.outcomes.COLUMNS`) question by question.
 
     The interval is the wider, on each side, of two. Bonett and Price's adjusted Wald interval for paired proportions
     (British Journal of Mathematical and Statistical Psychology 65, 2012) knows that no change among n questions does
@@ -85,7 +85,7 @@ class LargestLoss:
 
 
 def largest_loss(before: pd.DataFrame, after: pd.DataFrame, confidence: float) -> LargestLoss:
-    """Compare outcomes (`bivlm.evaluation.COLUMNS`) question by question, for a decision.
+    """Compare outcomes (`bivlm.evaluation.outcomes.COLUMNS`) question by question, for a decision.
 
     The end is the larger of two: that of `largest_difference`, and that of the bootstrap over images, because questions
     about one image stand and fall together. Raises `InputError` unless both have the same questions.

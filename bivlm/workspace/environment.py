@@ -62,7 +62,7 @@ def code() -> dict[str, str | bool]:
         path.relative_to(_ROOT).as_posix(): file_digest(path)
         for floor in ("bivlm", "tasks", "flows")
         for path in sorted((_ROOT / floor).rglob("*"))
-        if path.suffix in (".py", ".yaml", ".html")
+        if path.suffix in (".py", ".yaml", ".html", ".jinja")
     }
     found: dict[str, str | bool] = {"version": _version("bivlm"), "sha256": digest(files)}
     commit = _git("rev-parse", "HEAD")

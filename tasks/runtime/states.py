@@ -10,6 +10,7 @@ from prefect.states import Failed
 
 from bivlm.errors import GateNotPassed, InputError, describe
 
+COMPLETED = "Completed"  # Prefect's own
 GATE_STATE = GateNotPassed.__name__
 INPUT_STATE = InputError.__name__
 

@@ -57,4 +57,5 @@ _environment = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-_environment.filters |= {"code": as_code, "minute": as_minute, "url": lambda text: Markup(quote(text))}
+# A version that somebody else registered has no run and no logged model: links say None.
+_environment.filters |= {"code": as_code, "minute": as_minute, "url": lambda text: Markup(quote(str(text)))}

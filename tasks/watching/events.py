@@ -16,13 +16,13 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import flow_run as runtime
 
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.states import GATE_STATE, INPUT_STATE
+from tasks.runtime.states import COMPLETED, GATE_STATE, INPUT_STATE
 from tasks.watching.looking import LONGEST_PAUSE
 from tasks.watching.watch_lists import DEFAULT_RECIPE, Revision
 
 FLOW = "on-base-model"
 # States that end the matter: the same event again would end in the same way.
-OUTCOMES = ("Completed", GATE_STATE, INPUT_STATE)
+OUTCOMES = (COMPLETED, GATE_STATE, INPUT_STATE)
 _UNFINISHED = sorted(set(StateType) - TERMINAL_STATES)
 _PAGE = 200
 

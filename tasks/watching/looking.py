@@ -17,6 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from bivlm.errors import InputError, describe
 from tasks.runtime.policy import OVER_NETWORK, is_passing
+from tasks.runtime.states import COMPLETED, GATE_STATE, INPUT_STATE
 from tasks.runtime.steps import open_workspace
 from tasks.watching.revisions import Look, folder_listing, hub_revision, models_of, s3_listing, settle
 from tasks.watching.watch_lists import Revision, Watched, model_slug
@@ -24,6 +25,8 @@ from tasks.watching.watch_lists import Revision, Watched, model_slug
 State = TypeVar("State", bound=BaseModel)
 
 LONGEST_PAUSE = timedelta(days=1)
+# How the first versions of bivlm called the outcomes, in an `answer` beside what was found.
+_EARLIER_OUTCOMES = {"compressed": COMPLETED, "gate not passed": GATE_STATE, "bad input": INPUT_STATE}
 
 
 class Found(BaseModel):
@@ -94,13 +97,19 @@ def _revision(
 
 @task(name="recall-found", **OVER_NETWORK)
 def recall_found(revisions: Sequence[Revision], workspace: str) -> dict[Revision, Found]:
-    """Return what the workspace knows of each revision; a new one, or one that cannot be read, is written down."""
+    """Return what the workspace knows of each revision; a new one, or one that cannot be read, is written down.
+
+    An outcome that an earlier version of bivlm wrote stands, so that the revision is not announced again.
+    """
     store, known = open_workspace(workspace), {}
     for each in revisions:
         found = _parsed(Found, store.state(_name(each)))
         if found is None:
             found = Found(**vars(each), event=str(each.event_id), first_seen=datetime.now(UTC))
             store.put_state(_name(each), found.model_dump(mode="json"))
+        if found.outcome is None:
+            answer = store.state(f"base-models/{each.event_id}/answer") or {}
+            found = found.model_copy(update={"outcome": _EARLIER_OUTCOMES.get(str(answer.get("outcome")))})
         known[each] = found
     return known
 

@@ -119,7 +119,7 @@ class Revision:
     """One revision of a base model and a recipe to compress it by: what an event is about.
 
     `revision` pins the bytes: the commit on the hub, the sha256 of the checkpoint in a folder
-    (`bivlm.checkpoint.Checkpoint.digest`), that of names, lengths and ETags below an S3 prefix.
+    (`bivlm.checkpoint.reading.Checkpoint.digest`), that of names, lengths and ETags below an S3 prefix.
     """
 
     model: str

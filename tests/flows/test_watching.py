@@ -173,6 +173,25 @@ def test_an_event_becomes_a_version_once_and_the_watcher_knows_of_it(place, coun
     assert look().answered == [str(revision.event_id)]  # the workspace knows it without Prefect's runs
 
 
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [("compressed", "Completed"), ("gate not passed", "GateNotPassed"), ("bad input", "InputError"), (None, None)],
+)
+def test_an_outcome_that_an_earlier_version_wrote_down_stands(place, outcome, state):
+    revision = found_revision(place)
+    known = {"model": revision.model, "revision": revision.revision, "recipe": "small", "event": str(revision.event_id)}
+    store = Workspace.open(default_workspace())
+    found = known | {"first_seen": AT.isoformat(), "emitted": [AT.isoformat()]}
+    store.put_state(f"base-models/{revision.event_id}/found", found)
+    answer = known | {"flow_run": None, "taken": AT.isoformat(), "outcome": outcome, "detail": "", "version": None}
+    store.put_state(f"base-models/{revision.event_id}/answer", answer)
+    look()
+    seen = look()
+    assert recall_found.fn([revision], store.url)[revision].outcome == state
+    assert seen.answered == ([str(revision.event_id)] if outcome else [])
+    assert seen.emitted == ([] if outcome else [str(revision.event_id)])
+
+
 def test_a_folder_that_is_no_longer_what_was_found_is_not_compressed(place):
     revision = found_revision(place)
     config = place / "models" / "llava" / "config.json"

@@ -217,6 +217,15 @@ def test_a_base_model_of_any_name_has_its_page(client, base_id):
     assert len(audit_base(client, SHA["first"])) == 1
 
 
+def test_a_version_that_somebody_else_registered_is_listed_with_the_others(client):
+    register(client, "model-small", base_model(client, "first"))
+    client.create_model_version("model-small", "/nowhere")
+    write_pages(client, "model-small")
+    assert "an earlier candidate, not champion" in page(client, "model-small", 2)
+    for version in (1, 2):
+        assert f"[{version}](#/models/model-small/versions/{version})" in page(client, "model-small")
+
+
 def test_names_from_outside_are_text_and_nothing_else(client):
     """No link, picture, HTML or table cell can be smuggled onto a page."""
     bad = "a](javascript:alert(1)) | ![x](http://x/y) <img src=x onerror=alert(1)> `code` **bold**\n# heading"

@@ -96,9 +96,9 @@ def _bits(options: argparse.Namespace) -> int:
 
 
 def modules_from(recipe: str | None, file: Path | None) -> Modules | None:
-    """Return the modules that a recipe or a YAML file names by vision, adaptor and language; None without either.
+    """Return the modules that a recipe or a YAML file names by vision, adaptor and language; None if there is none.
 
-    Raises `InputError` for a recipe or file that is not valid, and for a recipe that names none.
+    Raises `InputError` for a recipe or file that is not valid.
     """
     from bivlm.checkpoint.architectures import MODULES_KEY, parse_modules
     from bivlm.errors import InputError
