@@ -60,7 +60,7 @@ class Layer:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the tables and write the picture."""
+    """Print the tables and write the figure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.saliency", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("docs/salient_overlap.svg"))
     parser.add_argument("--samples", type=int, default=64)

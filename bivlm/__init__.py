@@ -1,4 +1,4 @@
-"""Bi-VLM: the linear layers of vision-language models at one to four bits a weight, counted as bytes on disk.
+"""Bi-VLM: the linear layers of vision-language models at one to four bits per weight, counted as bytes on disk.
 
 Importing this package lets ``AutoModelForImageTextToText.from_pretrained`` load packed checkpoints. It imports neither
 torch nor transformers: once transformers' quantizers are imported, before or after, ``bivlm`` is registered with them.

@@ -117,7 +117,7 @@ def attempt_each(
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    say(f"KL in nats a token, on {measured_on(recipes)}")
+    say(f"KL in nats per token, on {measured_on(recipes)}")
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
         started = time.perf_counter()
         output = str(place / name)

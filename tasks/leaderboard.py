@@ -14,7 +14,7 @@ from bivlm.errors import InputError, describe
 from bivlm.recipe.loading import Recipe
 from bivlm.reports.figures.leaderboard import quality_against_bits
 from bivlm.reports.figures.style import svg
-from bivlm.reports.leaderboard.entries import Accuracy, Entry, FullPrecision, method_label
+from bivlm.reports.leaderboard.entries import Accuracy, Entry, FailedEntry, FullPrecision, method_label
 from bivlm.reports.leaderboard.ranking import fingerprint
 from bivlm.reports.leaderboard.tables import as_csv, as_markdown
 from bivlm.reports.table_folders import write_tables
@@ -27,7 +27,7 @@ BOARD, MARKDOWN, CSV, FIGURE = "board.json", "board.md", "board.csv", "board.svg
 BOARD_FILES = (BOARD, MARKDOWN, CSV, FIGURE)
 
 
-def entry_of(recipe: Recipe, result: Mapping[str, Any]) -> Entry:
+def entry_of(recipe: Recipe, result: Mapping[str, Any]) -> Entry | FailedEntry:
     """Return a recipe's entry, from what `flows.compress.compress_flow` returned.
 
     A result that cannot be ranked (an infinite divergence) is an entry that failed.
@@ -47,12 +47,12 @@ def entry_of(recipe: Recipe, result: Mapping[str, Any]) -> Entry:
             }
         )
     except InputError as error:
-        return Entry(**known, failed=str(error))
+        return FailedEntry(**known, failed=str(error))
 
 
-def failed_entry(recipe: Recipe, reason: BaseException) -> Entry:
+def failed_entry(recipe: Recipe, reason: BaseException) -> FailedEntry:
     """Return the entry of a recipe that could not be carried out."""
-    return Entry(**_known(recipe), failed=describe(reason))
+    return FailedEntry(**_known(recipe), failed=describe(reason))
 
 
 def full_precision_of(result: Mapping[str, Any]) -> FullPrecision:

@@ -111,7 +111,7 @@ def summarize(report: Report, evaluation: Figures | None) -> str:
         fmean(figures["metrics"]["accuracy"] for figures in evaluation[role].values())
         for role in ("full_precision", "packed")
     )
-    said += f"; mean accuracy {before:.1f} % before, {after:.1f} % after; KL {evaluation['kl']:.3g} nats a token, "
+    said += f"; mean accuracy {before:.1f} % before, {after:.1f} % after; KL {evaluation['kl']:.3g} nats per token, "
     return "".join([said, f"on {evaluation['measured_on']}.", *(f" {AtChance(**x)}." for x in evaluation["at_chance"])])
 
 

@@ -27,7 +27,7 @@ class Choices:
 
 
 def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoint]:
-    """The choice for every layer, by name; `budget` in stored bits a weight over all of them.
+    """The choice for every layer, by name; `budget` in stored bits per weight over all of them.
 
     Raises `InputError` naming a layer without choices, and for a budget below the cheapest choices together.
     """

@@ -31,7 +31,7 @@ GIGA = 1e9
 PROBE_SHAPE = (512, 1024)
 TOKENS = 1024  # of a sample, where nobody has counted: an image of some hundreds and a sentence
 LIBRARIES = 0.9 * GIGA  # torch, transformers, Prefect and its temporary server, MLflow: measured, 0.85
-# The most of any method that looks at inputs: bytes a weight, and second moments held at once.
+# The most of any method that looks at inputs: bytes per weight, and second moments held at once.
 _CALIBRATED_BYTES_A_WEIGHT, _MOMENTS = 28.0, 2.0
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -178,7 +178,7 @@ def _layers(work: Work, workers: int, packed: float, probes: Mapping[str, Probe]
         calibrated = "inputs" in chosen.needs(settings)
         memory = max(memory, layer_bytes(linear.shape, settings))
         if probes is not None:
-            wider = linear.shape[1] / PROBE_SHAPE[1]  # factors and products of moments take so much longer a weight
+            wider = linear.shape[1] / PROBE_SHAPE[1]  # factors and products of moments take so much longer per weight
             scale = (1 + max(wider, 1.0)) / 2 if calibrated else 1.0
             seconds += probes[_key(settings)].seconds * linear.size / size * scale
     # Statistics hold the salient weights with their places; of a 16-bit layer some hundred kilobytes beside.

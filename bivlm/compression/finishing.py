@@ -44,7 +44,7 @@ SLOWER = 3.0  # by which the rate is divided
 class Finished:
     """Packed weights by layer, as long as they were, and what tuning did for conversations that were not tuned on.
 
-    `kl_before` and `kl_after` are in nats a token, a mean over conversations of the mean over each reply's tokens.
+    `kl_before` and `kl_after` are in nats per token, a mean over conversations of the mean over each reply's tokens.
     `steps` were taken, at first at `learning_rate`; 0 when none was of use, and the weights are as they were.
     """
 
@@ -188,7 +188,7 @@ class _Answers:
         self._replies: dict[int, Reply] = {}
 
     def divergence(self, numbers: Sequence[int], *, backward: bool = False) -> float:
-        """Mean KL on some conversations in nats a token; with `backward` its gradient is added to the weights'.
+        """Mean KL on some conversations in nats per token; with `backward` its gradient is added to the weights'.
 
         A mean over conversations of the mean over each reply's tokens, so that a caption counts as much as an answer of
         one word.

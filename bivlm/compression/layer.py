@@ -18,7 +18,7 @@ _ROWS_TOGETHER = 256  # of a weight in one product with a second moment: enough 
 
 
 class LayerBits(BaseModel):
-    """Bits a weight of one packed layer, see `bivlm.packing.FormatBits`."""
+    """Bits per weight of one packed layer, see `bivlm.packing.FormatBits`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -34,7 +34,7 @@ class LayerRecord(BaseModel):
         error: ``||W - W_rebuilt||^2 / ||W||^2``.
         output_error: ``tr(E H E^T) / tr(W H W^T)``, the relative squared error of the layer's outputs over the
             calibration tokens; None for a method that does not look at inputs.
-        bits: bits a weight.
+        bits: bits per weight.
         nbytes: the packed tensor's length.
         figures: what the method had to say, see `bivlm.methods.Quantized`.
     """

@@ -9,7 +9,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -30,13 +30,17 @@ class Benchmark(ABC):
     argument: ClassVar[str]  # what stands after the colon, as the error messages show it
     version: ClassVar[int]
 
-    name: str  # short, for tables
     max_new_tokens: int
 
     @classmethod
     @abstractmethod
-    def load(cls, argument: str, limit: int | None) -> Self:
+    def load(cls, argument: str, limit: int | None) -> Benchmark:
         """Return the benchmark that `argument` names, its first `limit` questions; raises `InputError`."""
+
+    @cached_property
+    def name(self) -> str:
+        """A short name, for tables: the kind, unless a benchmark has one of its own."""
+        return self.kind
 
     @property
     @abstractmethod
@@ -71,6 +75,12 @@ class Benchmark(ABC):
         """Return where the questions were published, and in which revision; None where the task says all."""
         return None
 
+    @classmethod
+    def subclasses(cls) -> Iterator[type[Benchmark]]:
+        """Yield every class below this one."""
+        for each in cls.__subclasses__():
+            yield from (each, *each.subclasses())
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the kind, its version, and the content of every question and image: for step keys."""
@@ -90,12 +100,7 @@ def benchmark_kinds() -> dict[str, type[Benchmark]]:
     for module in pkgutil.iter_modules(package.__path__):
         if module.name != "lmms_eval":  # no benchmark, and it needs an extra
             importlib.import_module(f"bivlm.evaluation.{module.name}")
-    return {cls.kind: cls for cls in _below(Benchmark) if not inspect.isabstract(cls)}
-
-
-def _below(cls: type[Benchmark]) -> Iterator[type[Benchmark]]:
-    for each in cls.__subclasses__():
-        yield from (each, *_below(each))
+    return {cls.kind: cls for cls in Benchmark.subclasses() if not inspect.isabstract(cls)}
 
 
 def load_benchmark(task: str, limit: int | None = None) -> Benchmark:

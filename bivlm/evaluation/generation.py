@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -56,9 +57,11 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     processor = load_processor(folder)
-    model, loading = AutoModelForImageTextToText.from_pretrained(
+    # A pair because of output_loading_info, which the return type of transformers leaves out.
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, trust_remote_code=remote_code_allowed(folder)
     )
+    model, loading = loaded
     if loading["missing_keys"]:  # transformers warns, and leaves random numbers in them
         missing = ", ".join(sorted(loading["missing_keys"]))
         raise InputError(f"model {folder}: expected a weight for every parameter, found none for {missing}")
@@ -105,7 +108,7 @@ def answer_batch(
         [sample.images or None for sample in samples],
     )
     watch = LogitsWatch()
-    produced = model.generate(
+    produced = model.generate(  # type: ignore[operator]  # not a method of PreTrainedModel, but of every model loaded
         **inputs,
         generation_config=greedy(model, processor, max_new_tokens),
         logits_processor=LogitsProcessorList([watch]),

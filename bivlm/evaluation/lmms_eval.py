@@ -26,7 +26,7 @@ from bivlm.sources.samples import VqaSample
 MAX_NEW_TOKENS = 256  # of tasks that do not say
 
 
-class BivlmModel(lmms):
+class BivlmModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
     """Greedy answers to prompts with any number of images, which stand before the text."""
 
     is_simple = True
@@ -45,8 +45,9 @@ class BivlmModel(lmms):
         """
         super().__init__()
         self._model, self._processor = load_model(pretrained, device)
-        automatic = batch_size in (None, "auto")
-        self._batch_size = int(max_batch_size or default_batch_size(self._model)) if automatic else int(batch_size)
+        if batch_size is None or batch_size == "auto":
+            batch_size = max_batch_size or default_batch_size(self._model)
+        self._batch_size = int(batch_size)
         self._max_new_tokens = int(max_new_tokens)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

@@ -8,6 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -70,14 +71,14 @@ def mme_interval(
 
 
 def bootstrap_interval(
-    scores: Sequence[float], images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+    scores: ArrayLike, images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean score, in percent; see `bootstrap_means`."""
     return _middle(bootstrap_means(scores, images, resamples=resamples, seed=seed))
 
 
 def bootstrap_means(
-    scores: Sequence[float], images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+    scores: ArrayLike, images: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
     """Return the mean scores in percent of `resamples` draws, in no order.
 

@@ -37,7 +37,8 @@ class Mme(PublishedSet):
     version: ClassVar[int] = 1
     layout: ClassVar[Layout] = Layout("lmms-lab-encoder/MME", None, ("test",))
     columns: ClassVar[tuple[str, ...]] = ("question_id", "question", "answer", "category")
-    max_new_tokens: ClassVar[int] = 16
+
+    max_new_tokens: int = 16
 
     @classmethod
     def ask(cls, row: Row) -> VqaSample:
@@ -62,9 +63,9 @@ class Mme(PublishedSet):
         seen: Counter[tuple[str, str]] = Counter()
         numbered = []
         for each in asked:
-            image = (each.category, each.image_id)
-            seen[image] += 1
-            numbered.append(replace(each, question_id=f"{each.question_id} {seen[image]}"))
+            place = (each.category, each.image_id)
+            seen[place] += 1
+            numbered.append(replace(each, question_id=f"{each.question_id} {seen[place]}"))
         for (category, image), count in seen.items():
             if count > 2 or (count < 2 and limit is None):
                 raise InputError(

@@ -52,7 +52,8 @@ class Mmmu(PublishedSet):
     layout: ClassVar[Layout] = Layout("lmms-lab-encoder/MMMU", None, ("validation", "val"))
     columns: ClassVar[tuple[str, ...]] = ("id", "question", "options", "answer", "question_type")
     image_columns: ClassVar[tuple[str, ...]] = tuple(f"image_{number}" for number in range(1, 8))
-    max_new_tokens: ClassVar[int] = 128
+
+    max_new_tokens: int = 128
 
     @classmethod
     def ask(cls, row: Row) -> VqaSample:

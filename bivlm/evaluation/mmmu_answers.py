@@ -7,7 +7,7 @@ published code guesses one at random.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bivlm.evaluation.answers import LETTERS
 
@@ -38,12 +38,17 @@ def option_letter(text: str, options: Sequence[str]) -> str | None:
     for form, last in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
         found = [letter for letter in letters if form.format(letter) in text]
         if found:
-            return max(found, key=lambda letter, last=last: text.rfind(last.format(letter)))
+            return _named_last(text, {letter: last.format(letter) for letter in found})
     if len(text.split()) <= _WORDS_OF_A_SENTENCE:
         return None
     lower = text.lower()
     named = {letter: option.lower() for letter, option in zip(letters, options, strict=True) if option.lower() in lower}
-    return max(named, key=lambda letter: lower.rfind(named[letter])) if named else None
+    return _named_last(lower, named) if named else None
+
+
+def _named_last(text: str, names: Mapping[str, str]) -> str:
+    """Return the letter whose name occurs last in `text`; the first letter if none does."""
+    return max(names, key=lambda letter: text.rfind(names[letter]))
 
 
 def open_readings(text: str) -> set[Reading]:

@@ -75,7 +75,7 @@ def evaluate(
     except where two tokens are so close that rounding decides.
     """
     if device is not None:
-        model = model.to(device)
+        model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
     size = default_batch_size(model) if batch_size is None else batch_size
     rows: dict[int, dict[str, Any]] = {}
     for batch in answers(model, processor, benchmark, max_new_tokens=benchmark.max_new_tokens, batch_size=size):

@@ -83,10 +83,6 @@ class PublishedSet(Benchmark):
         return float(self.read(sample, prediction) in sample.answers)
 
     @property
-    def name(self) -> str:
-        return self.kind
-
-    @property
     def task(self) -> str:
         return f"{self.kind}:{self.given}"
 
@@ -102,8 +98,7 @@ class PublishedSet(Benchmark):
         for question, row in self._with_images():
             columns = self.images_of(question)
             images = [decode_image(row.image_bytes(column), row.place(column), clipped_rgb) for column in columns]
-            first, *others = images or [None]
-            yield replace(question, image=first, further_images=tuple(others))
+            yield replace(question, image=images[0] if images else None, further_images=tuple(images[1:]))
 
     def chance(self) -> float:
         """Return the percent that a random letter scores; open questions count as lost."""

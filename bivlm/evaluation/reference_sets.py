@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import pandas as pd
 
@@ -36,15 +36,19 @@ class ReferenceSet(Benchmark):
     argument: ClassVar[str] = "|".join(QUESTION_SETS)
     version: ClassVar[int] = 1
 
-    name: str
+    question_set: str
     count: int
     max_new_tokens: int = 8  # answers are a token or two; a damaged model must not babble for long
 
     @classmethod
-    def load(cls, argument: str, limit: int | None) -> Self:
+    def load(cls, argument: str, limit: int | None) -> ReferenceSet:
         if argument not in QUESTION_SETS:
             raise InputError(f"reference set {argument!r} is not known; valid: {', '.join(QUESTION_SETS)}")
         return _once(argument, TEST_QUESTIONS if limit is None else min(limit, TEST_QUESTIONS))
+
+    @property
+    def name(self) -> str:
+        return self.question_set
 
     @property
     def task(self) -> str:

@@ -24,7 +24,8 @@ class ScienceQa(PublishedSet):
     layout: ClassVar[Layout] = Layout("lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", ("test",))
     columns: ClassVar[tuple[str, ...]] = ("question", "hint", "choices", "answer")
     optional: ClassVar[tuple[str, ...]] = ("subject",)
-    max_new_tokens: ClassVar[int] = 16
+
+    max_new_tokens: int = 16
 
     @classmethod
     def ask(cls, row: Row) -> VqaSample:
@@ -51,5 +52,5 @@ class ScienceQa(PublishedSet):
         said = prediction.strip()
         if len(said) >= 2 and said[0].isupper() and said[1] == ".":
             said = said[0]
-        letters = LETTERS[: len(question.choices)].lower()
+        letters = LETTERS[: len(question.choices or ())].lower()
         return said.lower().upper() if len(said) == 1 and said.lower() in letters else None

@@ -31,7 +31,8 @@ class VizWiz(PublishedSet):
     layout: ClassVar[Layout] = Layout("lmms-lab-encoder/VizWiz-VQA", None, ("val", "validation"))
     columns: ClassVar[tuple[str, ...]] = ("question_id", "question", "answers")
     optional: ClassVar[tuple[str, ...]] = ("category",)
-    max_new_tokens: ClassVar[int] = 32
+
+    max_new_tokens: int = 32
 
     @classmethod
     def ask(cls, row: Row) -> VqaSample:

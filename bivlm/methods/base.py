@@ -46,7 +46,7 @@ class CurvePoint:
 
     Attributes:
         settings: the method's settings, whole, ready for JSON.
-        stored_bits: bits a weight.
+        stored_bits: bits per weight.
         error: predicted ``||W - W_rebuilt||^2 / ||W||^2``.
     """
 

@@ -12,7 +12,7 @@ then widens nobody's scales, but all of it is left to step 3. That pays only whe
 than others. ``pairing: greedy`` first orders the block's columns so that neighbours are alike, as HBVLA does; its
 second moment with weighted tokens is the calibration's business.
 
-The papers report 1.0 to 1.09 bits: a sign a weight and a second one in salient columns. A decoder needs the group of
+The papers report 1.0 to 1.09 bits: a sign per weight and a second one in salient columns. A decoder needs the group of
 every coefficient and six float16 numbers a row and block as well: 2 + 96 / block + 2 * salient_share.
 """
 

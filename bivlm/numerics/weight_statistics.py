@@ -144,7 +144,7 @@ class LayerStatistics:
     def histogram(self) -> np.ndarray:
         """int64 (130,): how many signed weights lie below, between and above `HISTOGRAM_EDGES`.
 
-        The edges are in standard deviations from the mean. The outermost bins are open, so that the picture does not
+        The edges are in standard deviations from the mean. The outermost bins are open, so that the figure does not
         depend on the size of the layer's largest weight. Raises ZeroDivisionError for a constant weight.
         """
         if self.std == 0:

@@ -222,7 +222,7 @@ class GroupedCodec(Codec):
         return container.rewrite(packed, header, sections)
 
     def bits(self, packed: Bytes, header: Header) -> FormatBits:
-        """Nominal: b bits a weight, as the papers count. Entropy: that of the codes, all else as it is stored."""
+        """Nominal: b bits per weight, as the papers count. Entropy: that of the codes, all else as it is stored."""
         packed = as_array(packed)
         stored = _read_parameters(packed, header)
         counts = count_symbols(_planes(packed, header, stored), 1 << stored.bits, header.shape[1])

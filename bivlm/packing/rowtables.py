@@ -19,7 +19,7 @@ from bivlm.packing.radix import check_symbols, pack_symbols, radix, read_symbols
 
 SYMBOLS = 4
 LEVELS = 8  # of a row and block: four symbols, two kinds of column
-CHUNK_WEIGHTS = 1 << 18  # looked up together; an index is eight bytes a weight
+CHUNK_WEIGHTS = 1 << 18  # looked up together; an index is eight bytes per weight
 
 
 def two_bit_nbytes(rows: int, columns: int) -> int:

@@ -1,4 +1,4 @@
-"""The codec of a sign a weight and eight bits for the salient ones.
+"""The codec of a sign per weight and eight bits for the salient ones.
 
 Ordinary: ``w = +- row_scale``. Salient: ``w = row_zero + level * row_step`` with a level from 0 to 255.
 
@@ -6,7 +6,7 @@ Sections of the packed weight:
 
 0. mode (uint8: 0 sparse, 1 bitmap), Rice parameter (uint8), exponent (int16), salient weights S (uint32).
 1. float16 (M, 3) or, if S = 0, (M, 1): row scale, step and zero; times 2^exponent.
-2. one bit a weight, rows aligned to bytes: the sign (1 below zero); of a salient weight the level's lowest bit.
+2. one bit per weight, rows aligned to bytes: the sign (1 below zero); of a salient weight the level's lowest bit.
 3. the levels' upper seven bits, in the order of positions.
 4. - 5. positions: unary gaps and gap remainders (`sparse`), or a bitmap of all weights and nothing. The smaller one.
 

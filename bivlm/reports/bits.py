@@ -87,10 +87,11 @@ def _packed_parts(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the component of every packed linear, or "tables", by the weight's name on disk."""
     if not checkpoint.packed:
         return {}
-    disk_names = packed_disk_names(checkpoint)
+    disk_names = packed_disk_names(checkpoint) or {}
     members = _members(checkpoint)
-    components = {name: members.component(name) for name in disk_names} if disk_names and members else {}
-    if not components or None in components.values():
+    named = {name: members.component(name) for name in disk_names} if members else {}
+    components = {name: component for name, component in named.items() if component is not None}
+    if len(components) < len(checkpoint.packed):
         from bivlm.checkpoint.linears import anatomy  # takes seconds to import
 
         packed = [linear for name, linear in anatomy(checkpoint).packable.items() if name in checkpoint.packed]

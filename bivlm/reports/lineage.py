@@ -8,7 +8,7 @@ which are the outputs of their steps byte for byte.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,10 +88,8 @@ class Lineage(BaseModel):
         """Only what is read of it again: recipes of other versions have other keys."""
         if not isinstance(recipe.get("name"), str):
             raise ValueError(f"name: expected text, found {short(recipe.get('name'))}")
-        for key in ("components", "tables"):
-            if not isinstance(found := recipe.get(key) or {}, dict):
-                raise ValueError(f"{key}: expected settings by name, found {short(found)}")
-        for component, settings in (recipe.get("components") or {}).items():
+        components, _ = _settings(recipe, "components"), _settings(recipe, "tables")
+        for component, settings in components.items():
             if not isinstance(settings, dict) or not isinstance(settings.get("method"), str):
                 raise ValueError(f"components.{component}: expected settings with a method, found {short(settings)}")
         asked = recipe.get("evaluation") or []
@@ -122,6 +120,14 @@ class Finding:
     subject: str
     state: State
     detail: str
+
+
+def _settings(record: Mapping[str, JsonValue], key: str) -> dict[str, JsonValue]:
+    """Return the settings by name that a record has under `key`, if any; raise ValueError if that is no mapping."""
+    found = record.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{key}: expected settings by name, found {short(found)}")
+    return found
 
 
 def read_lineage(folder: str | Path) -> Lineage:
@@ -243,9 +249,9 @@ def _packed_tensors(lineage: Lineage, folder: Path) -> tuple[list[str], str]:
 def _recipe(lineage: Lineage) -> tuple[list[str], str]:
     found = digest(lineage.recipe)
     problems = [] if found == lineage.recipe_sha256 else [f"sha256 {found}, recorded {lineage.recipe_sha256}"]
-    settings = list((lineage.recipe.get("components") or {}).values())
-    chosen = [each.figures["settings"] for each in lineage.steps.values() if each.stage in _CHOOSING]
-    of_tables = list((lineage.recipe.get("tables") or {}).values())
+    settings = list(_settings(lineage.recipe, "components").values())
+    chosen = [_settings(each.figures, "settings") for each in lineage.steps.values() if each.stage in _CHOOSING]
+    of_tables = list(_settings(lineage.recipe, "tables").values())
     for name, steps in lineage.layers.items():
         plan, packed = (lineage.steps.get(steps.get(stage, "")) for stage in ("plan", PACK_STAGE))
         allowed = [each.get(name) for each in chosen] or settings

@@ -123,7 +123,9 @@ def _header(lineage: Lineage, recipe: Mapping[str, Any], licence: Mapping[str, s
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["bivlm", *methods, "quantized"],
-        **licence,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
     )
     return data.to_yaml(original_order=[*LICENCE_KEYS, "base_model", "base_model_relation"])
 

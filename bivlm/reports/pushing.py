@@ -13,7 +13,11 @@ import httpx2  # the hub's
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but not marked as exported
+    build_hf_headers,
+    get_session,
+    validate_repo_id,
+)
 from pydantic import BaseModel, JsonValue
 
 from bivlm.addresses import without_credentials
@@ -147,24 +151,26 @@ def _push(package: Package, repository: str, private: bool, branch: str) -> Push
             f"push to {repository}: it is there already and public; make it private in its settings, or leave "
             "--private out"
         )
-    tree = api.list_repo_tree(repository, recursive=True, revision=info.sha)
+    if (head := info.sha) is None:
+        raise InputError(f"push to {repository}: found no commit of branch {branch}, expected at least one")
+    tree = api.list_repo_tree(repository, recursive=True, revision=head)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     _check_ours(repository, branch, there)
     written = [name for name in package.names if not _same(package, name, there.get(name))]
-    deleted = sorted((there.keys() - set(package.names)) & _pushed_before(api, repository, info.sha, there))
-    commit = info.sha
+    deleted = sorted((there.keys() - set(package.names)) & _pushed_before(api, repository, head, there))
+    commit = head
     if written or deleted:
-        operations = [CommitOperationAdd(name, package.content(name)) for name in written]
-        operations += [CommitOperationDelete(name) for name in deleted]
+        adds = [CommitOperationAdd(name, package.content(name)) for name in written]
+        deletes = [CommitOperationDelete(name) for name in deleted]
         with _xet_where_there_is_any(repository, branch):
             try:
                 done = api.create_commit(
                     repository,
-                    operations,
+                    [*adds, *deletes],
                     commit_message=_message(package),
                     commit_description=f"base model {_base(package)}\npacked sha256 {package.lineage.packed.sha256}",
                     revision=branch,
-                    parent_commit=info.sha,
+                    parent_commit=head,
                 )
             except ValueError as error:  # the hub refuses the card's header
                 raise InputError(f"push to {repository}: {error}") from error

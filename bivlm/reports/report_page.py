@@ -176,10 +176,10 @@ def _accuracy_rows(evaluation: dict[str, Any], chance: dict[str, float]) -> list
         for task in dict.fromkeys([*before, *after])
     ]
     if len(rows) > 1:
-        mean = {"task": "mean", "n": None, "before_interval": _NONE, "after_interval": _NONE, "chance": None}
+        mean: dict[str, Any] = {"task": "mean", "n": None, "chance": None}
         for side in ("before", "after"):
             found = [row[side] for row in rows]
-            mean[side] = None if None in found else fmean(found)
+            mean |= {side: None if None in found else fmean(found), f"{side}_interval": _NONE}
         rows.append(mean)
     for row in rows:
         row["change"] = None if None in (row["before"], row["after"]) else row["after"] - row["before"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import methodcaller
 from pathlib import Path
 
 from bivlm.checkpoint.outputs import is_plain, list_files, listing, some_of
@@ -46,7 +47,7 @@ def write_tables(folder: Path, texts: Mapping[str, str], is_ours: Callable[[str]
     for name in stale:
         (folder / name).unlink()
     for name, text in texts.items():
-        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+        write_atomically(folder / name, methodcaller("write", text.encode()))
     list_files(folder, (), gone=stale)
 
 

@@ -77,7 +77,7 @@ def test_the_board_names_the_samples_of_its_kl_and_the_sets_on_which_the_model_i
     recipe = board_of.place.recipe
     samples = f"2 held-out samples of {recipe['calibration']['source']}"
     result = board_of({"plain": whole(METHODS["plain"])})
-    assert f"KL in nats a token, on {samples}" in capsys.readouterr().err
+    assert f"KL in nats per token, on {samples}" in capsys.readouterr().err
     assert result["board"]["measured_on"] == samples
     (task,) = recipe["evaluation"]
     assert result["board"]["chance"]["accuracy"] == {task: 50.0}

@@ -117,7 +117,7 @@ def test_the_rebuilt_weight_is_the_literal_algorithms(rows, columns, block, shar
 
 @pytest.mark.parametrize("pairing", ["none", "greedy"])
 def test_stored_bits_are_two_the_numbers_of_rows_and_two_more_in_salient_columns(pairing):
-    """2 + 96 / block + 2 * salient share, seven bits a column for the order; the paper's count has the signs alone."""
+    """2 + 96 / block + 2 * salient share, seven bits per column for the order; the paper counts the signs alone."""
     weight = literal.trained_like(4096, 256, seed=0).to(torch.bfloat16)
     _, record = compress(weight, np.zeros((256, 256)), pairing=pairing)
     share = record.figures["salient_columns"] / 256

@@ -53,7 +53,7 @@ def test_the_rebuilt_weight_is_the_literal_algorithms(shape, share):
 
 
 def test_stored_bits_are_those_of_the_paper_and_of_the_positions():
-    """1.7 bits a weight are the paper's; positions at their entropy add 0.47 to 0.5, a bitmap would add 1."""
+    """1.7 bits per weight are the paper's; positions at their entropy add 0.47 to 0.5, a bitmap would add 1."""
     weight = literal.trained_like(1024, 1024, seed=0).to(torch.bfloat16)
     _, record = compress(weight)
     assert record.bits.nominal == pytest.approx(1.7, abs=1e-5)

@@ -102,7 +102,7 @@ def test_many_salient_weights_move_into_the_alphabet():
     ).packed
     salient = weight.abs() > 0.85
     assert 0.38 < salient.double().mean() < 0.42
-    # Ten symbols, three in ten bits: 3.33 bits a weight; positions alone would cost 0.97 beside 2.6 for the groups.
+    # Ten symbols, three in ten bits: 3.33 bits per weight; positions alone would cost 0.97 beside 2.6 for the groups.
     assert 8 * packed.numel() / weight.numel() < 3.34 + 0.1
     rebuilt = unpack(packed)
     assert all(len(set(rebuilt[row][salient[row]].tolist())) <= 4 for row in range(64))

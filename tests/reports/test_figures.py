@@ -140,7 +140,7 @@ def test_bits_and_errors_of_every_layer_and_the_mean_over_weights(layers):
     assert "largest error 0.115 in language layers.3.mlp.down_proj" in figure.get_suptitle()
 
 
-def test_a_component_has_one_colour_in_every_picture(layers):
+def test_a_component_has_one_colour_in_every_figure(layers):
     bits, kl, histogram = (
         draw(layers) for draw in (figures.bits_and_error, figures.kl_per_layer, figures.weight_histogram)
     )
@@ -173,7 +173,7 @@ def test_a_missing_p_max_leaves_out_only_that_mark(layers):
 
 @pytest.mark.parametrize("bare", [[], [{"name": "a", "component": "vision", "shape": [1, 1], "bits": None}]])
 @pytest.mark.parametrize("draw", LAYER_FIGURES)
-def test_a_picture_of_nothing_says_why(draw, bare):
+def test_a_figure_of_nothing_says_why(draw, bare):
     assert any(text.startswith("No layer has ") for text in texts(draw(bare)))
 
 
@@ -236,7 +236,7 @@ def test_the_same_records_give_the_same_document_however_often_they_are_rendered
     assert figures.svg(figure) == figures.svg(figure) == figures.svg(draw(layers))
 
 
-def test_settings_of_the_process_neither_change_a_picture_nor_are_changed(layers):
+def test_settings_of_the_process_neither_change_a_figure_nor_are_changed(layers):
     expected = figures.svg(figures.kl_per_layer(layers))
     with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path", "axes.linewidth": 5}):
         before = dict(matplotlib.rcParams)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bivlm.reports import figures
 from bivlm.reports.figures.labels import Label, place_labels
-from bivlm.reports.leaderboard.entries import Entry, FullPrecision, shannon_bound
+from bivlm.reports.leaderboard.entries import Entry, FailedEntry, FullPrecision, shannon_bound
 from bivlm.reports.leaderboard.ranking import board
 from bivlm.reports.report_page import Drawn, inline_svg
 from tests.reports.drawn import by_label, texts
@@ -136,14 +136,14 @@ def test_a_kl_of_zero_has_no_place_on_a_log_axis():
     assert zero.get_ylabel() == "KL to full precision, nats per token"
 
 
-def test_one_entry_is_a_picture():
+def test_one_entry_is_a_figure():
     figure = figures.quality_against_bits(made([entry(3)]))
     assert figure.get_suptitle() == "Leaderboard of the $small$ model: 1 recipe, 250 questions"
     assert all(math.isfinite(limit) for axes in figure.axes for limit in (*axes.get_xlim(), *axes.get_ylim()))
 
 
 def test_a_board_of_failures_says_so():
-    failed = made([Entry(recipe="broken", method="gptq", failed="no Hessian")])
+    failed = made([FailedEntry(recipe="broken", method="gptq", failed="no Hessian")])
     assert "No recipe could be measured." in texts(figures.quality_against_bits(failed))
 
 
@@ -155,7 +155,7 @@ def test_the_same_board_gives_the_same_document(found):
     assert Image.open(io.BytesIO(figures.png(first))).width == 1296
 
 
-def test_the_picture_can_stand_in_a_page(found):
+def test_the_figure_can_stand_in_a_page(found):
     drawn = inline_svg(Drawn.of("board", figures.quality_against_bits(found)))
     assert figures.INK not in drawn
     assert "nan" not in drawn.lower()

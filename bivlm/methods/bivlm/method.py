@@ -159,7 +159,7 @@ def _group_scales(
     """Mean magnitude of every group's unsalient weights, float64 (K,); `otherwise_K` for a group that has none."""
     groups, columns = len(otherwise_K), weight_MN.shape[1]
     counts, sums = np.zeros(groups + 1), np.zeros(groups + 1)
-    step = max(1, CHUNK_WEIGHTS // columns)  # counting takes 16 bytes a weight
+    step = max(1, CHUNK_WEIGHTS // columns)  # counting takes 16 bytes per weight
     for begin in range(0, len(weight_MN), step):
         part = weight_MN[begin : begin + step]
         group = (symbols(begin, begin + len(part)) >> 1).view(-1)

@@ -89,7 +89,7 @@ def search_share(
 
     `objective` "error" is the paper's J (20). Once the row scale is refitted J falls up to p_max, so "error" then ends
     there; "rate" charges for the bits: ``J * 4^stored_bits``, constant along the Gaussian rate-distortion curve.
-    `stored_bits` gives a candidate's bits a weight. The cheaper of two equal candidates wins.
+    `stored_bits` gives a candidate's bits per weight. The cheaper of two equal candidates wins.
     """
 
     def cost_of(candidate: Candidate) -> float:

@@ -155,10 +155,11 @@ def bits_and_error(layers: Sequence[dict[str, Any]]) -> Figure:
     panels = panels_of(figure, layers, known, rows=2)
     for panel in panels:
         look, drawn = (colour_of(panel.component), "o"), panel.drawn.items()
-        dots(panel.rows[0], [(place, _stored(layer)) for place, layer in drawn], look, label="stored bits")
+        stored = [(place, bits) for place, layer in drawn if (bits := _stored(layer)) is not None]
+        dots(panel.rows[0], stored, look, label="stored bits")
         dots(panel.rows[1], [(place, layer["error"]) for place, layer in drawn], look, label="error")
         sizes = [math.prod(layer["shape"]) for _, layer in drawn]
-        mean = np.average([_stored(layer) for _, layer in drawn], weights=sizes)
+        mean = np.average([bits for _, bits in stored], weights=sizes)
         panel.rows[0].axhline(float(mean), color=INK, linewidth=0.8, label="mean")
     panels[0].rows[0].set_ylabel("stored bits per weight,\nline: over all weights")
     panels[0].rows[1].set_ylabel("relative squared error")
@@ -254,11 +255,11 @@ def _label_columns(axes: Axes, points: list[_Point]) -> None:
     for point in points:
         begin = axes.transAxes.inverted().transform(axes.transData.transform((point.bits, 0)))[0]
         place = max(begin, place + 0.04)
-        line = {"color": MUTED, "linewidth": 0.6, "zorder": 0.5}
+        line: dict[str, Any] = {"color": MUTED, "linewidth": 0.6, "zorder": 0.5}
         axes.axvline(point.bits, alpha=0.4, label="_column", **line)
         axes.plot([begin, place], [1, 1.03], transform=axes.transAxes, clip_on=False, label="_leader", **line)
         text = point.name if point.kl is None else f"{point.name}, KL {point.kl:.2g}"
-        turned = {"rotation": 35, "rotation_mode": "anchor", "transform": axes.transAxes}
+        turned: dict[str, Any] = {"rotation": 35, "rotation_mode": "anchor", "transform": axes.transAxes}
         axes.text(place, 1.04, text, fontweight="bold" if point.this_run else "normal", **turned)
 
 

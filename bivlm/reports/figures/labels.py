@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,23 +54,19 @@ def place_labels(
 
     marks = np.concatenate([on_page(points) - _MARK, on_page(points) + _MARK], axis=1)
     strokes = np.concatenate([np.empty((0, 4)), *(_stroke_boxes(on_page(line)) for line in lines)])
-    written = np.array([box.extents * scale for box in reserved]).reshape(-1, 4)
+    written = np.array([box.extents for box in reserved]).reshape(-1, 4) * scale
+
+    def cost(place: tuple[float, np.ndarray, np.ndarray]) -> float:
+        distance, _, box = place
+        out = np.maximum(inside[:2] - box[:2], 0).sum() + np.maximum(box[2:] - inside[2:], 0).sum()
+        covered = 4 * _covered(box, written) + 2 * _covered(box, marks) + _covered(box, strokes)
+        return covered + (1000 * out + 1.5 * distance)
+
     made = []
     for label in labels:
         (at,) = on_page([(label.x, label.y)])
         half = label.size * np.array([_LETTER * len(label.text), _LINE]) / 2
-        best: tuple[float, np.ndarray, np.ndarray] | None = None
-        for distance in _DISTANCES:
-            for across, up in _DIRECTIONS:
-                reach = distance if not (across and up) else 0.75 * distance
-                middle = at + np.array([across, up]) * (half + reach)
-                box = np.concatenate([middle - half, middle + half])
-                out = np.maximum(inside[:2] - box[:2], 0).sum() + np.maximum(box[2:] - inside[2:], 0).sum()
-                cost = 4 * _covered(box, written) + 2 * _covered(box, marks) + _covered(box, strokes)
-                cost += 1000 * out + 1.5 * distance
-                if best is None or cost < best[0]:
-                    best = (cost, box, middle)
-        _, box, middle = best
+        _, middle, box = min(_places(at, half), key=cost)
         written = np.concatenate([written, [box]])
         gap = np.maximum(np.maximum(box[:2] - at, at - box[2:]), 0)
         line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
@@ -88,6 +84,15 @@ def place_labels(
             )
         )
     return made
+
+
+def _places(at: np.ndarray, half: np.ndarray) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
+    """Yield the places for a label of half the size `half` around `at`: distance, middle and box, the nearest first."""
+    for distance in _DISTANCES:
+        for across, up in _DIRECTIONS:
+            reach = distance if not (across and up) else 0.75 * distance
+            middle = at + np.array([across, up]) * (half + reach)
+            yield distance, middle, np.concatenate([middle - half, middle + half])
 
 
 def _stroke_boxes(path: np.ndarray) -> np.ndarray:

@@ -100,8 +100,8 @@ def _draw_entries(axes: Axes, entries: Sequence[Mapping[str, Any]], value: Calla
         colour, marker = _look(entry["method"])
         y, stored, nominal = value(entry), entry["bits"]["stored"], entry["bits"]["nominal"]
         axes.plot([nominal, stored], [y, y], color=colour, linewidth=0.6, alpha=0.3, zorder=1, label="_gap")
-        claim = {"marker": marker, "markersize": 3.5, "fillstyle": "none", "markeredgewidth": 0.7, "alpha": 0.45}
-        axes.plot([nominal], [y], color=colour, linewidth=0, zorder=1.2, label="_claimed", **claim)
+        claim: dict[str, Any] = {"marker": marker, "markersize": 3.5, "fillstyle": "none", "markeredgewidth": 0.7}
+        axes.plot([nominal], [y], color=colour, linewidth=0, zorder=1.2, alpha=0.45, label="_claimed", **claim)
         axes.plot([stored], [y], zorder=3, label=entry["recipe"], **_mark(colour, marker, entry["finish"]))
 
 
@@ -125,8 +125,8 @@ def _draw_reference_lines(axes: Axes, board: Mapping[str, Any]) -> None:
     lines += [] if chance is None else [(chance, f"chance: {chance:.1f} %", "top", -3)]
     for level, text, edge, up in lines:
         axes.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (6, 4)), zorder=0.5, label="_reference")
-        place = {"xycoords": ("axes fraction", "data"), "xytext": (4, up), "textcoords": "offset points"}
-        axes.annotate(text, (0, level), va=edge, fontsize=8, **place)
+        corner = ("axes fraction", "data")
+        axes.annotate(text, (0, level), (4, up), corner, "offset points", va=edge, fontsize=8)
 
 
 def _draw_shannon(axes: Axes) -> None:
@@ -157,7 +157,7 @@ def _write_names(
     numbers = [label(entry, str(entry["number"]), 6.5, MUTED) for entry in others]
     points = [(entry["bits"]["stored"], value(entry)) for entry in entries]
     lines = [
-        list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        [(x, y) for x, y in np.asarray(line.get_xydata())]
         for line in axes.lines
         if line.get_label() in ("_front", "_Shannon", "_interval")
     ]
@@ -175,7 +175,7 @@ def _legend(entries: Sequence[Mapping[str, Any]]) -> list[Line2D]:
         Line2D([], [], label=", ".join(dict.fromkeys(methods[look])), **_mark(*look, finish=True))
         for look in sorted(methods, key=ranks.__getitem__)
     ]
-    plain = {"color": MUTED, "marker": "o", "linewidth": 0}
+    plain: dict[str, Any] = {"color": MUTED, "marker": "o", "linewidth": 0}
     return [
         *handles,
         Line2D([], [], label="as packed", **_mark(MUTED, "o", finish=False)),

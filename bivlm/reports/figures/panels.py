@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 
 from bivlm.reports.figures.style import COMPONENT_COLOURS, MUTED, finite_number, one_line
 
@@ -25,7 +25,7 @@ class Panel:
 
 
 def panels_of(
-    figure: Figure, layers: Sequence[dict[str, Any]], known: list[dict[str, Any]], rows: int = 1
+    figure: FigureBase, layers: Sequence[dict[str, Any]], known: list[dict[str, Any]], rows: int = 1
 ) -> list[Panel]:
     """A column of axes for each component that has a layer in `known`; they share their vertical axes.
 

@@ -50,7 +50,7 @@ def salient_overlap(records: Sequence[dict[str, Any]]) -> Figure:
     pairs = dict.fromkeys(pair for record in known for pair in record["overlap"])
     metrics = list(dict.fromkeys(metric for pair in pairs for metric in pair.split("|")))
     looks = dict(zip(metrics, itertools.cycle(SERIES), strict=False))
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.35))
+    (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.35))
     _draw_overlaps(above, known, metrics)
     _draw_concentration(below, records, known, looks)
     legend_below(figure, [(look, one_line(metric)) for metric, look in looks.items()])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,12 +93,13 @@ def empty(title: str, reason: str) -> Figure:
 
 def settled(figure: Figure) -> Figure:
     """The figure with its layout computed once: computed at every rendering it would move a little each time."""
-    figure.get_layout_engine().execute(figure)
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
     figure.set_layout_engine("none")
     return figure
 
 
-def dots(axes: Axes, places: list[tuple[float, float]], look: tuple[str, str], **line: Any) -> None:
+def dots(axes: Axes, places: Sequence[tuple[float, float]], look: tuple[str, str], **line: Any) -> None:
     """Markers at `places` (x, y) without a line, smaller where there are many side by side."""
     crowd = axes.get_xlim()[1] if axes.get_xscale() == "linear" else 0
     size = 5 if crowd < 100 else 3.5 if crowd < 250 else 2.5

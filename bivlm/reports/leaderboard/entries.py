@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bivlm.compression.layer import LayerBits
 from bivlm.errors import InputError
@@ -15,7 +15,6 @@ from bivlm.evaluation.metrics import wilson
 
 Loss = Literal["accuracy", "kl", "relative_error"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
-_MEASURED = ("bits", "model_bits", "relative_error", "kl", "seconds", "accuracy")
 _Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -46,21 +45,14 @@ class FullPrecision(BaseModel):
     accuracy: dict[str, Accuracy] = Field(min_length=1)
 
 
-class Entry(BaseModel):
-    """One recipe on the board: measured, or the reason why it could not be.
+class _Recipe(BaseModel):
+    """What is known of a recipe before it is carried out.
 
     Attributes:
         recipe: the recipe's name, which no other entry has.
         method: see `method_label`.
         finish: whether the shards were tuned together after packing.
         needs_calibration: whether calibration samples were looked at.
-        bits: bits per weight of the packed linears: as claimed by the method's paper (nominal), entropy, stored.
-        model_bits: stored bits per parameter of the whole model.
-        relative_error: see `relative_error`, measured on the stored bytes.
-        kl: mean KL divergence from full precision, nats per token.
-        accuracy: by benchmark.
-        seconds: what the compression took.
-        failed: why there are no figures; then all of them are left out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,28 +61,43 @@ class Entry(BaseModel):
     method: str
     finish: bool = False
     needs_calibration: bool = False
-    bits: LayerBits | None = None
-    model_bits: _Positive | None = None
-    relative_error: _Positive | None = None
-    kl: float | None = Field(default=None, allow_inf_nan=False)  # rounding may take a KL of zero below it
-    accuracy: dict[str, Accuracy] = {}
-    seconds: _Positive | None = None
-    failed: str | None = Field(default=None, min_length=1)
 
-    @model_validator(mode="after")
-    def _whole_or_failed(self) -> Entry:
-        given = [key for key in _MEASURED if getattr(self, key) not in (None, {})]
-        if self.failed is not None and given:
-            raise ValueError(f"failed ({self.failed}), and yet {', '.join(given)} given: expected one or the other")
-        if self.failed is None and (lacking := [key for key in _MEASURED if key not in given]):
-            raise ValueError(f"{', '.join(lacking)} not given: expected every figure, or `failed` with the reason")
-        if self.bits and not all(math.isfinite(bits) and bits >= 0 for bits in vars(self.bits).values()):
-            raise ValueError(f"bits {vars(self.bits)}: expected finite numbers from 0")
-        return self
+
+class FailedEntry(_Recipe):
+    """A recipe that could not be measured, and the reason."""
+
+    failed: str = Field(min_length=1)
+
+
+class Entry(_Recipe):
+    """A recipe that was measured.
+
+    Attributes:
+        bits: bits per weight of the packed linears: as claimed by the method's paper (nominal), entropy, stored.
+        model_bits: stored bits per parameter of the whole model.
+        relative_error: see `relative_error`, measured on the stored bytes.
+        kl: mean KL divergence from full precision, nats per token.
+        accuracy: by benchmark.
+        seconds: what the compression took.
+    """
+
+    bits: LayerBits
+    model_bits: _Positive
+    relative_error: _Positive
+    kl: float = Field(allow_inf_nan=False)  # rounding may take a KL of zero below it
+    accuracy: dict[str, Accuracy] = Field(min_length=1)
+    seconds: _Positive
+
+    @field_validator("bits")
+    @classmethod
+    def _finite(cls, bits: LayerBits) -> LayerBits:
+        if not all(math.isfinite(value) and value >= 0 for value in vars(bits).values()):
+            raise ValueError(f"bits {vars(bits)}: expected finite numbers from 0")
+        return bits
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> Entry:
-        """The entry in `record`; raises `InputError` with the recipe's name and what is wrong, NaN among it."""
+        """Return the entry in `record`; raises `InputError` with the recipe's name and what is wrong, NaN among it."""
         try:
             return cls.model_validate(record)
         except ValidationError as error:
@@ -136,7 +143,7 @@ def relative_error(layers: Iterable[Mapping[str, Any]]) -> float:
 
 
 def shannon_bound(bits: float) -> float:
-    """``2^(-2 R)``, the least mean squared error of a Gaussian source of variance 1 at R = `bits` bits a sample.
+    """``2^(-2 R)``, the least mean squared error of a Gaussian source of variance 1 at R = `bits` bits per sample.
 
     Shannon, "Coding theorems for a discrete source with a fidelity criterion", 1959; Cover and Thomas, "Elements of
     information theory", theorem 10.3.2. No coding of independent Gaussian weights of one variance does better. Weights

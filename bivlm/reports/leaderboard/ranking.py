@@ -9,7 +9,7 @@ from typing import Any
 
 from bivlm.errors import InputError
 from bivlm.evaluation.chance import AtChance, at_chance
-from bivlm.reports.leaderboard.entries import LOSSES, Entry, FullPrecision, Loss, mean_accuracy
+from bivlm.reports.leaderboard.entries import LOSSES, Entry, FailedEntry, FullPrecision, Loss, mean_accuracy
 from bivlm.workspace.hashing import digest
 
 FORMAT = 1
@@ -22,14 +22,14 @@ def pareto_front(
 
     One dominates another if it has no more stored bits and no more loss, and less of one of them; two that are equal
     in both stand together. `full_precision`, its (bits, loss), ends the front without being a member: what is
-    dominated by it is left out. Entries that failed are left out.
+    dominated by it is left out.
     """
     front: list[Entry] = []
-    found = [(entry.bits.stored, entry.loss(loss), entry.recipe, entry) for entry in entries if entry.bits is not None]
+    found = [(entry.bits.stored, entry.loss(loss), entry.recipe, entry) for entry in entries]
+    end_bits, end_loss = full_precision or (math.inf, math.inf)
     lowest, at = math.inf, math.inf
     for bits, lost, _, entry in sorted(found, key=lambda each: each[:3]):
-        beyond = full_precision is not None and full_precision != (bits, lost)
-        if beyond and full_precision[0] <= bits and full_precision[1] <= lost:
+        if end_bits <= bits and end_loss <= lost and (end_bits, end_loss) != (bits, lost):
             continue
         if lost < lowest or (lost == lowest and bits == at):
             front.append(entry)
@@ -38,7 +38,7 @@ def pareto_front(
 
 
 def board(
-    entries: Sequence[Entry],
+    entries: Sequence[Entry | FailedEntry],
     full_precision: FullPrecision,
     *,
     model: Mapping[str, Any],
@@ -65,9 +65,10 @@ def board(
     """
     _check(entries, full_precision)
     tasks = list(full_precision.accuracy)
-    measured = sorted((entry for entry in entries if entry.failed is None), key=lambda e: (e.bits.stored, e.recipe))
-    failed = sorted((entry for entry in entries if entry.failed is not None), key=lambda entry: entry.recipe)
+    measured = sorted((each for each in entries if isinstance(each, Entry)), key=lambda e: (e.bits.stored, e.recipe))
+    failed = sorted((each for each in entries if isinstance(each, FailedEntry)), key=lambda each: each.recipe)
     levels = {task: (chance or {}).get(task) for task in tasks}
+    known = [level for level in levels.values() if level is not None]
     mean = mean_accuracy(full_precision.accuracy.values())
     ends = {"accuracy": 100 - mean["accuracy"], "kl": 0.0, "relative_error": 0.0}
     return {
@@ -76,7 +77,7 @@ def board(
         "questions": {task: result.n for task, result in full_precision.accuracy.items()},
         "measured_on": measured_on,
         "full_precision": full_precision.model_dump(mode="json") | {"mean_accuracy": mean},
-        "chance": {"accuracy": levels, "mean": None if None in levels.values() else fmean(levels.values())},
+        "chance": {"accuracy": levels, "mean": fmean(known) if len(known) == len(levels) else None},
         "entries": [{"number": number, **_row(entry, tasks)} for number, entry in enumerate(measured, start=1)],
         "failed": [{**_what(entry), "reason": entry.failed} for entry in failed],
         "pareto": {
@@ -119,7 +120,7 @@ def not_above_chance(board: Mapping[str, Any]) -> list[AtChance]:
     return at_chance(figures, board["chance"]["accuracy"])
 
 
-def _check(entries: Sequence[Entry], full_precision: FullPrecision) -> None:
+def _check(entries: Sequence[Entry | FailedEntry], full_precision: FullPrecision) -> None:
     if not entries:
         raise InputError("the board has no entries: expected at least one recipe")
     names = [entry.recipe for entry in entries]
@@ -127,8 +128,7 @@ def _check(entries: Sequence[Entry], full_precision: FullPrecision) -> None:
         raise InputError(f"recipe {twice!r} is on the board {names.count(twice)} times: names must differ")
     expected = {task: result.n for task, result in full_precision.accuracy.items()}
     for entry in entries:
-        asked = {task: result.n for task, result in entry.accuracy.items()}
-        if entry.failed is None and asked != expected:
+        if isinstance(entry, Entry) and (asked := {task: x.n for task, x in entry.accuracy.items()}) != expected:
             raise InputError(
                 f"recipe {entry.recipe!r} was asked {_questions(asked)}, full precision {_questions(expected)}: "
                 "everything on a board must be asked the same questions"
@@ -139,11 +139,11 @@ def _questions(asked: Mapping[str, int]) -> str:
     return ", ".join(f"{n} of {task}" for task, n in asked.items())
 
 
-def _what(entry: Entry) -> dict[str, Any]:
+def _what(entry: FailedEntry) -> dict[str, Any]:
     return {key: getattr(entry, key) for key in ("recipe", "method", "finish", "needs_calibration")}
 
 
 def _row(entry: Entry, tasks: Sequence[str]) -> dict[str, Any]:
-    record = entry.model_dump(mode="json", exclude={"seconds", "failed"})
+    record = entry.model_dump(mode="json", exclude={"seconds"})
     accuracy = {task: record["accuracy"][task] for task in tasks}
     return record | {"accuracy": accuracy, "mean_accuracy": entry.mean, "times_shannon": entry.times_shannon}
