@@ -63,12 +63,13 @@ def _message(error: BaseException) -> str:
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen = {id(error)}
-    cause: BaseException | None = error
-    while cause := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
-        if id(cause) in seen:
+    while True:
+        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if cause is None or id(cause) in seen:
             return
         seen.add(id(cause))
         yield cause
+        error = cause
 
 
 def _request(error: BaseException) -> str:

@@ -127,8 +127,8 @@ def _write(samples: Iterable[CalibrationSample], folder: Path, file_name: str, p
     for index, sample in enumerate(samples):
         line = {"image": None, "image_sha256": None, "user": sample.user, "assistant": sample.assistant}
         if sample.image is not None:
-            image = as_rgb(sample.image)
-            line |= {"image": f"{prefix}{index:05d}.png", "image_sha256": image_digest(image)}
-            image.save(folder / line["image"], format="PNG")
+            image, name = as_rgb(sample.image), f"{prefix}{index:05d}.png"
+            line |= {"image": name, "image_sha256": image_digest(image)}
+            image.save(folder / name, format="PNG")
         lines.append(json.dumps(line, ensure_ascii=True) + "\n")
     (folder / file_name).write_bytes("".join(lines).encode())

@@ -192,6 +192,7 @@ def _attempts(
     rows: Iterable[Row], read: Callable[[Row], CalibrationSample]
 ) -> Iterator[CalibrationSample | InputError]:
     """Yield what `read` makes of each row, or why it makes nothing."""
+    attempt: CalibrationSample | InputError
     for row in rows:
         try:
             attempt = read(row)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from bivlm.errors import InputError
 from bivlm.untrusted import short
 
-COMPONENTS = ("vision", "adaptor", "language")
+Component = Literal["vision", "adaptor", "language"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 MODULES_KEY = "modules"  # in a recipe, and in the quantization config of a packed checkpoint
 
 Modules = dict[str, list[str]]
@@ -36,7 +37,7 @@ class Architecture:
     adaptor: tuple[str, ...]
     language: tuple[str, ...]
 
-    def component(self, module: str) -> str | None:
+    def component(self, module: str) -> Component | None:
         """Return the component that `module` is part of, by the longest name that it lies within; None outside all."""
         found = [
             (len(prefix), component)

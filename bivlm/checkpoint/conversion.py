@@ -26,13 +26,16 @@ class LoadedName:
 
     Attributes:
         names: in the loaded model; several where it is split.
-        converted: whether more than its name changes.
-        rule: the source pattern of the converter that does it, see `bivlm.checkpoint.conversion`; None without one.
+        rule: the source pattern of the converter that changes more than its name; None without one.
     """
 
     names: tuple[str, ...]
-    converted: bool
-    rule: str | None = None
+    rule: str | None
+
+    @property
+    def converted(self) -> bool:
+        """Whether more than its name changes."""
+        return self.rule is not None
 
 
 def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, LoadedName]:
@@ -55,7 +58,7 @@ def loaded_names(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str,
         if name not in state and disk_name in state:
             name, source = rename_source_key(disk_name, [], [], model.base_model_prefix, state)
         names = (name,) if source is None else tuple(name.replace(targets[source][0], to) for to in targets[source])
-        loaded[disk_name] = LoadedName(names, converted=source is not None, rule=source)
+        loaded[disk_name] = LoadedName(names, source)
     return loaded
 
 
@@ -96,14 +99,14 @@ def convert(
     make the parameter in the shape that the model has.
     """
     by_pattern = {pattern: rule for rule in _converters(model) for pattern in rule.source_patterns}
-    sources = {disk_name: goal for disk_name, goal in loaded.items() if goal.converted and name in goal.names}
+    sources = {disk_name: goal.rule for disk_name, goal in loaded.items() if goal.rule and name in goal.names}
     if not sources:
         raise InputError(f"{name}: no tensor on disk is loaded as it")
-    first = next(iter(sources.values()))
-    rule = deepcopy(by_pattern[first.rule])
-    for disk_name, goal in sources.items():
-        rule.add_tensor(first.names[0], disk_name, goal.rule, read(disk_name))
-    made = rule.convert(first.names[0], model=model, config=model.config)[name]
+    disk_name, pattern = next(iter(sources.items()))
+    target, rule = loaded[disk_name].names[0], deepcopy(by_pattern[pattern])
+    for disk_name, pattern in sources.items():
+        rule.add_tensor(target, disk_name, pattern, read(disk_name))  # type: ignore[arg-type]  # a tensor will do
+    made = rule.convert(target, model=model, config=model.config)[name]
     tensor = made[0] if isinstance(made, list) else made
     expected = model.get_parameter(name).shape
     if tensor.shape != expected:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bivlm.checkpoint.architectures import ARCHITECTURES, Architecture, architecture_of
+from bivlm.checkpoint.architectures import ARCHITECTURES, Architecture, Component, architecture_of
 from bivlm.checkpoint.conversion import LoadedName, expert_names, loaded_names
 from bivlm.checkpoint.members import members_of
 from bivlm.checkpoint.reading import CONFIG, QUANT_METHOD, Checkpoint
@@ -53,7 +53,7 @@ class Linear:
 
     name: str
     disk_name: str
-    component: str
+    component: Component
     shape: tuple[int, int]
     dtype: torch.dtype
     tied_to: str | None = None
@@ -83,7 +83,7 @@ class LeftAlone:
     shape: tuple[int, ...]
     dtype: str
     parameters: int
-    component: str | None = None
+    component: Component | None = None
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,11 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     experts = _experts_by_module(model, loaded)
     found = []
     for name, module in model.named_modules():
-        if name in experts and members.component(name) is not None:
-            found += [_expert(*expert, model, members, checkpoint) for expert in experts[name]]
         weight, component = f"{name}.weight", members.component(name)
-        if type(module) is not nn.Linear or component is None or weight in converted:
+        if component is None:
+            continue
+        found += [_expert(*expert, component, model, checkpoint) for expert in experts.get(name, ())]
+        if type(module) is not nn.Linear or weight in converted:
             continue
         disk_name = held.get(weight)
         if disk_name is None:
@@ -289,7 +290,7 @@ def _dtype(name: str, shape: tuple[int, int], disk_name: str, checkpoint: Checkp
 
 
 def _expert(
-    name: str, disk_name: str, parameter: str, model: PreTrainedModel, members: Architecture, checkpoint: Checkpoint
+    name: str, disk_name: str, parameter: str, component: Component, model: PreTrainedModel, checkpoint: Checkpoint
 ) -> Linear:
     """Return an expert's matrix after a check of its columns; transformers checks the rows of all together."""
     header = read_header(checkpoint.read(disk_name), disk_name) if name in checkpoint.packed else None
@@ -298,10 +299,10 @@ def _expert(
     if len(shape) != 2 or shape[1] != columns:
         raise InputError(f"{disk_name}: shape {shape} on disk, expected {columns} columns by the config")
     dtype = _dtype(name, shape, disk_name, checkpoint)
-    return Linear(name, disk_name, members.component(parameter), shape, dtype, stacked_in=parameter)
+    return Linear(name, disk_name, component, shape, dtype, stacked_in=parameter)
 
 
-def _left_alone(entry: TensorEntry, kind: str, component: str | None, copies: Mapping[str, str]) -> LeftAlone:
+def _left_alone(entry: TensorEntry, kind: str, component: Component | None, copies: Mapping[str, str]) -> LeftAlone:
     parameters = entry.numel if entry.is_floating and entry.name not in copies else 0
     if entry.name in copies:
         kind = f"{kind}, a copy of {copies[entry.name]}"

@@ -329,7 +329,7 @@ def _is_read(name: str, folder: Path) -> bool:
     """Return whether something of this name in a packed checkpoint's folder is taken for a part of it."""
     first, *rest = PurePosixPath(name).parts
     if rest or _is_folder(folder / name):
-        filled = rest or any((folder / name).iterdir())
+        filled = bool(rest) or any((folder / name).iterdir())
         return (first in (TEMPLATES, GENERATE) and filled) or (not rest and name in RECORDS | {CONFIG, WEIGHTS_INDEX})
     return name in RECORDS | {TEMPLATES, GENERATE, SWEEP} or is_part_name(name)
 

@@ -23,7 +23,10 @@ class PackedLinear(nn.Module):
             counted as the weight it is; no cast changes it, because it holds no floating-point numbers.
         bias: (M,) or None.
         name: the module's name in the model, for messages.
+        of_dtype: an empty buffer that carries the layer's dtype.
     """
+
+    of_dtype: torch.Tensor
 
     def __init__(
         self,
@@ -100,9 +103,10 @@ class PackedLinear(nn.Module):
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         linear.weight = weight
-        linear.bias = self.bias
-        if self.bias is not None and self.bias.dtype != weight.dtype:
-            linear.bias = nn.Parameter(self.bias.to(weight.dtype), requires_grad=self.bias.requires_grad)
+        if self.bias is not None:
+            linear.bias = self.bias
+            if self.bias.dtype != weight.dtype:
+                linear.bias = nn.Parameter(self.bias.to(weight.dtype), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
     def trim_bias(self) -> None:

@@ -93,9 +93,9 @@ class Checkpoint:
                 if entry.name in entries:
                     raise InputError(f"tensor {entry.name} is both in {entries[entry.name].file} and in {file}")
                 entries[entry.name] = entry
-        for name, file in _indexed_tensors(folder):
+        for name, shard in _indexed_tensors(folder):
             if name not in entries:
-                raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {file}; it is not there")
+                raise InputError(f"{folder / WEIGHTS_INDEX} says that tensor {name} is in {shard}; it is not there")
         carried = _carried_modules(config, folder / CONFIG)
         checkpoint = cls(folder, config, dict(sorted(entries.items())), modules or carried)
         refuse_links_out_of([*checkpoint.side_files, *checkpoint.licence_files], folder)

@@ -14,9 +14,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def read_tensor(entry: TensorEntry, sha256: str | None = None) -> torch.Tensor:
     _fill(raw.numpy(), entry)
     if sha256 is not None:
         found = tensor_hash(entry.dtype, entry.shape)
-        found.update(raw.numpy())
+        found.update(raw.numpy().data)
         _check_hash(entry, sha256, found)
     return raw.view(dtype).reshape(entry.shape)
 
@@ -145,9 +146,9 @@ def tensor_rows(entry: TensorEntry, count: int, sha256: str | None = None) -> It
         stream.seek(entry.begin)
         for begin in range(0, entry.shape[0], count):
             raw = buffer[: min(count, entry.shape[0] - begin) * row]
-            _read_into(stream, memoryview(raw.numpy()), entry)
+            _read_into(stream, raw.numpy().data, entry)
             if sha256 is not None:
-                found.update(raw.numpy())
+                found.update(raw.numpy().data)
             yield raw.view(dtype).view(-1, *entry.shape[1:])
     _check_hash(entry, sha256, found)
 
@@ -291,10 +292,10 @@ def _check_layout(entries: list[TensorEntry], file: Path, begin: int, end: int) 
 def _fill(raw: np.ndarray, entry: TensorEntry) -> None:
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.begin)
-        _read_into(stream, memoryview(raw), entry)
+        _read_into(stream, raw.data, entry)
 
 
-def _read_into(stream: BinaryIO, target: memoryview, entry: TensorEntry) -> None:
+def _read_into(stream: FileIO, target: memoryview, entry: TensorEntry) -> None:
     # One read returns at most 2 GiB on Linux, so a long tensor takes several.
     done = 0
     while done < len(target):

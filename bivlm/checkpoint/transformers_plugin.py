@@ -16,10 +16,10 @@ compared with the model before anything is read, and every packed weight's check
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ class BiVLMConfig(QuantizationConfigMixin):
     ):
         if dequantize not in get_args(Dequantize):
             raise InputError(f"quantization_config: dequantize {dequantize!r}, expected 'load' or 'forward'")
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # theirs lists only the built-in ones
         self.format = format
         self.when = dequantize
         self.packed = check_quantization(format, packed or {}, "checkpoint")
@@ -86,12 +86,12 @@ class BiVLMConfig(QuantizationConfigMixin):
             **self.further,
         }
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
 
 # transformers lets a passed config override the stored one only for the classes of this tuple.
-auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, BiVLMConfig)
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (BiVLMConfig,)  # type: ignore[assignment]  # its length is part of its type
 
 
 @register_quantizer(QUANT_METHOD)
@@ -142,7 +142,7 @@ class BiVLMQuantizer(HfQuantizer):
         for weight, source in files.tied.items():  # a head that shares its tensor with a packed embedding
             if source in packed:
                 path = weight.removesuffix(".weight")
-                _swap(model, path, model.get_submodule(path), packed[source])
+                _swap(model, *_find_layer(model, path), packed[source])
         if checkpoint_files:
             _check_files(model, files, {name: self.quantization_config.packed[name] for name in experts})
         return model
@@ -175,7 +175,7 @@ class BiVLMQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in _packed_layers(model):
-            module = model.get_submodule(name)
+            module = _packed_layer(model, name)
             if module.weight.is_meta:
                 raise InputError(f"{name}.weight: {_ON_DISK}")
             if f"{name}.weight" not in _tied(model):
@@ -185,7 +185,7 @@ class BiVLMQuantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             return self._dequantize(model)
         if any(isinstance(table, _PACKED) for table in _tables(model)):
-            model.resize_token_embeddings = _refuse_to_resize
+            model.__dict__["resize_token_embeddings"] = _refuse_to_resize
         return model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -206,7 +206,7 @@ class BiVLMQuantizer(HfQuantizer):
         tied = _tied(model)
         names = _packed_layers(model)
         for name in sorted(names, key=lambda name: f"{name}.weight" in tied):  # what they share comes first
-            module = model.get_submodule(name)
+            module = _packed_layer(model, name)
             if (source := tied.get(f"{name}.weight")) is None:
                 model.set_submodule(name, module.dequantized(dtype))
             else:
@@ -217,7 +217,7 @@ class BiVLMQuantizer(HfQuantizer):
 class RebuildExperts(ConversionOps):
     """Packed experts of a parameter, expert by expert, as the matrices that they were."""
 
-    def convert(
+    def convert(  # type: ignore[override]  # transformers names the layer and the model in every call
         self,
         input_dict: dict[str, list[torch.Tensor]],
         source_patterns: list[str],
@@ -261,6 +261,12 @@ def _packed_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, _PACKED)]
 
 
+def _packed_layer(model: nn.Module, name: str) -> PackedLinear | PackedEmbedding:
+    module = model.get_submodule(name)
+    assert isinstance(module, _PACKED)
+    return module
+
+
 def _tied(model: PreTrainedModel) -> dict[str, str]:
     """Return parameters that share the tensor of another, by name; once weights are loaded, those that really do."""
     return getattr(model, "all_tied_weights_keys", None) or {}
@@ -274,7 +280,7 @@ def _tables(model: PreTrainedModel) -> list[nn.Module | None]:
         return []
 
 
-def _refuse_to_resize(*_: Any, **__: Any) -> None:
+def _refuse_to_resize(*_: Any, **__: Any) -> NoReturn:
     raise InputError(
         "resize_token_embeddings: the embedding of tokens or the head is packed; call model.dequantize() first, or "
         "load the checkpoint with dequantize 'load'"

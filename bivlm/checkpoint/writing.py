@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _spooled(linear: Linear, packed: Packed, spool: Path) -> Path:
             f"the linear is {linear.shape} and {linear.dtype}"
         )
     if file is spool:
-        spool.write_bytes(memoryview(tensor.cpu().numpy()))
+        spool.write_bytes(tensor.cpu().numpy().data)
     return file
 
 
@@ -138,7 +139,7 @@ def _write_weights(
     outgoing = [
         _packed_tensor(name, packed[name])
         if name in packed
-        else OutgoingTensor(name, entry.dtype, entry.shape, entry.nbytes, lambda entry=entry: tensor_chunks(entry))
+        else OutgoingTensor(name, entry.dtype, entry.shape, entry.nbytes, partial(tensor_chunks, entry))
         for name, entry in checkpoint.entries.items()
         if name not in left_out
     ]

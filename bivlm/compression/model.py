@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,9 @@ def compress_model(model: str | Path, recipe: str | Path | Recipe, output: str |
     if tables:
         written[TABLES_KEY] = list(rounding)
     with tempfile.TemporaryDirectory() as place:
-        packed: dict[str, Packed] = {linear.name: (lambda linear=linear: packed_linear(linear)) for linear in chosen}
+        packed: dict[str, Packed] = {linear.name: partial(packed_linear, linear) for linear in chosen}
         for linear, _ in tables:
-            packed[linear.name] = lambda linear=linear: packed_table(linear, Path(place) / "table")
+            packed[linear.name] = partial(packed_table, linear, Path(place) / "table")
         write_packed_checkpoint(checkpoint, packed, [*chosen, *(linear for linear, _ in tables)], output, written)
     return records
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from bivlm.checkpoint.architectures import Modules, parse_modules
+from bivlm.checkpoint.architectures import COMPONENTS, Component, Modules, parse_modules
 from bivlm.errors import InputError
 from bivlm.methods import method
 from bivlm.methods.base import MethodSettings
@@ -42,8 +42,6 @@ __all__ = [
     "shipped_recipes",
 ]
 
-Component = Literal["vision", "adaptor", "language"]
-COMPONENTS: tuple[str, ...] = get_args(Component)
 _PROBLEMS = 20  # that a message lists
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from bivlm.checkpoint.architectures import Component
 from bivlm.checkpoint.linears import Linear
 from bivlm.errors import InputError
 from bivlm.methods import method
@@ -43,7 +44,7 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
     return chosen, [linear for linear in linears if linear.name not in names]
 
 
-def _not_for_experts(recipe: Recipe, component: str) -> str | None:
+def _not_for_experts(recipe: Recipe, component: Component) -> str | None:
     """Why this recipe cannot pack an expert's matrix, if it cannot."""
     settings = recipe.components[component]
     if "inputs" in method(settings.method).needs(settings):

@@ -6,9 +6,10 @@ is yes and one whose answer is no, otherwise alike. Wrong answers are drawn so t
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 from bivlm.reference.catalogue import ATTRIBUTES, VALUES, creatures
 from bivlm.reference.scenes import (
@@ -68,6 +69,7 @@ class Question:
 
 
 Family = Callable[[random.Random, Scene], list[Question]]
+Value = TypeVar("Value", str, int)
 
 
 def _pair(
@@ -88,7 +90,7 @@ def _pair(
     return pair
 
 
-def _other(rng: random.Random, values, value):
+def _other(rng: random.Random, values: Iterable[Value], value: Value) -> Value:
     """Return a random member of `values` other than `value`."""
     return rng.choice([v for v in values if v != value])
 
@@ -191,7 +193,7 @@ def _lettered(rng: random.Random, category: str, hint: str, text: str, right: st
     return [Question(hint + text + lines + LETTER, (letter,), category, tuple(options), right)]
 
 
-def _distractors(rng: random.Random, right, present: list, values) -> list[str]:
+def _distractors(rng: random.Random, right: Value, present: Iterable[Value], values: Iterable[Value]) -> list[str]:
     """Return three wrong options: what the other objects show comes first, so that seeing it is not enough."""
     near = [v for v in dict.fromkeys(present) if v != right]
     rng.shuffle(near)

@@ -65,7 +65,7 @@ def _own_size(linear: Linear) -> int:
 
 
 def _components(parts: Anatomy, checkpoint: Checkpoint, parameters: int) -> dict[str, dict[str, float | int]]:
-    described = {}
+    described: dict[str, dict[str, float | int]] = {}
     for component in dict.fromkeys(linear.component for linear in parts.linears):
         members = [linear for linear in parts.linears if linear.component == component]
         size = sum(_own_size(linear) for linear in members)

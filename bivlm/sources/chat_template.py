@@ -67,6 +67,7 @@ def _render(processor: ProcessorMixin, user: str, assistant: str | None, images:
         _refuse_placeholders(processor, text)
     template, place = _template(processor)
     problems = []
+    problem: str | None
     for form, turns in _forms(processor, user, assistant, images):
         try:
             written = processor.apply_chat_template(
@@ -95,8 +96,8 @@ def _forms(
     yield "parts", turns(parts, [{"type": "text", "text": assistant}])
     if assistant is not None:
         yield "parts and a reply that is a string", turns(parts, assistant)
-    token = getattr(processor, "image_token", None)
-    if isinstance(token, str) or not images:
+    token = getattr(processor, "image_token", None) if images else ""
+    if isinstance(token, str):
         yield "a string", turns("\n".join([*[token] * images, user]), assistant)
 
 

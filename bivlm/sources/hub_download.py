@@ -22,7 +22,8 @@ import httpx2  # the hub's
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm
+from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # exports at run time
+from huggingface_hub.utils.tqdm import tqdm
 
 from bivlm.errors import InputError
 from bivlm.names import is_sha256

@@ -26,10 +26,10 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from bivlm.errors import InputError
 
@@ -39,6 +39,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ToRgb = Callable[[Image.Image], Image.Image]
 
 _ORIENTATION = 0x0112
+_UPRIGHT = 1
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,6 +51,7 @@ _TURNS = {
 }
 _METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+_BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II": "little", b"MM": "big"}  # of EXIF data
 _EXIF_SIZES = {1: 1, 3: 2, 4: 4}  # bytes of the integer types
 _GREY_BITS = {"1": 1, "L;2": 2, "L;4": 4, "L": 8}  # by the raw mode of a PNG
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
@@ -133,7 +135,7 @@ def _decoded(source: BinaryIO, to_rgb: ToRgb) -> Image.Image:
         _prepare(image)
         image.load()
         rgb = to_rgb(image)
-        if (turn := _TURNS.get(_orientation(image))) is not None:
+        if (turn := _TURNS.get(_orientation(image) or _UPRIGHT)) is not None:
             rgb = rgb.transpose(turn)
             for key in _METADATA:
                 rgb.info.pop(key, None)
@@ -160,7 +162,7 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _prepare(image: Image.Image) -> None:
+def _prepare(image: ImageFile.ImageFile) -> None:
     """Set right what Pillow would stumble over, or take wrongly, when it decodes an opened file."""
     if not isinstance(image.info.get("xmp", b""), bytes | str):  # a TIFF is turned on loading, and all its XMP searched
         del image.info["xmp"]
@@ -168,7 +170,7 @@ def _prepare(image: Image.Image) -> None:
     if image.format != "PNG" or image.mode not in ("L", "RGB") or key is None:
         return
     # A transparent colour is stored as it is in the file; the pixels will have 8 bits.
-    raw_mode = image.tile[0][3]
+    raw_mode = str(image.tile[0].args)
     if image.mode == "RGB":
         shift = 8 if raw_mode == "RGB;16B" else 0
         image.info["transparency"] = tuple(value >> shift & 255 for value in key)
@@ -221,7 +223,7 @@ def _exif_orientation(exif: bytes) -> int | None:
     Pillow stops reading at the first entry that is damaged, which may stand before the orientation.
     """
     exif = re.sub(rb"^(Exif\x00\x00){1,2}", b"", exif)
-    order = {b"II": "little", b"MM": "big"}.get(exif[:2])
+    order = _BYTE_ORDERS.get(exif[:2])
     if order is None:
         return None
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 from bivlm.checkpoint.pickles import pickle_names, pickles_refused
 from bivlm.checkpoint.reading import (

@@ -163,7 +163,7 @@ def _of_hub(kind: str, task: str, name: str, revision: str | None, layout: Layou
         rows += _opened(place, files[-1]).metadata.num_rows
         if limit is not None and rows >= limit:
             break
-    known = {"data_set": name, "revision": commit, "subset": subset, "split": split}
+    known: dict[str, str | None] = {"data_set": name, "revision": commit, "subset": subset, "split": split}
     return Rows(place, known, tuple(_opened(place, files[0]).schema_arrow.names), tuple(files))
 
 
@@ -187,11 +187,11 @@ def _parquet_files(task: str, path: str, commit: str | None, layout: Layout) -> 
     try:
         with hub_asked(task, f"{path} at revision {commit}") if commit else nullcontext():
             subsets = datasets.get_dataset_config_names(path, revision=commit)
-            chosen = layout.subset if layout.subset in subsets else "default"
-            if chosen not in subsets and len(subsets) > 1:
+            chosen = next((each for each in (layout.subset, "default") if each in subsets), None)
+            if chosen is None and len(subsets) > 1:
                 there = ", ".join(subsets)
                 raise InputError(f"{task}: found the subsets {there}, expected {layout.subset or 'one set alone'}")
-            chosen = chosen if chosen in subsets else subsets[0]
+            chosen = chosen or str(subsets[0])
             found = datasets.load_dataset_builder(path, chosen, revision=commit).config.data_files or {}
     except InputError:
         raise

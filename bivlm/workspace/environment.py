@@ -17,8 +17,8 @@ from bivlm.workspace.hashing import digest, file_digest
 
 # What may change a byte or a figure. `software` names the first few, which touch weights.
 _NUMERIC = ("bivlm", "torch", "numpy", "scipy")
-_PACKAGES = (*_NUMERIC, "transformers", "tokenizers", "safetensors", "datasets", "pillow", "pandas", "pyarrow")
-_PACKAGES += ("pydantic", "prefect", "mlflow", "boto3")
+_PACKAGES: tuple[str, ...] = (*_NUMERIC, "transformers", "tokenizers", "safetensors", "datasets", "pillow", "pandas")
+_PACKAGES += ("pyarrow", "pydantic", "prefect", "mlflow", "boto3")
 _ROOT = Path(__file__).parents[2]
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

@@ -90,7 +90,7 @@ class StepRecord(BaseModel):
     @property
     def stage(self) -> str:
         """The name of the step's stage."""
-        return self.identity["stage"]
+        return str(self.identity["stage"])
 
 
 class Workspace:

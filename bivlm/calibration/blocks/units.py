@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bivlm.checkpoint.architectures import Architecture
-
-_ORDER = ("vision", "adaptor", "language")
+from bivlm.checkpoint.architectures import COMPONENTS, Architecture, Component
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Unit:
     """
 
     name: str
-    component: str
+    component: Component
     linears: tuple[str, ...]
 
 
@@ -49,7 +47,7 @@ def find_units(model: nn.Module, members: Architecture, linears: Collection[str]
             visit(f"{name}.{child_name}" if name else child_name, child, module)
 
     visit("", model, None)
-    return sorted(found, key=lambda unit: _ORDER.index(unit.component))  # stable: module order within a component
+    return sorted(found, key=lambda unit: COMPONENTS.index(unit.component))  # stable: module order within a component
 
 
 def predecessors(unit: Unit, units: Sequence[Unit]) -> list[Unit]:
