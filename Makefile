@@ -24,6 +24,7 @@ demo: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # A file at a time to whichever process is free, in their order: the long ones lie in the middle. One thread each, because
 # two processes of as many threads as there are cores wait for one another, up to seven times as long.
@@ -45,4 +46,4 @@ servers-stop: $(STAMP)
 	$(BIN)/python -m infra.servers stop --folder $(SERVERS)
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
