@@ -294,8 +294,11 @@ def test_a_packed_checkpoint_carries_its_code_and_has_to_be_named_again(marked, 
     assert set(FILES) <= set(Checkpoint.open(output).digests().files), "changed code would not be noticed"
     with pytest.raises(InputError, match=f"--trust-remote-code {output}"):
         load_model(output)
-    assert cli.main(["bits", str(output)]) == 2
-    assert cli.main(["bits", str(output), "--trust-remote-code", str(output)]) == 0
+    assert cli.main(["inspect", "--model", str(output)]) == 2
+    before = marks()
+    assert cli.main(["bits", str(output)]) == 0  # counted from the files alone
+    assert marks() == before
+    assert cli.main(["inspect", "--model", str(output), "--trust-remote-code", str(output)]) == 0
     model, _ = load_model(output)
     assert type(model).__name__ == "MarkedForConditionalGeneration"
 
