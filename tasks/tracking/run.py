@@ -237,7 +237,7 @@ def _params(base: Base, recipe: Recipe) -> dict[str, str]:
 
 
 def note(base: Base, recipe: Recipe, trigger: str, result: str = "") -> str:
-    """Return the run's description: what it is, what came of it (`result`, a sentence of Markdown), where from, why."""
+    """Return the run's description: what it is, what came of it (`result`, a sentence), where from, why."""
     recipe_sha256 = digest(recipe.canonical())
     values = {"recipe": recipe.name, "recipe_sha256": recipe_sha256, "trigger": trigger, "result": result}
     return render("description", base=base.model, sha256=base.sha256, **values)

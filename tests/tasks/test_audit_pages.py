@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 
 from bivlm.errors import InputError
+from bivlm.recipe.loading import load_recipe
 from tasks.tracking.pages import audit_base, audit_version, write_pages
 from tasks.tracking.promotion import promote_by_gate, promote_by_hand, roll_back
+from tasks.tracking.run import note
 from tasks.tracking.tags import Score
 
 COLUMN = 5000  # characters of a description, in the registry's tables
@@ -246,3 +249,11 @@ def test_names_from_outside_are_text_and_nothing_else(client):
         assert not re.search(r"^#", plain, re.MULTILINE)
     rows = [line for line in texts[1].splitlines() if line.startswith("|") and "asked for" in line]
     assert len(re.findall(r"(?<!\\)\|", rows[0])) == 3
+
+
+def test_the_runs_description_takes_names_from_outside_as_text():
+    recipe = load_recipe("rtn-w2g128")
+    model = SimpleNamespace(id="/data/[x](http://a)", revision=None)
+    said = note(SimpleNamespace(model=model, sha256="a" * 64), recipe, "<b>me</b>", "on 4 samples of [y](http://b)<i>.")
+    assert not re.search(r"(?<!\\)\]\(|(?<!\\)<", said.replace(f"`{model.id}`", ""))
+    assert "samples of" in said and "me" in said
