@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 GRID = 4
 CELL = 32  # pixels; two patches of 16
 SIDE = GRID * CELL
-MAX_OBJECTS = 4
 
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 COLOURS = {

@@ -127,7 +127,3 @@ def _parser() -> argparse.ArgumentParser:
                 help="let the code that comes with this model run; for workers: $BIVLM_TRUST_REMOTE_CODE",
             )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
