@@ -136,6 +136,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(new_compression, tmp_path):
         compression.run(evaluate=False)
 
 
+@pytest.mark.slow
 def test_finishing_changes_numbers_and_nothing_else(new_compression, compressed, tmp_path):
     compression = new_compression(tmp_path)
     compression.recipe |= {"name": "finished", "finish": {"objective": "kl", "steps": 12, "batch": 3}}
