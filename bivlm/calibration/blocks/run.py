@@ -31,7 +31,7 @@ class UnitRun:
 
 
 def image_tokens(model: BlockwiseModel, unit: Unit, sample: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Which of the tokens that a language unit sees stand for image patches, bool (T,); empty for other units."""
+    """Return which tokens that a language unit sees stand for image patches, bool (T,); empty for other units."""
     if unit.component != "language":
         return torch.empty(0, dtype=torch.bool)
     return is_image(sample["input_ids"], model.config)
