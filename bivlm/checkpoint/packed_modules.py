@@ -81,7 +81,7 @@ class PackedLinear(nn.Module):
         return unpack(self.weight.data, f"{self.name}.weight", check=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., N) to (..., M), as the ordinary layer in this dtype: autocast applies, other mixtures raise.
+        """Map (..., N) to (..., M) as the ordinary layer in this dtype: autocast applies, other mixtures raise.
 
         Raises `InputError` for an `x` of integers: some models cast it to the dtype of the weight's bytes.
         """

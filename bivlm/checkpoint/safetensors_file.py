@@ -222,7 +222,7 @@ class OutgoingTensor:
 
 
 def file_order(tensors: Iterable[OutgoingTensor]) -> list[OutgoingTensor]:
-    """Wide dtypes first, then by name: every tensor begins at a multiple of its item size, as the library does it."""
+    """Return wide dtypes first, then by name: every tensor begins at a multiple of its item size, as in the library."""
     return sorted(tensors, key=lambda tensor: (-_DTYPES[tensor.dtype][1], tensor.name))
 
 

@@ -77,7 +77,7 @@ class BiVLMConfig(QuantizationConfigMixin):
         return {"when": self.when}
 
     def to_dict(self) -> dict[str, Any]:
-        """As in config.json."""
+        """Return the configuration as in config.json."""
         return {
             "quant_method": self.quant_method,
             "format": self.format,
@@ -257,7 +257,7 @@ _ON_DISK = "offloaded to disk; packed weights have to be on a CPU or an accelera
 
 
 def _packed_layers(model: nn.Module) -> list[str]:
-    """Names, not modules: a list of modules would keep every packed weight until the last one is rebuilt."""
+    """Return names, not modules: a list of modules would keep every packed weight until the last one is rebuilt."""
     return [name for name, module in model.named_modules() if isinstance(module, _PACKED)]
 
 
