@@ -27,7 +27,7 @@ class Choices:
 
 
 def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoint]:
-    """The choice for every layer, by name; `budget` in stored bits per weight over all of them.
+    """Return the choice for every layer, by name; `budget` is in stored bits per weight over all of them.
 
     Raises `InputError` naming a layer without choices, and for a budget below the cheapest choices together.
     """
@@ -66,7 +66,7 @@ def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoi
 
 
 def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """The points on the lower convex hull of (bits, error), by rising bits and falling error."""
+    """Return the points on the lower convex hull of (bits, error), by rising bits and falling error."""
     hull: list[CurvePoint] = []
     for point in sorted(points, key=lambda each: (each.stored_bits, each.error)):
         if hull and point.error >= hull[-1].error:

@@ -26,10 +26,10 @@ PIECE_WEIGHTS = 1 << 24  # read and rounded at a time
 def chosen_tables(
     parts: Anatomy, settings: RecipeEmbeddings | None, compressed: Iterable[Linear]
 ) -> list[tuple[Linear, EmbeddingSettings]]:
-    """The tables that a recipe packs, and how; a tied pair is one, under the name of the embedding.
+    """Return the embeddings and head that a recipe packs, with settings; a tied pair is one, named as the embedding.
 
-    Raises `InputError` for a table that the model does not have, for settings of the head that are not the embedding's
-    where they share a tensor, and for a head that the recipe compresses as a linear layer as well.
+    Raises `InputError` if the model lacks one, if a tied head has settings other than the embedding's, and if the
+    recipe also compresses the head as a linear layer.
     """
     if settings is None:
         return []

@@ -110,7 +110,7 @@ def finish(
 def _descent(
     layers: Sequence[_Tuned], answers: _Answers, numbers: Sequence[int], settings: FinishSettings, rate: float
 ) -> Iterator[int]:
-    """Steps of Adam from what is placed in the model, on some of the conversations; counts them from one."""
+    """Run steps of Adam on some of the samples, from what is placed in the model; yield their number, from one."""
     optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step, batch in enumerate(_order(numbers, settings), 1):
@@ -164,7 +164,7 @@ class _Tuned:
             self._tunable.rebuild(self._numbers()).backward(gradient.to(torch.float32))
 
     def packed(self) -> torch.Tensor:
-        """The layer with its numbers as they are now."""
+        """Return the packed layer with its numbers as they are now."""
         numbers = {key: values.detach() for key, values in self._numbers().items()}
         return self._codec.retuned(self._packed, self._header, numbers).cpu()
 
@@ -188,10 +188,9 @@ class _Answers:
         self._replies: dict[int, Reply] = {}
 
     def divergence(self, numbers: Sequence[int], *, backward: bool = False) -> float:
-        """Mean KL on some conversations in nats per token; with `backward` its gradient is added to the weights'.
+        """Return the mean KL on some samples in nats per token; with `backward` add its gradient to the weights'.
 
-        A mean over conversations of the mean over each reply's tokens, so that a caption counts as much as an answer of
-        one word.
+        It is the mean over samples of the mean over each reply's tokens: a caption counts as much as a one-word answer.
         """
         total = 0.0
         for some in self._portions(numbers):
@@ -203,7 +202,7 @@ class _Answers:
         return total
 
     def _sum(self, numbers: list[int]) -> torch.Tensor:
-        """The mean KL of each conversation's reply, added up; the conversations go through the model together."""
+        """Return the sum of the mean KL of each sample's reply; the samples go through the model together."""
         replies = [self._reply(number) for number in numbers]
         # Padding is on the left, so that a reply's places are counted from the end.
         from_end = [reply.inputs["input_ids"].shape[1] - reply.start + 1 for reply in replies]
@@ -222,7 +221,7 @@ class _Answers:
         return self._replies[number]
 
     def _inputs(self, numbers: list[int]) -> BatchFeature:
-        """Conversations with their replies as the model takes them in, padded on the left."""
+        """Return samples with their replies as the model takes them, padded on the left."""
         some = [self._conversations[number] for number in numbers]
         texts = [
             render_dialogue(self._processor, each.user, each.assistant, image=each.image is not None) for each in some
@@ -230,7 +229,7 @@ class _Answers:
         return encode(self._processor, self._model, texts, [each.image for each in some])
 
     def _portions(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """At most so many conversations as go through the model at once, with and without an image apart."""
+        """Yield batches that go through the model at once, samples with and without an image apart."""
         for with_image in (True, False):
             some = [number for number in numbers if (self._conversations[number].image is not None) == with_image]
             for begin in range(0, len(some), self._together):
@@ -238,7 +237,7 @@ class _Answers:
 
 
 def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], list[int]]:
-    """The conversations to tune on and those to judge by, at least one of each."""
+    """Return the samples to tune on and those to judge by, at least one of each."""
     if conversations < 2:
         raise InputError("finishing: got one conversation, expected at least two, one to tune on and one to judge by")
     numbers = list(range(conversations))
@@ -248,7 +247,7 @@ def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], lis
 
 
 def _order(numbers: Sequence[int], settings: FinishSettings) -> list[list[int]]:
-    """The conversations of every step: all of them in a new order each time round."""
+    """Return the samples of every step: all of them, in a new order each time round."""
     rng, order = random.Random(settings.seed), []
     waiting: list[int] = []
     for _ in range(settings.steps):
