@@ -49,7 +49,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of questions."""
+        """Return the number of questions."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[VqaSample]:

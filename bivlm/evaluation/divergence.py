@@ -36,7 +36,7 @@ FORMAT = "bivlm-log-probabilities-1"
 
 
 def reply_logits(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
-    """Logits (T, vocabulary) at the `reply.count` positions that predict its tokens."""
+    """Return the logits (T, vocabulary) at the `reply.count` positions that predict its tokens."""
     length = reply.inputs["input_ids"].shape[1]
     kept = length - reply.start + 1  # from the token before the reply on
     logits = model(**reply.inputs, use_cache=False, logits_to_keep=kept).logits[0]
@@ -45,7 +45,7 @@ def reply_logits(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
 
 @torch.inference_mode()
 def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
-    """Log-probabilities (T, vocabulary), float64, of `reply_logits`.
+    """Return the log-probabilities (T, vocabulary), float64, of `reply_logits`.
 
     Raises ArithmeticError naming the model for NaN and infinity.
     """
@@ -94,11 +94,11 @@ def reference_logits(
 def kl_divergence(
     model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[CalibrationSample], file: str | Path
 ) -> float:
-    """Mean over all judged positions of KL(full precision || model), in nats, summed in float64.
+    """Return the mean over all judged positions of KL(full precision || model), in nats, summed in float64.
 
-    `file` is from `reference_logits` with the same conversations. Raises `InputError` when it is not, or when the model
-    reads other tokens than the full-precision one did; ArithmeticError naming the model when it gives NaN, or never
-    gives what full precision may, so that the divergence is infinite.
+    `file` is from `reference_logits` with the same samples. Raises `InputError` if it is not, or if the model reads
+    other tokens than the full-precision one did; ArithmeticError naming the model if it gives NaN, or probability 0 to
+    what full precision may say, so that the divergence is infinite.
     """
     divergences: list[float] = []
     with StoredLogProbabilities(file, len(conversations)) as stored:
@@ -118,7 +118,7 @@ class StoredLogProbabilities:
     """A file that `reference_logits` wrote, to be closed at the end of a ``with`` block."""
 
     def __init__(self, file: str | Path, conversations: int) -> None:
-        """Raises `InputError` for another file, or one of another number of conversations."""
+        """Raise `InputError` for another kind of file, or one with another number of samples."""
         self._file, self._stored = Path(file), _open(Path(file))
         self._digests = parse_json(self._stored.metadata().get("tokens_sha256", ""), file)
         if not isinstance(self._digests, list) or len(self._digests) != conversations:
@@ -127,9 +127,9 @@ class StoredLogProbabilities:
             )
 
     def of(self, index: int, reply: Reply) -> torch.Tensor:
-        """Log-probabilities (T, vocabulary), float64, normalised again, of a conversation that was read as `reply`.
+        """Return log-probabilities (T, vocabulary), float64, normalised again, of a sample that was read as `reply`.
 
-        Raises `InputError` when full precision read other tokens.
+        Raises `InputError` if full precision read other tokens.
         """
         if reply.tokens_sha256 != self._digests[index]:
             raise InputError(
@@ -146,7 +146,7 @@ class StoredLogProbabilities:
 
 
 def kl_by_token(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(full || other) for each row of log-probabilities, where 0 log 0 = 0; infinite where only `other` is 0."""
+    """Return KL(full || other) per row of log-probabilities, where 0 log 0 = 0; infinite where only `other` is 0."""
     probability = full.exp()
     return torch.where(probability > 0, probability * (full - other), 0.0).sum(-1)
 

@@ -39,7 +39,7 @@ class BivlmModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         device: str | None = None,
         max_new_tokens: int | str = MAX_NEW_TOKENS,
     ) -> None:
-        """`pretrained` is the checkpoint's folder; a `batch_size` of None or "auto" is bivlm's own choice.
+        """Load the checkpoint in the folder `pretrained`; a `batch_size` of None or "auto" is bivlm's own choice.
 
         `max_new_tokens` is for tasks without a limit of their own. Raises `InputError` as `load_model`.
         """

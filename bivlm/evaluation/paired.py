@@ -120,9 +120,9 @@ def largest_difference(fell: float, rose: float, n: int, confidence: float) -> f
 
 
 def questions_needed(found: LargestLoss, bound: float) -> int | None:
-    """About how many questions bring the end down to `bound` points, if as large a share of them falls and rises.
+    """Return about how many questions bring the end down to `bound` points, if the same shares of them fall and rise.
 
-    To two digits, upwards; None if no number of questions up to `MOST_QUESTIONS` does.
+    It is rounded up to two digits; None if no number of questions up to `MOST_QUESTIONS` is enough.
     """
 
     def end(n: int) -> float:
