@@ -54,7 +54,7 @@ class ARB(Method[ARBSettings]):
 def binarize_block(
     columns_BM: torch.Tensor, salient_B: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Symbols uint8 (B, M) of a block, and its numbers as `rowblock` stores them: scales (M, 1, 4), factors (2, B)."""
+    """Return a block's symbols, uint8 (B, M), and its `rowblock` numbers: scales (M, 1, 4), factors (2, B)."""
     symbols_BM = torch.empty_like(columns_BM, dtype=torch.uint8)
     factors_2B = torch.empty(2, len(columns_BM), device=columns_BM.device)
     ordinary, twice = columns_BM[~salient_B], columns_BM[salient_B]
@@ -72,7 +72,7 @@ def binarize_block(
 
 
 def alternate(columns_BM: torch.Tensor, inside_BM: torch.Tensor, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row scales (M,) and column scales (B,) of ``r_m c_b sign(w_bm)`` over the weights `inside`.
+    """Return row scales (M,) and column scales (B,) of ``r_m c_b sign(w_bm)`` over the weights `inside`.
 
     With magnitudes a and sums over the weights inside, ``r_m = sum_b a c_b / sum_b c_b^2`` and
     ``c_b = sum_m a r_m / sum_m r_m^2`` in turns, from ``r_m = mean_b a`` and ``c_b = mean_m (a / r_m)``. No step raises
@@ -90,10 +90,10 @@ def alternate(columns_BM: torch.Tensor, inside_BM: torch.Tensor, iterations: int
 
 
 def alternate_twice(columns_SM: torch.Tensor, iterations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Row scales (2, M), column scales (2, S) and signs, bool (2, S, M), of ``r c sign + r' c' sign'``.
+    """Return row scales (2, M), column scales (2, S) and signs, bool (2, S, M), of ``r c sign + r' c' sign'``.
 
-    The second product begins as that of what the first leaves. Each turn solves for the scales of the first, with the
-    second subtracted, then for those of the second, and then takes of the four levels of every weight the closest one.
+    The second product starts from the residual of the first. Each turn solves for the scales of the first, with the
+    second subtracted, then for those of the second, and then gives every weight the closest of its four levels.
     """
     everywhere = torch.ones_like(columns_SM, dtype=torch.bool)
     rows, columns, signs = [], [], []
@@ -119,5 +119,5 @@ def alternate_twice(columns_SM: torch.Tensor, iterations: int) -> tuple[torch.Te
 
 
 def _divide(numerator: torch.Tensor, denominator: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """The quotient, `otherwise` where it is not defined."""
+    """Return the quotient, or `otherwise` where it is not defined."""
     return torch.where(denominator > 0, numerator / denominator, otherwise)

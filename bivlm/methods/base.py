@@ -83,17 +83,17 @@ class Method(ABC, Generic[S]):
     bytes_a_weight: ClassVar[float] = 8.0
 
     def needs(self, settings: S) -> frozenset[Need]:
-        """What the method has to see: the weights alone unless it says more."""
+        """Return what the method has to see: by default the weights alone."""
         return WEIGHTS
 
     def tail_share(self, settings: S) -> float:
-        """The Gaussian share of largest magnitudes that the statistics must keep with their rows."""
+        """Return the Gaussian share of largest magnitudes that the statistics must keep with their rows."""
         return 0.0
 
     def curve(self, statistics: LayerStatistics, settings: S) -> list[CurvePoint]:
-        """The choices of settings worth having, without quantizing; none if the method leaves no choice.
+        """Return the choices of settings worth having, without quantizing; none if the method leaves no choice.
 
-        Of `settings` everything is kept that the choice is not about.
+        The settings that the choice is not about stay as in `settings`.
         """
         return []
 
@@ -107,5 +107,5 @@ class Method(ABC, Generic[S]):
         """Quantize and pack; `inputs` are given if the method `needs` them, and those of N channels."""
 
     def describe(self, plan: LayerPlan) -> dict[str, Any]:
-        """What the report says of the plan beside error and bits, for example `groups` and `p_sal_nominal`."""
+        """Return what the report adds to the plan's error and bits, for example `groups` and `p_sal_nominal`."""
         return {}

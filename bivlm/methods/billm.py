@@ -45,7 +45,7 @@ class BiLLM(Method[BiLLMSettings]):
 
 
 def binarize_block(columns_BM: torch.Tensor, salient_B: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Symbols uint8 (B, M) of a block, and its numbers as `rowblock` stores them: means (M, 1, 3), scales (M, 1, 4)."""
+    """Return a block's symbols, uint8 (B, M), and its `rowblock` numbers: means (M, 1, 3), scales (M, 1, 4)."""
     symbols_BM = torch.empty_like(columns_BM, dtype=torch.uint8)
     ordinary, twice = columns_BM[~salient_B], columns_BM[salient_B]
     high = ordinary.abs() > choose_boundary(ordinary, centred=True)

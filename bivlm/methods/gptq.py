@@ -39,7 +39,7 @@ class GPTQ(Method[GPTQSettings]):
         return INPUTS
 
     def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
-        """Figures: the `damping` that H needed, its `dead_channels`, and the `tokens` behind it.
+        """Pack the weight; figures are the `damping` that H needed, its `dead_channels`, and the `tokens` behind it.
 
         Dead channels, and all of them where no token was seen, are rounded to nearest.
         """
@@ -53,8 +53,7 @@ class GPTQ(Method[GPTQSettings]):
 
 
 def feed_back_groups(weight_MN: torch.Tensor, upper_NN: torch.Tensor, bits: int, group_size: int) -> GroupedCodes:
-    """The codes of a weight, with U the upper triangular factor of the inverse second moment, see
-    `bivlm.numerics.error_feedback`."""
+    """Return a weight's codes; U is the upper triangular factor of `bivlm.numerics.error_feedback`."""
     rows, columns = weight_MN.shape
     width, exponent = group_width(columns, group_size), layer_exponent(weight_MN, bits)
     device = weight_MN.device

@@ -34,7 +34,7 @@ class RTN(Method[RTNSettings]):
     Settings = RTNSettings
 
     def curve(self, statistics: LayerStatistics, settings: RTNSettings) -> list[CurvePoint]:
-        """2, 3 and 4 bits in groups of 32 to 256 columns, at the bytes that each stores, clipped as `settings` say.
+        """Return points for 2, 3 and 4 bits in groups of 32 to 256 columns, at stored bytes, clipped by `settings`.
 
         Errors are those expected of independent weights, see `bivlm.numerics.uniform_grid.expected_error`.
         """
