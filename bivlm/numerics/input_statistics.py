@@ -42,7 +42,7 @@ class SiteStatistics:
         return sum(self.tokens.values())
 
     def is_finite(self) -> bool:
-        """Whether no statistic is NaN or infinite; squares of large inputs may exceed float32."""
+        """Return whether no statistic is NaN or infinite; squares of large inputs may exceed float32."""
         tensors = (self.second_moment_NN, self.mean_N, self.magnitude_N)
         return all(bool(extreme.isfinite()) for tensor in tensors for extreme in tensor.aminmax())
 

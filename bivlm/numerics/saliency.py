@@ -50,7 +50,7 @@ def scores(
 
 
 def most_salient(scores_MN: torch.Tensor, count: int) -> np.ndarray:
-    """Flat row-major positions, int64 (count,), ascending, of the largest scores; of equal ones the first."""
+    """Return flat row-major positions, int64 (count,), ascending, of the largest scores; of equal ones the first."""
     flat = scores_MN.reshape(-1)
     if count == 0:
         return np.empty(0, np.int64)
