@@ -47,7 +47,7 @@ def unpack_two_bits(
 
 
 def read_two_bits(packed: np.ndarray, header: Header, index: int, columns: int, rows: slice) -> np.ndarray:
-    """As `unpack_two_bits`, without torch."""
+    """Return the result of `unpack_two_bits`, without torch."""
     plane = section(packed, header, index).reshape(header.shape[0], -1)[rows]
     return read_symbols([plane], SYMBOLS, columns) if columns else np.empty((len(plane), 0), np.uint8)
 
