@@ -86,7 +86,7 @@ def _check_layer_types(model: PreTrainedModel) -> None:
 
 
 def _layers(model: nn.Module, members: Architecture, component: str) -> Iterator[tuple[str, nn.Module]]:
-    """The entries of the outermost lists of modules in a component, by name."""
+    """Yield the entries of the outermost lists of modules in a component, by name."""
 
     def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for child_name, child in module.named_children():
