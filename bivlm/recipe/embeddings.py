@@ -34,7 +34,7 @@ class RecipeEmbeddings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _bits_alone(cls, value: Any) -> Any:
-        """``tables: 4`` is short for ``tables: {tokens: 4, head: 4}``, and ``tokens: 4`` for ``tokens: {bits: 4}``."""
+        """Expand ``tables: 4`` to ``tables: {tokens: 4, head: 4}``, and ``tokens: 4`` to ``tokens: {bits: 4}``."""
         if type(value) is int:
             value = {"tokens": value, "head": value}
         if isinstance(value, dict):

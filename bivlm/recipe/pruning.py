@@ -152,7 +152,7 @@ class SweepSettings(BaseModel):
         return self
 
     def cells(self) -> list[PruningSettings]:
-        """Every combination that there is, in order: place, score, layer, share."""
+        """Return every possible combination, in order: place, score, layer, share."""
         return [
             PruningSettings(place=place, score=score, layer=layer, share=share, seed=self.seed)
             for place in self.places
@@ -163,7 +163,7 @@ class SweepSettings(BaseModel):
         ]
 
     def adaptive_cells(self) -> list[PruningSettings]:
-        """The cells that keep a share of the attention, in order: score, layer, mass."""
+        """Return the cells that keep a share of the attention, in order: score, layer, mass."""
         return [
             PruningSettings(place="language", score=score, layer=layer, mass=mass)
             for score in self.scores

@@ -45,7 +45,7 @@ class SearchSettings(BaseModel):
         return {key: tuple(values) for key, values in value.items()}
 
     def offered(self, settings: MethodSettings) -> list[MethodSettings]:
-        """A method's settings with every combination of the candidates, the first one first.
+        """Return a method's settings with every combination of the candidates, the first one first.
 
         Raises ValueError naming the key, and the value found, that the method does not have.
         """
