@@ -104,7 +104,7 @@ def accuracy_by_share(table: pd.DataFrame, baselines: Mapping[str, Mapping[str, 
 
 
 def _drawn(table: pd.DataFrame) -> pd.DataFrame:
-    """All benchmarks together if there are several, the first score."""
+    """Return the rows to draw: all benchmarks together if there are several, the first score."""
     if table.empty:
         return table
     task = "all" if (table["task"] == "all").any() else table["task"].iloc[0]

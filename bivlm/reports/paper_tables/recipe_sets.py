@@ -16,9 +16,9 @@ OURS = {"comparison": ("refitted-language", "refitted-all"), "components": ()}
 
 
 def recipe_set(paper: Published, tables: Sequence[str], tasks: Sequence[str], source: str) -> dict[str, Recipe]:
-    """A recipe for every column of `tables` but full precision, by the column's name, each once.
+    """Return a recipe for every column of `tables` but full precision, by the column's name, each once.
 
-    All ask `tasks` and draw `SAMPLES` calibration samples from `source`.
+    All evaluate `tasks` and draw `SAMPLES` calibration samples from `source`.
     """
     columns = [column for table in TABLES if table in tables for column in (*paper.columns[table], *OURS[table])]
     return {column: _recipe(column, tasks, source) for column in dict.fromkeys(columns) if column != FULL_PRECISION}
