@@ -45,7 +45,7 @@ class LargeFile:
 
 
 def repository_folder(model: str) -> Path:
-    """Where the hub's cache holds `model`: ``blobs``, ``snapshots`` and ``refs``."""
+    """Return where the hub's cache holds `model`: ``blobs``, ``snapshots`` and ``refs``."""
     return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=model, repo_type="model")
 
 
@@ -141,13 +141,13 @@ def _complete(model: str, commit: str, file: LargeFile, partial: Path, progress:
 
 
 def _may_heal(error: HfHubHTTPError) -> bool:
-    """Whether the hub is in trouble, or a signed address has expired, which another host than the hub's then says."""
+    """Return whether the hub is in trouble, or a signed address has expired, which another host than the hub says."""
     response = error.response
     return response.status_code >= httpx2.codes.INTERNAL_SERVER_ERROR or bool(response.history)
 
 
 def _share_of(bar: Any, ended: threading.Event) -> type:
-    """What stands for the bar of one file: it moves `bar`, which is of all files."""
+    """Return a stand-in for the bar of one file: it moves `bar`, which is of all files."""
 
     class Share:
         def __init__(self, *_: Any, **__: Any) -> None:

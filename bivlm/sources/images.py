@@ -110,7 +110,7 @@ def clipped_rgb(image: Image.Image) -> Image.Image:
 
 
 def converts_as_clipped(path: Path) -> bool:
-    """Whether `as_rgb` gives what `clipped_rgb` does, as it does for 8-bit images without transparency.
+    """Return whether `as_rgb` gives what `clipped_rgb` does, as it does for 8-bit images without transparency.
 
     Images of other kinds are decoded. Raises `InputError` as `open_image`.
     """
@@ -144,7 +144,7 @@ def _decoded(source: BinaryIO, to_rgb: ToRgb) -> Image.Image:
 
 @contextmanager
 def _refusing(name: str) -> Iterator[None]:
-    """Within it whatever Pillow raises becomes `InputError` with `name`, but for a lack of memory, which may pass."""
+    """Turn what Pillow raises within the block into `InputError` with `name`; lack of memory, which may pass, stays."""
     try:
         yield
     except MemoryError:
