@@ -73,7 +73,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _request(error: BaseException) -> str:
-    """For an error of httpx: which request it was and, if it took too long, after how many seconds it was given up."""
+    """Return the request of an httpx error and, after a timeout, how many seconds it was given; else nothing."""
     try:
         request = error.request  # type: ignore[attr-defined]
         asked = text_without_credentials(f"{request.method} {request.url}")
