@@ -25,7 +25,7 @@ ENDS = {"Completed", "Failed", "Cancelled", "Crashed", "Cancelling", "GateNotPas
 
 
 def lost_runs() -> Automation:
-    """After a heartbeat there must be another, or an end, within `SILENCE`; else the run has crashed."""
+    """Return the automation that crashes a run without another heartbeat, or an end, within `SILENCE` of the last."""
     return _crashed_without(
         expected={_HEARTBEAT, *ENDS},
         after={_HEARTBEAT},
@@ -38,7 +38,7 @@ def lost_runs() -> Automation:
 
 
 def stuck_runs(waiting: timedelta = WAITING) -> Automation:
-    """After one of the states in which a run is pending there must be another state within `waiting`."""
+    """Return the automation that crashes a run which stays in one of the pending states for longer than `waiting`."""
     return _crashed_without(
         expected={"*"},
         after={"Pending", "Submitting", "InfrastructurePending"},

@@ -85,7 +85,7 @@ class Servers:
         self._write_environments()
 
     def address(self, name: str) -> str:
-        """Where the server `name` is reached, without credentials."""
+        """Return the address of the server `name`, without credentials."""
         scheme = "postgresql" if name == "postgres" else "http"
         return f"{scheme}://{HOST}:{self._settings.ports[name]}"
 
@@ -164,11 +164,11 @@ class Servers:
             self._end(name, process, family(process))
 
     def running(self, name: str) -> bool:
-        """Whether the process of the server `name` is alive."""
+        """Return whether the process of the server `name` is alive."""
         return self._process(name) is not None
 
     def log(self, name: str) -> Path:
-        """The file that the server `name` writes to."""
+        """Return the file that the server `name` writes to."""
         return self.folder / "logs" / f"{name}.log"
 
     def rotate(self) -> None:
@@ -253,7 +253,7 @@ class Servers:
         return [sys.executable, "-m", "prefect", "server", "start", *address], environment, {}
 
     def _make_cluster(self, data: Path, user: dict[str, Any]) -> None:
-        """An empty PostgreSQL cluster; under another name until it is whole, because initdb may be killed."""
+        """Make an empty PostgreSQL cluster, under another name until it is whole, because initdb may be killed."""
         partial = self.folder / "postgres.partial"
         if partial.exists() and any(partial.iterdir()) and not (partial / "base").is_dir():
             raise ServerTrouble(f"{partial}: not left by initdb; move it, or choose another folder")
@@ -345,7 +345,7 @@ class Servers:
             return False
 
     def _process(self, name: str) -> psutil.Process | None:
-        """The living process of a server, ours or one that an earlier start left behind."""
+        """Return the living process of a server, ours or one that an earlier start left behind."""
         if name not in NAMES:
             raise ServerTrouble(f"{name!r}: no such server; expected {', '.join(NAMES)}")
         self._reap()
@@ -374,7 +374,7 @@ def _aws(key: str, secret: str) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done, 1 a server does not run or cannot be started."""
+    """Run the command; return its exit code: 0 done, 1 a server does not run or cannot be started."""
     from infra.commands import parser
 
     options = parser().parse_args(arguments)

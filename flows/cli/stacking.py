@@ -68,7 +68,7 @@ def _broken(text: str, width: int, indent: str) -> Iterable[str]:
 
 
 def _is_whole(table: Table, console: Console) -> bool:
-    """Whether each word of `table` stays whole when it is printed as wide as `console`.
+    """Return whether each word of `table` stays whole when it is printed as wide as `console`.
 
     A word without a digit may be folded in a column that says so.
     """
@@ -95,5 +95,5 @@ def _plain(cell: RenderableType) -> str:
 
 
 def _joined(heading: str) -> str:
-    """A heading that was broken to make its column narrow, in one line."""
+    """Return a heading that was broken to make its column narrow, in one line."""
     return heading.replace("-\n", "").replace("\n", " ")

@@ -109,7 +109,7 @@ def unwritten_output() -> OSError | None:
 
 
 def nobody_reads() -> bool:
-    """Whether our output goes to a pipe whose reader has seen enough, as with ``| head``; it is then given up."""
+    """Return whether output goes to a pipe whose reader has seen enough, as with ``| head``; then give it up."""
     try:
         output = sys.stdout.fileno()
     except (OSError, ValueError):  # no file

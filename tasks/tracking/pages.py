@@ -151,7 +151,7 @@ def _model_page(model: RegisteredModel, versions: list[ModelVersion]) -> str:
 
 
 def _base_page(client: MlflowClient, tags: VersionTags) -> str:
-    """The page of the full-precision model that the version with these tags was made of."""
+    """Return the page of the full-precision model that the version with these tags was made of."""
     found = _described(client, versions_of_base(client, tags.base_id, tags.base_sha256))
     of_this = [each for each in found if each[1].base_sha256 == tags.base_sha256]
     return cut(render("base", v=tags, of_this=of_this, others=[each for each in found if each not in of_this]))

@@ -206,7 +206,7 @@ def check_asked(kind: Kind, revision: str, *, pinned: bool = False) -> None:
 
 
 def is_pinned(kind: Kind, revision: str) -> bool:
-    """Whether `revision` says which bytes, not where to look for them."""
+    """Return whether `revision` says which bytes, not where to look for them."""
     return is_commit(revision) if kind == "hub" else is_sha256(revision)
 
 
