@@ -1,4 +1,4 @@
-"""Bad input, a gate that was not passed, and how any failure is described.
+"""Errors for bad input and for a failed gate, and the description of any failure.
 
 The command line tells the first two from a run that failed.
 """

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are linear weights, of which component, and under what name each is loaded.
+"""Find which tensors of a checkpoint are linear weights, of which component, and under what name each is loaded.
 
 The module tree comes from the config alone, on the meta device. Names on disk are mapped to names in the loaded model
 by transformers' own conversion rules, the ones `from_pretrained` applies.

@@ -1,7 +1,7 @@
-"""`from_pretrained` for packed checkpoints.
+"""Load packed checkpoints with `from_pretrained`.
 
 Importing this module registers ``quant_method: bivlm`` with transformers. Nothing has to be passed: the checkpoint's
-config asks for it. Two ways to use the packed weights:
+config selects it. Two ways to use the packed weights:
 
 - ``dequantize: load`` (as written): rebuild them once, layer by layer, into ordinary linear layers. The result is an
   ordinary model; saving it writes the rebuilt weights and no quantization config.

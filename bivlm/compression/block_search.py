@@ -1,17 +1,16 @@
-"""Settings of layers chosen by what whole blocks give, together where blocks depend on each other.
+"""Choose settings of layers by the outputs of whole blocks, together where blocks depend on each other.
 
-The error of a layer's own weight or output does not say what the layers behind it make of it. Q-VLM
-(arXiv 2410.08119) takes the entropy of the activations between neighbours for how strongly they depend on each other,
-joins neighbours whose dependency exceeds a threshold, three at most, and chooses how to round within such a group by
-the error of the group's output.
+The error of a layer's own weight or output does not show its effect on the layers behind it. Q-VLM (arXiv 2410.08119)
+measures how strongly neighbours depend on each other by the entropy of the activations between them, joins neighbours
+whose dependency exceeds a threshold, three at most, and chooses how to round within such a group by the error of the
+group's output.
 
 Here the neighbours are the units of `bivlm.calibration.blocks.units`, mostly transformer blocks; the threshold is the
 mean over all neighbours of the model; and what is chosen is any setting of any method, for weights alone. A group is
-searched by coordinate descent: layer by layer in the order in which they stand, each over its candidates with all
-others as they are, starting from everybody's first candidate. What the group gives is held against what its
-full-precision weights make of the same inputs. Behind quantized blocks those differ from what the full-precision model
-has there; held against the latter, a group is chosen for errors that are not its own (reference model, two bits: KL
-0.77 instead of 0.42).
+searched by coordinate descent: layer by layer in order, each over its candidates with all others fixed, starting from
+every layer's first candidate. The group's output is compared with that of its full-precision weights on the same
+inputs. Behind quantized blocks these inputs differ from those in the full-precision model; compared with the latter, a
+group is chosen for errors that are not its own (reference model, two bits: KL 0.77 instead of 0.42).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bits across layers: which settings each layer gets so that the whole model stays within a budget of stored bits.
+"""Choose the settings of each layer so that the whole model stays within a budget of stored bits.
 
 Every layer offers choices, each with its stored bits and its predicted error (`bivlm.methods.base.Method.curve`). The
 sum of ``importance * error`` over the layers is made small under ``sum bits * weights <= budget * sum weights``. On the

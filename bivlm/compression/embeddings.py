@@ -1,7 +1,7 @@
 """The embedding of tokens and the head: large tables, rounded to 8 or 4 bits, a few rows at a time.
 
-In a 7B model of today they are a seventh of all weights; beside linear layers of two bits, tables of 16 bits are most
-of the file. They are no part of the recipe's components: every row is rounded to nearest on its own grids.
+In a current 7B model they are a seventh of all weights; beside two-bit linear layers, 16-bit tables are most of the
+file. They are not among the recipe's components: every row is rounded to nearest on its own grids.
 """
 
 from __future__ import annotations

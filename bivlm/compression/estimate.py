@@ -1,4 +1,4 @@
-"""What a compression will need, before any work: memory, disk and time of every stage on this machine.
+"""Estimate what a compression needs before any work: memory, disk and time of every stage on this machine.
 
 Memory and disk follow from shapes and from what was measured of each method (`benchmarks.memory`); time from a probe, a
 small random layer that is compressed here and now. They are estimates: memory and disk are meant to be too large by
@@ -29,7 +29,7 @@ from bivlm.numerics.weight_statistics import LayerStatistics
 
 GIGA = 1e9
 PROBE_SHAPE = (512, 1024)
-TOKENS = 1024  # of a sample, where nobody has counted: an image of some hundreds and a sentence
+TOKENS = 1024  # of a sample, where they are not counted: an image of some hundreds and a sentence
 LIBRARIES = 0.9 * GIGA  # torch, transformers, Prefect and its temporary server, MLflow: measured, 0.85
 # The most of any method that looks at inputs: bytes per weight, and second moments held at once.
 _CALIBRATED_BYTES_A_WEIGHT, _MOMENTS = 28.0, 2.0

@@ -1,4 +1,4 @@
-"""The finishing stage: scales and group levels of all packed layers tuned together, on the whole model's answers.
+"""The finishing stage: tune scales and group levels of all packed layers together, on the whole model's answers.
 
 Methods make the error of each layer small, one after the other. Near the optimum that is the right thing; at two bits
 the model is far from it, and what counts is what all errors together do to its answers (Xu et al., "Understanding the
@@ -7,7 +7,7 @@ difficulty of low-precision post-training quantization", 2024). So this minimise
     KL(full precision || model)   at the tokens of the calibration replies
 
 over the numbers that the packed formats hold in floating point, with every sign, group and position fixed: minutes of
-Adam, the same bits. A format with many numbers soon knows a few conversations by heart, so how far to go is
+Adam, the same bits. A format with many numbers soon overfits a few samples, so how far to go is
 judged by some that it was not tuned on. Every codec takes part through `bivlm.packing.Codec.tunable`.
 """
 

@@ -1,4 +1,4 @@
-"""One layer from weight and plan to packed bytes, with its error measured on what those bytes rebuild."""
+"""Pack one layer from its weight and plan, and measure the error of the weight rebuilt from those bytes."""
 
 from __future__ import annotations
 

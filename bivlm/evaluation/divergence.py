@@ -1,6 +1,6 @@
-"""How far a compressed model's predictions are from full precision: KL divergence on conversations, held-out ones.
+"""Measure how far a compressed model's predictions are from full precision: KL divergence on held-out samples.
 
-Both models read the same conversation (teacher forcing), rendered by the chat template with the reply. At every
+Both models read the same sample (teacher forcing), rendered by the chat template with the reply. At every
 position that predicts a token of the reply, the end of the turn included,
 
     KL(full || model) = sum over the vocabulary of p (log p - log q)   in nats,

@@ -1,4 +1,4 @@
-"""Whether a candidate may become champion: a recipe's bounds against what was measured."""
+"""Decide whether a candidate may become champion: a recipe's bounds against what was measured."""
 
 from __future__ import annotations
 

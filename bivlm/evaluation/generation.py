@@ -1,4 +1,4 @@
-"""Loading a model for evaluation, and its greedy answers to batches of questions."""
+"""Load a model for evaluation, and answer batches of questions greedily."""
 
 from __future__ import annotations
 

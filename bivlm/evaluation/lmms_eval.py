@@ -54,7 +54,7 @@ class BivlmModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         """Return the answer to every request, cut before the task's stop words.
 
         A blank line is no stop word: lmms-eval adds it to every task, and its own models ignore it, too. Raises
-        `InputError` when a task asks for sampling, beams or anything but images.
+        `InputError` when a task requests sampling, beams or anything but images.
         """
         by_length: dict[int, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):

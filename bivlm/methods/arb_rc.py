@@ -1,9 +1,9 @@
-"""ARB-LLM_RC (arXiv 2410.03129): signs times a scale of the row and one of the column, refined in turns.
+"""ARB-LLM_RC (arXiv 2410.03129): signs times a scale of the row and one of the column, refined alternately.
 
 Columns are blocked, found salient and fed back as in BiLLM (`bivlm.methods.billm`). What is binarized is rebuilt as
 ``row_scale * column_scale * sign`` without a mean; the two scales are solved for one after the other by least squares.
 A block has such a product for each of the two groups of ordinary columns and two, added up, for the salient columns:
-four float16 numbers a row and block and two a column, 2 + 64 / block + 32 / M bits. Splitting the salient columns into
+four float16 numbers per row and block, two per column: 2 + 64 / block + 32 / M bits. Splitting the salient columns into
 groups as well, which the paper's column-group bitmap also allows, would take a third bit for them and is left out.
 """
 

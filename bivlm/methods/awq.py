@@ -2,7 +2,7 @@
 
 ``s_j = mean(abs(x_j))^beta``, divided by ``sqrt(max s * min s)``; of 20 values of beta in [0, 1) the one whose rebuilt
 weight has the least output error ``tr(E H E^T)``. The published code folds 1 / s into the layer before; here it is
-stored, 16 bits an input channel, and the rebuilt weight stands alone. For beta = 0 there is nothing to store. The
+stored, 16 bits per input channel, and the rebuilt weight stands alone. For beta = 0 there is nothing to store. The
 published search for clipped ranges is not part of this method.
 """
 
@@ -30,7 +30,7 @@ class AWQSettings(MethodSettings):
 
     method: Literal["awq"]
     bits: grouped.CodeBits = 2
-    group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group a row
+    group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group per row
 
 
 class AWQ(Method[AWQSettings]):

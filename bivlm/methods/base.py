@@ -1,4 +1,4 @@
-"""What a compression method is: settings, a plan of a few kilobytes, packed bytes."""
+"""The interface of a compression method: settings, a plan of a few kilobytes, packed bytes."""
 
 from __future__ import annotations
 

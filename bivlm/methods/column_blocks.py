@@ -1,7 +1,7 @@
-"""Weights binarized block of columns by block of columns with error feedback: what BiLLM and ARB-LLM_RC have in common.
+"""Binarize weights block of columns by block with error feedback: what BiLLM and ARB-LLM_RC have in common.
 
-Both choose the salient columns of a block, binarize the block, and feed what is lost back into the blocks after it;
-how a block is binarized is theirs. Notation and "centred" as in `bivlm.numerics.binary`.
+Both choose the salient columns of a block, binarize the block, and feed its error into the blocks after it; how a
+block is binarized is up to each. Notation and "centred" as in `bivlm.numerics.binary`.
 """
 
 from __future__ import annotations

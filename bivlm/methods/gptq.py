@@ -1,6 +1,6 @@
-"""GPTQ (arXiv 2210.17323): column by column on a uniform grid, each error made up for by the columns still to come.
+"""GPTQ (arXiv 2210.17323): column by column on a uniform grid, each error compensated by the columns after it.
 
-The grid of a group of input columns is found when its first column's turn comes, from weights into which the errors of
+The grid of a group of input columns is fitted when its first column is reached, from weights into which the errors of
 all columns before it have been fed. (The published code feeds errors into later columns in blocks of 128, so that the
 second group of such a block gets its grid from weights without the errors of the first.) Columns keep their order.
 """
@@ -24,7 +24,7 @@ class GPTQSettings(MethodSettings):
 
     method: Literal["gptq"]
     bits: grouped.CodeBits = 2
-    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group a row
+    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group per row
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)  # share of the mean diagonal of H
 
 

@@ -1,4 +1,4 @@
-"""HBLLM (arXiv 2512.00862), its row variant, and HBVLA's pairing: Haar coefficients with a mean and two scales a band.
+"""HBLLM (arXiv 2512.00862), its row variant, and HBVLA's pairing: Haar coefficients, a mean and two scales per band.
 
 Blocks of columns are quantized one after another with error feedback between them. In a block
 
@@ -8,12 +8,12 @@ Blocks of columns are quantized one after another with error feedback between th
 3. what is left of salient columns is transformed along the column and binarized in the same manner, band by band.
 
 With ``fill: neighbours`` step 2 sees in the place of a salient column the mean of the ordinary columns next to it: it
-then widens nobody's scales, but all of it is left to step 3. That pays only where salient columns are many times larger
+then widens no scales, but all of it is left to step 3. That pays only where salient columns are many times larger
 than others. ``pairing: greedy`` first orders the block's columns so that neighbours are alike, as HBVLA does; its
-second moment with weighted tokens is the calibration's business.
+second moment with weighted tokens is a setting of calibration.
 
 The papers report 1.0 to 1.09 bits: a sign per weight and a second one in salient columns. A decoder needs the group of
-every coefficient and six float16 numbers a row and block as well: 2 + 96 / block + 2 * salient_share.
+every coefficient and six float16 numbers per row and block as well: 2 + 96 / block + 2 * salient_share.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class RTNSettings(MethodSettings):
 
     method: Literal["rtn"]
     bits: grouped.CodeBits = 2
-    group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group a row
+    group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group per row
     clip: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)  # share of a group's range that its grid spans
 
 

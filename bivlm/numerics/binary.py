@@ -1,6 +1,6 @@
 """Binarization of a block of columns: signs and scales, groups by magnitude, salient columns that are binarized twice.
 
-Blocks come as columns (B, M), one column of the weight a row of the matrix, as `bivlm.numerics.error_feedback` hands
+Blocks come as columns (B, M), one column of the weight a row of the matrix, as `bivlm.numerics.error_feedback` gives
 them out: every number below belongs to one of M rows of the weight. "Centred" means ``mean + scale * sign(w - mean)``,
 as in BiLLM (arXiv 2402.04291); otherwise it is ``scale * sign(w)``, as in ARB-LLM_RC (arXiv 2410.03129).
 """

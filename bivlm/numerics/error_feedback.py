@@ -1,8 +1,8 @@
-"""Error feedback: what quantizing one column loses is made up for by the columns that are still to come.
+"""Error feedback: compensate the error of quantizing one column by the columns after it.
 
 With the second moment H of the inputs, the squared error of a layer's output is ``tr(E H E^T)`` for a weight error E.
 Let ``H^-1 = U^T U`` with U upper triangular. If the columns b of W are replaced by Q_b, the change of the later columns
-that makes the output error smallest is
+that minimises the output error is
 
     W_rest <- W_rest - (W_b - Q_b) U_bb^-1 U_b,rest,
 
@@ -33,7 +33,7 @@ class InverseFactor:
 
     Attributes:
         upper_NN: float32 (N, N), upper triangular.
-        damping: what was added to the diagonal, as a share of its mean; more than was asked for where H has so little
+        damping: what was added to the diagonal, as a share of its mean; more than requested where H has so little
             rank (fewer tokens than channels) that it could not be factored otherwise.
         dead_channels: channels whose inputs were all zero. No error is fed into or out of them.
         tokens: how many tokens H was made of; 0 if that is not known.

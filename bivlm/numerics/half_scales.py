@@ -1,4 +1,4 @@
-"""Scales on disk: float16 numbers times one power of two a tensor, so that weights of any size keep 11 bits."""
+"""Scales on disk: float16 numbers times one power of two per tensor, so that weights of any size keep 11 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the inputs of a site's linear layers look like over the calibration samples.
+"""Statistics of the inputs of a site's linear layers over the calibration samples.
 
 A site is one or more linear layers that read the same tensor: q, k and v share one, gate and up share one.
 """

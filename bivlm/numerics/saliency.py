@@ -1,4 +1,4 @@
-"""Saliency: which weights matter most to what a layer gives.
+"""Saliency: which weights matter most to a layer's output.
 
 ========== =============================================================================================
 metric     score of weight ``w_ij``

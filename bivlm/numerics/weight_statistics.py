@@ -1,4 +1,4 @@
-"""What one layer's weights look like: an exact magnitude histogram, its moments and its largest weights.
+"""Statistics of one layer's weights: an exact magnitude histogram, its moments and its largest weights.
 
 A 16-bit float has at most 32,768 distinct magnitudes, so counting bit patterns loses nothing: the sum, the count and
 the squares of the weights between any two cut-offs follow from the histogram, and the layer need not be read again.

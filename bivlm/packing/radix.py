@@ -2,7 +2,7 @@
 
 Three base-10 symbols, for example, fill 1,000 of the 1,024 values of a 10-bit word: an 8-bit and a 2-bit plane,
 3.333 bits per symbol against log2(10) = 3.322. Rows begin on byte boundaries of every plane, so a kernel can start at
-any row. Rebuilding is one table look-up a word.
+any row. Rebuilding is one table look-up per word.
 """
 
 from __future__ import annotations

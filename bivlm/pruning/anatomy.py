@@ -1,4 +1,4 @@
-"""What pruning has to know of a loaded model: its layers, which of them look at images, and what an image token is."""
+"""Find what pruning needs of a loaded model: its layers, which of them look at images, and the image token."""
 
 from __future__ import annotations
 

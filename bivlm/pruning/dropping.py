@@ -1,4 +1,4 @@
-"""Tokens dropped from every prompt that a model reads, for as long as a block lasts."""
+"""Drop tokens from every prompt that a model reads within a block."""
 
 from __future__ import annotations
 

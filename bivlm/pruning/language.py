@@ -1,8 +1,8 @@
-"""Dropping tokens in the language model: at the prompt, physically, from some layer on.
+"""Drop tokens in the language model: at the prompt, physically, from some layer on.
 
-Layers are run through wrappers of their ``forward``. While a prompt is read they hand the layer what is left of the
+Layers are run through wrappers of their ``forward``. While a prompt is read they pass the layer what is left of the
 sequence; while an answer is generated they cut the mask's columns to what the layer's cache holds. The cache of a layer
-that dropped tokens is as short as that, and says that it is as long as the prompt, since positions go on from there.
+that dropped tokens is as short as that, and reports the length of the prompt, since positions continue from there.
 """
 
 from __future__ import annotations

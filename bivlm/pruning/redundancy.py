@@ -1,4 +1,4 @@
-"""How many image tokens a model can do without, at a loss of accuracy that is stated beforehand.
+"""Find how many image tokens a model can do without, at a loss of accuracy that is stated beforehand.
 
 A share counts as shown if the 95 % interval of its loss stays within the tolerance, as refuted if it lies beyond it.
 Between the largest that is shown and the smallest that is refuted the questions cannot tell.

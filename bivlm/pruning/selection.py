@@ -1,4 +1,4 @@
-"""Which tokens of an image stay: by a score, by diversity, or as a control.
+"""Choose which tokens of an image stay: by a score, by diversity, or as a control.
 
 Everything here looks at one image (or one prompt's text) at a time: n tokens, of which `count` stay. Results are bool
 (n,), and do not depend on what else is in the batch.

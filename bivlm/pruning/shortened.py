@@ -1,8 +1,8 @@
 """A sequence without its dropped tokens: what a layer computes on, and what everything around it still sees.
 
-A layer gets the kept tokens alone, in their order, with their own positions. What it gives is put back among the hidden
-states as they were: dropped tokens keep the last they had, and nobody looks at them again. Rows that keep fewer tokens
-than others of their batch begin with empty slots, which see themselves alone and are seen by nobody else.
+A layer gets the kept tokens alone, in their order, with their own positions. Its output is put back among the hidden
+states as they were: dropped tokens keep their last ones, and are not attended to again. Rows that keep fewer tokens
+than others of their batch begin with empty slots, which see themselves alone and are seen by no other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Dropping image tokens in the vision encoder, from some layer on.
+"""Drop image tokens in the vision encoder, from some layer on.
 
-Layers compute on the tokens that are left. Around them every tensor keeps its full size, with "not a number" at dropped
-places: whatever merges, packs and projects the features afterwards carries the mark to the image tokens that saw a
-dropped one, and the language model drops these (`bivlm.pruning.language`).
+Layers compute on the tokens that are left. Around them every tensor keeps its full size, with NaN at dropped places:
+whatever merges, packs and projects the features afterwards carries the mark to the image tokens that saw a dropped one,
+and the language model drops these (`bivlm.pruning.language`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a recipe says of bits across layers."""
+"""Recipe settings of the bits across layers."""
 
 from __future__ import annotations
 

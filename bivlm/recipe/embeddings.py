@@ -1,4 +1,4 @@
-"""What a recipe says of the embedding of tokens and the head."""
+"""Recipe settings of the embedding of tokens and the head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EmbeddingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     bits: Literal[4, 8]
-    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # 0: one group a row
+    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # 0: one group per row
 
 
 class RecipeEmbeddings(BaseModel):

@@ -1,4 +1,4 @@
-"""What a recipe says about finishing; apart from the work itself, which needs the model zoo."""
+"""Recipe settings of finishing; apart from the work itself, which needs the model zoo."""
 
 from __future__ import annotations
 

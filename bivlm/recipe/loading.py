@@ -1,4 +1,4 @@
-"""What to do to a model: a YAML file, checked strictly before any work begins."""
+"""Read a recipe, what to do to a model: a YAML file, checked strictly before any work begins."""
 
 from __future__ import annotations
 

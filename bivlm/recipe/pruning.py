@@ -1,4 +1,4 @@
-"""What a recipe says about pruning: which tokens are dropped, where, and by what score."""
+"""Recipe settings of pruning: which tokens are dropped, where, and by what score."""
 
 from __future__ import annotations
 

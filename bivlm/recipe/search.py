@@ -1,4 +1,4 @@
-"""What a recipe says about the search by block outputs; apart from the work itself, which needs the model zoo."""
+"""Recipe settings of the search by block outputs; apart from the work itself, which needs the model zoo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which linear layers of a model a recipe compresses."""
+"""Select the linear layers of a model that a recipe compresses."""
 
 from __future__ import annotations
 

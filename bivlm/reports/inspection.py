@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its components, its linear layers and their statistics, and what is left alone."""
+"""The contents of a checkpoint: its components, its linear layers and their statistics, and what is left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a packed checkpoint comes from, as a record that can be checked against what is stored.
+"""The lineage of a packed checkpoint, as a record that can be checked against what is stored.
 
 The record holds the identity of every step, and a step's key is the digest of its identity: whoever changes an input, a
 setting or a hash anywhere in the chain breaks a key. The end of the chain are the packed tensors in the checkpoint,
@@ -58,7 +58,7 @@ class Lineage(BaseModel):
     """Everything that a packed checkpoint was made of.
 
     `layers` names the steps of each layer by stage, `steps` holds every step's record by its key. `evaluations` names
-    steps by what they measured. `tracking` says where MLflow holds it all, `trigger` what asked for it (None in records
+    steps by what they measured. `tracking` says where MLflow holds it all, `trigger` what requested it (None in records
     of before that was written down).
     """
 

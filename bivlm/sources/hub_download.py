@@ -1,9 +1,9 @@
-"""Large files of the Hugging Face hub into its cache, going on where an earlier download was cut short.
+"""Download large files of the Hugging Face hub into its cache, resuming where an earlier download was cut short.
 
 Since version 2 huggingface_hub gives every download a temporary file of its own and drops it when the process dies, so
-that a killed download of tens of gigabytes begins anew. Here a file is fetched into ``<sha256>.incomplete`` beside the
-place it has in the cache, which the next attempt finds; when it is whole and has the sha256 that the hub says, it
-gets its name, and huggingface_hub finds it there. It goes by range requests over plain HTTP, which hubs serve for xet
+that a killed download of tens of gigabytes starts over. Here a file is fetched into ``<sha256>.incomplete`` beside its
+place in the cache, where the next attempt finds it. When it is whole and has the sha256 that the hub says, it is
+renamed, and huggingface_hub finds it there. The download uses range requests over plain HTTP, which hubs serve for xet
 storage too.
 """
 

@@ -1,4 +1,4 @@
-"""What the Hugging Face hub's refusals mean and what can be done about them."""
+"""Explain what the Hugging Face hub's refusals mean and what can be done about them."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def converts_as_clipped(path: Path) -> bool:
 
 
 def _open_file(path: Path) -> BinaryIO:
-    """Open a file for reading; raises OSError for a link, and at once for a pipe, which nobody may ever write to."""
+    """Open a file for reading; raises OSError for a link, and at once for a pipe, which may never be written to."""
     stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
     if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         return stream

@@ -1,6 +1,6 @@
-"""A model by folder, by ``s3://bucket/prefix``, or by its id on the Hugging Face hub; only what is needed is fetched.
+"""Fetch a model by folder, by ``s3://bucket/prefix``, or by its id on the Hugging Face hub; only what is needed.
 
-First the list of files and config.json: what cannot be used is refused before gigabytes are on their way.
+The list of files and config.json come first: what cannot be used is refused before gigabytes are on their way.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ HUB_TROUBLE = (
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a model lies: `folder`, the `id` it was asked for by, and its revision (None for a folder).
+    """Where a model lies: `folder`, the `id` it was requested by, and its revision (None for a folder).
 
     On the hub that is the commit's hash; below an S3 prefix see `bivlm.sources.s3_models`.
     """

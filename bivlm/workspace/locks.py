@@ -36,7 +36,7 @@ _NAME = re.compile(r"([0-9a-f]{12}-[0-9a-f]{16})\.(asked|alive)")
 def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None, left: bool = True) -> Iterator[None]:
     """Hold the lock `file` within this block; call `wait()` once if another process holds it.
 
-    The operating system frees the lock the moment its holder dies, so a killed run blocks nobody. Any thread may end
+    The operating system frees the lock the moment its holder dies, so a killed run blocks no other. Any thread may end
     the block. Unless it is to be `left` there, the file is removed at the end.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None, left: b
     try:
         yield
     finally:
-        if not left:  # while it is held; whoever waits for it then makes another, see `filelock`
+        if not left:  # while it is held; a process that waits for it then makes another, see `filelock`
             file.unlink(missing_ok=True)
         lock.release()
 

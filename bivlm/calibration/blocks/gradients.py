@@ -1,12 +1,12 @@
-"""How much each token's features matter to the model's answer: the weights g of ``H = sum_t g_t^2 x_t x_t^T``.
+"""Measure how much each token matters to the model's answer: the weights g of ``H = sum_t g_t^2 x_t x_t^T``.
 
-The divergence KL(full precision || model) and its gradient vanish at full precision; what tells the tokens apart there
+The divergence KL(full precision || model) and its gradient vanish at full precision; what distinguishes tokens there
 is its curvature, ``J^T (diag(p) - p p^T) J`` with p the probabilities and J the Jacobian of the logits. It is the mean
 of ``s s^T`` over
 
     s = J^T v,   v = sqrt(p) * e - p <sqrt(p), e>,   e normal,
 
-one backward pass a draw. (Answers drawn from p, as in Fisher's definition, have the same mean but vary far more where
+one backward pass per draw. (Answers drawn from p, as in Fisher's definition, have the same mean but vary far more where
 the model is sure of itself.) One draw for every token of a reply gives ``g_t = ||s_t||``, the norm over all outputs of
 a site's linear layers for token t. A weight error E then raises the divergence by about
 ``sum_t g_t^2 ||E x_t||^2 / 2`` per output channel if errors and gradients are independent, as in K-FAC.
@@ -39,7 +39,7 @@ class UnitGradients:
         unit: its name.
         norms: for every sample g, float32 (T,), by site.
         squares: by linear layer ``sum_t s_ti^2 x_tj^2``, float32 (M, N), over all samples: the diagonal of the
-            divergence's curvature in the layer's weights; empty if not asked for.
+            divergence's curvature in the layer's weights; empty if not requested.
     """
 
     unit: str

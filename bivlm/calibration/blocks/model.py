@@ -3,7 +3,7 @@
 A step runs the model's forward on a sample with every unit replaced by a gate: the unit in question runs and ends the
 step; those whose outputs are known give them; the others let the hidden states pass, since whatever they would add is
 replaced at the last gate before the unit. So masks, positions, rotary angles, windows and cross-attention are the
-model's own business, in whatever architecture.
+model's own, in whatever architecture.
 """
 
 from __future__ import annotations

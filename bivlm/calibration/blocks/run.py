@@ -21,7 +21,7 @@ class UnitRun:
     Attributes:
         outputs: the unit's output for every sample, on the CPU, in the model's dtype; None for vision and adaptor
             where a sample has no image.
-        sites: input statistics by site; empty if they were not asked for.
+        sites: input statistics by site; empty if they were not requested.
         site_of: the site of every linear layer that can be packed.
     """
 

@@ -2,12 +2,12 @@
 
 With ``refit: false`` and ``objective: error`` it is the paper's algorithm 3 to the letter. ``refit: true`` solves the
 row scales of algorithm 1 once more after its last step has rounded B, which the paper leaves out and which halves the
-error; ``objective: rate`` makes the search pay for salient positions.
+error; ``objective: rate`` also counts the bits needed to store salient positions.
 
-The paper looks at weights alone. ``saliency`` chooses as many salient weights as the search asks for by another metric
-(`bivlm.numerics.saliency`); ``feedback: true`` quantizes column by column and lets later columns make up for what
-earlier ones lost (`bivlm.numerics.error_feedback`): a weight then takes the nearest of its layer's levels, which are
-those of the weights as they were.
+The paper looks at weights alone. ``saliency`` chooses the searched number of salient weights by another metric
+(`bivlm.numerics.saliency`). ``feedback: true`` quantizes column by column and compensates the error of earlier columns
+in later ones (`bivlm.numerics.error_feedback`): a weight then takes the nearest of its layer's levels, which are those
+of the weights as they were.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class BiVLM(Method[BiVLMSettings]):
         return settings.p_max
 
     def curve(self, statistics: LayerStatistics, settings: BiVLMSettings) -> list[CurvePoint]:
-        """Return every number of groups up to 8, without salient weights and with the searched share of them."""
+        """Return points for up to 8 groups, without salient weights and with the searched share of them."""
         points = []
         for groups in range(1, 9):
             for p_max in sorted({0.0, settings.p_max}):
@@ -214,7 +214,7 @@ def _fed_back(
 
 
 class _NearestLevel:
-    """The nearest of ``+-scales`` to every weight of a column."""
+    """Finds the nearest of ``+-scales`` to every weight of a column."""
 
     def __init__(self, scales_K: np.ndarray, device: torch.device) -> None:
         # Groups are in order of magnitude, and so are their scales, unless a group had no weight to tell.

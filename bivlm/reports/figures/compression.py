@@ -1,4 +1,4 @@
-"""What one compression did to its layers, and where it stands among others."""
+"""Figures of what one compression did to its layers, and where it stands among others."""
 
 from __future__ import annotations
 

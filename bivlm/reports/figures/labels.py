@@ -1,4 +1,4 @@
-"""Where to write names among many points: beside each point, over as little as can be."""
+"""Place names among many points: beside each point, covering as little as possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The leaderboard as a figure: what is lost at the bits that are stored, and how few were claimed."""
+"""The leaderboard as a figure: the loss at the stored bits, and how few bits were claimed."""
 
 from __future__ import annotations
 

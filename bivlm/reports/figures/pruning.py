@@ -1,4 +1,4 @@
-"""What is lost when image tokens are dropped: by layer and share, and against the share as in the paper's figure 2."""
+"""Figures of the loss when image tokens are dropped: by layer and share, and by share as in the paper's figure 2."""
 
 from __future__ import annotations
 

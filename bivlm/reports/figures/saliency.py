@@ -1,4 +1,4 @@
-"""Salient weights by different metrics: the same ones or not, and how much they lie together."""
+"""Figures of salient weights by different metrics: how far they agree, and how concentrated they are."""
 
 from __future__ import annotations
 

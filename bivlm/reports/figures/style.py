@@ -1,4 +1,4 @@
-"""How every figure looks: colours, the page's letters, axes; and how a figure becomes a file.
+"""The look of every figure: colours, the page's letters, axes; and the writing of a figure to a file.
 
 matplotlib's settings belong to the whole process: they are changed under a lock, while a figure is made or rendered,
 and put back, so that figures may be made in several threads and look the same on any machine.
@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 INK, PAPER, MUTED = "#1b1f24", "#ffffff", "#6e7781"  # a page may swap the first two for its own
 ON_LIGHT, ON_DARK = "#101418", "#fcfdfe"  # letters on a colour keep theirs
-# Okabe and Ito's palette, all of it of middling lightness: told apart by most eyes, on white and on black.
+# Okabe and Ito's palette, all of it of middling lightness: distinguished by most eyes, on white and on black.
 BLUE, SKY, GREEN, PINK, ORANGE, RED = "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#d55e00"
 COMPONENT_COLOURS = {"vision": BLUE, "adaptor": GREEN, "language": RED}
 SERIES = ((ORANGE, "o"), (RED, "s"), (PINK, "^"), (BLUE, "D"), (GREEN, "v"), (SKY, "P"))

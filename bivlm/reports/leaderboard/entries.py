@@ -1,4 +1,4 @@
-"""What a board is made of: one measured recipe each, and the figures that compare them."""
+"""The entries of a board: one measured recipe each, and the figures that compare them."""
 
 from __future__ import annotations
 

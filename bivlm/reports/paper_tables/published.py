@@ -1,4 +1,4 @@
-"""What the paper reports."""
+"""The results that the paper reports."""
 
 from __future__ import annotations
 
