@@ -1,4 +1,4 @@
-"""The evaluation of a registered version: downloaded from the registry, asked, and recorded beside it."""
+"""Evaluate a registered version: download it, answer the benchmarks, and record the results beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compression leaves when it is done: files beside the checkpoint, and everything in MLflow."""
+"""Record a finished compression: files beside the checkpoint, and everything in MLflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compression was asked to do, looked up and checked before any work."""
+"""The request of a compression, looked up and checked before any work."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Request:
         embeddings: what is packed besides.
         output: the absolute path of the output folder.
         benchmarks: by name; none if nothing is evaluated. `questions` limits each to its first questions.
-        trigger: what asked for it.
+        trigger: what requested it.
     """
 
     base: checkpoint.Base

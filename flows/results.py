@@ -1,4 +1,4 @@
-"""What the full-precision and the packed model can do: both are asked the same, one after the other."""
+"""Evaluate the full-precision and the packed model on the same questions, one after the other."""
 
 from __future__ import annotations
 

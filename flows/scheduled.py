@@ -1,4 +1,4 @@
-"""What runs by the clock over the list of base models: a look every five minutes, a night's work, weekly leaderboards.
+"""Scheduled flows over the list of base models: a look every five minutes, a night's work, weekly leaderboards.
 
 The flows of a night and a week are imported when they run: a look starts often, and needs little memory.
 """

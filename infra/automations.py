@@ -2,7 +2,7 @@
 
 A run whose worker was killed, or whose machine is gone, cannot say so: without this it would be `Running` for ever.
 Runs send a heartbeat every ``PREFECT_FLOWS_HEARTBEAT_FREQUENCY`` seconds; one that has been silent for `SILENCE` is
-marked as crashed, which lets whoever waits for it know. Run again, it resumes from its finished steps.
+marked as crashed, which informs those who wait for it. Run again, it resumes from its finished steps.
 
 A run that has not begun sends none. If its worker died before that, or its pod finds no node or no image, it would be
 `Pending` for ever: after `WAITING` it is marked as crashed, too.

@@ -68,7 +68,7 @@ class Servers:
     """The four servers over one folder; they outlive this object and are found again by the next one.
 
     Any number of these may be at work on one folder, in one program or several: what runs, ports and secrets are read
-    from the folder, and whoever starts, stops or rotates does so `alone`.
+    from the folder, and starting, stopping and rotating are done `alone`.
 
     `ports` gives some or all of them by name; others are the usual ones where these are free (`usual`), else any. Once
     chosen, ports stay. Raises `ServerTrouble` if the folder holds something else.

@@ -1,4 +1,4 @@
-"""What is decided once for a stack and kept in its folder: every server's port, and the secrets."""
+"""Settings decided once for a stack and kept in its folder: every server's port, and the secrets."""
 
 from __future__ import annotations
 

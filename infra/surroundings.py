@@ -1,4 +1,4 @@
-"""What a machine must have for its servers to run: programs, a user for PostgreSQL, ports."""
+"""What servers need of a machine: programs, a user for PostgreSQL, ports."""
 
 from __future__ import annotations
 

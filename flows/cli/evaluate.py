@@ -1,4 +1,4 @@
-"""``bivlm evaluate``: a checkpoint on a benchmark, alone or beside another one that is asked the same questions."""
+"""``bivlm evaluate``: a checkpoint on a benchmark, alone or against another one on the same questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A flow that a command runs here, in its own process, with a temporary Prefect server if no other is configured."""
+"""Run a flow in the command's own process, with a temporary Prefect server if no other is configured."""
 
 from __future__ import annotations
 

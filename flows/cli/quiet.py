@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-# What somebody has set is respected. Errors reach the terminal through the command itself, hence CRITICAL.
+# What the user has set is respected. Errors reach the terminal through the command itself, hence CRITICAL.
 _SETTINGS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",

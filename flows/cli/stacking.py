@@ -1,4 +1,4 @@
-"""Tables in any width: as a table where every word of it fits, else row by row, so that no figure is cut."""
+"""Fit tables to any width: as a table where every word of it fits, else row by row, so that no figure is cut."""
 
 from __future__ import annotations
 

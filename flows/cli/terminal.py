@@ -115,7 +115,7 @@ def nobody_reads() -> bool:
     except (OSError, ValueError):  # no file
         return False
     poll = select.poll()
-    poll.register(output, 0)  # what is wrong with it is told in any case; flushing would only tell if something is left
+    poll.register(output, 0)  # errors are reported in any case; flushing would only report them if something is left
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
     _give_up(output)

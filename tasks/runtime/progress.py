@@ -1,4 +1,4 @@
-"""How tasks report progress, without knowing who shows it."""
+"""Report the progress of tasks, without knowing who shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps: looked up in the workspace by key, run if they are not there, and recorded."""
+"""Look steps up in the workspace by key, run those that are not there, and record them."""
 
 from __future__ import annotations
 

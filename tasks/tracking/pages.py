@@ -158,7 +158,7 @@ def _base_page(client: MlflowClient, tags: VersionTags) -> str:
 
 
 def _write_on_logged_model(client: MlflowClient, model_id: str, text: str) -> None:
-    """Write the page of a logged model, unless somebody has deleted it."""
+    """Write the page of a logged model, unless it was deleted."""
     try:
         if client.get_logged_model(model_id).tags.get(Tag.NOTE) != text:
             client.set_logged_model_tags(model_id, {Tag.NOTE: text})
@@ -168,7 +168,7 @@ def _write_on_logged_model(client: MlflowClient, model_id: str, text: str) -> No
 
 
 def _write_on_run(client: MlflowClient, version: ModelVersion, stands: Standing) -> None:
-    """Begin the run's description with where its version stands, unless somebody has deleted the run."""
+    """Begin the run's description with the place of its version, unless the run was deleted."""
     try:
         note = client.get_run(version.run_id).data.tags.get(Tag.NOTE, "")
     except MlflowException as error:

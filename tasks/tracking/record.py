@@ -1,4 +1,4 @@
-"""What a compression and its evaluations leave on runs: metrics, tables, data sets, child runs, documents."""
+"""Write a compression and its evaluations to MLflow runs: metrics, tables, data sets, child runs, documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registered versions in MLflow: found, downloaded, tagged."""
+"""Find, download and tag registered versions in MLflow."""
 
 from __future__ import annotations
 

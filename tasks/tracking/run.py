@@ -40,7 +40,7 @@ _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databric
 
 @dataclass(frozen=True)
 class Tracking:
-    """A compression's place in MLflow; `trigger` is what first asked for it."""
+    """A compression's place in MLflow; `trigger` is what first requested it."""
 
     uri: str
     experiment_id: str
@@ -218,7 +218,7 @@ def lineage_tags(base: Base, recipe: Recipe, request: str, trigger: str) -> dict
 
 @contextmanager
 def unless_there() -> Iterator[None]:
-    """Leave this block if MLflow says that what is created in it is there already: somebody else was faster."""
+    """Leave this block if MLflow says that what is created in it is there already: another run was faster."""
     try:
         yield
     except MlflowException as error:

@@ -1,4 +1,4 @@
-"""`bivlm sweep` and `bivlm redundancy`: fewer tokens, and what that costs."""
+"""`bivlm sweep` and `bivlm redundancy`: drop image tokens, and measure what that costs."""
 
 from __future__ import annotations
 
