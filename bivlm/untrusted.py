@@ -56,7 +56,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of JSON document may be.
+    """The bounds of a kind of JSON document.
 
     Attributes:
         max_bytes: its largest size.

@@ -38,7 +38,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class _Page:
-    """What the page and MLflow show: the lineage record, the results, and the figures."""
+    """The content of the page and of MLflow: the lineage record, the results, and the figures."""
 
     lineage: Lineage
     report: Report

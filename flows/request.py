@@ -25,7 +25,7 @@ from tasks.runtime.device import Device, choose_device
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that the caller said, looked up and found to be in order.
+    """The caller's request, looked up and checked.
 
     Attributes:
         linears, layers: what is packed, as the checkpoint has it and as the stages take it.

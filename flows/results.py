@@ -21,7 +21,7 @@ from tasks.runtime.steps import Figures, StepResult
 
 @dataclass(frozen=True)
 class Results:
-    """What both models can do: evaluations by benchmark, the loss between them, and the divergence.
+    """The results of both models: evaluations by benchmark, the loss between them, and the divergence.
 
     `chance` is by benchmark, in percent, None where it is unknown; `measured_on` names the samples of the divergence.
     """
@@ -90,7 +90,7 @@ def measure(request: Request, model: CompressedModel, publish: Callable[[], None
 
 
 def evaluate_both(request: Request, model: CompressedModel, publish: Callable[[], None]) -> Results:
-    """Ask full precision first (once per base model, whatever the recipe), then the packed checkpoint as it is stored.
+    """Evaluate full precision (once per base model, whatever the recipe), then the packed checkpoint as it is stored.
 
     One after the other: each already uses all cores, or the one GPU, and a model is loaded once for its benchmarks.
     """
@@ -123,7 +123,7 @@ def evaluate_both(request: Request, model: CompressedModel, publish: Callable[[]
 
 
 def sweep_both(request: Request, model: CompressedModel, publish: Callable[[], None]) -> SweepResult:
-    """Ask both models in every cell of the recipe's sweep."""
+    """Evaluate both models in every cell of the recipe's sweep."""
     base, sweep = request.base, request.sweep
     subjects = [
         Subject("full precision", str(base.model.folder), base.sha256, base.modules),

@@ -35,12 +35,12 @@ Questions = Annotated[int, Field(ge=1)]
 
 
 class SomeFailed(RuntimeError):
-    """Some models failed; the others were seen to."""
+    """Some models failed; the others were handled."""
 
 
 @dataclass(frozen=True)
 class WatchResult:
-    """What a look came to: ids of events, and by model why it has no revision yet."""
+    """The result of a look: ids of events, and by model why it has no revision yet."""
 
     seen: list[str]
     emitted: list[str]

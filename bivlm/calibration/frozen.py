@@ -34,7 +34,7 @@ class CalibrationSet:
     """A frozen folder: ``conversations.jsonl``, ``held_out.jsonl``, PNG images, and ``drawn.json`` on how it came.
 
     Attributes:
-        folder: where it lies.
+        folder: where it is.
         samples: samples to calibrate on.
         held_out: samples that calibration never sees.
         text_only: how many of `samples` are without an image.

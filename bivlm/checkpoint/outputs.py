@@ -175,7 +175,7 @@ def some_of(names: list[str]) -> str:
 
 @contextmanager
 def own_copy(folder: Path) -> Iterator[Path]:
-    """Give a folder with bivlm's files of `folder` alone; it lies beside it, and is made of hard links if possible."""
+    """Yield a folder with bivlm's files of `folder` alone; it lies beside it, and is made of hard links if possible."""
     place = _fresh(_beside(folder, "copy"))
     try:
         copy = place / "checkpoint"

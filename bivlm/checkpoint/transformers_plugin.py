@@ -96,7 +96,7 @@ auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (BiVLMConfig,)  # type: ignore[assignmen
 
 @register_quantizer(QUANT_METHOD)
 class BiVLMQuantizer(HfQuantizer):
-    """Swaps packed layers in before the weights are read, checks them, and rebuilds them if asked to."""
+    """Swaps packed layers in before the weights are read, checks them, and rebuilds them if the config says so."""
 
     requires_calibration = True  # a model is compressed by the pipeline, never on the fly
     quantization_config: BiVLMConfig

@@ -43,13 +43,13 @@ Rebuild = Callable[[str, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Found:
-    """What the search of a group came to.
+    """The result of searching a group.
 
     Attributes:
         chosen: by linear layer, which of its candidates.
-        error_before, error_after: ``||Y_q - Y||^2 / ||Y||^2`` of the group's output over all samples, with everybody's
-            first candidate and with those that were chosen.
-        tried: of how many choices the error was measured.
+        error_before, error_after: ``||Y_q - Y||^2 / ||Y||^2`` of the group's output over all samples, with each
+            layer's first candidate and with those that were chosen.
+        tried: for how many choices the error was measured.
         outputs: by unit, what it gives with the chosen candidates.
     """
 

@@ -80,5 +80,5 @@ def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def _slope(one: CurvePoint, other: CurvePoint) -> float:
-    """Change of the error a bit, from `one` to the dearer `other`; negative."""
+    """Return the change of the error per bit, from `one` to the dearer `other`; negative."""
     return (other.error - one.error) / (other.stored_bits - one.stored_bits)

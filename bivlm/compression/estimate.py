@@ -52,7 +52,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is: bytes of memory free for this process and those it starts, and of its GPU; None without one."""
+    """The resources: bytes of memory free for this process and those it starts, and of its GPU; None without one."""
 
     memory: float
     gpu: float | None
@@ -78,7 +78,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done.
+    """The work to estimate.
 
     Attributes:
         layers: the linear layers to compress, each with its settings.

@@ -42,10 +42,10 @@ SLOWER = 3.0  # by which the rate is divided
 
 @dataclass(frozen=True)
 class Finished:
-    """Packed weights by layer, as long as they were, and what tuning did for conversations that were not tuned on.
+    """Packed weights by layer, as long as they were, and the effect of tuning on samples that were not tuned on.
 
-    `kl_before` and `kl_after` are in nats per token, a mean over conversations of the mean over each reply's tokens.
-    `steps` were taken, at first at `learning_rate`; 0 when none was of use, and the weights are as they were.
+    `kl_before` and `kl_after` are in nats per token, a mean over samples of the mean over each reply's tokens.
+    `steps` were taken, at first at `learning_rate`; 0 if none helped, and the weights are as they were.
     """
 
     packed: dict[str, torch.Tensor]
@@ -69,14 +69,14 @@ def finish(
     """Tune the numbers of `packed` (by the names of linear layers in `model`).
 
     `model` is the full-precision model; its linear layers get the rebuilt weights and are of no use afterwards.
-    `full_precision` holds its log-probabilities on the `conversations`. How far to go is found out on a part of these,
-    judged by the others: as many steps as leave the smallest divergence there, at a third of the rate where it is too
-    high for as many numbers as the format holds. Then so many steps are taken on all.
+    `full_precision` holds its log-probabilities on the `conversations`. The number of steps is chosen by tuning on a
+    part of these and judging by the others: as many as leave the smallest divergence there, at a third of the rate
+    where that is too high for as many numbers as the format holds. Then as many steps are taken on all.
 
-    Beside the model there are the gradients of the packed layers' weights, and of one layer at a time what its codec
-    needs. At most `together` conversations of a batch go through the model at once, all of them by default; with fewer
+    Beside the model, the gradients of the packed layers' weights are in memory, and what the codec of one layer at a
+    time needs. At most `together` samples of a batch go through the model at once, all of them by default; with fewer
     it takes less memory and longer. Raises `InputError` for a layer that the model does not have and for a single
-    conversation, ArithmeticError if the divergence is or becomes NaN.
+    sample, ArithmeticError if the divergence is or becomes NaN.
     """
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
     answers = _Answers(model, processor, conversations, full_precision, together or settings.batch)
@@ -173,7 +173,7 @@ class _Tuned:
 
 
 class _Answers:
-    """What the model says to the conversations, against what full precision says."""
+    """The model's answers to the samples, against those of full precision."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class LayerBits(BaseModel):
 
 
 class LayerRecord(BaseModel):
-    """What packing a layer gave.
+    """The record of packing a layer.
 
     Attributes:
         error: ``||W - W_rebuilt||^2 / ||W||^2``.
@@ -36,7 +36,7 @@ class LayerRecord(BaseModel):
             calibration tokens; None for a method that does not look at inputs.
         bits: bits per weight.
         nbytes: the packed tensor's length.
-        figures: what the method had to say, see `bivlm.methods.Quantized`.
+        figures: those of the method, see `bivlm.methods.Quantized`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -112,7 +112,7 @@ def measure(
     inputs: SiteStatistics | None = None,
     figures: Mapping[str, int | float] | None = None,
 ) -> LayerRecord:
-    """Return the record of a packed weight, measured on what it rebuilds; `figures` are what its method had to say.
+    """Return the record of a packed weight, measured on what it rebuilds; `figures` are those of its method.
 
     Raises `InputError` naming `name` for a packed weight that no checkpoint may hold, such as one that does not rebuild
     finite weights.

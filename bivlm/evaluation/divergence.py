@@ -58,10 +58,10 @@ def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tenso
 def reference_logits(
     model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[CalibrationSample], file: str | Path
 ) -> Path:
-    """Write the full-precision model's log-probabilities for later comparisons, one entry a conversation.
+    """Write the full-precision model's log-probabilities for later comparisons, one entry per sample.
 
     A safetensors file with float16 entries ``00000``, ``00001``, ... of shape (T, vocabulary); one is held at a time.
-    The same model gives the same bytes. Raises `InputError` as `read_reply`, and when there is no conversation.
+    The same model gives the same bytes. Raises `InputError` as `read_reply`, and when there is no sample.
     """
     file = Path(file)
     if not conversations:

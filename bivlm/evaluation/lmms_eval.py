@@ -97,7 +97,7 @@ class BivlmModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
 
 def manifest() -> ModelManifest:
-    """Return what lmms-eval asks the entry point for."""
+    """Return what lmms-eval expects from the entry point."""
     return ModelManifest(model_id="bivlm", simple_class_path=f"{__name__}.{BivlmModel.__name__}")
 
 

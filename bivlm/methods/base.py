@@ -19,7 +19,7 @@ GRADIENTS: frozenset[Need] = frozenset({"weights", "inputs", "gradients"})
 
 
 class MethodSettings(BaseModel):
-    """What a recipe may say about a method; every method extends it. Unknown keys are refused."""
+    """The recipe settings of a method; every method extends them. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -42,7 +42,7 @@ class LayerPlan(BaseModel):
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a layer would cost and lose with one choice of settings.
+    """The cost and error of a layer with one choice of settings.
 
     Attributes:
         settings: the method's settings, whole, ready for JSON.
@@ -57,7 +57,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A packed weight, uint8 (bytes,), see `bivlm.packing`; and what there is to say of how it was made.
+    """A packed weight, uint8 (bytes,), see `bivlm.packing`; and figures on how it was made.
 
     `figures` are small numbers by name, for example the damping of a second moment or its dead channels.
     """
@@ -91,7 +91,7 @@ class Method(ABC, Generic[S]):
         return 0.0
 
     def curve(self, statistics: LayerStatistics, settings: S) -> list[CurvePoint]:
-        """Return the choices of settings worth having, without quantizing; none if the method leaves no choice.
+        """Return a point for each choice of settings worth having, without quantizing; none if there is no choice.
 
         The settings that the choice is not about stay as in `settings`.
         """

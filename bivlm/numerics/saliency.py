@@ -28,7 +28,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 def scores(
     metric: Metric, weight_MN: torch.Tensor, inputs: SiteStatistics | None = None, *, damping: float = 0.01
 ) -> torch.Tensor:
-    """Score of every weight, float32 (M, N); larger is more salient. See the module's table.
+    """Return the score of every weight, float32 (M, N); larger is more salient. See the module's table.
 
     Where the inputs say nothing, because no token was seen, or none that reaches the answer, it is the magnitude.
     Raises ValueError for a metric without input statistics.

@@ -48,7 +48,7 @@ ArrayT = TypeVar("ArrayT", "np.ndarray", "torch.Tensor")
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of a packed weight say.
+    """The header of a packed weight.
 
     `sections` are (begin, end) byte offsets into the packed tensor.
     """

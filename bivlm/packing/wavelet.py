@@ -64,7 +64,7 @@ _PARAMETERS = struct.Struct("<IBBh")
 
 @dataclass(frozen=True)
 class Coded:
-    """What does not change when a weight is tuned.
+    """The parts of a weight that tuning does not change.
 
     Attributes:
         symbols_MN: uint8 (M, N), below 4, of the rows' coefficients.

@@ -23,7 +23,7 @@ from bivlm.recipe.pruning import PRUNING_KEY, PruningSettings
 
 @dataclass(frozen=True)
 class Kept:
-    """What was left of the prompt that was read last, bool: true for a token that was kept.
+    """The kept tokens of the prompt that was read last, bool: true for a token that was kept.
 
     Attributes:
         vision: of the tokens in the vision encoder (images or tiles, tokens); None if it drops none.
@@ -37,7 +37,7 @@ class Kept:
 
 
 class Pruning:
-    """What `pruned` gives: a look at what it does."""
+    """The view that `pruned` yields of what it does."""
 
     def __init__(self, language: LanguagePruning, vision: VisionPruning | None, tally: Tally) -> None:
         self._language, self._vision, self._tally = language, vision, tally

@@ -20,7 +20,7 @@ STEPS = 100  # shares are whole percents
 
 @dataclass(frozen=True)
 class Redundancy:
-    """How far image tokens can be dropped.
+    """How many image tokens can be dropped.
 
     Attributes:
         shown: the largest share, among those looked at, whose loss is shown to be within the tolerance; None if there

@@ -19,7 +19,7 @@ class EmbeddingSettings(BaseModel):
 
 
 class RecipeEmbeddings(BaseModel):
-    """What a recipe may say about ``tables``; at least one of the two.
+    """Recipe settings of ``tables``; at least one of the two.
 
     Attributes:
         tokens: the embedding of tokens; with it a head that shares its tensor.

@@ -50,7 +50,7 @@ class BitsGate(_OneOfTwo):
 
 
 class GateSettings(_OneOfTwo):
-    """What a candidate has to keep to become champion."""
+    """The bounds that a candidate has to keep to become champion."""
 
     accuracy: AccuracyGate | None = None
     bits: BitsGate | None = None

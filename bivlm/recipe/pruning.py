@@ -100,7 +100,7 @@ class PruningSettings(BaseModel):
 
 
 class SweepSettings(BaseModel):
-    """What a recipe may say about a sweep.
+    """Recipe settings of a sweep.
 
     Attributes:
         places: where tokens are dropped, see `PruningSettings`.
@@ -179,7 +179,7 @@ class SweepSettings(BaseModel):
 
 
 class RecipePruning(BaseModel):
-    """What a recipe may say about pruning; at least one of the two.
+    """Recipe settings of pruning; at least one of the two.
 
     Attributes:
         setting: what the packed checkpoint carries, to be applied when it is loaded for use; its accuracy and its

@@ -16,7 +16,7 @@ Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 
 
 class SearchSettings(BaseModel):
-    """What a recipe may say about the search, see `bivlm.compression.block_search`.
+    """Recipe settings of the search, see `bivlm.compression.block_search`.
 
     Attributes:
         objective: what is made small: the squared error of what a group of blocks gives, relative to full precision.

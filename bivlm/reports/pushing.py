@@ -66,7 +66,7 @@ class _BaseModel(BaseModel):
 
 
 class _Report(BaseModel):
-    """What is read of compression_report.json."""
+    """The parts of compression_report.json that are read."""
 
     base_model: _BaseModel
     recipe: dict[str, JsonValue]

@@ -89,7 +89,7 @@ def download_large(model: str, commit: str, files: Sequence[LargeFile]) -> None:
 
 
 class _EndedError(Exception):
-    """Another file failed, or the user has had enough."""
+    """Another file failed, or the user ended the download."""
 
 
 def _download(model: str, commit: str, file: LargeFile, blob: Path, progress: type) -> None:
@@ -141,7 +141,7 @@ def _complete(model: str, commit: str, file: LargeFile, partial: Path, progress:
 
 
 def _may_heal(error: HfHubHTTPError) -> bool:
-    """Return whether the hub is in trouble, or a signed address has expired, which another host than the hub says."""
+    """Return whether a retry may help: the hub is in trouble, or a signed address of another host has expired."""
     response = error.response
     return response.status_code >= httpx2.codes.INTERNAL_SERVER_ERROR or bool(response.history)
 

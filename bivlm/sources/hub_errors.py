@@ -69,7 +69,7 @@ _PASSING = {httpx2.codes.REQUEST_TIMEOUT, httpx2.codes.TOO_EARLY, httpx2.codes.T
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """Return the hub's own answer, where the client has wrapped it in what it could not do then."""
+    """Return the hub's own answer, from within the client's errors that it caused."""
     while not isinstance(error, httpx2.HTTPError | OfflineModeIsEnabled) and error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -147,7 +147,7 @@ def _check_names(model: str, commit: str, names: Sequence[str]) -> None:
 
 
 def _is_small(name: str) -> bool:
-    """Return whether it is a config or the like; of the tokenizer's files some are large."""
+    """Return whether a file is a config or the like; some of the tokenizer's files are large."""
     return "/" not in name and (name in (CARD, WEIGHTS_INDEX) or name.endswith("config.json") or is_licence_name(name))
 
 

@@ -56,7 +56,7 @@ def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None, left: b
 
 @contextmanager
 def one_machine_at_a_time(workspace: Workspace, what: str, wait: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Have `what` (letters and digits) to oneself among all who use the workspace; call `wait()` if another has it.
+    """Hold `what` (letters and digits) alone among all who use the workspace; call `wait()` if another has it.
 
     In a folder a lock does this, which all who share the folder see. In S3 the lock is that of this machine, and the
     machines take turns. A machine that shows no sign of life for a minute loses its turn without noticing.

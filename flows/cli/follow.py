@@ -112,7 +112,7 @@ def follow(
     patience_seconds: float = 900.0,
     timeout_seconds: float | None = None,
 ) -> Ended:
-    """Tell a run's states and log lines, and those of runs within it, until it has ended.
+    """Report a run's states and log lines, and those of runs within it, until it has ended.
 
     A server that does not answer is asked again for `patience_seconds`. Raises ConnectionError after that, and
     TimeoutError if the run takes longer than `timeout_seconds`; the run itself continues.
@@ -140,7 +140,7 @@ def follow(
 
 @dataclass
 class _View:
-    """What was printed of a run so far: its last state and its log lines, each once, though some come late."""
+    """What was reported of a run so far: its last state and its log lines, each once, though some come late."""
 
     run_id: UUID
     tell: Callable[[str], None]
@@ -150,7 +150,7 @@ class _View:
     newest: datetime | None = None
 
     def refresh(self, client: SyncPrefectClient) -> Ended | None:
-        """Tell what is new; return how the run ended, or None."""
+        """Report what is new; return how the run ended, or None."""
         run = client.read_flow_run(self.run_id)
         runs = [self.run_id, *_within(client, self.run_id)]
         if run.state is None:

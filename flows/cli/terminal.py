@@ -28,7 +28,7 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 class _Output(io.TextIOWrapper):
-    """A stdout that remembers why it could not be written to: argparse, for one, does not tell."""
+    """A stdout that remembers why it could not be written to: argparse, for one, does not report it."""
 
     failure: OSError | None = None
 
@@ -50,7 +50,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Forgiving(io.TextIOWrapper):
-    """A stderr that cannot be written to fails nothing: whoever could be told of it does not read it."""
+    """A stderr that ignores failed writes: nobody would read about them."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):

@@ -102,7 +102,7 @@ def audit_version(client: MlflowClient, version: ModelVersion) -> dict[str, Any]
 def audit_base(client: MlflowClient, base: str) -> list[dict[str, Any]]:
     """Return all registered versions made of a base model, given by its id or at least 8 digits of its sha256.
 
-    A row a version: ``{"version", "standing", "base", "revision", "sha256", "recipe", "trigger", "bits", "accuracy",
+    A row is ``{"version", "standing", "base", "revision", "sha256", "recipe", "trigger", "bits", "accuracy",
     "gate"}``. Raises `InputError` if nothing was made of it.
     """
     found = versions_of_base(client, base)

@@ -16,9 +16,9 @@ _REPLY, _OUTPUT, _ABSENT = "reply", "output", "absent"
 
 
 class SampleTensors:
-    """What `write_samples` wrote: for every sample some tensors by name.
+    """The file of `write_samples`: for every sample some tensors by name.
 
-    Plain reads: of a mapped file the samples that are done with would still count as memory.
+    It is read plainly: the used samples of a mapped file would still count as memory.
     """
 
     def __init__(self, file: str | Path) -> None:

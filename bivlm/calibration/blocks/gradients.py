@@ -33,7 +33,7 @@ Outputs = Mapping[str, SampleTensors]
 
 @dataclass(frozen=True)
 class UnitGradients:
-    """What the answer's gradients say of a unit.
+    """The answer's gradients in a unit.
 
     Attributes:
         unit: its name.
@@ -210,7 +210,7 @@ def _add_up(made: list[_Made], totals: dict[str, torch.Tensor] | None) -> dict[s
 
 @dataclass(frozen=True)
 class _Made:
-    """What a linear layer took in and gave, or the gradient of what it gave."""
+    """The input and output of a linear layer, or its input and the output's gradient."""
 
     name: str
     site: str

@@ -73,7 +73,7 @@ class BlockwiseModel:
 
     @property
     def name(self) -> str:
-        """What messages call the model: its folder."""
+        """The model's name in messages: its folder."""
         return f"model {self._checkpoint.folder}"
 
     @property
@@ -196,7 +196,7 @@ class BlockwiseModel:
         return rows.to(self.dtype)[places].to(self.device)
 
     def _disk_names(self) -> dict[str, str]:
-        """Name on disk by name in the loaded model, of tensors that are loaded as they are."""
+        """Return the name on disk by name in the loaded model, of tensors that are loaded as they are."""
         self._loaded = loaded_names(self._model, self._checkpoint.entries)
         sources = {goal.names[0]: disk_name for disk_name, goal in self._loaded.items() if not goal.converted}
         # Each tensor on disk is read for its own parameter; where two are tied, they are equal.

@@ -16,7 +16,7 @@ from bivlm.numerics.input_statistics import SiteStatistics
 
 @dataclass(frozen=True)
 class UnitRun:
-    """What came of a unit.
+    """The result of running a unit on all samples.
 
     Attributes:
         outputs: the unit's output for every sample, on the CPU, in the model's dtype; None for vision and adaptor

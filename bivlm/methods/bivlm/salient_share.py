@@ -21,7 +21,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Candidate:
-    """A salient share and what it leads to.
+    """A salient share and its result.
 
     Attributes:
         p_sal: nominal (Gaussian) salient share.

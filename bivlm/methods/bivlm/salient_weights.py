@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SalientCode:
-    """Algorithm 1's answer for the salient weights of a layer.
+    """Algorithm 1's result for the salient weights of a layer.
 
     Attributes:
         levels_S: uint8 (S,), index of each weight's centre.

@@ -131,7 +131,7 @@ def plain_ticks(axis: Axis, locator: LogLocator) -> None:
 
 
 def finite_number(value: Any) -> float | None:
-    """Return the value if it is a finite number."""
+    """Return the value if it is a finite number, else None."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 

@@ -46,7 +46,7 @@ class FullPrecision(BaseModel):
 
 
 class _Recipe(BaseModel):
-    """What is known of a recipe before it is carried out.
+    """The facts of a recipe that are known before it is carried out.
 
     Attributes:
         recipe: the recipe's name, which no other entry has.
