@@ -73,14 +73,14 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _request(error: BaseException) -> str:
-    """Return the request of an httpx error and, after a timeout, how many seconds it was given; else nothing."""
+    """Return the request of an httpx error and, after a timeout, how many seconds it was given; empty without one."""
     try:
         request = error.request  # type: ignore[attr-defined]
         asked = text_without_credentials(f"{request.method} {request.url}")
         patience = request.extensions.get("timeout", {})
     except (AttributeError, RuntimeError):  # none, or not known to it
         return ""
-    # Of ConnectTimeout, ReadTimeout, WriteTimeout and PoolTimeout the first word.
+    # The first word of ConnectTimeout, ReadTimeout, WriteTimeout or PoolTimeout.
     phase = type(error).__name__.removesuffix("Timeout").lower()
     seconds = patience.get(phase)
     return asked if seconds is None else f"{asked} was not answered within {seconds:g} s"

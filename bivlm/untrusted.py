@@ -34,7 +34,7 @@ _MAX_REPEATS = 10_000
 _MERGE = "tag:yaml.org,2002:merge"
 _SHOWN = 120  # characters of a value in a message
 
-# What a path itself can be guilty of. Other errors of the system (a disk, a network) are no fault of the input.
+# Errors that the path itself causes. Other errors of the system (a disk, a network) are not the input's fault.
 _OF_THE_PATH = {
     errno.EACCES,
     errno.EISDIR,

@@ -82,7 +82,7 @@ def measure(request: Request, model: CompressedModel, publish: Callable[[], None
     results = evaluate_both(request, model, publish) if request.benchmarks else None
     found = {}
     if varied := curves.varied_layers(request.layers):  # with the recipe's settings, whatever was chosen since
-        # Started again, so that no worker waited, in memory, while models were asked.
+        # Started again, so that no worker waited, in memory, while models were evaluated.
         with started(request.runner) as workers:
             found = side_by_side(curves.measure_curves, varied, request.store.url, publish, workers)
     sweep = sweep_both(request, model, publish) if request.sweep else None

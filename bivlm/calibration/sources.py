@@ -26,7 +26,7 @@ from bivlm.sources.samples import CalibrationSample
 if TYPE_CHECKING:
     from bivlm.sources.hub_datasets import StreamedRows
 
-# By these names columns are found that the recipe does not name, the first one that is there.
+# Columns to look for if the recipe names none; the first one that is there is taken.
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png")
 CONVERSATION_COLUMNS = ("conversations", "conversation", "messages", "texts")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")

@@ -185,7 +185,7 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
 
     Raises `InputError` for a config that makes no model, and for an unknown architecture that is none for images.
     """
-    # Imported here because they bring in the model zoo, which takes seconds.
+    # Imported here because they import transformers' models, which takes seconds.
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 

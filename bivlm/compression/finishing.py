@@ -36,7 +36,7 @@ from bivlm.sources.samples import CalibrationSample
 Progress = Callable[[int, int], None]
 JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
 PATIENCE = 4  # judgements in a row without a better one, after which a rate is given up
-RATES = 3  # tried from the first weights, each only if no step at the one before was of use
+RATES = 3  # tried from the first weights, each only if no step at the one before helped
 SLOWER = 3.0  # by which the rate is divided
 
 

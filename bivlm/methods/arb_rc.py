@@ -28,7 +28,7 @@ class ARBSettings(MethodSettings):
     method: Literal["arb_rc"]
     block: int = Field(default=BLOCK, ge=1, le=rowblock.LARGEST_BLOCK)  # columns that share row scales
     salient_columns: int = Field(default=49, ge=0, le=4096)  # most of them in a block
-    iterations: int = Field(default=15, ge=0, le=1000)  # of solving for row and column scales in turns
+    iterations: int = Field(default=15, ge=0, le=1000)  # alternations of row and column scales
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
 
 

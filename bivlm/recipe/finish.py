@@ -1,4 +1,4 @@
-"""Recipe settings of finishing; apart from the work itself, which needs the model zoo."""
+"""Recipe settings of finishing, apart from the work itself, which needs transformers' models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipe settings of the gate; apart from the decision, which knows what was measured."""
+"""Recipe settings of the gate, apart from the decision, which knows what was measured."""
 
 from __future__ import annotations
 

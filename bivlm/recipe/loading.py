@@ -42,7 +42,7 @@ __all__ = [
     "shipped_recipes",
 ]
 
-_PROBLEMS = 20  # that a message lists
+_PROBLEMS = 20  # listed in a message
 
 
 def _settings(settings: Any) -> MethodSettings:

@@ -92,7 +92,7 @@ def heartbeat(store: Store, first: str, alive: str, every_seconds: float) -> Ite
 
     def beat() -> None:
         while not ended.wait(every_seconds):
-            with suppress(Exception):  # whoever works with the store reports its trouble; this is written again
+            with suppress(Exception):  # errors of the store are reported where it is used; this is written again
                 store.put_bytes(alive, b"")
 
     store.put_bytes(first, b"")

@@ -107,7 +107,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _is_outside(error: BaseException) -> bool:
     """Return whether the error is about a server, a network, a disk or a limit of this machine."""
     known = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in _OUTSIDE
-    # Without a number it does not come from the system: it is a written sentence.
+    # Without a number it does not come from the system, but from code that wrote a sentence.
     return known or (isinstance(error, OSError) and error.errno in {None, *_OF_THIS_MACHINE})
 
 

@@ -148,7 +148,7 @@ def find_or_create_run(workspace: str, base: Base, recipe: Recipe, trigger: str)
     params = {key: value for key, value in _params(base, recipe).items() if key not in run.data.params}
     client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
     label = f"{model_name(base.model)} · {recipe.name}"
-    first = run.data.tags.get(Tag.TRIGGER, NOT_RECORDED)  # who asks again finds what the first request made
+    first = run.data.tags.get(Tag.TRIGGER, NOT_RECORDED)  # a repeated request finds what the first one made
     return Tracking(client.tracking_uri, experiment_id, run.info.run_id, request, label, first)
 
 

@@ -83,7 +83,7 @@ class SiteObserver:
             raise RuntimeError(f"{name} reads the input of {leader} now, and of {self._leader[name]} before")
 
     def _add(self, leader: str, x_TN: torch.Tensor, image_T: torch.Tensor, weight_T: torch.Tensor) -> None:
-        if leader not in self._sums:  # asked first: sums that are not needed would take as much memory for a moment
+        if leader not in self._sums:  # checked first: sums that are not needed would take as much memory for a moment
             self._sums[leader] = _empty(x_TN.shape[1], x_TN.device)
         sums = self._sums[leader]
         weighted_TN = x_TN * weight_T[:, None]
