@@ -34,7 +34,7 @@ def check_revision(revision: str | None, what: str) -> str | None:
 
 
 def check_commit(commit: object, what: str) -> str:
-    """Return `commit` if it is a commit hash; else raise `InputError` naming `what` the hub or its cache says it of."""
+    """Return `commit`, as a hub or its cache says it, if it is a commit hash; else raise `InputError` naming `what`."""
     if not is_commit(commit):
         raise InputError(f"{what}: the hub, or its cache, says that it is at commit {commit!r}; expected 40 hex digits")
     return str(commit)

@@ -25,7 +25,7 @@ ENDS = {"Completed", "Failed", "Cancelled", "Crashed", "Cancelling", "GateNotPas
 
 
 def lost_runs() -> Automation:
-    """Return the automation that crashes a run without another heartbeat, or an end, within `SILENCE` of the last."""
+    """Return the automation that marks a run as crashed if no heartbeat or end follows one within `SILENCE`."""
     return _crashed_without(
         expected={_HEARTBEAT, *ENDS},
         after={_HEARTBEAT},
@@ -38,7 +38,7 @@ def lost_runs() -> Automation:
 
 
 def stuck_runs(waiting: timedelta = WAITING) -> Automation:
-    """Return the automation that crashes a run which stays in one of the pending states for longer than `waiting`."""
+    """Return the automation that marks a run as crashed if it stays in one of the pending states for `waiting`."""
     return _crashed_without(
         expected={"*"},
         after={"Pending", "Submitting", "InfrastructurePending"},

@@ -110,7 +110,7 @@ def finish(
 def _descent(
     layers: Sequence[_Tuned], answers: _Answers, numbers: Sequence[int], settings: FinishSettings, rate: float
 ) -> Iterator[int]:
-    """Run steps of Adam on some of the samples, from what is placed in the model; yield their number, from one."""
+    """Run steps of Adam on some of the samples, from what is placed in the model; yield the number of each, from 1."""
     optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step, batch in enumerate(_order(numbers, settings), 1):

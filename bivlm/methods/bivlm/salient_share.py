@@ -48,7 +48,7 @@ def evaluate_share(
     iterations: int,
     refit: bool,
 ) -> Candidate:
-    """Return J at one salient share, from the histogram and the tail: the layer itself is not read.
+    """Return the candidate at one salient share, its J from the histogram and the tail: the layer is not read.
 
     `p_sal` must not exceed the tail share of the statistics.
     """
@@ -85,7 +85,7 @@ def search_share(
     objective: Objective,
     stored_bits: Callable[[Candidate], float],
 ) -> Candidate:
-    """Search the best salient share in [0, p_max] (algorithm 3): Brent's bounded method, and both ends apart.
+    """Search the best salient share in [0, p_max] (algorithm 3): both ends, and Brent's bounded method between them.
 
     `objective` "error" is the paper's J (20). Once the row scale is refitted J falls up to p_max, so "error" ends
     there; "rate" also counts the bits: ``J * 4^stored_bits``, constant along the Gaussian rate-distortion curve.

@@ -9,7 +9,7 @@ from bivlm.reports.paper_tables.published import TABLES, Published
 
 FULL_PRECISION = "full-precision"
 # The shipped recipe behind each method's name. AWQ has no grid of fewer than two bits; `bivlm` is the paper's method to
-# the letter, `refitted` the same with what it loses solved for once more, which the paper does not have.
+# the letter, `refitted` the same with row scales that are solved once more, which the paper does not have.
 SHIPPED = {"awq": "awq-w2g128", "billm": "billm", "bivlm": "bivlm-paper", "refitted": "bivlm"}
 SAMPLES = 64  # the paper's
 OURS = {"comparison": ("refitted-language", "refitted-all"), "components": ()}
