@@ -4,7 +4,7 @@ Importing this package lets ``AutoModelForImageTextToText.from_pretrained`` load
 torch nor transformers: once transformers' quantizers are imported, before or after, ``bivlm`` is registered with them.
 
 What a notebook needs is here: `load_recipe`, `pack_layer`, `compress_model`, `measure_bits` and `load_model`. Each is
-imported when it is asked for.
+imported on first use.
 
 Shapes are written as suffix letters, here and everywhere below:
 
@@ -48,7 +48,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a function of `__all__` when it is asked for."""
+    """Import a function of `__all__` on first use."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _PLACES[name]

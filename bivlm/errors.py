@@ -1,4 +1,4 @@
-"""Bad input, a gate that was not passed, and how any failure is described.
+"""Errors for bad input and for a failed gate, and the description of any failure.
 
 The command line tells the first two from a run that failed.
 """
@@ -73,14 +73,14 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _request(error: BaseException) -> str:
-    """For an error of httpx: which request it was and, if it took too long, after how many seconds it was given up."""
+    """Return the request of an httpx error and, after a timeout, how many seconds it was given; empty without one."""
     try:
         request = error.request  # type: ignore[attr-defined]
         asked = text_without_credentials(f"{request.method} {request.url}")
         patience = request.extensions.get("timeout", {})
     except (AttributeError, RuntimeError):  # none, or not known to it
         return ""
-    # Of ConnectTimeout, ReadTimeout, WriteTimeout and PoolTimeout the first word.
+    # The first word of ConnectTimeout, ReadTimeout, WriteTimeout or PoolTimeout.
     phase = type(error).__name__.removesuffix("Timeout").lower()
     seconds = patience.get(phase)
     return asked if seconds is None else f"{asked} was not answered within {seconds:g} s"

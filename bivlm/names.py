@@ -17,24 +17,24 @@ _REVISION = re.compile(r"(?!.*\.\.)(?!.*//)[A-Za-z0-9_][A-Za-z0-9_.+/=-]{0,199}"
 
 
 def is_commit(text: object) -> bool:
-    """Whether `text` is a commit's hash of git."""
+    """Return whether `text` is a git commit hash."""
     return isinstance(text, str) and _COMMIT.fullmatch(text) is not None
 
 
 def is_sha256(text: object) -> bool:
-    """Whether `text` is a SHA-256 in hex."""
+    """Return whether `text` is a SHA-256 in hex."""
     return isinstance(text, str) and _SHA256.fullmatch(text) is not None
 
 
 def check_revision(revision: str | None, what: str) -> str | None:
-    """`revision`, of which the hub's client makes the name of a file; raises `InputError` naming `what` it is of."""
+    """Return `revision` if the hub's client can make a file name of it; else raise `InputError` naming `what`."""
     if revision is not None and (_REVISION.fullmatch(revision) is None or revision.endswith(("/", ".", ".lock"))):
         raise InputError(f"{what}: revision {revision!r}: expected the name of a branch or tag, or a commit")
     return revision
 
 
 def check_commit(commit: object, what: str) -> str:
-    """`commit` as a hub says it, or a file in its cache; raises `InputError` naming `what` it is of."""
+    """Return `commit`, as a hub or its cache says it, if it is a commit hash; else raise `InputError` naming `what`."""
     if not is_commit(commit):
         raise InputError(f"{what}: the hub, or its cache, says that it is at commit {commit!r}; expected 40 hex digits")
     return str(commit)

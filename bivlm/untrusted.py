@@ -34,7 +34,7 @@ _MAX_REPEATS = 10_000
 _MERGE = "tag:yaml.org,2002:merge"
 _SHOWN = 120  # characters of a value in a message
 
-# What a path itself can be guilty of. Other errors of the system (a disk, a network) are no fault of the input.
+# Errors that the path itself causes. Other errors of the system (a disk, a network) are not the input's fault.
 _OF_THE_PATH = {
     errno.EACCES,
     errno.EISDIR,
@@ -56,7 +56,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of JSON document may be.
+    """The bounds of a kind of JSON document.
 
     Attributes:
         max_bytes: its largest size.
@@ -120,7 +120,7 @@ def read_json(file: Path, kind: Kind = RECORD) -> Any:
 
 
 def read_object(file: Path, kind: Kind = RECORD) -> dict[str, Any]:
-    """As `read_json`, of a file that must hold an object."""
+    """Read a file that must hold an object, as `read_json` does."""
     return parse_object(read_bytes(file, kind.max_bytes), file, kind)
 
 
@@ -153,7 +153,7 @@ def parse_json(data: bytes | str, source: object, kind: Kind = RECORD) -> Any:
 
 
 def parse_object(data: bytes | str, source: object, kind: Kind = RECORD) -> dict[str, Any]:
-    """As `parse_json`, of what must be an object."""
+    """Parse what must be an object, as `parse_json` does."""
     value = parse_json(data, source, kind)
     if not isinstance(value, dict):
         raise InputError(f"{source}: expected a JSON object, found {short(value)}")
@@ -283,7 +283,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """(values, levels) of a node, with every alias written out; `known` has the nodes that were counted already."""
+    """Return (values, levels) of a node, with every alias written out; `known` has the nodes already counted."""
     if id(node) not in known:
         known[id(node)] = (MAX_YAML_NODES + 1, 0)  # for an alias to a node that it is inside of
         parts: list[yaml.Node] = []
@@ -365,7 +365,7 @@ def _too_deep(source: object) -> NoReturn:
 
 
 def _pieces(value: Any) -> Iterator[str]:
-    """The text of `repr`, piece by piece."""
+    """Yield the text of `repr`, piece by piece."""
     if type(value) is dict:
         yield "{"
         for number, (key, part) in enumerate(value.items()):

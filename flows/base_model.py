@@ -36,7 +36,7 @@ RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 @dataclass(frozen=True)
 class BaseModelResult:
-    """What became of a revision: "compressed" now or "registered before", its version, the version's page in MLflow.
+    """The result for a revision: "compressed" now or "registered before", its version, the version's page in MLflow.
 
     `output` and `gate` are those of `flows.compress.compress_flow`, if it was compressed now.
     """

@@ -90,7 +90,7 @@ def compress_flow(
     `quiet` shows no progress in the terminal. `runner` and `workers` choose who works on the layers, see
     `flows.runners.parse_runner`; the bytes are the same for all of them. `check` refuses what cannot fit into this
     machine's memory and onto its disks. Whatever the workspace, the output folder and MLflow already hold of an
-    identical request is reused. `trigger` names what asked for it, for its lineage (default: what Prefect knows, see
+    identical request is reused. `trigger` names what requested it, for its lineage (default: what Prefect knows, see
     `flows.origin.trigger_of_run`).
 
     A recipe's gate decides at the end, see `flows.gate.decide_at_the_end`. Raises `GateNotPassed`, with the result, if

@@ -1,4 +1,4 @@
-"""What a compression will need on this machine: checked before each one, and printed by ``--estimate``."""
+"""Estimate what a compression needs on this machine: checked before each one, and printed by ``--estimate``."""
 
 from __future__ import annotations
 

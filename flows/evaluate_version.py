@@ -1,4 +1,4 @@
-"""The evaluation of a registered version: downloaded from the registry, asked, and recorded beside it."""
+"""Evaluate a registered version: download it, answer the benchmarks, and record the results beside it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def evaluate_version_flow(
     questions: Annotated[int, Field(ge=1)] | None = None,
     workspace: str | None = None,
 ) -> dict[str, Any]:
-    """Ask a registered version `benchmarks`, and add the results to its run and its logged model in MLflow.
+    """Evaluate a registered version on `benchmarks`, and add the results to its run and its logged model in MLflow.
 
-    What this checkpoint was asked before is not asked again. Returns ``{"version", "page", "evaluation"}``, the figures
+    What this checkpoint has answered is not asked again. Returns ``{"version", "page", "evaluation"}``, the figures
     by benchmark. Raises `InputError` for a version or a benchmark that does not exist.
 
     Args:

@@ -127,7 +127,7 @@ class Walk:
         groups, formed = block_search.form_groups(self._calibration, units, whole, settings)
         self.steps.append(formed)
         in_turn = self._calibration.settings.inputs == "quantized"
-        if not in_turn:  # nobody goes on from a group that has nothing to choose
+        if not in_turn:  # nothing continues from a group that has nothing to choose
             groups = [group for group in groups if any(names & set(unit.linears) for unit in group)]
         expect(block_search.STAGE, len(groups))
         before = {} if in_turn else whole

@@ -1,4 +1,4 @@
-"""Progress as people see it: rows in the terminal, one artifact in Prefect's UI."""
+"""Show progress to people: rows in the terminal, one artifact in Prefect's UI."""
 
 from __future__ import annotations
 

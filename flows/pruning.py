@@ -126,7 +126,7 @@ def redundancy_flow(
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a sweep.
+    """The result of a sweep.
 
     Attributes:
         rows: of every cell, see `tasks.pruning.rows_of`.

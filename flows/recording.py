@@ -1,4 +1,4 @@
-"""What a compression leaves when it is done: files beside the checkpoint, and everything in MLflow."""
+"""Record a finished compression: files beside the checkpoint, and everything in MLflow."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class _Page:
-    """What the page and MLflow show: the lineage record, the results, and the figures."""
+    """The content of the page and of MLflow: the lineage record, the results, and the figures."""
 
     lineage: Lineage
     report: Report

@@ -1,4 +1,4 @@
-"""The paper's tables reproduced: every column for one of its models, one compression after another."""
+"""Reproduce the paper's tables: every column for one of its models, one compression after another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compression was asked to do, looked up and checked before any work."""
+"""The request of a compression, looked up and checked before any work."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tasks.runtime.device import Device, choose_device
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that the caller said, looked up and found to be in order.
+    """The caller's request, looked up and checked.
 
     Attributes:
         linears, layers: what is packed, as the checkpoint has it and as the stages take it.
         embeddings: what is packed besides.
         output: the absolute path of the output folder.
         benchmarks: by name; none if nothing is evaluated. `questions` limits each to its first questions.
-        trigger: what asked for it.
+        trigger: what requested it.
     """
 
     base: checkpoint.Base

@@ -1,4 +1,4 @@
-"""What the full-precision and the packed model can do: both are asked the same, one after the other."""
+"""Evaluate the full-precision and the packed model on the same questions, one after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tasks.runtime.steps import Figures, StepResult
 
 @dataclass(frozen=True)
 class Results:
-    """What both models can do: evaluations by benchmark, the loss between them, and the divergence.
+    """The results of both models: evaluations by benchmark, the loss between them, and the divergence.
 
     `chance` is by benchmark, in percent, None where it is unknown; `measured_on` names the samples of the divergence.
     """
@@ -82,7 +82,7 @@ def measure(request: Request, model: CompressedModel, publish: Callable[[], None
     results = evaluate_both(request, model, publish) if request.benchmarks else None
     found = {}
     if varied := curves.varied_layers(request.layers):  # with the recipe's settings, whatever was chosen since
-        # Started again, so that no worker waited, in memory, while models were asked.
+        # Started again, so that no worker waited, in memory, while models were evaluated.
         with started(request.runner) as workers:
             found = side_by_side(curves.measure_curves, varied, request.store.url, publish, workers)
     sweep = sweep_both(request, model, publish) if request.sweep else None
@@ -90,7 +90,7 @@ def measure(request: Request, model: CompressedModel, publish: Callable[[], None
 
 
 def evaluate_both(request: Request, model: CompressedModel, publish: Callable[[], None]) -> Results:
-    """Ask full precision first (once per base model, whatever the recipe), then the packed checkpoint as it is stored.
+    """Evaluate full precision (once per base model, whatever the recipe), then the packed checkpoint as it is stored.
 
     One after the other: each already uses all cores, or the one GPU, and a model is loaded once for its benchmarks.
     """
@@ -123,7 +123,7 @@ def evaluate_both(request: Request, model: CompressedModel, publish: Callable[[]
 
 
 def sweep_both(request: Request, model: CompressedModel, publish: Callable[[], None]) -> SweepResult:
-    """Ask both models in every cell of the recipe's sweep."""
+    """Evaluate both models in every cell of the recipe's sweep."""
     base, sweep = request.base, request.sweep
     subjects = [
         Subject("full precision", str(base.model.folder), base.sha256, base.modules),

@@ -222,7 +222,7 @@ def _as_workers_see_it() -> Iterator[None]:
 
 
 def _nothing() -> None:
-    """A flow in name only."""
+    """Do nothing: a flow in name only."""
 
 
 def _check_that_workers_reach_the_server(runner: Runner) -> None:

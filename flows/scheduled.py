@@ -1,4 +1,4 @@
-"""What runs by the clock over the list of base models: a look every five minutes, a night's work, weekly leaderboards.
+"""Scheduled flows over the list of base models: a look every five minutes, a night's work, weekly leaderboards.
 
 The flows of a night and a week are imported when they run: a look starts often, and needs little memory.
 """
@@ -35,12 +35,12 @@ Questions = Annotated[int, Field(ge=1)]
 
 
 class SomeFailed(RuntimeError):
-    """Some models failed; the others were seen to."""
+    """Some models failed; the others were handled."""
 
 
 @dataclass(frozen=True)
 class WatchResult:
-    """What a look came to: ids of events, and by model why it has no revision yet."""
+    """The result of a look: ids of events, and by model why it has no revision yet."""
 
     seen: list[str]
     emitted: list[str]

@@ -2,7 +2,7 @@
 
 A run whose worker was killed, or whose machine is gone, cannot say so: without this it would be `Running` for ever.
 Runs send a heartbeat every ``PREFECT_FLOWS_HEARTBEAT_FREQUENCY`` seconds; one that has been silent for `SILENCE` is
-marked as crashed, which lets whoever waits for it know. Run again, it resumes from its finished steps.
+marked as crashed, which informs those who wait for it. Run again, it resumes from its finished steps.
 
 A run that has not begun sends none. If its worker died before that, or its pod finds no node or no image, it would be
 `Pending` for ever: after `WAITING` it is marked as crashed, too.
@@ -25,7 +25,7 @@ ENDS = {"Completed", "Failed", "Cancelled", "Crashed", "Cancelling", "GateNotPas
 
 
 def lost_runs() -> Automation:
-    """After a heartbeat there must be another, or an end, within `SILENCE`; else the run has crashed."""
+    """Return the automation that marks a run as crashed if no heartbeat or end follows one within `SILENCE`."""
     return _crashed_without(
         expected={_HEARTBEAT, *ENDS},
         after={_HEARTBEAT},
@@ -38,7 +38,7 @@ def lost_runs() -> Automation:
 
 
 def stuck_runs(waiting: timedelta = WAITING) -> Automation:
-    """After one of the states in which a run is pending there must be another state within `waiting`."""
+    """Return the automation that marks a run as crashed if it stays in one of the pending states for `waiting`."""
     return _crashed_without(
         expected={"*"},
         after={"Pending", "Submitting", "InfrastructurePending"},

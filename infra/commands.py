@@ -45,7 +45,7 @@ def _run(servers: Servers, names: Sequence[str]) -> None:
         servers.start()
         _tell(servers)
         print("Ctrl-C ends them.", flush=True)
-        while _any_runs(servers):  # somebody else may stop them, or kill one and start it again
+        while _any_runs(servers):  # another process may stop them, or kill one and start it again
             time.sleep(0.5)
         print("all servers have been ended")
     except KeyboardInterrupt:
@@ -60,7 +60,7 @@ def _any_runs(servers: Servers) -> bool:
     try:
         with servers.alone.acquire(timeout=0):
             return any(map(servers.running, NAMES))
-    except Timeout:  # somebody is at work: while they rotate all are down, too
+    except Timeout:  # another process is at work: while it rotates all are down, too
         return True
 
 

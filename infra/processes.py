@@ -22,7 +22,7 @@ class Note:
         write_privately(self._file, _text(psutil.Process(pid)))
 
     def living(self) -> psutil.Process | None:
-        """The process that is noted, if it is alive."""
+        """Return the process that is noted, if it is alive."""
         try:
             pid, started = self._file.read_text().split()
             process = psutil.Process(int(pid))
@@ -39,7 +39,7 @@ class Note:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it has not ended; one that waits for its parent to notice has."""
+    """Return whether the process has not ended; one that waits for its parent to notice has."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -54,7 +54,7 @@ def ask_to_end(process: psutil.Process, by: int, seconds: float) -> None:
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all that it has started."""
+    """Return a process and all that it has started."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -1,6 +1,6 @@
-"""Random secrets as files for compose and Kubernetes: `python -m infra.secret_files FOLDER [--renew]`.
+"""Write random secrets as files for compose and Kubernetes: `python -m infra.secret_files FOLDER [--renew]`.
 
-The folder is its owner's alone; the files in it can be read by everybody who gets them handed, because containers see
+The folder is its owner's alone; the files in it can be read by all who are given them, because containers see
 them with the permissions that they have here, and run as other users.
 """
 
@@ -42,7 +42,7 @@ def write_secrets(folder: Path, *, renew: bool = False) -> list[str]:
             put(name, secrets.token_hex(10 if name.endswith("_KEY") and name.startswith("S3_") else 24))
     if renew or not (folder / "PREFECT_API_AUTH_STRING").exists():
         put("PREFECT_API_AUTH_STRING", f"bivlm:{secrets.token_hex(24)}")
-    # What the S3 server is told follows from the keys: both pairs, as rclone reads its variable.
+    # What the S3 server needs follows from the keys: both pairs, as rclone reads its variable.
     known = {name: (folder / name).read_text() for name in PLAIN if name.startswith("S3_")}
     pairs = ",".join(f'"{known[f"S3_{who}_KEY"]},{known[f"S3_{who}_SECRET"]}"' for who in ("WORKER", "MLFLOW"))
     if not (folder / "RCLONE_AUTH_KEY").exists() or (folder / "RCLONE_AUTH_KEY").read_text() != pairs:

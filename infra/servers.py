@@ -68,7 +68,7 @@ class Servers:
     """The four servers over one folder; they outlive this object and are found again by the next one.
 
     Any number of these may be at work on one folder, in one program or several: what runs, ports and secrets are read
-    from the folder, and whoever starts, stops or rotates does so `alone`.
+    from the folder, and starting, stopping and rotating are done `alone`.
 
     `ports` gives some or all of them by name; others are the usual ones where these are free (`usual`), else any. Once
     chosen, ports stay. Raises `ServerTrouble` if the folder holds something else.
@@ -85,7 +85,7 @@ class Servers:
         self._write_environments()
 
     def address(self, name: str) -> str:
-        """Where the server `name` is reached, without credentials."""
+        """Return the address of the server `name`, without credentials."""
         scheme = "postgresql" if name == "postgres" else "http"
         return f"{scheme}://{HOST}:{self._settings.ports[name]}"
 
@@ -164,11 +164,11 @@ class Servers:
             self._end(name, process, family(process))
 
     def running(self, name: str) -> bool:
-        """Whether the process of the server `name` is alive."""
+        """Return whether the process of the server `name` is alive."""
         return self._process(name) is not None
 
     def log(self, name: str) -> Path:
-        """The file that the server `name` writes to."""
+        """Return the file that the server `name` writes to."""
         return self.folder / "logs" / f"{name}.log"
 
     def rotate(self) -> None:
@@ -253,7 +253,7 @@ class Servers:
         return [sys.executable, "-m", "prefect", "server", "start", *address], environment, {}
 
     def _make_cluster(self, data: Path, user: dict[str, Any]) -> None:
-        """An empty PostgreSQL cluster; under another name until it is whole, because initdb may be killed."""
+        """Make an empty PostgreSQL cluster, under another name until it is whole, because initdb may be killed."""
         partial = self.folder / "postgres.partial"
         if partial.exists() and any(partial.iterdir()) and not (partial / "base").is_dir():
             raise ServerTrouble(f"{partial}: not left by initdb; move it, or choose another folder")
@@ -345,7 +345,7 @@ class Servers:
             return False
 
     def _process(self, name: str) -> psutil.Process | None:
-        """The living process of a server, ours or one that an earlier start left behind."""
+        """Return the living process of a server, ours or one that an earlier start left behind."""
         if name not in NAMES:
             raise ServerTrouble(f"{name!r}: no such server; expected {', '.join(NAMES)}")
         self._reap()
@@ -374,7 +374,7 @@ def _aws(key: str, secret: str) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0 done, 1 a server does not run or cannot be started."""
+    """Run the command; return its exit code: 0 done, 1 a server does not run or cannot be started."""
     from infra.commands import parser
 
     options = parser().parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What is decided once for a stack and kept in its folder: every server's port, and the secrets."""
+"""Settings decided once for a stack and kept in its folder: every server's port, and the secrets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Settings:
 
     @classmethod
     def read(cls, file: Path, ports: Mapping[str, int], *, usual: bool) -> Settings:
-        """What `file` holds, completed; `ports` are taken over, missing ones are `usual` where free, else any.
+        """Return what `file` holds, completed with `ports`; missing ones are `usual` where free, else any.
 
         Raises `ServerTrouble` for a port of no server and for a file that is not ours.
         """
@@ -58,11 +58,11 @@ class Settings:
         return settings
 
     def renew(self) -> None:
-        """New secrets, all of them."""
+        """Replace all secrets by new ones."""
         self.secrets = {name: _secret(name) for name in SECRETS}
 
     def write(self, file: Path) -> None:
-        """For its owner's eyes only."""
+        """Write the settings for their owner's eyes only."""
         write_privately(file, json.dumps(asdict(self), indent=2))
 
 

@@ -1,4 +1,4 @@
-"""What a machine must have for its servers to run: programs, a user for PostgreSQL, ports."""
+"""What servers need of a machine: programs, a user for PostgreSQL, ports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ServerTrouble(RuntimeError):
 
 
 def postgres_program(name: str) -> str:
-    """PostgreSQL's program `name`, the newest that Debian has installed or the one on the PATH."""
+    """Return PostgreSQL's program `name`, the newest that Debian has installed or the one on the PATH."""
     for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: -float(path.parent.name)):
         if (folder / name).exists():
             return str(folder / name)
@@ -31,7 +31,7 @@ def postgres_program(name: str) -> str:
 
 
 def postgres_user() -> dict[str, Any]:
-    """Options of `subprocess` that run PostgreSQL's programs as another user where we are root, which they refuse."""
+    """Return `subprocess` options that run PostgreSQL as another user where we are root, which it refuses."""
     if os.geteuid() != 0:
         return {}
     name = os.environ.get("BIVLM_POSTGRES_USER") or "postgres"
@@ -62,7 +62,7 @@ def refuse_what_cannot_be_entered(folder: Path, user: Mapping[str, Any]) -> None
 
 
 def rclone() -> str:
-    """The program that serves S3: the one installed beside Python, or on the PATH."""
+    """Return the program that serves S3: the one installed beside Python, or on the PATH."""
     beside = Path(sys.executable).with_name("rclone")
     found = str(beside) if beside.exists() else shutil.which("rclone")
     if found is None:
@@ -86,20 +86,20 @@ def run_to_end(command: list[str], environment: Mapping[str, str] | None = None,
 
 
 def answers(port: int) -> bool:
-    """Whether somebody listens at this port."""
+    """Return whether somebody listens at this port."""
     with socket.socket() as client:
         return client.connect_ex((HOST, port)) == 0
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """Return a port that nobody listens at."""
     with socket.socket() as server:
         server.bind((HOST, 0))
         return server.getsockname()[1]
 
 
 def write_privately(file: Path, text: str, mode: int = 0o600) -> None:
-    """`text` in `file`, whole or not at all, and at no moment readable by more than `mode` allows."""
+    """Write `text` to `file`, whole or not at all, at no moment readable by more than `mode` allows."""
     partial = file.with_name(f".{file.name}.partial")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -1,4 +1,4 @@
-"""Packed weights: one shard a layer, made from the weight and its plan, by whatever method (RTN and GPTQ, too)."""
+"""Packed weights: one shard per layer, made from the weight and its plan, by whatever method (RTN and GPTQ, too)."""
 
 from __future__ import annotations
 

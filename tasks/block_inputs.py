@@ -1,4 +1,4 @@
-"""The calibration samples run through the model, one block in memory at a time.
+"""Run the calibration samples through the model, one block in memory at a time.
 
 One step per block: its outputs for all samples, which the next block takes in, and the input statistics of its linear
 layers. A killed chain of blocks resumes at its block. Statistics are workspace files; for a large model they are tens

@@ -1,4 +1,4 @@
-"""Settings chosen by the outputs of blocks: one step says which blocks are searched together, then a step per group.
+"""Choose settings by the outputs of blocks: one step says which blocks are searched together, then a step per group.
 
 A group's step holds the settings of its layers. Where blocks take in the outputs of quantized blocks, it also holds the
 outputs of its units with these settings, which the next group takes in, so that a killed search resumes at its group.

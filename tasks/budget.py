@@ -1,4 +1,4 @@
-"""Bits across layers: the settings that each layer gets under the recipe's budget."""
+"""Bits across layers: choose the settings of each layer under the recipe's budget."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ VERSION = 2  # raised when held-out samples joined
 
 @task(name="calibration", **OVER_NETWORK)
 def freeze_calibration(settings: CalibrationSettings, workspace: str) -> StepResult:
-    """Return the samples that the settings ask for, as workspace files; `figures["sha256"]` is the hash over all.
+    """Return the samples that the settings request, as workspace files; `figures["sha256"]` is the hash over all.
 
     They are drawn anew each time, because a folder of images or a data set may have changed: this takes a second or
     two, and longer for a data set streamed from the hub. The key is the hash of the samples and of the settings that

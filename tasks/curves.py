@@ -1,4 +1,4 @@
-"""How a layer's error falls with the largest salient share that is allowed: the paper's figures 7 and 8."""
+"""The error of a layer by the largest salient share that is allowed: the paper's figures 7 and 8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the full-precision and the packed model can do: accuracy per benchmark, and the divergence between them."""
+"""Evaluate the full-precision and the packed model: accuracy per benchmark, and the divergence between them."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def measure_divergence(
 
 
 def outcomes_of(done: StepResult, store: Workspace) -> pd.DataFrame:
-    """Return the outcomes that an evaluation stored, a row a question."""
+    """Return the outcomes that an evaluation stored, one row per question."""
     return read_outcomes(store.fetch(done.record.outputs[OUTCOMES_FILE]))
 
 

@@ -1,4 +1,4 @@
-"""Finishing: packed layers are tuned together on the whole model's answers; shards become new shards."""
+"""Finishing: tune packed layers together on the whole model's answers; shards become new shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: how every layer will be quantized, decided from its statistics alone."""
+"""Plans: decide how every layer will be quantized, from its statistics alone."""
 
 from __future__ import annotations
 

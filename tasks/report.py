@@ -176,7 +176,7 @@ def _with_figures(described: Sequence[Figures], layers: Sequence[Layer], *keys: 
 
 
 def _warnings(layers: list[Figures], asked: list[float | None]) -> list[str]:
-    """Return what calibration could not do as asked, counted, a sentence each; `asked` is the recipe's damping."""
+    """Return what calibration could not do as requested, counted, a sentence each; `asked` is the recipe's damping."""
     figures = [layer["calibration"] for layer in layers]
     unseen = [layer["name"] for layer in layers if layer["calibration"].get("tokens") == 0]
     dead = [found["dead_channels"] for found in figures if found.get("dead_channels") and found.get("tokens")]

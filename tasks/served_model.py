@@ -17,7 +17,7 @@ from bivlm.sources.images import decode_image
 class PackedVisionLanguageModel(PythonModel):
     """Answers questions about images.
 
-    Input is a table with the columns `image` (an image file, base64) and `question`; output is one answer a row.
+    Input is a table with the columns `image` (an image file, base64) and `question`; output is one answer per row.
     """
 
     def load_context(self, context: PythonModelContext) -> None:

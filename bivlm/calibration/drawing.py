@@ -29,7 +29,7 @@ def image_digest(image: Image.Image) -> str:
 
 
 class Draw:
-    """The samples that the settings ask for, made one at a time: first `samples`, then `held_out`.
+    """The samples that the settings request, made one at a time: first `samples`, then `held_out`.
 
     Raises `InputError`, here or while they are drawn, as `open_source`, when a source has too few samples, and when
     more than half of what was drawn from it cannot be used.

@@ -34,7 +34,7 @@ class CalibrationSet:
     """A frozen folder: ``conversations.jsonl``, ``held_out.jsonl``, PNG images, and ``drawn.json`` on how it came.
 
     Attributes:
-        folder: where it lies.
+        folder: where it is.
         samples: samples to calibrate on.
         held_out: samples that calibration never sees.
         text_only: how many of `samples` are without an image.
@@ -55,7 +55,7 @@ class CalibrationSet:
 
 
 def freeze_samples(settings: CalibrationSettings, folder: str | Path) -> CalibrationSet:
-    """Draw the samples that the settings ask for and write them to `folder`, which appears whole or not at all.
+    """Draw the samples that the settings request and write them to `folder`, which appears whole or not at all.
 
     One image is held at a time. Rows of published data sets that cannot be used are replaced by the next drawn, and a
     warning gives their number. Raises `InputError` as `Draw` does, and when `folder` holds something already;

@@ -1,4 +1,4 @@
-"""Where calibration samples come from: a source gives samples in the order drawn, one at a time.
+"""Sources of calibration samples: each gives samples in the order drawn, one at a time.
 
 Two kinds of material are treated differently. A ``data.jsonl`` of your own is read strictly: every line is checked
 before the first is used, and whatever is wrong is an error. Conversations as others publish them (LLaVA-Instruct's
@@ -26,7 +26,7 @@ from bivlm.sources.samples import CalibrationSample
 if TYPE_CHECKING:
     from bivlm.sources.hub_datasets import StreamedRows
 
-# By these names columns are found that the recipe does not name, the first one that is there.
+# Columns to look for if the recipe names none; the first one that is there is taken.
 IMAGE_COLUMNS = ("image", "images", "img", "jpg", "png")
 CONVERSATION_COLUMNS = ("conversations", "conversation", "messages", "texts")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences")
@@ -182,7 +182,7 @@ def _of_file(path: Path, rows: list[Row], seed: int, *, with_image: bool) -> Sou
         row.text("user"), row.text("assistant")
         if with_image:
             row.image_path("image")
-    # A permutation, so that the first samples stay the same ones when more are asked for.
+    # A permutation, so that the first samples stay the same ones when more are requested.
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     drawn = (rows[index] for index in order)
     return Source(str(path), _attempts(drawn, read) if published else map(read, drawn), len(rows))

@@ -1,6 +1,6 @@
 """Architectures: which modules of a loaded model are vision, adaptor and language.
 
-A new one is an entry of `ARCHITECTURES`. Of an architecture that is not there a recipe says it, with ``modules``: names
+A new one is an entry of `ARCHITECTURES`. For an architecture that is not there, the recipe's ``modules`` list the names
 of modules by component.
 """
 

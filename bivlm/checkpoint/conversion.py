@@ -1,7 +1,7 @@
-"""Where every tensor on disk goes in the loaded model, and what transformers makes of it on the way.
+"""Find where every tensor on disk goes in the loaded model, and what transformers does to it on the way.
 
-Of parameters that are merged, split or turned round while loading, experts that lie on disk one by one, each a matrix,
-and are stacked in one 3-D parameter, can be packed: every matrix is a linear weight with a name of its own.
+Of parameters that are merged, split or transposed while loading, only experts can be packed that are stored as one
+matrix each and stacked in one 3-D parameter: every matrix is a linear weight with its own name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where packed weights lie on disk, told from names and lengths alone.
+"""Find where packed weights are on disk, from names and lengths alone.
 
 transformers knows for certain under what name it loads a tensor, but takes seconds to import. Its rules change the
-beginning of a name, so that the end and the length of the tensor say which it is.
+beginning of a name, so that the end and the length of the tensor identify it.
 """
 
 from __future__ import annotations

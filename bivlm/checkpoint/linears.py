@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are linear weights, of which component, and under what name each is loaded.
+"""Find which tensors of a checkpoint are linear weights, of which component, and under what name each is loaded.
 
 The module tree comes from the config alone, on the meta device. Names on disk are mapped to names in the loaded model
 by transformers' own conversion rules, the ones `from_pretrained` applies.
@@ -185,7 +185,7 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
 
     Raises `InputError` for a config that makes no model, and for an unknown architecture that is none for images.
     """
-    # Imported here because they bring in the model zoo, which takes seconds.
+    # Imported here because they import transformers' models, which takes seconds.
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 

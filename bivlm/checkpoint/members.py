@@ -1,4 +1,4 @@
-"""Which modules of a checkpoint's model are vision, adaptor and language: by its family, or as the caller says."""
+"""Find which modules of a model are vision, adaptor and language: by its architecture, or as the caller says."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The output folder: which files in it are bivlm's, and how a new output takes the place of an earlier one.
 
-A packed checkpoint lists its own files in ``.bivlm-files``, one name a line; folders of tables do the same. The listing
+A packed checkpoint lists its own files in ``.bivlm-files``, one per line; folders of tables do the same. The listing
 comes with a checkpoint from elsewhere, so of its names only those that bivlm writes count. Nothing else is ever
 removed: whatever else lies in the folder is moved into the new output. What would be read there as a part of the new
 checkpoint, such as a tokenizer file of another model, is refused before any work.
@@ -175,7 +175,7 @@ def some_of(names: list[str]) -> str:
 
 @contextmanager
 def own_copy(folder: Path) -> Iterator[Path]:
-    """Give a folder with bivlm's files of `folder` alone; it lies beside it, and is made of hard links if possible."""
+    """Yield a folder with bivlm's files of `folder` alone; it lies beside it, and is made of hard links if possible."""
     place = _fresh(_beside(folder, "copy"))
     try:
         copy = place / "checkpoint"
@@ -210,7 +210,7 @@ def unfinished_of(output: Path) -> Path:
 
 
 def lock_of(output: Path) -> Path:
-    """Return the file beside `output` that a run holds locked: everybody who can write there sees it."""
+    """Return the file beside `output` that a run holds locked: all who can write there see it."""
     return _beside(output, "bivlm-lock")
 
 

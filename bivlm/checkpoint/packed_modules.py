@@ -1,4 +1,4 @@
-"""The modules that stand where a weight is packed: of a `torch.nn.Linear`, and of a `torch.nn.Embedding`.
+"""Packed modules, in the place of a `torch.nn.Linear` or a `torch.nn.Embedding`.
 
 Each computes what the ordinary layer with the rebuilt weight computes, in the layer's dtype. That dtype follows every
 cast (``model.to(torch.float16)``), because an empty buffer that is in no state dict carries it.
@@ -77,11 +77,11 @@ class PackedLinear(nn.Module):
         _verify(self.weight.data, (self.out_features, self.in_features), f"{self.name}.weight")
 
     def unpacked(self) -> torch.Tensor:
-        """Return the weight W (M, N) in the dtype it was packed from. The checksum is `verify`'s business."""
+        """Return the weight W (M, N) in the dtype it was packed from. `verify` checks the checksum."""
         return unpack(self.weight.data, f"{self.name}.weight", check=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., N) to (..., M), as the ordinary layer in this dtype: autocast applies, other mixtures raise.
+        """Map (..., N) to (..., M) as the ordinary layer in this dtype: autocast applies, other mixtures raise.
 
         Raises `InputError` for an `x` of integers: some models cast it to the dtype of the weight's bytes.
         """
@@ -124,7 +124,7 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """A look-up table with its rows in packed bytes; every call rebuilds the rows that it looks up.
 
-    What else the layer in its place does, for example to scale the rows, its own code goes on doing.
+    What else the layer in its place does, for example to scale the rows, its own code still does.
 
     Attributes:
         weight: uint8 (bytes,), the packed weight (V, D); as in `PackedLinear`.

@@ -2,7 +2,7 @@
 
 A file is an 8-byte little-endian length, a JSON header of that length, then the tensors without gaps. Reading here is
 plain ``seek`` and ``readinto``: pages of a memory map would count as the process's memory until the kernel takes them
-back. Writing streams, so that no more than one tensor is ever held; `safetensors.torch.save_file` wants all of them.
+back. Writing streams, so that no more than one tensor is ever held; `safetensors.torch.save_file` needs all of them.
 
 Format: https://huggingface.co/docs/safetensors#format
 """
@@ -222,7 +222,7 @@ class OutgoingTensor:
 
 
 def file_order(tensors: Iterable[OutgoingTensor]) -> list[OutgoingTensor]:
-    """Wide dtypes first, then by name: every tensor begins at a multiple of its item size, as the library does it."""
+    """Return wide dtypes first, then by name: every tensor begins at a multiple of its item size, as in the library."""
     return sorted(tensors, key=lambda tensor: (-_DTYPES[tensor.dtype][1], tensor.name))
 
 

@@ -1,7 +1,7 @@
-"""`from_pretrained` for packed checkpoints.
+"""Load packed checkpoints with `from_pretrained`.
 
 Importing this module registers ``quant_method: bivlm`` with transformers. Nothing has to be passed: the checkpoint's
-config asks for it. Two ways to use the packed weights:
+config selects it. Two ways to use the packed weights:
 
 - ``dequantize: load`` (as written): rebuild them once, layer by layer, into ordinary linear layers. The result is an
   ordinary model; saving it writes the rebuilt weights and no quantization config.
@@ -77,7 +77,7 @@ class BiVLMConfig(QuantizationConfigMixin):
         return {"when": self.when}
 
     def to_dict(self) -> dict[str, Any]:
-        """As in config.json."""
+        """Return the configuration as in config.json."""
         return {
             "quant_method": self.quant_method,
             "format": self.format,
@@ -96,7 +96,7 @@ auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (BiVLMConfig,)  # type: ignore[assignmen
 
 @register_quantizer(QUANT_METHOD)
 class BiVLMQuantizer(HfQuantizer):
-    """Swaps packed layers in before the weights are read, checks them, and rebuilds them if asked to."""
+    """Swaps packed layers in before the weights are read, checks them, and rebuilds them if the config says so."""
 
     requires_calibration = True  # a model is compressed by the pipeline, never on the fly
     quantization_config: BiVLMConfig
@@ -257,7 +257,7 @@ _ON_DISK = "offloaded to disk; packed weights have to be on a CPU or an accelera
 
 
 def _packed_layers(model: nn.Module) -> list[str]:
-    """Names, not modules: a list of modules would keep every packed weight until the last one is rebuilt."""
+    """Return names, not modules: a list of modules would keep every packed weight until the last one is rebuilt."""
     return [name for name, module in model.named_modules() if isinstance(module, _PACKED)]
 
 

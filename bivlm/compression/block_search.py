@@ -1,17 +1,16 @@
-"""Settings of layers chosen by what whole blocks give, together where blocks depend on each other.
+"""Choose settings of layers by the outputs of whole blocks, together where blocks depend on each other.
 
-The error of a layer's own weight or output does not say what the layers behind it make of it. Q-VLM
-(arXiv 2410.08119) takes the entropy of the activations between neighbours for how strongly they depend on each other,
-joins neighbours whose dependency exceeds a threshold, three at most, and chooses how to round within such a group by
-the error of the group's output.
+The error of a layer's own weight or output does not show its effect on the layers behind it. Q-VLM (arXiv 2410.08119)
+measures how strongly neighbours depend on each other by the entropy of the activations between them, joins neighbours
+whose dependency exceeds a threshold, three at most, and chooses how to round within such a group by the error of the
+group's output.
 
 Here the neighbours are the units of `bivlm.calibration.blocks.units`, mostly transformer blocks; the threshold is the
 mean over all neighbours of the model; and what is chosen is any setting of any method, for weights alone. A group is
-searched by coordinate descent: layer by layer in the order in which they stand, each over its candidates with all
-others as they are, starting from everybody's first candidate. What the group gives is held against what its
-full-precision weights make of the same inputs. Behind quantized blocks those differ from what the full-precision model
-has there; held against the latter, a group is chosen for errors that are not its own (reference model, two bits: KL
-0.77 instead of 0.42).
+searched by coordinate descent: layer by layer in order, each over its candidates with all others fixed, starting from
+every layer's first candidate. The group's output is compared with that of its full-precision weights on the same
+inputs. Behind quantized blocks these inputs differ from those in the full-precision model; compared with the latter, a
+group is chosen for errors that are not its own (reference model, two bits: KL 0.77 instead of 0.42).
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ Rebuild = Callable[[str, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Found:
-    """What the search of a group came to.
+    """The result of searching a group.
 
     Attributes:
         chosen: by linear layer, which of its candidates.
-        error_before, error_after: ``||Y_q - Y||^2 / ||Y||^2`` of the group's output over all samples, with everybody's
-            first candidate and with those that were chosen.
-        tried: of how many choices the error was measured.
+        error_before, error_after: ``||Y_q - Y||^2 / ||Y||^2`` of the group's output over all samples, with each
+            layer's first candidate and with those that were chosen.
+        tried: for how many choices the error was measured.
         outputs: by unit, what it gives with the chosen candidates.
     """
 
@@ -62,7 +61,7 @@ class Found:
 
 
 def activation_entropy(outputs: Sequence[torch.Tensor]) -> float:
-    """``-sum_l p_l ln p_l`` in nats, p_l the share of activations at the l-th of 256 levels; 0 without activations.
+    """Return ``-sum_l p_l ln p_l`` in nats, p_l the share of activations at level l of 256; 0 without activations.
 
     Levels are equally spaced from ``mean - 4 std`` to ``mean + 4 std`` over all `outputs` (any shapes) together; the
     outermost take what lies beyond. The entropy is that of the shape: a shift or a factor does not change it.
@@ -84,7 +83,7 @@ def activation_entropy(outputs: Sequence[torch.Tensor]) -> float:
 
 
 def dependencies(units: Sequence[Unit], entropy: Mapping[str, float]) -> list[float | None]:
-    """How strongly each unit but the first depends on the one before it: the entropy of what passes between them.
+    """Return how strongly each unit but the first depends on the one before it: the entropy of what passes between.
 
     None where nothing passes: between components, and between adaptors, each of which reads the vision model.
     """
@@ -95,7 +94,7 @@ def dependencies(units: Sequence[Unit], entropy: Mapping[str, float]) -> list[fl
 
 
 def mean_dependency(between: Sequence[float | None]) -> float:
-    """The threshold: the mean of the dependencies there are, 0 without any."""
+    """Return the threshold: the mean of the known dependencies, 0 without any."""
     known = [each for each in between if each is not None]
     return math.fsum(known) / len(known) if known else 0.0
 
@@ -103,9 +102,9 @@ def mean_dependency(between: Sequence[float | None]) -> float:
 def joint_groups(
     units: Sequence[Unit], between: Sequence[float | None], threshold: float, depth: int = 3
 ) -> list[list[Unit]]:
-    """All units in their order, neighbours together whose dependency exceeds `threshold`, at most `depth` of them.
+    """Return all units in their order, grouping neighbours whose dependency exceeds `threshold`, at most `depth`.
 
-    `between` is as `dependencies` gives it.
+    `between` is the result of `dependencies`.
     """
     groups: list[list[Unit]] = []
     for unit, dependency in zip(units, [None, *between], strict=False):
@@ -119,14 +118,14 @@ def joint_groups(
 def as_stored(
     weight_MN: torch.Tensor, statistics: LayerStatistics, settings: MethodSettings, name: str = "weight"
 ) -> torch.Tensor:
-    """The weight (M, N) as `settings` would store it: planned, packed and rebuilt."""
+    """Return the weight (M, N) as `settings` would store it: planned, packed and rebuilt."""
     plan = method(settings.method).plan(statistics, settings)
     packed, _ = pack_layer(weight_MN, plan, name)
     return unpack(packed, name)
 
 
 def relative_output_error(found: Outputs, target: Outputs, samples: int) -> float:
-    """``||Y_q - Y||^2 / ||Y||^2`` over the first `samples`, in float64; 0 if Y is zero or the unit never ran."""
+    """Return ``||Y_q - Y||^2 / ||Y||^2`` over the first `samples`, in float64; 0 if Y is zero or the unit never ran."""
     lost = total = 0.0
     for number in range(samples):
         y_q, y = (outputs_at({"y": outputs}, number).get("y") for outputs in (found, target))
@@ -147,12 +146,12 @@ def search_group(
     rebuild: Rebuild,
     rounds: int = 1,
 ) -> Found:
-    """The candidates of the layers of `units`, which follow each other, that make the error of the last output small.
+    """Search the layers of the consecutive `units` for candidates that make the error of the last output small.
 
-    `given` are the outputs of the units before by name. `candidates` says how many there are for each linear layer,
-    ``rebuild(layer, candidate)`` gives the weight (M, N) as it would be stored. Of equally good candidates the first is
-    chosen. In memory are the weights of the group's layers, one more, and the activations between its units.
-    Raises ArithmeticError if a unit gives NaN or infinity.
+    `given` are the outputs of the units before by name. `candidates` is the number of candidates by linear layer;
+    ``rebuild(layer, candidate)`` returns the weight (M, N) as it would be stored. Of equally good candidates the first
+    is chosen. In memory are the weights of the group's layers, one more, and the activations between its units.
+    Raises ArithmeticError if a unit returns NaN or infinity.
     """
     weights = {name: rebuild(name, 0) for unit in units for name in unit.linears if name in candidates}
     chosen, tried = dict.fromkeys(weights, 0), 0

@@ -1,4 +1,4 @@
-"""Bits across layers: which settings each layer gets so that the whole model stays within a budget of stored bits.
+"""Choose the settings of each layer so that the whole model stays within a budget of stored bits.
 
 Every layer offers choices, each with its stored bits and its predicted error (`bivlm.methods.base.Method.curve`). The
 sum of ``importance * error`` over the layers is made small under ``sum bits * weights <= budget * sum weights``. On the
@@ -27,7 +27,7 @@ class Choices:
 
 
 def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoint]:
-    """The choice for every layer, by name; `budget` in stored bits per weight over all of them.
+    """Return the choice for every layer, by name; `budget` is in stored bits per weight over all of them.
 
     Raises `InputError` naming a layer without choices, and for a budget below the cheapest choices together.
     """
@@ -66,7 +66,7 @@ def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoi
 
 
 def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """The points on the lower convex hull of (bits, error), by rising bits and falling error."""
+    """Return the points on the lower convex hull of (bits, error), by rising bits and falling error."""
     hull: list[CurvePoint] = []
     for point in sorted(points, key=lambda each: (each.stored_bits, each.error)):
         if hull and point.error >= hull[-1].error:
@@ -80,5 +80,5 @@ def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def _slope(one: CurvePoint, other: CurvePoint) -> float:
-    """Change of the error a bit, from `one` to the dearer `other`; negative."""
+    """Return the change of the error per bit, from `one` to the dearer `other`; negative."""
     return (other.error - one.error) / (other.stored_bits - one.stored_bits)

@@ -1,7 +1,7 @@
 """The embedding of tokens and the head: large tables, rounded to 8 or 4 bits, a few rows at a time.
 
-In a 7B model of today they are a seventh of all weights; beside linear layers of two bits, tables of 16 bits are most
-of the file. They are no part of the recipe's components: every row is rounded to nearest on its own grids.
+In a current 7B model they are a seventh of all weights; beside two-bit linear layers, 16-bit tables are most of the
+file. They are not among the recipe's components: every row is rounded to nearest on its own grids.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PIECE_WEIGHTS = 1 << 24  # read and rounded at a time
 def chosen_tables(
     parts: Anatomy, settings: RecipeEmbeddings | None, compressed: Iterable[Linear]
 ) -> list[tuple[Linear, EmbeddingSettings]]:
-    """The tables that a recipe packs, and how; a tied pair is one, under the name of the embedding.
+    """Return the embeddings and head that a recipe packs, with settings; a tied pair is one, named as the embedding.
 
-    Raises `InputError` for a table that the model does not have, for settings of the head that are not the embedding's
-    where they share a tensor, and for a head that the recipe compresses as a linear layer as well.
+    Raises `InputError` if the model lacks one, if a tied head has settings other than the embedding's, and if the
+    recipe also compresses the head as a linear layer.
     """
     if settings is None:
         return []

@@ -1,4 +1,4 @@
-"""What a compression will need, before any work: memory, disk and time of every stage on this machine.
+"""Estimate what a compression needs before any work: memory, disk and time of every stage on this machine.
 
 Memory and disk follow from shapes and from what was measured of each method (`benchmarks.memory`); time from a probe, a
 small random layer that is compressed here and now. They are estimates: memory and disk are meant to be too large by
@@ -29,7 +29,7 @@ from bivlm.numerics.weight_statistics import LayerStatistics
 
 GIGA = 1e9
 PROBE_SHAPE = (512, 1024)
-TOKENS = 1024  # of a sample, where nobody has counted: an image of some hundreds and a sentence
+TOKENS = 1024  # of a sample, where they are not counted: an image of some hundreds and a sentence
 LIBRARIES = 0.9 * GIGA  # torch, transformers, Prefect and its temporary server, MLflow: measured, 0.85
 # The most of any method that looks at inputs: bytes per weight, and second moments held at once.
 _CALIBRATED_BYTES_A_WEIGHT, _MOMENTS = 28.0, 2.0
@@ -52,14 +52,14 @@ class Needs:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is: bytes of memory free for this process and those it starts, and of its GPU; None without one."""
+    """The resources: bytes of memory free for this process and those it starts, and of its GPU; None without one."""
 
     memory: float
     gpu: float | None
 
     @classmethod
     def here(cls) -> Machine:
-        """This machine, a container's limit of memory counted."""
+        """Return this machine, with a container's memory limit counted."""
         memory = float(psutil.virtual_memory().available)
         limit, used = (_cgroup_number(name) for name in ("memory.max", "memory.current"))
         if limit is not None:
@@ -78,7 +78,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done.
+    """The work to estimate.
 
     Attributes:
         layers: the linear layers to compress, each with its settings.
@@ -100,7 +100,7 @@ class Work:
 
 
 def estimate(work: Work, workers: int, probes: Mapping[str, Probe] | None = None) -> list[Needs]:
-    """What every stage needs with so many layers at a time. Without `probes` (see `probe`) there are no seconds."""
+    """Return what every stage needs with `workers` layers at a time; without `probes` (see `probe`) no seconds."""
     packed = sum(_stored_bits(settings, probes) * linear.size / 8 for linear, settings in work.layers)
     tables = sum(weights * (bits + 0.6) / 8 for weights, bits in work.tables)
     changed = sum(linear.size * linear.dtype.itemsize for linear, _ in work.layers)
@@ -163,7 +163,7 @@ def probe(settings: MethodSettings) -> Probe:
 
 
 def layer_bytes(shape: tuple[int, int], settings: MethodSettings) -> float:
-    """Peak memory of statistics, plan and packing of one layer; `python -m benchmarks.memory --methods` compares."""
+    """Return one layer's peak bytes for statistics, plan and packing, as in `python -m benchmarks.memory --methods`."""
     chosen = method(settings.method)
     if "inputs" not in chosen.needs(settings):
         return chosen.bytes_a_weight * math.prod(shape)
@@ -188,7 +188,7 @@ def _layers(work: Work, workers: int, packed: float, probes: Mapping[str, Probe]
 
 
 def _blocks(work: Work) -> Needs:
-    """Calibration block by block: a block with its statistics and what its activations take; outputs stay on disk."""
+    """Return what calibration by block needs: a block, its statistics and activations; outputs stay on disk."""
     weights: dict[str, float] = defaultdict(float)
     moments: dict[str, dict[str, float]] = defaultdict(dict)
     hidden: dict[str, int] = {}
@@ -208,7 +208,7 @@ _SITES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp",
 
 
 def _block_of(name: str) -> tuple[str, str]:
-    """The block that a layer is part of, and its own name."""
+    """Return the block that a layer is part of, and the layer's own name."""
     found = re.match(r"(.*?\.\d+)\.", name)
     return (found.group(1) if found else name), name.rpartition(".")[2]
 
@@ -222,7 +222,7 @@ def _key(settings: MethodSettings) -> str:
 
 
 def probe_all(layers: Iterable[tuple[Linear, MethodSettings]]) -> dict[str, Probe]:
-    """A `Probe` for all settings there are, for `estimate`."""
+    """Return a `Probe` for all distinct settings, for `estimate`."""
     return {key: probe(settings) for key, settings in {_key(settings): settings for _, settings in layers}.items()}
 
 
@@ -240,7 +240,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _cgroup_number(name: str) -> float | None:
-    """A figure of this container's limits; None where there is none."""
+    """Return a number of this container's limits; None where there is none."""
     try:
         return float((_CGROUP / name).read_text())
     except (OSError, ValueError):  # no such file, or "max"

@@ -1,4 +1,4 @@
-"""The finishing stage: scales and group levels of all packed layers tuned together, on the whole model's answers.
+"""The finishing stage: tune scales and group levels of all packed layers together, on the whole model's answers.
 
 Methods make the error of each layer small, one after the other. Near the optimum that is the right thing; at two bits
 the model is far from it, and what counts is what all errors together do to its answers (Xu et al., "Understanding the
@@ -7,7 +7,7 @@ difficulty of low-precision post-training quantization", 2024). So this minimise
     KL(full precision || model)   at the tokens of the calibration replies
 
 over the numbers that the packed formats hold in floating point, with every sign, group and position fixed: minutes of
-Adam, the same bits. A format with many numbers soon knows a few conversations by heart, so how far to go is
+Adam, the same bits. A format with many numbers soon overfits a few samples, so how far to go is
 judged by some that it was not tuned on. Every codec takes part through `bivlm.packing.Codec.tunable`.
 """
 
@@ -36,16 +36,16 @@ from bivlm.sources.samples import CalibrationSample
 Progress = Callable[[int, int], None]
 JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
 PATIENCE = 4  # judgements in a row without a better one, after which a rate is given up
-RATES = 3  # tried from the first weights, each only if no step at the one before was of use
+RATES = 3  # tried from the first weights, each only if no step at the one before helped
 SLOWER = 3.0  # by which the rate is divided
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Packed weights by layer, as long as they were, and what tuning did for conversations that were not tuned on.
+    """Packed weights by layer, as long as they were, and the effect of tuning on samples that were not tuned on.
 
-    `kl_before` and `kl_after` are in nats per token, a mean over conversations of the mean over each reply's tokens.
-    `steps` were taken, at first at `learning_rate`; 0 when none was of use, and the weights are as they were.
+    `kl_before` and `kl_after` are in nats per token, a mean over samples of the mean over each reply's tokens.
+    `steps` were taken, at first at `learning_rate`; 0 if none helped, and the weights are as they were.
     """
 
     packed: dict[str, torch.Tensor]
@@ -69,14 +69,14 @@ def finish(
     """Tune the numbers of `packed` (by the names of linear layers in `model`).
 
     `model` is the full-precision model; its linear layers get the rebuilt weights and are of no use afterwards.
-    `full_precision` holds its log-probabilities on the `conversations`. How far to go is found out on a part of these,
-    judged by the others: as many steps as leave the smallest divergence there, at a third of the rate where it is too
-    high for as many numbers as the format holds. Then so many steps are taken on all.
+    `full_precision` holds its log-probabilities on the `conversations`. The number of steps is chosen by tuning on a
+    part of these and judging by the others: as many as leave the smallest divergence there, at a third of the rate
+    where that is too high for as many numbers as the format holds. Then as many steps are taken on all.
 
-    Beside the model there are the gradients of the packed layers' weights, and of one layer at a time what its codec
-    needs. At most `together` conversations of a batch go through the model at once, all of them by default; with fewer
+    Beside the model, the gradients of the packed layers' weights are in memory, and what the codec of one layer at a
+    time needs. At most `together` samples of a batch go through the model at once, all of them by default; with fewer
     it takes less memory and longer. Raises `InputError` for a layer that the model does not have and for a single
-    conversation, ArithmeticError if the divergence is or becomes NaN.
+    sample, ArithmeticError if the divergence is or becomes NaN.
     """
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
     answers = _Answers(model, processor, conversations, full_precision, together or settings.batch)
@@ -110,7 +110,7 @@ def finish(
 def _descent(
     layers: Sequence[_Tuned], answers: _Answers, numbers: Sequence[int], settings: FinishSettings, rate: float
 ) -> Iterator[int]:
-    """Steps of Adam from what is placed in the model, on some of the conversations; counts them from one."""
+    """Run steps of Adam on some of the samples, from what is placed in the model; yield the number of each, from 1."""
     optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step, batch in enumerate(_order(numbers, settings), 1):
@@ -164,7 +164,7 @@ class _Tuned:
             self._tunable.rebuild(self._numbers()).backward(gradient.to(torch.float32))
 
     def packed(self) -> torch.Tensor:
-        """The layer with its numbers as they are now."""
+        """Return the packed layer with its numbers as they are now."""
         numbers = {key: values.detach() for key, values in self._numbers().items()}
         return self._codec.retuned(self._packed, self._header, numbers).cpu()
 
@@ -173,7 +173,7 @@ class _Tuned:
 
 
 class _Answers:
-    """What the model says to the conversations, against what full precision says."""
+    """The model's answers to the samples, against those of full precision."""
 
     def __init__(
         self,
@@ -188,10 +188,9 @@ class _Answers:
         self._replies: dict[int, Reply] = {}
 
     def divergence(self, numbers: Sequence[int], *, backward: bool = False) -> float:
-        """Mean KL on some conversations in nats per token; with `backward` its gradient is added to the weights'.
+        """Return the mean KL on some samples in nats per token; with `backward` add its gradient to the weights'.
 
-        A mean over conversations of the mean over each reply's tokens, so that a caption counts as much as an answer of
-        one word.
+        It is the mean over samples of the mean over each reply's tokens: a caption counts as much as a one-word answer.
         """
         total = 0.0
         for some in self._portions(numbers):
@@ -203,7 +202,7 @@ class _Answers:
         return total
 
     def _sum(self, numbers: list[int]) -> torch.Tensor:
-        """The mean KL of each conversation's reply, added up; the conversations go through the model together."""
+        """Return the sum of the mean KL of each sample's reply; the samples go through the model together."""
         replies = [self._reply(number) for number in numbers]
         # Padding is on the left, so that a reply's places are counted from the end.
         from_end = [reply.inputs["input_ids"].shape[1] - reply.start + 1 for reply in replies]
@@ -222,7 +221,7 @@ class _Answers:
         return self._replies[number]
 
     def _inputs(self, numbers: list[int]) -> BatchFeature:
-        """Conversations with their replies as the model takes them in, padded on the left."""
+        """Return samples with their replies as the model takes them, padded on the left."""
         some = [self._conversations[number] for number in numbers]
         texts = [
             render_dialogue(self._processor, each.user, each.assistant, image=each.image is not None) for each in some
@@ -230,7 +229,7 @@ class _Answers:
         return encode(self._processor, self._model, texts, [each.image for each in some])
 
     def _portions(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """At most so many conversations as go through the model at once, with and without an image apart."""
+        """Yield batches that go through the model at once, samples with and without an image apart."""
         for with_image in (True, False):
             some = [number for number in numbers if (self._conversations[number].image is not None) == with_image]
             for begin in range(0, len(some), self._together):
@@ -238,7 +237,7 @@ class _Answers:
 
 
 def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], list[int]]:
-    """The conversations to tune on and those to judge by, at least one of each."""
+    """Return the samples to tune on and those to judge by, at least one of each."""
     if conversations < 2:
         raise InputError("finishing: got one conversation, expected at least two, one to tune on and one to judge by")
     numbers = list(range(conversations))
@@ -248,7 +247,7 @@ def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], lis
 
 
 def _order(numbers: Sequence[int], settings: FinishSettings) -> list[list[int]]:
-    """The conversations of every step: all of them in a new order each time round."""
+    """Return the samples of every step: all of them, in a new order each time round."""
     rng, order = random.Random(settings.seed), []
     waiting: list[int] = []
     for _ in range(settings.steps):

@@ -1,4 +1,4 @@
-"""One layer from weight and plan to packed bytes, with its error measured on what those bytes rebuild."""
+"""Pack one layer from its weight and plan, and measure the error of the weight rebuilt from those bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LayerBits(BaseModel):
 
 
 class LayerRecord(BaseModel):
-    """What packing a layer gave.
+    """The record of packing a layer.
 
     Attributes:
         error: ``||W - W_rebuilt||^2 / ||W||^2``.
@@ -36,7 +36,7 @@ class LayerRecord(BaseModel):
             calibration tokens; None for a method that does not look at inputs.
         bits: bits per weight.
         nbytes: the packed tensor's length.
-        figures: what the method had to say, see `bivlm.methods.Quantized`.
+        figures: those of the method, see `bivlm.methods.Quantized`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,7 +49,7 @@ class LayerRecord(BaseModel):
 
 
 def relative_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor) -> float:
-    """``||W - W_rebuilt||^2 / ||W||^2``, both (M, N), summed in float64; 0 if both are all zero."""
+    """Return ``||W - W_rebuilt||^2 / ||W||^2``, both (M, N), summed in float64; 0 if both are all zero."""
     error = total = 0.0
     chunks = zip(weight_MN.reshape(-1).split(CHUNK_WEIGHTS), rebuilt_MN.reshape(-1).split(CHUNK_WEIGHTS), strict=True)
     for weight, rebuilt in chunks:
@@ -62,7 +62,7 @@ def relative_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor) -> float:
 
 
 def output_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor, inputs: SiteStatistics) -> float:
-    """``tr(E H E^T) / tr(W H W^T)`` with E the difference of two weights (M, N) and H the inputs' second moment.
+    """Return ``tr(E H E^T) / tr(W H W^T)``, E the difference of two weights (M, N), H the inputs' second moment.
 
     0 if both weights, or all inputs, are zero; infinite if only W gives outputs of zero.
     """
@@ -84,7 +84,7 @@ def output_error(weight_MN: torch.Tensor, rebuilt_MN: torch.Tensor, inputs: Site
 def pack_layer(
     weight_MN: torch.Tensor, plan: LayerPlan, name: str = "weight", inputs: SiteStatistics | None = None
 ) -> tuple[torch.Tensor, LayerRecord]:
-    """The packed weight, uint8 (bytes,), and its record, measured on the weight rebuilt from those bytes.
+    """Return the packed weight, uint8 (bytes,), and its record, measured on the weight rebuilt from those bytes.
 
     `inputs` are the statistics of the layer's site, for a method that needs them. Raises `InputError` naming `name` if
     `plan` was made for another shape or by another version of the method, the inputs have other channels, or what the
@@ -112,7 +112,7 @@ def measure(
     inputs: SiteStatistics | None = None,
     figures: Mapping[str, int | float] | None = None,
 ) -> LayerRecord:
-    """Return the record of a packed weight, measured on what it rebuilds; `figures` are what its method had to say.
+    """Return the record of a packed weight, measured on what it rebuilds; `figures` are those of its method.
 
     Raises `InputError` naming `name` for a packed weight that no checkpoint may hold, such as one that does not rebuild
     finite weights.

@@ -1,4 +1,4 @@
-"""A layer or a whole model compressed in this process, without an orchestrator.
+"""Compress a layer or a whole model in this process, without an orchestrator.
 
 The bytes are those of `bivlm compress`, which adds what a small function cannot: calibration, block search, finishing,
 evaluation, resuming, records.

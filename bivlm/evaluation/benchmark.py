@@ -45,11 +45,11 @@ class Benchmark(ABC):
     @property
     @abstractmethod
     def task(self) -> str:
-        """The task as it was asked for."""
+        """The task as it was requested."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of questions."""
+        """Return the number of questions."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[VqaSample]:
@@ -68,7 +68,7 @@ class Benchmark(ABC):
         return {}
 
     def chance(self) -> float | None:
-        """Return the percent that an answer without looking scores; None where nobody knows."""
+        """Return the percent that an answer without looking scores; None where it is unknown."""
         return None
 
     def source(self) -> dict[str, Any] | None:

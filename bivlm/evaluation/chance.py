@@ -21,7 +21,7 @@ class AtChance(BaseModel):
         task: the set.
         n: questions.
         accuracy: percent.
-        chance: percent that an answer without looking scores, see `Benchmark.chance`; None where nobody knows.
+        chance: percent that an answer without looking scores, see `Benchmark.chance`; None where it is unknown.
         model: whose accuracy it is.
     """
 

@@ -1,6 +1,6 @@
-"""How far a compressed model's predictions are from full precision: KL divergence on conversations, held-out ones.
+"""Measure how far a compressed model's predictions are from full precision: KL divergence on held-out samples.
 
-Both models read the same conversation (teacher forcing), rendered by the chat template with the reply. At every
+Both models read the same sample (teacher forcing), rendered by the chat template with the reply. At every
 position that predicts a token of the reply, the end of the turn included,
 
     KL(full || model) = sum over the vocabulary of p (log p - log q)   in nats,
@@ -36,7 +36,7 @@ FORMAT = "bivlm-log-probabilities-1"
 
 
 def reply_logits(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
-    """Logits (T, vocabulary) at the `reply.count` positions that predict its tokens."""
+    """Return the logits (T, vocabulary) at the `reply.count` positions that predict its tokens."""
     length = reply.inputs["input_ids"].shape[1]
     kept = length - reply.start + 1  # from the token before the reply on
     logits = model(**reply.inputs, use_cache=False, logits_to_keep=kept).logits[0]
@@ -45,7 +45,7 @@ def reply_logits(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
 
 @torch.inference_mode()
 def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
-    """Log-probabilities (T, vocabulary), float64, of `reply_logits`.
+    """Return the log-probabilities (T, vocabulary), float64, of `reply_logits`.
 
     Raises ArithmeticError naming the model for NaN and infinity.
     """
@@ -58,10 +58,10 @@ def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tenso
 def reference_logits(
     model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[CalibrationSample], file: str | Path
 ) -> Path:
-    """Write the full-precision model's log-probabilities for later comparisons, one entry a conversation.
+    """Write the full-precision model's log-probabilities for later comparisons, one entry per sample.
 
     A safetensors file with float16 entries ``00000``, ``00001``, ... of shape (T, vocabulary); one is held at a time.
-    The same model gives the same bytes. Raises `InputError` as `read_reply`, and when there is no conversation.
+    The same model gives the same bytes. Raises `InputError` as `read_reply`, and when there is no sample.
     """
     file = Path(file)
     if not conversations:
@@ -94,11 +94,11 @@ def reference_logits(
 def kl_divergence(
     model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[CalibrationSample], file: str | Path
 ) -> float:
-    """Mean over all judged positions of KL(full precision || model), in nats, summed in float64.
+    """Return the mean over all judged positions of KL(full precision || model), in nats, summed in float64.
 
-    `file` is from `reference_logits` with the same conversations. Raises `InputError` when it is not, or when the model
-    reads other tokens than the full-precision one did; ArithmeticError naming the model when it gives NaN, or never
-    gives what full precision may, so that the divergence is infinite.
+    `file` is from `reference_logits` with the same samples. Raises `InputError` if it is not, or if the model reads
+    other tokens than the full-precision one did; ArithmeticError naming the model if it gives NaN, or probability 0 to
+    what full precision may say, so that the divergence is infinite.
     """
     divergences: list[float] = []
     with StoredLogProbabilities(file, len(conversations)) as stored:
@@ -118,7 +118,7 @@ class StoredLogProbabilities:
     """A file that `reference_logits` wrote, to be closed at the end of a ``with`` block."""
 
     def __init__(self, file: str | Path, conversations: int) -> None:
-        """Raises `InputError` for another file, or one of another number of conversations."""
+        """Raise `InputError` for another kind of file, or one with another number of samples."""
         self._file, self._stored = Path(file), _open(Path(file))
         self._digests = parse_json(self._stored.metadata().get("tokens_sha256", ""), file)
         if not isinstance(self._digests, list) or len(self._digests) != conversations:
@@ -127,9 +127,9 @@ class StoredLogProbabilities:
             )
 
     def of(self, index: int, reply: Reply) -> torch.Tensor:
-        """Log-probabilities (T, vocabulary), float64, normalised again, of a conversation that was read as `reply`.
+        """Return log-probabilities (T, vocabulary), float64, normalised again, of a sample that was read as `reply`.
 
-        Raises `InputError` when full precision read other tokens.
+        Raises `InputError` if full precision read other tokens.
         """
         if reply.tokens_sha256 != self._digests[index]:
             raise InputError(
@@ -146,7 +146,7 @@ class StoredLogProbabilities:
 
 
 def kl_by_token(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(full || other) for each row of log-probabilities, where 0 log 0 = 0; infinite where only `other` is 0."""
+    """Return KL(full || other) per row of log-probabilities, where 0 log 0 = 0; infinite where only `other` is 0."""
     probability = full.exp()
     return torch.where(probability > 0, probability * (full - other), 0.0).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Whether a candidate may become champion: a recipe's bounds against what was measured."""
+"""Decide whether a candidate may become champion: a recipe's bounds against what was measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bivlm.recipe.gate import AccuracyGate, BitsGate, GateSettings
 
 @dataclass(frozen=True)
 class Figures:
-    """What a gate looks at."""
+    """The figures that a gate compares with its bounds."""
 
     linears: float  # stored bits per weight of the packed linears
     whole_model: float  # stored bits per parameter
@@ -22,7 +22,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Decision:
-    """What came of it: a sentence for each bound, with the bound and the figure found."""
+    """The decision of a gate: a sentence for each bound, with the bound and the figure found."""
 
     passed: bool
     reasons: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Loading a model for evaluation, and its greedy answers to batches of questions."""
+"""Load a model for evaluation, and answer batches of questions greedily."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BATCH_SMALL, BATCH_LARGE = 64, 8
 def load_model(
     folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor of a checkpoint folder, packed or not, ready to answer.
+    """Return the model and processor of a checkpoint folder, packed or not, ready to answer.
 
     `device` is the GPU if there is one, else the CPU. `dtype` is what the model computes in: by default the
     checkpoint's ("auto") on a GPU and float32 on a CPU, where bf16 is slower and less exact. The weights are the stored

@@ -39,7 +39,7 @@ class BivlmModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         device: str | None = None,
         max_new_tokens: int | str = MAX_NEW_TOKENS,
     ) -> None:
-        """`pretrained` is the checkpoint's folder; a `batch_size` of None or "auto" is bivlm's own choice.
+        """Load the checkpoint in the folder `pretrained`; a `batch_size` of None or "auto" is bivlm's own choice.
 
         `max_new_tokens` is for tasks without a limit of their own. Raises `InputError` as `load_model`.
         """
@@ -54,7 +54,7 @@ class BivlmModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
         """Return the answer to every request, cut before the task's stop words.
 
         A blank line is no stop word: lmms-eval adds it to every task, and its own models ignore it, too. Raises
-        `InputError` when a task asks for sampling, beams or anything but images.
+        `InputError` when a task requests sampling, beams or anything but images.
         """
         by_length: dict[int, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
@@ -97,7 +97,7 @@ class BivlmModel(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
 
 def manifest() -> ModelManifest:
-    """Return what lmms-eval asks the entry point for."""
+    """Return what lmms-eval expects from the entry point."""
     return ModelManifest(model_id="bivlm", simple_class_path=f"{__name__}.{BivlmModel.__name__}")
 
 

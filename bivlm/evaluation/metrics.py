@@ -30,7 +30,7 @@ def mme_metrics(outcomes: pd.DataFrame) -> dict[str, float]:
     """Return the score of MME (Fu et al., 2023): over the categories, the sum of acc and acc+, each 0 to 100.
 
     `{category}/acc` is the percentage of questions answered right, `{category}/acc_plus` of images whose two questions
-    are both right; `mme_score` is their sum and `mme_max` 200 a category. A limit can cut a set within an image: one
+    are both right; `mme_score` is their sum and `mme_max` 200 per category. A limit can cut a set within an image: one
     that was asked about once does not count for acc_plus, unless its category has no other.
     """
     metrics: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""MME: two questions an image, to be answered yes and no; ``mme:hub`` or a copy of it.
+"""MME: two questions per image, to be answered yes and no; ``mme:hub`` or a copy of it.
 
 Fu et al., "MME: A Comprehensive Evaluation Benchmark for Multimodal Large Language Models", 2023.
 """

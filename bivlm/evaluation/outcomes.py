@@ -37,7 +37,7 @@ class Evaluation:
 
     `metrics` begins with `accuracy`, the mean score in percent; `ci95` is its 95 % interval by bootstrap over images.
     `intervals` are those of other figures by which the set is known, such as the scores of MME; `source` says where the
-    questions were published. `outcomes` has `COLUMNS`, one row a question in the order of the benchmark.
+    questions were published. `outcomes` has `COLUMNS`, one row per question in the order of the benchmark.
     """
 
     task: str

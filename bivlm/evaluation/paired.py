@@ -13,7 +13,7 @@ from scipy.special import betaincinv
 from bivlm.errors import InputError
 from bivlm.evaluation.metrics import CONFIDENCE, bootstrap_interval, bootstrap_means
 
-MOST_QUESTIONS = 10**8  # that `questions_needed` speaks of
+MOST_QUESTIONS = 10**8  # the largest answer of `questions_needed`
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,16 @@ def largest_difference(fell: float, rose: float, n: int, confidence: float) -> f
 
 
 def questions_needed(found: LargestLoss, bound: float) -> int | None:
-    """About how many questions bring the end down to `bound` points, if as large a share of them falls and rises.
+    """Return about how many questions bring the end down to `bound` points, if the same shares of them fall and rise.
 
-    To two digits, upwards; None if no number of questions up to `MOST_QUESTIONS` does.
+    It is rounded up to two digits; None if no number of questions up to `MOST_QUESTIONS` is enough.
     """
 
     def end(n: int) -> float:
         falls, rises = found.fell * n / found.n, found.rose * n / found.n
         return found.loss + wider * (100 * largest_difference(falls, rises, n, found.confidence) - found.loss)
 
-    # By so much the images make the interval wider than that many questions alone would.
+    # How much wider the images make the interval than that many questions alone would.
     alone = 100 * largest_difference(found.fell, found.rose, found.n, found.confidence)
     wider = (found.largest - found.loss) / (alone - found.loss)
     if found.loss >= bound or end(MOST_QUESTIONS) > bound:

@@ -25,7 +25,7 @@ from bivlm.sources.rows import Row
 from bivlm.sources.samples import VqaSample
 from bivlm.workspace.hashing import digest
 
-# Of gigabytes of images, and a sweep opens its benchmarks once a cell: hashed once a process, while files stay.
+# Of gigabytes of images, and a sweep opens its benchmarks once per cell: hashed once per process, while files stay.
 _DIGESTS: dict[tuple[Any, ...], str] = {}
 
 

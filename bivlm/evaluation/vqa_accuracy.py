@@ -52,7 +52,7 @@ _CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}  # the other way round, in the published table too
 
 
-@lru_cache(maxsize=1 << 16)  # the same few words are given by ten people and asked for again with every model
+@lru_cache(maxsize=1 << 16)  # ten people give the same few words, and every model looks them up again
 def normalise(answer: str) -> str:
     """Return the answer as it is compared."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()

@@ -1,6 +1,6 @@
 """A folder of your own questions: ``vqa:FOLDER`` with images and a ``data.jsonl``.
 
-One JSON object a line:
+One JSON object per line:
 
 ============= ==================================================================================================
 key           value

@@ -16,14 +16,14 @@ __all__ = ["CurvePoint", "LayerPlan", "Method", "MethodSettings", "Quantized", "
 
 @cache
 def methods() -> dict[str, Method[Any]]:
-    """Every method by name."""
+    """Return every method by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return {cls.name: cls() for cls in Method.__subclasses__()}
 
 
 def method(name: str) -> Method[Any]:
-    """The method called `name`; raises `InputError` with the names there are."""
+    """Return the method called `name`; raise `InputError` with the known names for any other."""
     try:
         return methods()[name]
     except KeyError:

@@ -1,9 +1,9 @@
-"""ARB-LLM_RC (arXiv 2410.03129): signs times a scale of the row and one of the column, refined in turns.
+"""ARB-LLM_RC (arXiv 2410.03129): signs times a scale of the row and one of the column, refined alternately.
 
 Columns are blocked, found salient and fed back as in BiLLM (`bivlm.methods.billm`). What is binarized is rebuilt as
 ``row_scale * column_scale * sign`` without a mean; the two scales are solved for one after the other by least squares.
 A block has such a product for each of the two groups of ordinary columns and two, added up, for the salient columns:
-four float16 numbers a row and block and two a column, 2 + 64 / block + 32 / M bits. Splitting the salient columns into
+four float16 numbers per row and block, two per column: 2 + 64 / block + 32 / M bits. Splitting the salient columns into
 groups as well, which the paper's column-group bitmap also allows, would take a third bit for them and is left out.
 """
 
@@ -28,7 +28,7 @@ class ARBSettings(MethodSettings):
     method: Literal["arb_rc"]
     block: int = Field(default=BLOCK, ge=1, le=rowblock.LARGEST_BLOCK)  # columns that share row scales
     salient_columns: int = Field(default=49, ge=0, le=4096)  # most of them in a block
-    iterations: int = Field(default=15, ge=0, le=1000)  # of solving for row and column scales in turns
+    iterations: int = Field(default=15, ge=0, le=1000)  # alternations of row and column scales
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
 
 
@@ -54,7 +54,7 @@ class ARB(Method[ARBSettings]):
 def binarize_block(
     columns_BM: torch.Tensor, salient_B: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Symbols uint8 (B, M) of a block, and its numbers as `rowblock` stores them: scales (M, 1, 4), factors (2, B)."""
+    """Return a block's symbols, uint8 (B, M), and its `rowblock` numbers: scales (M, 1, 4), factors (2, B)."""
     symbols_BM = torch.empty_like(columns_BM, dtype=torch.uint8)
     factors_2B = torch.empty(2, len(columns_BM), device=columns_BM.device)
     ordinary, twice = columns_BM[~salient_B], columns_BM[salient_B]
@@ -72,7 +72,7 @@ def binarize_block(
 
 
 def alternate(columns_BM: torch.Tensor, inside_BM: torch.Tensor, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row scales (M,) and column scales (B,) of ``r_m c_b sign(w_bm)`` over the weights `inside`.
+    """Return row scales (M,) and column scales (B,) of ``r_m c_b sign(w_bm)`` over the weights `inside`.
 
     With magnitudes a and sums over the weights inside, ``r_m = sum_b a c_b / sum_b c_b^2`` and
     ``c_b = sum_m a r_m / sum_m r_m^2`` in turns, from ``r_m = mean_b a`` and ``c_b = mean_m (a / r_m)``. No step raises
@@ -90,10 +90,10 @@ def alternate(columns_BM: torch.Tensor, inside_BM: torch.Tensor, iterations: int
 
 
 def alternate_twice(columns_SM: torch.Tensor, iterations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Row scales (2, M), column scales (2, S) and signs, bool (2, S, M), of ``r c sign + r' c' sign'``.
+    """Return row scales (2, M), column scales (2, S) and signs, bool (2, S, M), of ``r c sign + r' c' sign'``.
 
-    The second product begins as that of what the first leaves. Each turn solves for the scales of the first, with the
-    second subtracted, then for those of the second, and then takes of the four levels of every weight the closest one.
+    The second product starts from the residual of the first. Each turn solves for the scales of the first, with the
+    second subtracted, then for those of the second, and then gives every weight the closest of its four levels.
     """
     everywhere = torch.ones_like(columns_SM, dtype=torch.bool)
     rows, columns, signs = [], [], []
@@ -119,5 +119,5 @@ def alternate_twice(columns_SM: torch.Tensor, iterations: int) -> tuple[torch.Te
 
 
 def _divide(numerator: torch.Tensor, denominator: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """The quotient, `otherwise` where it is not defined."""
+    """Return the quotient, or `otherwise` where it is not defined."""
     return torch.where(denominator > 0, numerator / denominator, otherwise)

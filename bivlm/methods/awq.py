@@ -2,7 +2,7 @@
 
 ``s_j = mean(abs(x_j))^beta``, divided by ``sqrt(max s * min s)``; of 20 values of beta in [0, 1) the one whose rebuilt
 weight has the least output error ``tr(E H E^T)``. The published code folds 1 / s into the layer before; here it is
-stored, 16 bits an input channel, and the rebuilt weight stands alone. For beta = 0 there is nothing to store. The
+stored, 16 bits per input channel, and the rebuilt weight stands alone. For beta = 0 there is nothing to store. The
 published search for clipped ranges is not part of this method.
 """
 
@@ -30,7 +30,7 @@ class AWQSettings(MethodSettings):
 
     method: Literal["awq"]
     bits: grouped.CodeBits = 2
-    group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group a row
+    group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group per row
 
 
 class AWQ(Method[AWQSettings]):
@@ -44,9 +44,9 @@ class AWQ(Method[AWQSettings]):
         return INPUTS
 
     def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
-        """Figures: the chosen `beta`, the `dead_channels` (magnitude 0), and the `tokens` behind the choice.
+        """Pack the weight; figures are the chosen `beta`, the `dead_channels` (magnitude 0) and the `tokens` seen.
 
-        Of several best the smallest beta is taken: 0, which is `rtn`, where no token was seen.
+        Of several best betas the smallest is taken: 0, which is `rtn`, where no token was seen.
         """
         if inputs is None:
             raise InputError(f"method {self.name!r} needs the magnitudes of the layer's inputs; none were given")
@@ -71,7 +71,7 @@ class AWQ(Method[AWQSettings]):
 
 
 def channel_scales(magnitude_N: torch.Tensor, beta: float) -> torch.Tensor | None:
-    """s (N,), float32, of ``mean(abs(x))``; None where all are 1.
+    """Return s (N,), float32, from ``mean(abs(x))``; None where all are 1.
 
     A dead channel is scaled as the quietest live one. Scales are kept within [1e-4, 1e4].
     """
@@ -88,7 +88,7 @@ def channel_scales(magnitude_N: torch.Tensor, beta: float) -> torch.Tensor | Non
 def round_scaled(
     weight_MN: torch.Tensor, scales_N: torch.Tensor | None, bits: int, group_size: int
 ) -> tuple[GroupedCodes, torch.Tensor | None]:
-    """Codes of the columns times s, and what each rebuilt column is multiplied by: 1 / s as it is stored, (N,)."""
+    """Return codes of the columns times s, and the factors of the rebuilt columns: 1 / s as it is stored, (N,)."""
     if scales_N is None:
         return round_to_nearest(weight_MN, bits, group_size), None
     multipliers_N = grouped.stored_channel_scales(1 / scales_N)
@@ -98,7 +98,7 @@ def round_scaled(
 def _output_error(
     weight_MN: torch.Tensor, coded: GroupedCodes, multipliers_N: torch.Tensor | None, moment_NN: torch.Tensor
 ) -> float:
-    """``tr(E H E^T)`` of the weight rebuilt in its dtype, some rows of E at a time."""
+    """Return ``tr(E H E^T)`` of the weight rebuilt in its dtype, some rows of E at a time."""
     rows, columns = weight_MN.shape
     total, step = 0.0, max(1, _PRODUCT_WEIGHTS // columns)
     for begin in range(0, rows, step):

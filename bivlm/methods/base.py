@@ -1,4 +1,4 @@
-"""What a compression method is: settings, a plan of a few kilobytes, packed bytes."""
+"""The interface of a compression method: settings, a plan of a few kilobytes, packed bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRADIENTS: frozenset[Need] = frozenset({"weights", "inputs", "gradients"})
 
 
 class MethodSettings(BaseModel):
-    """What a recipe may say about a method; every method extends it. Unknown keys are refused."""
+    """The recipe settings of a method; every method extends them. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -42,7 +42,7 @@ class LayerPlan(BaseModel):
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What a layer would cost and lose with one choice of settings.
+    """The cost and error of a layer with one choice of settings.
 
     Attributes:
         settings: the method's settings, whole, ready for JSON.
@@ -57,7 +57,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A packed weight, uint8 (bytes,), see `bivlm.packing`; and what there is to say of how it was made.
+    """A packed weight, uint8 (bytes,), see `bivlm.packing`; and figures on how it was made.
 
     `figures` are small numbers by name, for example the damping of a second moment or its dead channels.
     """
@@ -83,17 +83,17 @@ class Method(ABC, Generic[S]):
     bytes_a_weight: ClassVar[float] = 8.0
 
     def needs(self, settings: S) -> frozenset[Need]:
-        """What the method has to see: the weights alone unless it says more."""
+        """Return what the method has to see: by default the weights alone."""
         return WEIGHTS
 
     def tail_share(self, settings: S) -> float:
-        """The Gaussian share of largest magnitudes that the statistics must keep with their rows."""
+        """Return the Gaussian share of largest magnitudes that the statistics must keep with their rows."""
         return 0.0
 
     def curve(self, statistics: LayerStatistics, settings: S) -> list[CurvePoint]:
-        """The choices of settings worth having, without quantizing; none if the method leaves no choice.
+        """Return a point for each choice of settings worth having, without quantizing; none if there is no choice.
 
-        Of `settings` everything is kept that the choice is not about.
+        The settings that the choice is not about stay as in `settings`.
         """
         return []
 
@@ -107,5 +107,5 @@ class Method(ABC, Generic[S]):
         """Quantize and pack; `inputs` are given if the method `needs` them, and those of N channels."""
 
     def describe(self, plan: LayerPlan) -> dict[str, Any]:
-        """What the report says of the plan beside error and bits, for example `groups` and `p_sal_nominal`."""
+        """Return what the report adds to the plan's error and bits, for example `groups` and `p_sal_nominal`."""
         return {}

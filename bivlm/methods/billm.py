@@ -1,9 +1,9 @@
 """BiLLM (arXiv 2402.04291): salient columns binarized twice, all other weights once in two groups by magnitude.
 
-Blocks of columns are quantized one after another with error feedback between them. In each block the columns stand in
+Blocks of columns are quantized one after another with error feedback between them. In each block the columns are in
 the order of ``w^2 / u^2``, u on the diagonal of the inverse factor; how many of them are salient, and where the two
-groups of the others part, is tried out. The paper reports 1.08 bits: a sign per weight and a second one in salient
-columns. A decoder needs the group of every weight and seven float16 numbers a row and block as well: 2 + 112 / block.
+groups of the others part, is searched. The paper reports 1.08 bits: a sign per weight and a second one in salient
+columns. A decoder needs the group of every weight and seven float16 numbers per row and block as well: 2 + 112 / block.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BiLLM(Method[BiLLMSettings]):
 
 
 def binarize_block(columns_BM: torch.Tensor, salient_B: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Symbols uint8 (B, M) of a block, and its numbers as `rowblock` stores them: means (M, 1, 3), scales (M, 1, 4)."""
+    """Return a block's symbols, uint8 (B, M), and its `rowblock` numbers: means (M, 1, 3), scales (M, 1, 4)."""
     symbols_BM = torch.empty_like(columns_BM, dtype=torch.uint8)
     ordinary, twice = columns_BM[~salient_B], columns_BM[salient_B]
     high = ordinary.abs() > choose_boundary(ordinary, centred=True)

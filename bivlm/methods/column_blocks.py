@@ -1,7 +1,7 @@
-"""Weights binarized block of columns by block of columns with error feedback: what BiLLM and ARB-LLM_RC have in common.
+"""Binarize weights block of columns by block with error feedback: what BiLLM and ARB-LLM_RC have in common.
 
-Both choose the salient columns of a block, binarize the block, and feed what is lost back into the blocks after it;
-how a block is binarized is theirs. Notation and "centred" as in `bivlm.numerics.binary`.
+Both choose the salient columns of a block, binarize the block, and feed its error into the blocks after it; how a
+block is binarized is up to each. Notation and "centred" as in `bivlm.numerics.binary`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Binarize = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, 
 def quantize_blocks(
     weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None, binarize: Binarize, *, centred: bool
 ) -> Quantized:
-    """The weight packed as `bivlm.packing.rowblock`, with the number of salient columns among the figures.
+    """Return the weight packed as `bivlm.packing.rowblock`, with the number of salient columns among the figures.
 
     `plan` has the parameters ``block``, ``salient_columns`` and ``damping``. `binarize` takes the columns (B, M) of a
     block and which of them are salient, bool (B,), and returns symbols uint8 (B, M) and numbers as `rowblock.pack`
-    wants them of one block. Raises as `bivlm.numerics.error_feedback.input_factor`.
+    takes them for one block. Raises as `bivlm.numerics.error_feedback.input_factor`.
     """
     p = plan.parameters
     factor = input_factor(inputs, p["damping"], plan.method, weight_MN)

@@ -1,6 +1,6 @@
-"""GPTQ (arXiv 2210.17323): column by column on a uniform grid, each error made up for by the columns still to come.
+"""GPTQ (arXiv 2210.17323): column by column on a uniform grid, each error compensated by the columns after it.
 
-The grid of a group of input columns is found when its first column's turn comes, from weights into which the errors of
+The grid of a group of input columns is fitted when its first column is reached, from weights into which the errors of
 all columns before it have been fed. (The published code feeds errors into later columns in blocks of 128, so that the
 second group of such a block gets its grid from weights without the errors of the first.) Columns keep their order.
 """
@@ -24,7 +24,7 @@ class GPTQSettings(MethodSettings):
 
     method: Literal["gptq"]
     bits: grouped.CodeBits = 2
-    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group a row
+    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group per row
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)  # share of the mean diagonal of H
 
 
@@ -39,7 +39,7 @@ class GPTQ(Method[GPTQSettings]):
         return INPUTS
 
     def quantize(self, weight_MN: torch.Tensor, plan: LayerPlan, inputs: SiteStatistics | None = None) -> Quantized:
-        """Figures: the `damping` that H needed, its `dead_channels`, and the `tokens` behind it.
+        """Pack the weight; figures are the `damping` that H needed, its `dead_channels`, and the `tokens` behind it.
 
         Dead channels, and all of them where no token was seen, are rounded to nearest.
         """
@@ -53,8 +53,7 @@ class GPTQ(Method[GPTQSettings]):
 
 
 def feed_back_groups(weight_MN: torch.Tensor, upper_NN: torch.Tensor, bits: int, group_size: int) -> GroupedCodes:
-    """The codes of a weight, with U the upper triangular factor of the inverse second moment, see
-    `bivlm.numerics.error_feedback`."""
+    """Return a weight's codes; U is the upper triangular factor of `bivlm.numerics.error_feedback`."""
     rows, columns = weight_MN.shape
     width, exponent = group_width(columns, group_size), layer_exponent(weight_MN, bits)
     device = weight_MN.device

@@ -1,4 +1,4 @@
-"""HBLLM (arXiv 2512.00862), its row variant, and HBVLA's pairing: Haar coefficients with a mean and two scales a band.
+"""HBLLM (arXiv 2512.00862), its row variant, and HBVLA's pairing: Haar coefficients, a mean and two scales per band.
 
 Blocks of columns are quantized one after another with error feedback between them. In a block
 
@@ -8,12 +8,12 @@ Blocks of columns are quantized one after another with error feedback between th
 3. what is left of salient columns is transformed along the column and binarized in the same manner, band by band.
 
 With ``fill: neighbours`` step 2 sees in the place of a salient column the mean of the ordinary columns next to it: it
-then widens nobody's scales, but all of it is left to step 3. That pays only where salient columns are many times larger
+then widens no scales, but all of it is left to step 3. That pays only where salient columns are many times larger
 than others. ``pairing: greedy`` first orders the block's columns so that neighbours are alike, as HBVLA does; its
-second moment with weighted tokens is the calibration's business.
+second moment with weighted tokens is a setting of calibration.
 
 The papers report 1.0 to 1.09 bits: a sign per weight and a second one in salient columns. A decoder needs the group of
-every coefficient and six float16 numbers a row and block as well: 2 + 96 / block + 2 * salient_share.
+every coefficient and six float16 numbers per row and block as well: 2 + 96 / block + 2 * salient_share.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class HBLLM(Method[HBLLMSettings]):
 
 
 def most_salient(columns_BM: torch.Tensor, diagonal_B: torch.Tensor, share: float) -> torch.Tensor:
-    """The `share` of columns, to the next integer, whose saliencies have the largest Euclidean norm: bool (B,)."""
+    """Return the `share` of columns, to the next integer, whose saliencies have the largest norm: bool (B,)."""
     norms = saliency(columns_BM, diagonal_B).norm(dim=1)
     salient_B = torch.zeros_like(norms, dtype=torch.bool)
     salient_B[norms.argsort(descending=True, stable=True)[: round(share * len(norms))]] = True
@@ -103,7 +103,7 @@ def most_salient(columns_BM: torch.Tensor, diagonal_B: torch.Tensor, share: floa
 def code_block(
     columns_BM: torch.Tensor, salient_B: torch.Tensor, *, paired: bool, filled: bool
 ) -> tuple[wavelet.Coded, dict[str, torch.Tensor]]:
-    """Symbols of a block, and its numbers as `wavelet` stores them: rows (M, 1, 2, 3), columns (S, 2, 3)."""
+    """Return a block's symbols, and its numbers as `wavelet` stores them: rows (M, 1, 2, 3), columns (S, 2, 3)."""
     width, rows = columns_BM.shape
     order_B = pair_columns(columns_BM) if paired else torch.arange(width, device=columns_BM.device)
     ordered_BM = columns_BM[order_B]
@@ -119,7 +119,7 @@ def code_block(
 
 
 def fill_salient(columns_BM: torch.Tensor, salient_B: torch.Tensor) -> torch.Tensor:
-    """The block with each salient column replaced by the mean of the nearest ordinary ones before and after it.
+    """Return the block with each salient column replaced by the mean of its nearest ordinary ones before and after.
 
     At an end of the block that is the nearest one; zero if all columns are salient.
     """
@@ -135,7 +135,7 @@ def fill_salient(columns_BM: torch.Tensor, salient_B: torch.Tensor) -> torch.Ten
 
 
 def pair_columns(columns_BM: torch.Tensor) -> torch.Tensor:
-    """An order of columns, int64 (B,), by pairs: of those still single the two at the least distance, again and again.
+    """Return an order of columns, int64 (B,), by pairs: again and again the two nearest of those still single.
 
     Pairs stand in the order of their first columns; one without a partner comes last.
     """
@@ -155,7 +155,7 @@ def pair_columns(columns_BM: torch.Tensor) -> torch.Tensor:
 
 
 def binarize_bands(coefficients_XL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symbols uint8 (X, L) and numbers (X, 2, 3) of vectors of Haar coefficients, their bands at even and odd places.
+    """Return symbols uint8 (X, L) and numbers (X, 2, 3) of vectors of Haar coefficients, bands at even and odd places.
 
     The numbers are rounded as they will be stored.
     """
@@ -168,7 +168,7 @@ def binarize_bands(coefficients_XL: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _binarize_band(coefficients_XL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symbols (X, L) and mean, inner and outer scale (X, 3) of one band.
+    """Return symbols (X, L) and mean, inner and outer scale (X, 3) of one band.
 
     With deviations d from the mean in ascending order, groups of the first k and of the others leave
     ``sum d^2 - (sum_inner d)^2 / k - (sum_outer d)^2 / (L - k)``; every k is tried.

@@ -64,7 +64,7 @@ class PBLLM(Method[PBLLMSettings]):
 
 
 def salient_range(weight_MN: torch.Tensor, salient_MN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least and largest salient weight of each row, (M,) each; zero where a row has none."""
+    """Return the least and largest salient weight of each row, (M,) each; zero where a row has none."""
     least_M = weight_MN.masked_fill(~salient_MN, torch.inf).amin(1)
     largest_M = weight_MN.masked_fill(~salient_MN, -torch.inf).amax(1)
     none_M = ~salient_MN.any(1)

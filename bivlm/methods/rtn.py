@@ -22,7 +22,7 @@ class RTNSettings(MethodSettings):
 
     method: Literal["rtn"]
     bits: grouped.CodeBits = 2
-    group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group a row
+    group_size: int = Field(default=128, ge=0, le=grouped.LARGEST_GROUP)  # input columns; 0: one group per row
     clip: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)  # share of a group's range that its grid spans
 
 
@@ -34,7 +34,7 @@ class RTN(Method[RTNSettings]):
     Settings = RTNSettings
 
     def curve(self, statistics: LayerStatistics, settings: RTNSettings) -> list[CurvePoint]:
-        """2, 3 and 4 bits in groups of 32 to 256 columns, at the bytes that each stores, clipped as `settings` say.
+        """Return points for 2, 3 and 4 bits in groups of 32 to 256 columns, at stored bytes, clipped by `settings`.
 
         Errors are those expected of independent weights, see `bivlm.numerics.uniform_grid.expected_error`.
         """

@@ -1,6 +1,6 @@
 """Binarization of a block of columns: signs and scales, groups by magnitude, salient columns that are binarized twice.
 
-Blocks come as columns (B, M), one column of the weight a row of the matrix, as `bivlm.numerics.error_feedback` hands
+Blocks come as columns (B, M), one column of the weight a row of the matrix, as `bivlm.numerics.error_feedback` gives
 them out: every number below belongs to one of M rows of the weight. "Centred" means ``mean + scale * sign(w - mean)``,
 as in BiLLM (arXiv 2402.04291); otherwise it is ``scale * sign(w)``, as in ARB-LLM_RC (arXiv 2410.03129).
 """
@@ -34,7 +34,7 @@ class Binarized:
 
 
 def normalised(weight_MN: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """float32 ``weight * 2^-exponent``, its largest magnitude between 2^10 and 2^11, and the exponent.
+    """Return float32 ``weight * 2^-exponent``, its largest magnitude between 2^10 and 2^11, and the exponent.
 
     Squares of such weights neither overflow nor vanish, and float16 holds whatever error feedback makes of them. The
     weights stay smaller where 2^exponent would not be a normal float32.
@@ -44,12 +44,12 @@ def normalised(weight_MN: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def to_stored(values: torch.Tensor) -> torch.Tensor:
-    """Rounded to float16 and back to float32: what a decoder will see of normalised numbers."""
+    """Return values rounded to float16 and back to float32: what a decoder will see of normalised numbers."""
     return values.clamp(-_LARGEST_HALF, _LARGEST_HALF).to(torch.float16).to(torch.float32)
 
 
 def binarize(columns_BM: torch.Tensor, inside_BM: torch.Tensor | None = None) -> Binarized:
-    """The least-squares mean, then scale, of the weights `inside` (all of them by default), row by row."""
+    """Return the least-squares mean, then scale, of the weights `inside` (by default all), row by row."""
     if inside_BM is None:
         inside_BM = torch.ones_like(columns_BM, dtype=torch.bool)
     count_M = inside_BM.sum(0).clamp_min_(1)
@@ -60,21 +60,21 @@ def binarize(columns_BM: torch.Tensor, inside_BM: torch.Tensor | None = None) ->
 
 
 def residual(columns_BM: torch.Tensor, first: Binarized) -> torch.Tensor:
-    """What a first binarization leaves of all `columns`."""
+    """Return what a first binarization leaves of all `columns`."""
     signed = torch.where(first.negative_BM, -first.scale_M, first.scale_M)
     return columns_BM - first.mean_M - signed
 
 
 def saliency(columns_BM: torch.Tensor, diagonal_B: torch.Tensor) -> torch.Tensor:
-    """``w^2 / u^2`` (B, M), u (B,) on the diagonal of the inverse factor: twice what losing a weight costs in OBQ."""
+    """Return ``w^2 / u^2`` (B, M), u (B,) the inverse factor's diagonal: twice the cost of losing a weight in OBQ."""
     return (columns_BM / diagonal_B.unsqueeze(-1)).square_()
 
 
 def choose_salient(columns_BM: torch.Tensor, diagonal_B: torch.Tensor, most: int, *, centred: bool) -> torch.Tensor:
-    """Which columns of a block are binarized twice, bool (B,).
+    """Return which columns of a block are binarized twice, bool (B,).
 
-    Columns stand in the order of their summed saliency; of 1 to `most` first ones that number is taken that leaves the
-    smallest squared error if all other columns are binarized once, as one group. None if `most` is 0.
+    Columns are ranked by their summed saliency; of the first 1 to `most` that number is chosen that leaves the smallest
+    squared error if all other columns are binarized once, as one group. None if `most` is 0.
     """
     salient_B = torch.zeros(len(columns_BM), dtype=torch.bool, device=columns_BM.device)
     most = min(most, len(columns_BM))
@@ -88,9 +88,9 @@ def choose_salient(columns_BM: torch.Tensor, diagonal_B: torch.Tensor, most: int
 
 
 def choose_boundary(columns_BM: torch.Tensor, *, centred: bool) -> float:
-    """The magnitude up to which weights belong to group 0, by the squared error of two groups binarized once.
+    """Return the magnitude up to which weights belong to group 0, by the squared error of two groups binarized once.
 
-    Tried are 81 percentiles of the block's magnitudes, from the 10th to the 90th.
+    The candidates are 81 percentiles of the block's magnitudes, from the 10th to the 90th.
     """
     if not columns_BM.numel():
         return 0.0
@@ -108,9 +108,9 @@ def choose_boundary(columns_BM: torch.Tensor, *, centred: bool) -> float:
 
 
 def _errors_by_count(ordered_BM: torch.Tensor, most: int, centred: bool) -> torch.Tensor:
-    """Squared errors, float64 (most,), if the first 1, 2, ... columns are binarized twice and the rest once.
+    """Return squared errors, float64 (most,), if the first 1, 2, ... columns are binarized twice and the rest once.
 
-    Of x around its mean the squares less ``count * scale^2`` are left, each time.
+    Each binarization of x around its mean leaves the squares less ``count * scale^2``.
     """
     sums, squares = ordered_BM.double().cumsum(0), ordered_BM.double().square().cumsum(0)
     errors = torch.zeros(most, dtype=torch.float64, device=ordered_BM.device)
@@ -143,7 +143,7 @@ def _errors_by_count(ordered_BM: torch.Tensor, most: int, centred: bool) -> torc
 
 
 def _explained_plain(columns_BM: torch.Tensor, boundaries_P: torch.Tensor) -> torch.Tensor:
-    """How much of the squares two groups ``scale * sign`` explain at each boundary, float64 (P,)."""
+    """Return how much of the squares two groups ``scale * sign`` explain at each boundary, float64 (P,)."""
     ordered = columns_BM.T.contiguous().abs_().sort(1).values
     sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
     low = torch.searchsorted(ordered, boundaries_P.expand(len(ordered), -1).contiguous(), right=True)
@@ -153,7 +153,7 @@ def _explained_plain(columns_BM: torch.Tensor, boundaries_P: torch.Tensor) -> to
 
 
 def _explained_centred(columns_BM: torch.Tensor, boundaries_P: torch.Tensor) -> torch.Tensor:
-    """The same for ``mean + scale * sign``: ``count * (mean^2 + scale^2)`` of both groups, float64 (P,).
+    """Return the same for ``mean + scale * sign``: ``count * (mean^2 + scale^2)`` of both groups, float64 (P,).
 
     In a row in ascending order group 0 is the run [begin, end), group 1 what is left and right of it. The deviations
     from a mean at rank r are ``mean * (ranks below r) - (sum below r) + (sum above r) - mean * (ranks above r)``.

@@ -1,8 +1,8 @@
-"""Error feedback: what quantizing one column loses is made up for by the columns that are still to come.
+"""Error feedback: compensate the error of quantizing one column by the columns after it.
 
 With the second moment H of the inputs, the squared error of a layer's output is ``tr(E H E^T)`` for a weight error E.
 Let ``H^-1 = U^T U`` with U upper triangular. If the columns b of W are replaced by Q_b, the change of the later columns
-that makes the output error smallest is
+that minimises the output error is
 
     W_rest <- W_rest - (W_b - Q_b) U_bb^-1 U_b,rest,
 
@@ -33,7 +33,7 @@ class InverseFactor:
 
     Attributes:
         upper_NN: float32 (N, N), upper triangular.
-        damping: what was added to the diagonal, as a share of its mean; more than was asked for where H has so little
+        damping: what was added to the diagonal, as a share of its mean; more than requested where H has so little
             rank (fewer tokens than channels) that it could not be factored otherwise.
         dead_channels: channels whose inputs were all zero. No error is fed into or out of them.
         tokens: how many tokens H was made of; 0 if that is not known.
@@ -79,7 +79,7 @@ def inverse_factor(second_moment_NN: torch.Tensor, damping: float = 0.01) -> Inv
 
 
 def input_factor(inputs: SiteStatistics | None, damping: float, method: str, weight_MN: torch.Tensor) -> InverseFactor:
-    """The factor of the inverse second moment on the weight's device; raises `InputError` if there are no inputs."""
+    """Return the factor of the inverse second moment on the weight's device; raise `InputError` without inputs."""
     if inputs is None:
         raise InputError(f"method {method!r} needs the second moment of the layer's inputs; none was given")
     factor = inverse_factor(inputs.second_moment_NN.to(weight_MN.device), damping)
@@ -118,7 +118,7 @@ def feed_back_columns(
     upper_BB: torch.Tensor,
     quantize_column: Callable[[int, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """The same within a block, column by column: ``quantize_column(index, column_M)`` returns the rebuilt column (M,).
+    """Feed errors back within a block: ``quantize_column(index, column_M)`` returns the rebuilt column (M,).
 
     Used inside a `quantize_block`. Returns the rebuilt columns, (B, M).
     """
@@ -148,11 +148,11 @@ def _feed_back(
     quantize_rows: Callable[[int, torch.Tensor, torch.Tensor], None],
     block: int,
 ) -> torch.Tensor:
-    """`feed_back` on columns as rows; rebuilds `running_NM` in place.
+    """Run `feed_back` on columns as rows; rebuild `running_NM` in place.
 
     ``quantize_rows(begin, columns_BM, carried_BM)`` replaces the columns by what they are rebuilt as and sets
     ``carried = U_bb^-T (columns - rebuilt)``. Halving, not going from block to block, makes the products with U few
-    and large: most of the work then runs at the speed of a matrix product, whatever the size of a block.
+    and large, so that most of the work runs at the speed of a matrix product, whatever the block size.
     """
     carried_NM = torch.empty_like(running_NM)
     _halves(running_NM, carried_NM, upper_NN, quantize_rows, block, 0, len(running_NM))

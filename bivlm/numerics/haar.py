@@ -8,9 +8,9 @@ import torch
 
 
 def haar(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """``(a + b) / sqrt(2)`` and ``(a - b) / sqrt(2)`` in the places of the neighbours a, b at 2 i and 2 i + 1.
+    """Return ``(a + b) / sqrt(2)`` and ``(a - b) / sqrt(2)`` where the neighbours a, b stand, at 2 i and 2 i + 1.
 
-    The low band stands at even places, the high band at odd ones; a last value without a neighbour stays what it is and
+    The low band stands at even places, the high band at odd ones; a last value without a neighbour is unchanged and
     belongs to the low band. The transform is orthonormal, differentiable, and its own inverse. In float32 a value is
     rounded twice, in an order that no device changes.
     """

@@ -1,4 +1,4 @@
-"""Scales on disk: float16 numbers times one power of two a tensor, so that weights of any size keep 11 bits."""
+"""Scales on disk: float16 numbers times one power of two per tensor, so that weights of any size keep 11 bits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ EXPONENTS = range(-159, 128)  # from that of the smallest float32 number to the 
 
 
 def exponent_of(largest: float) -> int:
-    """The power of two that puts the largest magnitude near 2^10: 34 binades above float16's smallest step."""
+    """Return the power of two that puts the largest magnitude near 2^10: 34 binades above float16's smallest step."""
     return math.frexp(largest)[1] - 11 if largest > 0 else 0
 
 
 def to_halves(values: np.ndarray, exponent: int = 0) -> np.ndarray:
-    """``values * 2^-exponent`` as little-endian float16, uint8 (2 * size,); what is too large becomes the largest."""
+    """Return ``values * 2^-exponent`` as little-endian float16, uint8 (2 * size,), clipped to the largest."""
     scaled = np.ldexp(values.astype(np.float64).reshape(-1), -exponent)
     return scaled.clip(-_LARGEST, _LARGEST).astype("<f2").view(np.uint8)
 

@@ -1,4 +1,4 @@
-"""What the inputs of a site's linear layers look like over the calibration samples.
+"""Statistics of the inputs of a site's linear layers over the calibration samples.
 
 A site is one or more linear layers that read the same tensor: q, k and v share one, gate and up share one.
 """
@@ -42,7 +42,7 @@ class SiteStatistics:
         return sum(self.tokens.values())
 
     def is_finite(self) -> bool:
-        """Whether no statistic is NaN or infinite; squares of large inputs may exceed float32."""
+        """Return whether no statistic is NaN or infinite; squares of large inputs may exceed float32."""
         tensors = (self.second_moment_NN, self.mean_N, self.magnitude_N)
         return all(bool(extreme.isfinite()) for tensor in tensors for extreme in tensor.aminmax())
 

@@ -1,4 +1,4 @@
-"""What a model computes has to be finite before anything is made of it: answers, divergences, statistics, scores."""
+"""Check that what a model computes is finite before it is used: answers, divergences, statistics, scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saliency: which weights matter most to what a layer gives.
+"""Saliency: which weights matter most to a layer's output.
 
 ========== =============================================================================================
 metric     score of weight ``w_ij``
@@ -28,7 +28,7 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 def scores(
     metric: Metric, weight_MN: torch.Tensor, inputs: SiteStatistics | None = None, *, damping: float = 0.01
 ) -> torch.Tensor:
-    """Score of every weight, float32 (M, N); larger is more salient. See the module's table.
+    """Return the score of every weight, float32 (M, N); larger is more salient. See the module's table.
 
     Where the inputs say nothing, because no token was seen, or none that reaches the answer, it is the magnitude.
     Raises ValueError for a metric without input statistics.
@@ -50,7 +50,7 @@ def scores(
 
 
 def most_salient(scores_MN: torch.Tensor, count: int) -> np.ndarray:
-    """Flat row-major positions, int64 (count,), ascending, of the largest scores; of equal ones the first."""
+    """Return flat row-major positions, int64 (count,), ascending, of the largest scores; of equal ones the first."""
     flat = scores_MN.reshape(-1)
     if count == 0:
         return np.empty(0, np.int64)

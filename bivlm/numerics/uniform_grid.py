@@ -44,7 +44,7 @@ class GroupedCodes:
     exponent: int
 
     def rebuilt(self, begin: int, end: int) -> torch.Tensor:
-        """``(code - zero) * scale`` of rows `begin` to `end`, float32 (rows, N), exact."""
+        """Return ``(code - zero) * scale`` of rows `begin` to `end`, float32 (rows, N), exact."""
         columns = self.codes_MN.shape[1]
         scales, zeros = self.scales_MG[begin:end], self.zeros_MG[begin:end]
         codes = torch.nn.functional.pad(self.codes_MN[begin:end], (0, scales.shape[1] * self.width - columns))
@@ -54,29 +54,29 @@ class GroupedCodes:
 
 
 def group_width(columns: int, group_size: int) -> int:
-    """Columns of a group: `group_size`, or the whole row where that is 0 or more than the row has."""
+    """Return the columns of a group: `group_size`, or the whole row where that is 0 or more than the row has."""
     return min(group_size or columns, columns)
 
 
 def layer_exponent(weight_MN: torch.Tensor, bits: int) -> int:
-    """The power of two by which a layer's scales are stored.
+    """Return the power of two by which a layer's scales are stored.
 
-    The scale of the layer's whole range comes near 2^10, a 64th of the largest float16: error feedback may widen the
-    range of a group so far before its scale is cut.
+    The scale of the layer's whole range comes near 2^10, a 64th of the largest float16: error feedback may widen a
+    group's range by that much before its scale is cut.
     """
     lowest, highest = weight_MN.aminmax()
     return range_exponent(float(lowest), float(highest), bits)
 
 
 def range_exponent(lowest: float, highest: float, bits: int) -> int:
-    """As `layer_exponent`, of a layer whose weights lie between these ends."""
+    """Return the `layer_exponent` of a layer whose weights lie between these ends."""
     return max(exponent_of((max(highest, 0.0) - min(lowest, 0.0)) / (2**bits - 1)), _LEAST_EXPONENT)
 
 
 def fit_grid(
     lowest: torch.Tensor, highest: torch.Tensor, bits: int, exponent: int, clip: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales as they are stored and zero points, both float32, of groups with these extremes (any shape) times `clip`.
+    """Return scales as stored and zero points, both float32, of groups with these extremes (any shape) times `clip`.
 
     A group of zeros, or one too small beside the layer's largest for a float16, has scale 0 and zero point 0.
     """
@@ -89,17 +89,17 @@ def fit_grid(
 
 
 def divisor(scales: torch.Tensor) -> torch.Tensor:
-    """What weights are divided by to get their codes: the scale, or 1 where that is 0 and every code gives 0."""
+    """Return what weights are divided by to get their codes: the scale, or 1 where that is 0 and every code gives 0."""
     return torch.where(scales > 0, scales, 1.0)
 
 
 def round_to_nearest(
     weight_MN: torch.Tensor, bits: int, group_size: int, clip: float = 1.0, exponent: int | None = None
 ) -> GroupedCodes:
-    """Every weight on the nearest point of its group's grid; a few rows at a time, so that temporaries stay small.
+    """Round every weight to the nearest point of its group's grid, a few rows at a time to keep temporaries small.
 
-    The grid spans `clip` times the group's range, 0 < clip <= 1. `exponent` is the layer's where these are some of its
-    rows.
+    The grid spans `clip` times the group's range, 0 < clip <= 1. `exponent` is the whole layer's if these are only
+    some of its rows.
     """
     rows, columns = weight_MN.shape
     width = group_width(columns, group_size)
@@ -122,7 +122,7 @@ def round_to_nearest(
 
 
 def expected_error(statistics: LayerStatistics, bits: int, group_size: int, clip: float = 1.0) -> float:
-    """``||W - W_rebuilt||^2 / ||W||^2`` of `round_to_nearest`, expected if the weights were independent draws.
+    """Return the expected ``||W - W_rebuilt||^2 / ||W||^2`` of `round_to_nearest` on independent draws.
 
     With F the layer's distribution the extremes of g draws have ``P(a < min, max <= b) = (F(b) - F(a))^g``, and the
     other draws are distributed as F between them. For 32 x 32 pairs of extremes of equal marginal probability the
@@ -152,7 +152,7 @@ class _SignedSums:
         self.sums = np.concatenate([np.zeros((3, 1)), np.cumsum(powers, axis=1)], axis=1)
 
     def group_error(self, bits: int, width: int, clip: float) -> float:
-        """Expected squared error of one weight in a group of `width` independent draws."""
+        """Return the expected squared error of one weight in a group of `width` independent draws."""
         probability, lowest, highest = self._extremes(width)
         steps = 2**bits - 1
         below, above = clip * np.minimum(lowest, 0.0), clip * np.maximum(highest, 0.0)
@@ -169,7 +169,7 @@ class _SignedSums:
     def _squared_error(
         self, lowest: np.ndarray, highest: np.ndarray, levels: np.ndarray, scale: np.ndarray
     ) -> np.ndarray:
-        """Mean squared distance from the nearest of `levels` (P, 2^b) of the weights between two ends (P,)."""
+        """Return the mean squared distance of weights between two ends (P,) from the nearest of `levels` (P, 2^b)."""
         first = np.searchsorted(self.values, lowest, side="left")[:, None]
         last = np.searchsorted(self.values, highest, side="right")[:, None]
         between = np.searchsorted(self.values, levels[:, :-1] + scale[:, None] / 2)
@@ -178,7 +178,7 @@ class _SignedSums:
         return (squares - 2 * levels * sums + levels**2 * counts).sum(-1) / counts.sum(-1)
 
     def _extremes(self, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Probability (P,), least and largest weight (P,) of a group, by cells of their joint distribution."""
+        """Return probability (P,), least and largest weight (P,) of a group, by cells of their joint distribution."""
         edges = np.linspace(0, 1, _RANGE_QUANTILES + 1)
         middles = (edges[1:] + edges[:-1]) / 2
         with np.errstate(divide="ignore"):  # the last edge is log(0)
@@ -191,6 +191,6 @@ class _SignedSums:
         return probability.reshape(-1), np.minimum(lowest, highest).reshape(-1), np.maximum(lowest, highest).reshape(-1)
 
     def _quantile(self, share: np.ndarray) -> np.ndarray:
-        """The least value that at least this share of the weights does not exceed."""
+        """Return the least value that at least this share of the weights does not exceed."""
         counts = self.sums[0, 1:]
         return self.values[np.minimum(np.searchsorted(counts, share * counts[-1]), len(self.values) - 1)]

@@ -1,4 +1,4 @@
-"""What one layer's weights look like: an exact magnitude histogram, its moments and its largest weights.
+"""Statistics of one layer's weights: an exact magnitude histogram, its moments and its largest weights.
 
 A 16-bit float has at most 32,768 distinct magnitudes, so counting bit patterns loses nothing: the sum, the count and
 the squares of the weights between any two cut-offs follow from the histogram, and the layer need not be read again.
@@ -55,7 +55,7 @@ class LayerStatistics:
 
     @classmethod
     def measure(cls, weight_MN: torch.Tensor, tail_share: float, name: str = "weight") -> LayerStatistics:
-        """One pass for the histogram, one comparison for the tail.
+        """Measure a layer: one pass for the histogram, one comparison for the tail.
 
         `tail_share` in [0, 1) is a Gaussian share as in (6): the tail holds the weights with
         ``abs(w) > mean + std * Phi^-1(1 - tail_share / 2)``. Raises `InputError` naming `name` if the weight is not a
@@ -111,17 +111,17 @@ class LayerStatistics:
         return exact_sum(self.magnitudes_V**2 * self.counts_V)
 
     def salient_cut_off(self, share: float) -> float:
-        """mean + std * Phi^-1(1 - share / 2): magnitudes above it are salient (6); infinite for share 0."""
+        """Return mean + std * Phi^-1(1 - share / 2): magnitudes above it are salient (6); infinite for share 0."""
         if share == 0:
             return math.inf
         return self.mean + self.std * float(ndtri(1 - share / 2))
 
     def rank_above(self, cut_off: float) -> int:
-        """How many of the distinct magnitudes are at most `cut_off`."""
+        """Return how many of the distinct magnitudes are at most `cut_off`."""
         return int(np.searchsorted(self.magnitudes_V, cut_off, side="right"))
 
     def summary(self) -> dict[str, Any]:
-        """Mean, std, extremes, kurtosis, share of zeros, KL to the fitted Gaussian and `histogram`, ready for JSON.
+        """Return mean, std, extremes, kurtosis, share of zeros, KL to the fitted Gaussian and `histogram` as JSON data.
 
         `kurtosis` is the fourth standardised moment (3 for a Gaussian); it, `kl_gaussian` and the histogram are None
         for a constant weight, which has none of them.
@@ -142,7 +142,7 @@ class LayerStatistics:
         }
 
     def histogram(self) -> np.ndarray:
-        """int64 (130,): how many signed weights lie below, between and above `HISTOGRAM_EDGES`.
+        """Return int64 (130,): how many signed weights lie below, between and above `HISTOGRAM_EDGES`.
 
         The edges are in standard deviations from the mean. The outermost bins are open, so that the figure does not
         depend on the size of the layer's largest weight. Raises ZeroDivisionError for a constant weight.
@@ -156,7 +156,7 @@ class LayerStatistics:
         return np.bincount(bins, weights=counts, minlength=len(HISTOGRAM_EDGES) + 1).astype(np.int64)
 
     def kl_gaussian(self) -> float | None:
-        """KL(`histogram` || fitted Gaussian) in nats, the paper's diagnostic (figures 5 and 6).
+        """Return KL(`histogram` || fitted Gaussian) in nats, the paper's diagnostic (figures 5 and 6).
 
         None for a constant weight.
         """
@@ -213,7 +213,7 @@ def check_weight(weight_MN: torch.Tensor, name: str) -> None:
 
 
 def exact_sum(terms: np.ndarray) -> float:
-    """The sum of float64 `terms`, rounded once where they are as few as 16-bit weights make them.
+    """Return the sum of float64 `terms`, rounded once where they are as few as 16-bit weights make them.
 
     A plan must not depend on the order in which a machine adds. A float32 layer has millions of distinct magnitudes;
     there numpy's pairwise sum serves.
@@ -222,7 +222,7 @@ def exact_sum(terms: np.ndarray) -> float:
 
 
 def pattern_values(patterns_V: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """The values, float64 (V,), of the bit patterns of non-negative floats of `dtype`."""
+    """Return the values, float64 (V,), of the bit patterns of non-negative floats of `dtype`."""
     if dtype == torch.bfloat16:
         return (patterns_V.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     kind = np.float16 if dtype == torch.float16 else np.float32
@@ -230,14 +230,14 @@ def pattern_values(patterns_V: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 
 def magnitude_patterns(weight: torch.Tensor) -> torch.Tensor:
-    """Bit patterns of the magnitudes: the weight's bits without the sign, int16 or int32 of the weight's shape."""
+    """Return the magnitudes' bit patterns: the weight's bits without the sign, int16 or int32 of its shape."""
     if weight.element_size() == 2:
         return weight.view(torch.int16) & 0x7FFF
     return weight.view(torch.int32) & 0x7FFFFFFF
 
 
 def weights_above(weight_MN: torch.Tensor, boundary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Flat row-major positions, int64 (S,), and values, float32 (S,), of the weights above a magnitude.
+    """Return flat row-major positions, int64 (S,), and values, float32 (S,), of the weights above a magnitude.
 
     `boundary` is a magnitude bit pattern (-1 is below all of them); a 16-bit or 32-bit weight is exact in float32.
     """
@@ -252,7 +252,7 @@ def weights_above(weight_MN: torch.Tensor, boundary: int) -> tuple[np.ndarray, n
 
 
 def _count_patterns(weight_MN: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct bit patterns, sign included, and how often each occurs."""
+    """Return distinct bit patterns, sign included, and how often each occurs."""
     flat = weight_MN.contiguous().view(-1)
     if weight_MN.element_size() == 4:
         patterns, counts = np.unique(flat.view(torch.int32).cpu().numpy().view(np.uint32), return_counts=True)
@@ -270,7 +270,7 @@ def _count_patterns(weight_MN: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _merge_signs(raw: np.ndarray, counts: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Magnitude patterns, counts and counts of negatives from patterns that still hold the sign bit."""
+    """Return magnitude patterns, counts and counts of negatives from patterns that still hold the sign bit."""
     sign = np.uint32(1 << (bits - 1))
     magnitudes, where = np.unique(raw & ~sign, return_inverse=True)
     total = np.zeros(len(magnitudes), np.int64)
@@ -281,7 +281,7 @@ def _merge_signs(raw: np.ndarray, counts: np.ndarray, bits: int) -> tuple[np.nda
 
 
 def _log_gaussian_mass(edges: np.ndarray) -> np.ndarray:
-    """log of the unit Gaussian's mass below, between and above `edges`, accurate in both tails."""
+    """Return the log of the unit Gaussian's mass below, between and above `edges`, accurate in both tails."""
     lower = np.concatenate([[-np.inf], edges])
     upper = np.concatenate([edges, [np.inf]])
     # By symmetry a bin above zero is taken below it, where the difference of two CDFs keeps its digits.

@@ -23,7 +23,7 @@ from bivlm.packing.contents import Contents
 
 @dataclass(frozen=True)
 class FormatBits:
-    """What a packed weight costs, in bits for the whole tensor (not per weight).
+    """The cost of a packed weight, in bits for the whole tensor (not per weight).
 
     `nominal` is the count of the method's own paper, for comparison: Bi-VLM's (24)-(26) leaves out the index;
     `entropy` is the least that any decodable code of this format could store; `stored` is 8 x the bytes of the packed

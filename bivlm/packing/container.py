@@ -14,7 +14,7 @@ Layout, little-endian::
     24:28  CRC-32 of bytes 0:24 and of everything after byte 28
     28:    the sections' lengths, uint32 each, then the sections one after another
 
-The envelope knows nothing of what the sections mean; that is the codec's business.
+The envelope does not know what the sections mean; the codec does.
 
 Packed bytes are a tensor on any device, or a numpy array: whatever only reads bytes takes both, so that bits can be
 counted without torch.
@@ -48,7 +48,7 @@ ArrayT = TypeVar("ArrayT", "np.ndarray", "torch.Tensor")
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of a packed weight say.
+    """The header of a packed weight.
 
     `sections` are (begin, end) byte offsets into the packed tensor.
     """

@@ -1,6 +1,6 @@
 """Checks of a packed weight's contents, shared by the codecs.
 
-A checksum shows damage, not intent: whoever writes a file writes its checksum. So every codec makes sure that its
+A checksum shows damage, not intent: the writer of a file writes its checksum. So every codec makes sure that its
 sections are ones that its `pack` could have written before anything is allocated or indexed by what they say. After
 that the readers trust them.
 """

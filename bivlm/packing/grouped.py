@@ -222,7 +222,7 @@ class GroupedCodec(Codec):
         return container.rewrite(packed, header, sections)
 
     def bits(self, packed: Bytes, header: Header) -> FormatBits:
-        """Nominal: b bits per weight, as the papers count. Entropy: that of the codes, all else as it is stored."""
+        """Return nominal bits, b per weight as the papers count, and entropy, of the codes with all else as stored."""
         packed = as_array(packed)
         stored = _read_parameters(packed, header)
         counts = count_symbols(_planes(packed, header, stored), 1 << stored.bits, header.shape[1])
@@ -275,7 +275,7 @@ def _sections(
 
 
 def _by_groups(chunk: torch.Tensor, width: int) -> list[tuple[torch.Tensor, slice]]:
-    """Views (rows, groups, columns of a group) of contiguous rows and the groups they are: whole ones, a short last."""
+    """Return views (rows, groups, columns of a group) of contiguous rows and the groups: whole ones, a short last."""
     columns = chunk.shape[1]
     whole = columns // width
     views = []

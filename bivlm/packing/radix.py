@@ -2,7 +2,7 @@
 
 Three base-10 symbols, for example, fill 1,000 of the 1,024 values of a 10-bit word: an 8-bit and a 2-bit plane,
 3.333 bits per symbol against log2(10) = 3.322. Rows begin on byte boundaries of every plane, so a kernel can start at
-any row. Rebuilding is one table look-up a word.
+any row. Rebuilding is one table look-up per word.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def planes_of(content: ArrayT, alphabet: int, rows: int, columns: int) -> list[A
 
 
 def pack_symbols(symbols_MN: torch.Tensor, alphabet: int) -> list[np.ndarray]:
-    """Pack uint8 symbols (M, N), each below `alphabet`, into planes: one uint8 array (M, row bytes) a plane."""
+    """Pack uint8 symbols (M, N), each below `alphabet`, into planes: one uint8 array (M, row bytes) per plane."""
     code = radix(alphabet)
     rows, columns = symbols_MN.shape
     words = code.row_words(columns)
@@ -83,7 +83,7 @@ def pack_symbols(symbols_MN: torch.Tensor, alphabet: int) -> list[np.ndarray]:
 def unpack_values(planes: list[torch.Tensor], table_SV: torch.Tensor, columns: int) -> torch.Tensor:
     """Look symbols up while unpacking: ``table[symbol]`` for every symbol, (M, columns), dtype of the table.
 
-    `planes` are uint8 (M, row bytes), as `pack_symbols` made them; `table_SV` has one value a symbol of the alphabet.
+    `planes` are uint8 (M, row bytes), as `pack_symbols` made them; `table_SV` has one value per symbol.
     """
     code = radix(len(table_SV))
     rows, words = planes[0].shape[0], code.row_words(columns)

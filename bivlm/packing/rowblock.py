@@ -164,9 +164,9 @@ class RowBlockCodec(Codec):
         return container.rewrite(packed, header, {2: _row_bytes(parameters, exponent), 4: _column_bytes(parameters)})
 
     def bits(self, packed: Bytes, header: Header) -> FormatBits:
-        """Nominal is BiLLM's and ARB-LLM's count: a sign for every weight and a second one for the salient.
+        """Return bits; nominal is BiLLM's and ARB-LLM's count, a sign per weight and a second one per salient weight.
 
-        It leaves out the group of a weight, the bitmap of the columns and all scales.
+        Nominal leaves out the group of a weight, the bitmap of the columns and all scales.
         """
         packed = as_array(packed)
         stored = _read_parameters(packed, header)

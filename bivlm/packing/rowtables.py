@@ -47,7 +47,7 @@ def unpack_two_bits(
 
 
 def read_two_bits(packed: np.ndarray, header: Header, index: int, columns: int, rows: slice) -> np.ndarray:
-    """As `unpack_two_bits`, without torch."""
+    """Return the result of `unpack_two_bits`, without torch."""
     plane = section(packed, header, index).reshape(header.shape[0], -1)[rows]
     return read_symbols([plane], SYMBOLS, columns) if columns else np.empty((len(plane), 0), np.uint8)
 
@@ -63,7 +63,7 @@ def read_rows(
 def look_up(table_MX: torch.Tensor, base_N: torch.Tensor, symbols_MN: torch.Tensor) -> torch.Tensor:
     """Return ``table[m, base[n] + symbol[m, n]]``, (M, N); differentiable in the table.
 
-    `table_MX` has `LEVELS` entries a block in each row, `base_N` int64 points to the first of a column's four.
+    `table_MX` has `LEVELS` entries per block in each row, `base_N` int64 points to the first of a column's four.
     """
     return table_MX.gather(1, base_N + symbols_MN)
 

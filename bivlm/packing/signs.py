@@ -174,9 +174,9 @@ class SignsCodec(Codec):
         return container.rewrite(packed, header, {1: _row_bytes(parameters, stored.salient, stored.exponent)})
 
     def bits(self, packed: Bytes, header: Header) -> FormatBits:
-        """Nominal is PB-LLM's count, a bit for an ordinary weight and eight for a salient one: 1.7 at a share of 0.1.
+        """Return bits; nominal is PB-LLM's count, 1 per ordinary and 8 per salient weight: 1.7 at a share of 0.1.
 
-        It leaves out positions and all numbers of rows.
+        Nominal leaves out positions and all numbers of rows.
         """
         packed = as_array(packed)
         stored = _read_parameters(packed, header)

@@ -1,4 +1,4 @@
-"""Where the few salient weights are: gaps between ascending positions, Rice-coded in two streams.
+"""Positions of the few salient weights: gaps between ascending positions, Rice-coded in two streams.
 
 A gap g becomes ``q = g >> k`` zeros and a one in the unary stream, and its k low bits in the remainder stream. Gaps
 between independent positions are geometric, for which this is within 0.03-0.1 bits of the entropy; and both streams

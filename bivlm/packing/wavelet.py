@@ -64,7 +64,7 @@ _PARAMETERS = struct.Struct("<IBBh")
 
 @dataclass(frozen=True)
 class Coded:
-    """What does not change when a weight is tuned.
+    """The parts of a weight that tuning does not change.
 
     Attributes:
         symbols_MN: uint8 (M, N), below 4, of the rows' coefficients.
@@ -180,10 +180,10 @@ class WaveletCodec(Codec):
         return container.rewrite(packed, header, {2: numbers["rows"], 4: numbers["columns"]})
 
     def bits(self, packed: Bytes, header: Header) -> FormatBits:
-        """Nominal is HBLLM's count: a sign for every weight and a second one for the salient.
+        """Return bits; nominal is HBLLM's count, a sign per weight and a second one per salient weight.
 
-        It leaves out groups, the bitmap of the columns, their order, and all means and scales. Pairs of an order may
-        change places with each other at no cost, which its entropy allows for.
+        Nominal leaves out groups, the bitmap of the columns, their order, and all means and scales. Pairs of an order
+        may change places with each other at no cost, which its entropy allows for.
         """
         packed = as_array(packed)
         block, ordered, _ = _read_parameters(packed, header)

@@ -1,4 +1,4 @@
-"""What pruning has to know of a loaded model: its layers, which of them look at images, and what an image token is."""
+"""Find what pruning needs of a loaded model: its layers, which of them look at images, and the image token."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _check_layer_types(model: PreTrainedModel) -> None:
 
 
 def _layers(model: nn.Module, members: Architecture, component: str) -> Iterator[tuple[str, nn.Module]]:
-    """The entries of the outermost lists of modules in a component, by name."""
+    """Yield the entries of the outermost lists of modules in a component, by name."""
 
     def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for child_name, child in module.named_children():

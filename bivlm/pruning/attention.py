@@ -24,9 +24,9 @@ _WEIGHTS_AT_ONCE = 1 << 24
 
 @contextmanager
 def observing(layer: nn.Module, see: See) -> Iterator[None]:
-    """Within this block ``see(query, key, mask, scale, causal)`` is called with what every attention in `layer` gets.
+    """Call ``see(query, key, mask, scale, causal)`` within the block with what every attention in `layer` gets.
 
-    Shapes are (B, H, Q, d), (B, H_kv, K, d), and the mask's, which is added, or true where a query may look.
+    Shapes are (B, H, Q, d), (B, H_kv, K, d), and the mask's, which is additive, or true where a query may look.
     """
     modules = [module for module in layer.modules() if hasattr(getattr(module, "config", None), "_attn_implementation")]
     before: list[Any] = [module.config for module in modules]
@@ -51,9 +51,9 @@ def received(
     causal: bool,
     counts_BQ: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention each key receives, float32 (B, K): summed over heads and queries, each with its weight in `counts_BQ`.
+    """Return the attention each key receives, float32 (B, K), summed over heads and queries weighted by `counts_BQ`.
 
-    Divided by the heads and the sum of the weights, so that it adds up to 1 over the keys of a row.
+    It is divided by the heads and the sum of the weights, so that it adds up to 1 over the keys of a row.
     """
     batch, heads, queries, _ = query_BHQd.shape
     keys = key_BhKd.shape[2]

@@ -1,4 +1,4 @@
-"""Tokens dropped from every prompt that a model reads, for as long as a block lasts."""
+"""Drop tokens from every prompt that a model reads within a block."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bivlm.recipe.pruning import PRUNING_KEY, PruningSettings
 
 @dataclass(frozen=True)
 class Kept:
-    """What was left of the prompt that was read last, bool: true for a token that was kept.
+    """The kept tokens of the prompt that was read last, bool: true for a token that was kept.
 
     Attributes:
         vision: of the tokens in the vision encoder (images or tiles, tokens); None if it drops none.
@@ -37,20 +37,20 @@ class Kept:
 
 
 class Pruning:
-    """What `pruned` gives: a look at what it does."""
+    """The view that `pruned` yields of what it does."""
 
     def __init__(self, language: LanguagePruning, vision: VisionPruning | None, tally: Tally) -> None:
         self._language, self._vision, self._tally = language, vision, tally
 
     def kept_shares(self) -> dict[str, float]:
-        """The share of the tokens that was kept, over all prompts so far: of "image" tokens, and of "text" tokens.
+        """Return the share of tokens that was kept, over all prompts so far: of "image" tokens, and of "text" tokens.
 
-        Tokens that were never to be dropped do not count; a kind of which no token was is left out.
+        Tokens that may never be dropped do not count; a kind without tokens is left out.
         """
         return self._tally.kept_shares()
 
     def kept(self) -> Kept:
-        """The tokens that were kept of the prompt that was read last."""
+        """Return the tokens that were kept of the prompt that was read last."""
         vision = self._vision.tokens if self._vision is not None else None
         tokens, states = self._language.tokens, self._language.states
         return Kept(*(None if each is None else each.alive_BT for each in (vision, tokens, states)))
@@ -58,12 +58,12 @@ class Pruning:
 
 @contextmanager
 def pruned(model: PreTrainedModel, settings: PruningSettings, modules: Modules | None = None) -> Iterator[Pruning]:
-    """Within this block `model` drops tokens from every prompt it reads, in ``forward`` and in ``generate``.
+    """Drop tokens from every prompt that `model` reads within the block, in ``forward`` and in ``generate``.
 
     Logits of dropped tokens mean nothing. Prompts are given as ``input_ids``, with an ``attention_mask`` of (B, T) if
     they are padded; a cache belongs to the block that it was made in. `modules` say what is vision and language in an
-    architecture that bivlm does not know. Raises `InputError` for an architecture that is
-    not known, a layer out of range, and on reading a prompt for a share that leaves no token.
+    architecture that bivlm does not know. Raises `InputError` for an unknown architecture, a layer out of range, and on
+    reading a prompt for a share that leaves no token.
     """
     parts = anatomy(model, modules)
     if settings.place in ("vision", "joint") and model.config.model_type not in ARCHITECTURES:
@@ -84,12 +84,12 @@ def pruned(model: PreTrainedModel, settings: PruningSettings, modules: Modules |
 def pruned_if(
     model: PreTrainedModel, settings: PruningSettings | None, modules: Modules | None = None
 ) -> AbstractContextManager[Pruning | None]:
-    """`pruned`, or nothing at all."""
+    """Return `pruned`, or a context that does nothing without `settings`."""
     return nullcontext() if settings is None else pruned(model, settings, modules)
 
 
 def carried_pruning(folder: str | Path) -> PruningSettings | None:
-    """The setting that a packed checkpoint carries, if it does; raises `InputError` for one that is not valid."""
+    """Return the setting that a packed checkpoint carries, if any; raise `InputError` for one that is not valid."""
     quantization = Checkpoint.open(folder).quantization or {}
     if (carried := quantization.get(PRUNING_KEY)) is None:
         return None

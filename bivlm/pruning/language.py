@@ -1,8 +1,8 @@
-"""Dropping tokens in the language model: at the prompt, physically, from some layer on.
+"""Drop tokens in the language model: at the prompt, physically, from some layer on.
 
-Layers are run through wrappers of their ``forward``. While a prompt is read they hand the layer what is left of the
+Layers are run through wrappers of their ``forward``. While a prompt is read they pass the layer what is left of the
 sequence; while an answer is generated they cut the mask's columns to what the layer's cache holds. The cache of a layer
-that dropped tokens is as short as that, and says that it is as long as the prompt, since positions go on from there.
+that dropped tokens is as short as that, and reports the length of the prompt, since positions continue from there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class LanguagePruning:
         tally: Tally,
         vision: VisionPruning | None = None,
     ) -> None:
-        """`vision` drops tokens before, if any does. Raises `InputError` for a layer out of range."""
+        """Raise `InputError` for a layer out of range; `vision` drops tokens before, if it is given."""
         self._parts, self._model, self._settings, self._tally = parts, model, settings, tally
         self._vision = vision
         self._of_text = settings.place in ("text", "joint")
@@ -78,7 +78,7 @@ class LanguagePruning:
         return bool(self._parts.cross_layers) and not self._of_text
 
     def _layer_before(self, layer: int) -> int:
-        """The layer whose attention scores what is dropped from `layer` on."""
+        """Return the layer whose attention scores what is dropped from `layer` on."""
         if self._drops_states:
             cross = self._parts.cross_layers
             if not cross[0] < layer <= cross[-1]:
@@ -115,7 +115,7 @@ class LanguagePruning:
     # Before the model: what is read.
 
     def _begin(self, _module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Whether this is a prompt, and what its tokens are."""
+        """Note whether this is a prompt, and what its tokens are."""
         cache = named.get("past_key_values")
         self._reading = cache is None or cache.get_seq_length() == 0
         if not self._reading:
@@ -145,7 +145,7 @@ class LanguagePruning:
     def _embedded(
         self, _module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The language model's inputs: features that the vision encoder dropped are not a number."""
+        """Drop the features that the vision encoder set to NaN, and replace them by zeros in the inputs."""
         if not self._reading:
             return None
         features = named.get("cross_attention_states")
@@ -175,7 +175,7 @@ class LanguagePruning:
         return arguments, {**named, "inputs_embeds": whole_BTD}
 
     def _lost(self, features_BTD: torch.Tensor) -> torch.Tensor:
-        """Which features the vision encoder dropped, bool (B, T). If it drops none, what is not a number stays so."""
+        """Return which features the vision encoder dropped, bool (B, T). If it drops none, NaN stays NaN."""
         if self._vision is None:
             return torch.zeros(features_BTD.shape[:2], dtype=torch.bool, device=features_BTD.device)
         lost_BT = features_BTD.isnan().any(-1)
@@ -184,7 +184,7 @@ class LanguagePruning:
         return lost_BT
 
     def _check_lost(self, lost_BT: torch.Tensor, image_BT: torch.Tensor) -> None:
-        """What the vision encoder dropped has to be seen here, and to leave something."""
+        """Raise `InputError` if what the vision encoder dropped is not seen here, or leaves nothing."""
         if self._vision is None or not self._vision.dropped:
             return
         if not lost_BT.any():
@@ -200,7 +200,7 @@ class LanguagePruning:
 
     @staticmethod
     def _seen_states(named: Mapping[str, Any], all_BS: torch.Tensor) -> torch.Tensor:
-        """The image features that any token may look at: not those of tiles that are padding."""
+        """Return the image features that any token may look at: not those of tiles that are padding."""
         mask = named.get("cross_attention_mask")
         return all_BS if mask is None else (mask == 0).any(2).any(1)  # it is added to the logits
 
@@ -227,7 +227,7 @@ class LanguagePruning:
     def _see(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
     ) -> None:
-        """The scores, from the attention of the layer before."""
+        """Set the scores, from the attention of the layer before."""
         if not self._reading:
             return
         left = self._prompt.shortened
@@ -252,7 +252,7 @@ class LanguagePruning:
             self._tally.add(kind, sequence.choose(self._settings, self._scores_BT, last=not self._of_text))
 
     def _own(self, number: int, forward: Forward) -> Forward:
-        """A layer of self-attention."""
+        """Return the forward of a layer of self-attention."""
 
         def run(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
             cache = named.get("past_key_values")
@@ -275,7 +275,7 @@ class LanguagePruning:
         return run
 
     def _cross(self, number: int, forward: Forward) -> Forward:
-        """A layer of cross-attention: tokens of the text as queries, image features as keys."""
+        """Return the forward of a layer of cross-attention: text tokens as queries, image features as keys."""
 
         def run(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
             cache = named.get("past_key_values")
@@ -318,7 +318,7 @@ class LanguagePruning:
             named["position_embeddings"] = tuple(_sections(left, each, 2) for each in named["position_embeddings"])
 
     def _remember(self, cache: Any, number: int) -> None:
-        """What a layer's cache holds, for the tokens to come."""
+        """Remember what a layer's cache holds, for the tokens to come."""
         if cache is None:
             return
         layer = cache.layers[number]
@@ -335,9 +335,9 @@ class LanguagePruning:
 
 
 def _sections(left: Shortened, tensor: torch.Tensor, dims: int) -> torch.Tensor:
-    """What is left of positions (B or 1, T, ...) of so many dimensions after the batch, or of several one by one.
+    """Return what is left of positions (B or 1, T, ...) of `dims` dimensions after the batch, or of a stack of them.
 
-    GLM-4V hands its layers one set of angles each for time, height and width: (3, B, T, d).
+    GLM-4V gives its layers one set of angles each for time, height and width: (3, B, T, d).
     """
     if tensor.dim() == dims + 1:
         return left.take(tensor)
@@ -347,12 +347,12 @@ def _sections(left: Shortened, tensor: torch.Tensor, dims: int) -> torch.Tensor:
 
 
 def _columns(mask: torch.Tensor, states: Shortened) -> torch.Tensor:
-    """Of a mask (B, 1, Q, S) that is added, the columns of the features that are left."""
+    """Return the columns of the features that are left, of an additive mask (B, 1, Q, S)."""
     return states.take(mask, 3).masked_fill(~states.filled_BK[:, None, None], torch.finfo(mask.dtype).min)
 
 
 def _spread(scores_BK: torch.Tensor, left: Shortened | None, shape: torch.Size) -> torch.Tensor:
-    """Scores of what is left at the places of the whole sequence; zero elsewhere."""
+    """Return the scores of what is left at the places of the whole sequence; zero elsewhere."""
     if left is None:
         return scores_BK
     whole_BT = scores_BK.new_zeros(shape)

@@ -93,10 +93,10 @@ class Tally:
         self._counts[kind] = before[0] + counts[0], before[1] + counts[1]
 
     def kept_shares(self) -> dict[str, float]:
-        """Share of the tokens that was kept, by kind; kinds without any are left out."""
+        """Return the share of tokens that was kept, by kind; kinds without any are left out."""
         return {kind: kept / among for kind, (among, kept) in self._counts.items() if among}
 
 
 def seed_of(content: torch.Tensor) -> int:
-    """A checksum of integers or floating-point numbers."""
+    """Return a checksum of integers or floating-point numbers."""
     return zlib.crc32(content.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""How many image tokens a model can do without, at a loss of accuracy that is stated beforehand.
+"""Find how many image tokens a model can do without, at a loss of accuracy that is stated beforehand.
 
 A share counts as shown if the 95 % interval of its loss stays within the tolerance, as refuted if it lies beyond it.
 Between the largest that is shown and the smallest that is refuted the questions cannot tell.
@@ -20,7 +20,7 @@ STEPS = 100  # shares are whole percents
 
 @dataclass(frozen=True)
 class Redundancy:
-    """How far image tokens can be dropped.
+    """How many image tokens can be dropped.
 
     Attributes:
         shown: the largest share, among those looked at, whose loss is shown to be within the tolerance; None if there
@@ -42,7 +42,7 @@ class Redundancy:
     resolved: bool
 
     def in_words(self) -> str:
-        """One sentence for people."""
+        """Return one sentence for people."""
         within = f"within {self.tolerance:g} point{'' if self.tolerance == 1 else 's'}"
         if self.shown is None:
             start = f"no share is shown to stay {within}"
@@ -64,7 +64,7 @@ class Redundancy:
 
 
 def verdict(loss: Loss, tolerance: float) -> Verdict:
-    """What the questions say of a share's loss against the tolerance, both in percentage points."""
+    """Return what the questions say of a share's loss against the tolerance, both in percentage points."""
     if loss.high <= tolerance:
         return "within"
     return "beyond" if loss.low > tolerance else "unclear"
@@ -104,7 +104,7 @@ def find_redundancy(measure: Callable[[float], Loss | None], tolerance: float, h
 
 
 def _last(holds: Callable[[int], bool], top: int) -> int:
-    """The last step of 1 to `top` at which it holds, if it holds up to some step and not after; 0 if it never does."""
+    """Return the last of steps 1 to `top` that `holds`; 0 if none does. No step holds after one that does not."""
     below, above = 0, top + 1
     while above - below > 1:
         middle = (below + above) // 2
@@ -116,7 +116,7 @@ def _last(holds: Callable[[int], bool], top: int) -> int:
 
 
 def _needed(loss: Loss, tolerance: float) -> int | None:
-    """Questions at which an interval of this loss, narrowing with their square root, would leave the tolerance out."""
+    """Return the questions whose interval of this loss, narrowing with their square root, excludes the tolerance."""
     distance, reach = abs(tolerance - loss.loss), max(loss.high - loss.loss, loss.loss - loss.low)
     if distance == 0 or reach <= 0:
         return None

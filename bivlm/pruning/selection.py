@@ -1,4 +1,4 @@
-"""Which tokens of an image stay: by a score, by diversity, or as a control.
+"""Choose which tokens of an image stay: by a score, by diversity, or as a control.
 
 Everything here looks at one image (or one prompt's text) at a time: n tokens, of which `count` stay. Results are bool
 (n,), and do not depend on what else is in the batch.
@@ -12,7 +12,7 @@ from bivlm.errors import InputError
 
 
 def kept_count(tokens: int, share: float, last: bool = True) -> int:
-    """How many of `tokens` stay if `share` of them is dropped; raises `InputError` if none would and one has to."""
+    """Return how many of `tokens` stay if `share` is dropped; raise `InputError` if none would and `last` needs one."""
     count = tokens - round(share * tokens)
     if tokens and not count and last:
         most = (tokens - 1) / tokens
@@ -21,12 +21,12 @@ def kept_count(tokens: int, share: float, last: bool = True) -> int:
 
 
 def highest(scores_n: torch.Tensor, count: int) -> torch.Tensor:
-    """The tokens with the highest scores; of equal ones the first."""
+    """Return the tokens with the highest scores; of equal ones the first."""
     return _at(scores_n.argsort(descending=True, stable=True)[:count], len(scores_n))
 
 
 def by_mass(scores_n: torch.Tensor, mass: float) -> torch.Tensor:
-    """The fewest tokens that hold `mass` of the sum of all scores, at least one."""
+    """Return the fewest tokens that hold `mass` of the sum of all scores, at least one."""
     order = scores_n.argsort(descending=True, stable=True)
     held = scores_n[order].to(torch.float64).cumsum(0)
     if len(held) == 0:
@@ -36,22 +36,22 @@ def by_mass(scores_n: torch.Tensor, mass: float) -> torch.Tensor:
 
 
 def evenly(tokens: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """`count` tokens at even distances."""
+    """Return `count` tokens at even distances."""
     places = ((torch.arange(count, dtype=torch.float64) + 0.5) * tokens / max(count, 1)).long()
     return _at(places, tokens).to(device)
 
 
 def at_random(tokens: int, count: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """`count` tokens drawn without replacement."""
+    """Return `count` tokens drawn without replacement."""
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
     return _at(order[:count], tokens).to(device)
 
 
 def divprune(features_nD: torch.Tensor, count: int) -> torch.Tensor:
-    """Greedy max-min diversity with cosine distances (DivPrune, arXiv 2503.02175, algorithm 1).
+    """Choose tokens by greedy max-min diversity with cosine distances (DivPrune, arXiv 2503.02175, algorithm 1).
 
-    The first token is the one whose nearest neighbour is farthest; then, again and again, the one that is farthest from
-    those taken so far. Holds n x n distances.
+    The first token is the one whose nearest neighbour is farthest; each next one is the farthest from those taken so
+    far. Holds n x n distances.
     """
     unit = torch.nn.functional.normalize(features_nD.to(torch.float32), dim=-1)
     distance_nn = 1 - unit @ unit.T
@@ -65,7 +65,7 @@ def divprune(features_nD: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def cdpruner(features_nD: torch.Tensor, relevance_n: torch.Tensor, count: int) -> torch.Tensor:
-    """The greedy maximum of a determinantal point process conditioned on relevance (CDPruner, arXiv 2506.10967).
+    """Choose the greedy maximum of a determinantal point process given relevance (CDPruner, arXiv 2506.10967).
 
     The kernel is ``L = diag(r) S diag(r)`` with S the cosine similarities of the features and r the relevance scaled to
     [0, 1]; tokens are added one by one where the determinant grows most, by the incremental Cholesky factorization of
@@ -89,7 +89,7 @@ def cdpruner(features_nD: torch.Tensor, relevance_n: torch.Tensor, count: int) -
 
 
 def relevance(features_nD: torch.Tensor, text_tD: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of every token with the mean of the prompt's text embeddings, (n,)."""
+    """Return the cosine similarity of every token with the mean of the prompt's text embeddings, (n,)."""
     text_D = text_tD.to(torch.float32).mean(0, keepdim=True)
     return torch.nn.functional.cosine_similarity(features_nD.to(torch.float32), text_D, dim=-1)
 

@@ -1,8 +1,8 @@
 """A sequence without its dropped tokens: what a layer computes on, and what everything around it still sees.
 
-A layer gets the kept tokens alone, in their order, with their own positions. What it gives is put back among the hidden
-states as they were: dropped tokens keep the last they had, and nobody looks at them again. Rows that keep fewer tokens
-than others of their batch begin with empty slots, which see themselves alone and are seen by nobody else.
+A layer gets the kept tokens alone, in their order, with their own positions. Its output is put back among the hidden
+states as they were: dropped tokens keep their last ones, and are not attended to again. Rows that keep fewer tokens
+than others of their batch begin with empty slots, which see themselves alone and are seen by no other.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shortened:
         return bool(self.filled_BK.all())
 
     def take(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """The kept entries along `dim`, of a tensor (B or 1, ..., T, ...) whose first dimension is the batch."""
+        """Return the kept entries along `dim`, of a tensor (B or 1, ..., T, ...) whose first dimension is the batch."""
         shape = list(tensor.shape)
         shape[0] = len(self.alive_BT)
         index_shape = [1] * tensor.dim()
@@ -57,16 +57,16 @@ class Shortened:
         )
 
     def put_back(self, short_BKD: torch.Tensor, whole_BTD: torch.Tensor) -> torch.Tensor:
-        """`whole` with the kept tokens' rows replaced by those of `short`."""
+        """Return `whole` with the kept tokens' rows replaced by those of `short`."""
         result = whole_BTD.clone()
         result[self.alive_BT] = short_BKD[self.filled_BK]
         return result
 
     def mask(self, mask: torch.Tensor | None, *, causal: bool) -> torch.Tensor | None:
-        """The attention mask among kept tokens.
+        """Return the attention mask among kept tokens.
 
-        `mask` is (B or 1, 1, T, T), added or true where a token may look; (B, T) of ones and zeros; or None for all
-        tokens, or where `causal` all before, which it stays where it can.
+        `mask` is (B or 1, 1, T, T), additive or true where a token may look; (B, T) of ones and zeros; or None for all
+        tokens, or with `causal` all before. None stays None where it can.
         """
         if mask is None:
             if self.full:
@@ -82,7 +82,7 @@ class Shortened:
         return short if self.full else short.masked_fill(~self._own(self.filled_BK[:, None, None]), _lowest(mask))
 
     def later_mask(self, mask: torch.Tensor | None, length: int, queries: int) -> torch.Tensor | None:
-        """The mask of `queries` new tokens over the kept ones and all `length` that came after them, new ones too.
+        """Return the mask of `queries` new tokens over the kept ones and all `length` after them, new ones included.
 
         `mask` is (B or 1, 1, Q, T + length), (B, T + length), or None.
         """
@@ -99,7 +99,7 @@ class Shortened:
         return torch.cat([kept.masked_fill(~filled, lowest), after], dim=-1)
 
     def _own(self, seen: torch.Tensor) -> torch.Tensor:
-        """Every slot sees itself: a row that sees nothing would give NaN."""
+        """Let every slot see itself: a row that sees nothing would give NaN."""
         return seen | torch.eye(self.length, dtype=torch.bool, device=seen.device)
 
 

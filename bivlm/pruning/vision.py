@@ -1,8 +1,8 @@
-"""Dropping image tokens in the vision encoder, from some layer on.
+"""Drop image tokens in the vision encoder, from some layer on.
 
-Layers compute on the tokens that are left. Around them every tensor keeps its full size, with "not a number" at dropped
-places: whatever merges, packs and projects the features afterwards carries the mark to the image tokens that saw a
-dropped one, and the language model drops these (`bivlm.pruning.language`).
+Layers compute on the tokens that are left. Around them every tensor keeps its full size, with NaN at dropped places:
+whatever merges, packs and projects the features afterwards carries the mark to the image tokens that saw a dropped one,
+and the language model drops these (`bivlm.pruning.language`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class VisionPruning:
     """
 
     def __init__(self, parts: Anatomy, settings: PruningSettings, tally: Tally) -> None:
-        """Raises `InputError` for a layer out of range."""
+        """Raise `InputError` for a layer out of range and for a model that shuffles pixels."""
         if parts.shuffled:
             raise InputError(
                 f"pruning.place: found {settings.place!r}, expected 'input', 'language' or 'text': this model shuffles "
@@ -63,7 +63,7 @@ class VisionPruning:
         return self._broken is not None and bool(self._broken)
 
     def forget(self) -> None:
-        """Before a prompt is read: the images of another are none of its."""
+        """Forget the images of the last prompt before another is read."""
         self.tokens, self._seen = None, []
 
     def enter(self, stack: ExitStack) -> None:
@@ -83,7 +83,7 @@ class VisionPruning:
         self.forget()
 
     def _look(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> Sequence:
-        """The images' tokens as they enter the encoder."""
+        """Return the images' tokens as they enter the encoder."""
         if hidden_states.dim() == 2:  # one sequence of all images
             rows = torch.arange(len(self._sizes), device=hidden_states.device)
             owner_T = rows.repeat_interleave(torch.tensor(self._sizes, device=hidden_states.device))
@@ -100,7 +100,7 @@ class VisionPruning:
         return Sequence(candidates_BT, alive_BT, self._seeds(lambda pixels: pixels.reshape(len(hidden_states), -1)))
 
     def _seeds(self, images: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> list[int]:
-        """Of every image or tile; none unless they are needed, since its pixels have to be brought to the CPU."""
+        """Return a seed per image or tile; none unless needed, since the pixels have to be brought to the CPU."""
         if self._settings.score != "random" or self._pixels is None:
             return []
         return [seed_of(each) for each in images(self._pixels)]
@@ -108,7 +108,7 @@ class VisionPruning:
     def _see(
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, _causal: bool
     ) -> None:
-        """Scores of a batch of images, or of the next window of a sequence of images."""
+        """Collect scores of a batch of images, or of the next window of a sequence of images."""
         counts_BQ = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
         # A window's scores add up to its length: a token of a large window counts as much as one of a small.
         self._seen.append(query.shape[2] * received(query, key, mask, scale, False, counts_BQ))
@@ -153,6 +153,6 @@ class VisionPruning:
 
 
 def _ends(ends: torch.Tensor, alive_T: torch.Tensor) -> torch.Tensor:
-    """Where windows end in the sequence that is left, 0 first, those that lost all their tokens left out."""
+    """Return where windows end in the sequence that is left, 0 first; windows that lost all tokens are left out."""
     before = torch.nn.functional.pad(alive_T.cumsum(0), (1, 0))
     return before[ends.long()].unique_consecutive().to(ends.dtype)

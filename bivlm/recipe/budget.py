@@ -1,4 +1,4 @@
-"""What a recipe says of bits across layers."""
+"""Recipe settings of the bits across layers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Importance = Literal["energy", "curvature"]
 
 
 class BudgetSettings(BaseModel):
-    """What a recipe may say about bits across layers.
+    """Recipe settings of the bits across layers.
 
     Attributes:
         bits: stored bits per weight, over all linears that the recipe packs.
-        importance: what a layer's relative error is multiplied with. ``energy``: ``||W||^2``, so that the squared
+        importance: what a layer's relative error is multiplied by. ``energy``: ``||W||^2``, so that the squared
             error of all weights is made small. ``curvature``: how much the divergence from full precision rises,
             ``mean(w^2) sum_ij F_ij`` with F the diagonal of its curvature (`bivlm.calibration.blocks.gradients`).
     """

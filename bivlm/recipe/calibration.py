@@ -20,7 +20,7 @@ class TokenWeights(BaseModel):
         weights: ``uniform``: g is 1; ``modality``: g^2 is 1 for text and `image` for image tokens; ``gradient``: g is
             taken from the gradient of the KL to full precision at the reply's tokens.
         image: g^2 of an image token relative to a text token's; for ``modality``.
-        shrink: how far g is drawn to the mean of its modality, 0 not at all and 1 wholly; for ``gradient``.
+        shrink: how far g is shrunk to the mean of its modality, 0 not at all and 1 wholly; for ``gradient``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

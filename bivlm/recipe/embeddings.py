@@ -1,4 +1,4 @@
-"""What a recipe says of the embedding of tokens and the head."""
+"""Recipe settings of the embedding of tokens and the head."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class EmbeddingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     bits: Literal[4, 8]
-    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # 0: one group a row
+    group_size: int = Field(default=64, ge=0, le=grouped.LARGEST_GROUP)  # 0: one group per row
 
 
 class RecipeEmbeddings(BaseModel):
-    """What a recipe may say about ``tables``; at least one of the two.
+    """Recipe settings of ``tables``; at least one of the two.
 
     Attributes:
         tokens: the embedding of tokens; with it a head that shares its tensor.
@@ -34,7 +34,7 @@ class RecipeEmbeddings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _bits_alone(cls, value: Any) -> Any:
-        """``tables: 4`` is short for ``tables: {tokens: 4, head: 4}``, and ``tokens: 4`` for ``tokens: {bits: 4}``."""
+        """Expand ``tables: 4`` to ``tables: {tokens: 4, head: 4}``, and ``tokens: 4`` to ``tokens: {bits: 4}``."""
         if type(value) is int:
             value = {"tokens": value, "head": value}
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a recipe says about finishing; apart from the work itself, which needs the model zoo."""
+"""Recipe settings of finishing, apart from the work itself, which needs transformers' models."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class FinishSettings(BaseModel):
-    """What a recipe may say about finishing.
+    """Recipe settings of finishing.
 
     Attributes:
         objective: what is minimised.
         steps: of Adam, at most; the learning rate falls to zero along a cosine of so many.
-        batch: conversations a step.
+        batch: samples per step.
         learning_rate: how far a step may move a number, relative to the root mean square of its tensor; a third or a
-            ninth of it where no step is of use.
+            ninth of it where no step helps.
         judging_share: share of the calibration samples by which the number of steps and the rate are chosen: tuned on
             the others, those that leave the smallest divergence on these; then all are tuned on.
-        seed: of the order of the conversations and of the share.
+        seed: of the order of the samples and of the share.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,4 +1,4 @@
-"""What a recipe says about its gate; apart from the decision, which knows what was measured."""
+"""Recipe settings of the gate, apart from the decision, which knows what was measured."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BitsGate(_OneOfTwo):
 
 
 class GateSettings(_OneOfTwo):
-    """What a candidate has to keep to become champion."""
+    """The bounds that a candidate has to keep to become champion."""
 
     accuracy: AccuracyGate | None = None
     bits: BitsGate | None = None

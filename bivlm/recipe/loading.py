@@ -1,4 +1,4 @@
-"""What to do to a model: a YAML file, checked strictly before any work begins."""
+"""Read a recipe, what to do to a model: a YAML file, checked strictly before any work begins."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
     "shipped_recipes",
 ]
 
-_PROBLEMS = 20  # that a message lists
+_PROBLEMS = 20  # listed in a message
 
 
 def _settings(settings: Any) -> MethodSettings:
@@ -87,19 +87,19 @@ class Recipe(BaseModel):
     @field_validator("finish", mode="before")
     @classmethod
     def _objective_alone(cls, value: Any) -> Any:
-        """``finish: kl`` is short for ``finish: {objective: kl}``."""
+        """Expand ``finish: kl`` to ``finish: {objective: kl}``."""
         return {"objective": value} if isinstance(value, str) else value
 
     @field_validator("budget", mode="before")
     @classmethod
     def _bits_alone(cls, value: Any) -> Any:
-        """``budget: 2.0`` is short for ``budget: {bits: 2.0}``."""
+        """Expand ``budget: 2.0`` to ``budget: {bits: 2.0}``."""
         return {"bits": float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @field_validator("pruning", mode="before")
     @classmethod
     def _setting_alone(cls, value: Any) -> Any:
-        """``pruning: {place: ...}`` is short for ``pruning: {setting: {place: ...}}``."""
+        """Expand ``pruning: {place: ...}`` to ``pruning: {setting: {place: ...}}``."""
         return {"setting": value} if isinstance(value, dict) and "place" in value else value
 
     @field_validator("search")
@@ -157,9 +157,9 @@ class Recipe(BaseModel):
         return sources + [task.partition(":")[2] for task in self.evaluation]
 
     def canonical(self) -> dict[str, Any]:
-        """The recipe as JSON-ready data with every default written out: what is hashed and stored.
+        """Return the recipe as JSON-ready data with every default written out: what is hashed and stored.
 
-        Without a gate the key is left out, as it was before there were gates: what was recorded then is found again.
+        Without a gate the key is left out, as it was before there were gates: earlier steps are still found.
         """
         data = self.model_dump(mode="json")
         if self.gate is None:
@@ -168,7 +168,7 @@ class Recipe(BaseModel):
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     folder = resources.files("bivlm.recipe") / "recipes"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -195,7 +195,7 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
 
 
 def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
-    """The recipe in `data` (as read from YAML or JSON); raises `InputError` naming `source` and the key."""
+    """Return the recipe in `data` (as read from YAML or JSON); raise `InputError` naming `source` and the key."""
     if not isinstance(data, dict):
         raise InputError(f"{source}: expected a mapping with name, format and components, found {type(data).__name__}")
     try:
@@ -208,7 +208,7 @@ def parse_recipe(data: Any, source: str = "recipe") -> Recipe:
 
 
 def _explained(error: Mapping[str, Any]) -> str:
-    """What is wrong, and what was found, of one of pydantic's errors."""
+    """Return what is wrong, and what was found, of one of pydantic's errors."""
     if error["type"] == "missing":
         return "the key is missing"
     message = "not a key that is known here" if error["type"] == "extra_forbidden" else error["msg"]

@@ -1,4 +1,4 @@
-"""What a recipe says about pruning: which tokens are dropped, where, and by what score."""
+"""Recipe settings of pruning: which tokens are dropped, where, and by what score."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class PruningSettings(BaseModel):
 
 
 class SweepSettings(BaseModel):
-    """What a recipe may say about a sweep.
+    """Recipe settings of a sweep.
 
     Attributes:
         places: where tokens are dropped, see `PruningSettings`.
@@ -152,7 +152,7 @@ class SweepSettings(BaseModel):
         return self
 
     def cells(self) -> list[PruningSettings]:
-        """Every combination that there is, in order: place, score, layer, share."""
+        """Return every possible combination, in order: place, score, layer, share."""
         return [
             PruningSettings(place=place, score=score, layer=layer, share=share, seed=self.seed)
             for place in self.places
@@ -163,7 +163,7 @@ class SweepSettings(BaseModel):
         ]
 
     def adaptive_cells(self) -> list[PruningSettings]:
-        """The cells that keep a share of the attention, in order: score, layer, mass."""
+        """Return the cells that keep a share of the attention, in order: score, layer, mass."""
         return [
             PruningSettings(place="language", score=score, layer=layer, mass=mass)
             for score in self.scores
@@ -179,7 +179,7 @@ class SweepSettings(BaseModel):
 
 
 class RecipePruning(BaseModel):
-    """What a recipe may say about pruning; at least one of the two.
+    """Recipe settings of pruning; at least one of the two.
 
     Attributes:
         setting: what the packed checkpoint carries, to be applied when it is loaded for use; its accuracy and its

@@ -1,4 +1,4 @@
-"""What a recipe says about the search by block outputs; apart from the work itself, which needs the model zoo."""
+"""Recipe settings of the search by block outputs, apart from the work itself, which needs transformers' models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | str
 
 
 class SearchSettings(BaseModel):
-    """What a recipe may say about the search, see `bivlm.compression.block_search`.
+    """Recipe settings of the search, see `bivlm.compression.block_search`.
 
     Attributes:
         objective: what is made small: the squared error of what a group of blocks gives, relative to full precision.
@@ -45,7 +45,7 @@ class SearchSettings(BaseModel):
         return {key: tuple(values) for key, values in value.items()}
 
     def offered(self, settings: MethodSettings) -> list[MethodSettings]:
-        """A method's settings with every combination of the candidates, the first one first.
+        """Return a method's settings with every combination of the candidates, the first one first.
 
         Raises ValueError naming the key, and the value found, that the method does not have.
         """

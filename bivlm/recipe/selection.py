@@ -1,4 +1,4 @@
-"""Which linear layers of a model a recipe compresses."""
+"""Select the linear layers of a model that a recipe compresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_PATTERN = 500  # characters of an entry of ``keep``; names of layers are sh
 
 
 def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Linear]]:
-    """(chosen, kept): the linears of the recipe's components less those that its `keep` names, and all others.
+    """Return (chosen, kept): the linears of the recipe's components less those that its `keep` names, and all others.
 
     Raises `InputError` for a pattern that matches no linear, a component without linears, a tied head that nothing
     keeps, an expert's matrix where the recipe has to run it as a layer, and a recipe that chooses nothing.
@@ -45,7 +45,7 @@ def select(linears: list[Linear], recipe: Recipe) -> tuple[list[Linear], list[Li
 
 
 def _not_for_experts(recipe: Recipe, component: Component) -> str | None:
-    """Why this recipe cannot pack an expert's matrix, if it cannot."""
+    """Return why this recipe cannot pack an expert's matrix; None if it can."""
     settings = recipe.components[component]
     if "inputs" in method(settings.method).needs(settings):
         return f"{settings.method} looks at a layer's inputs"
@@ -54,7 +54,7 @@ def _not_for_experts(recipe: Recipe, component: Component) -> str | None:
 
 
 def _matched(pattern: str, linears: list[Linear]) -> set[str]:
-    """Names of the linears that an entry of ``keep`` names; raises `InputError` if there is none."""
+    """Return the names of the linears that an entry of ``keep`` names; raise `InputError` if there is none."""
     names = [linear.name for linear in linears]
     if len(pattern) > _MAX_PATTERN:
         raise InputError(f"recipe: keep: {short(pattern)}: expected at most {_MAX_PATTERN} characters")

@@ -361,7 +361,7 @@ def calibration_samples(n: int, seed: int) -> list[CalibrationSample]:
 def text_only_samples(seed: int) -> Iterator[CalibrationSample]:
     """Yield samples without an image: all facts about a creature and a question about one fact, in turn.
 
-    The catalogue is the only thing that the model was taught without an image: it gives three quarters of the tokens
+    The catalogue is the only thing that the model learns without an image: it gives three quarters of the tokens
     of all facts and two thirds of those of one fact when it sees none, against two fifths of a scene's caption. No
     sample comes twice; there are 3,000.
     """

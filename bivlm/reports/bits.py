@@ -1,4 +1,4 @@
-"""Bits are bytes: what a checkpoint costs, counted in its files.
+"""Bits are bytes: count what a checkpoint costs in its files.
 
 Neither torch nor transformers is needed where names say which tensor is which, so that `bivlm bits` answers at once.
 """

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its components, its linear layers and their statistics, and what is left alone."""
+"""The contents of a checkpoint: its components, its linear layers and their statistics, and what is left alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def inspect(folder: str | Path, *, statistics: bool = True, modules: Modules | N
 
 
 def _packed_tokens(parts: Anatomy, checkpoint: Checkpoint) -> list[Linear]:
-    """The embedding of tokens if it is packed, else nothing: it then is left alone."""
+    """Return the embedding of tokens if it is packed, else nothing: it then is left alone."""
     return [parts.tokens] if parts.tokens is not None and parts.tokens.name in checkpoint.packed else []
 
 
@@ -79,7 +79,7 @@ def _components(parts: Anatomy, checkpoint: Checkpoint, parameters: int) -> dict
 
 
 def _parts(parts: Anatomy, checkpoint: Checkpoint, parameters: int) -> list[dict[str, Any]]:
-    """Tensors by component, kind and state; within a component linears first, then the larger before the smaller."""
+    """Return tensors by component, kind and state; within a component linears first, then larger before smaller."""
     sizes: dict[tuple[str, str, str], list[int]] = {}
     for linear in parts.linears:
         kind = "experts, one by one" if linear.stacked_in else "linear layers"
@@ -114,7 +114,7 @@ def _parts(parts: Anatomy, checkpoint: Checkpoint, parameters: int) -> list[dict
 
 
 def _group(kind: str) -> str:
-    """The kind of a tensor that is left alone, as a row of a table has it: "Conv2d", "norms", "experts: down_proj"."""
+    """Return the kind of a tensor left alone, as a row of a table has it: "Conv2d", "norms", "experts: down_proj"."""
     what, comma, further = kind.partition(",")
     module, dot, parameter = what.partition(".")
     if parameter == "bias":

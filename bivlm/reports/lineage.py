@@ -1,4 +1,4 @@
-"""Where a packed checkpoint comes from, as a record that can be checked against what is stored.
+"""The lineage of a packed checkpoint, as a record that can be checked against what is stored.
 
 The record holds the identity of every step, and a step's key is the digest of its identity: whoever changes an input, a
 setting or a hash anywhere in the chain breaks a key. The end of the chain are the packed tensors in the checkpoint,
@@ -58,7 +58,7 @@ class Lineage(BaseModel):
     """Everything that a packed checkpoint was made of.
 
     `layers` names the steps of each layer by stage, `steps` holds every step's record by its key. `evaluations` names
-    steps by what they measured. `tracking` says where MLflow holds it all, `trigger` what asked for it (None in records
+    steps by what they measured. `tracking` says where MLflow holds it all, `trigger` what requested it (None in records
     of before that was written down).
     """
 
@@ -85,7 +85,7 @@ class Lineage(BaseModel):
     @field_validator("recipe")
     @classmethod
     def _has_settings(cls, recipe: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        """Only what is read of it again: recipes of other versions have other keys."""
+        """Check only what is read of it again: recipes of other versions have other keys."""
         if not isinstance(recipe.get("name"), str):
             raise ValueError(f"name: expected text, found {short(recipe.get('name'))}")
         components, _ = _settings(recipe, "components"), _settings(recipe, "tables")
@@ -166,7 +166,7 @@ def verify(lineage: Lineage, folder: str | Path, workspace: Workspace | None = N
 
 
 def verify_folder(lineage: Lineage, folder: str | Path) -> list[Finding]:
-    """As `verify`, with the stored checkpoint and the record alone."""
+    """Return the findings of `verify` that need the stored checkpoint and the record alone."""
     return [
         _finding("packed files", _packed_files, lineage, Path(folder)),
         _finding("packed weights", _packed_tensors, lineage, Path(folder)),
@@ -225,7 +225,7 @@ def _differences(recorded: Files, found: dict[str, str]) -> Iterator[str]:
 
 
 def _packed_tensors(lineage: Lineage, folder: Path) -> tuple[list[str], str]:
-    """Whether each packed tensor of the checkpoint is the output of its layer's step, byte for byte."""
+    """Check that each packed tensor of the checkpoint is the output of its layer's step, byte for byte."""
     checkpoint = Checkpoint.open(folder)
     disk_names = {name: linear.disk_name for name, linear in anatomy(checkpoint).packable.items()}
     problems = []
@@ -271,7 +271,7 @@ def _keys(lineage: Lineage) -> tuple[list[str], str]:
 
 
 def _links(lineage: Lineage) -> tuple[list[str], str]:
-    """Whether every step's inputs are the base model, the packed checkpoint, or something that a step made."""
+    """Check that every step's inputs are the base model, the packed checkpoint, or something that a step made."""
     known = {lineage.base_model.sha256, lineage.packed.sha256, *lineage.base_model.tensors.values()}
     for record in lineage.steps.values():
         known.update(reference.sha256 for reference in record.outputs.values())
@@ -332,7 +332,7 @@ def _find_base(base: BaseModelFiles) -> Path | None:
 
 
 def _workspace(lineage: Lineage, workspace: Workspace | None) -> list[Finding]:
-    """Whether the workspace holds every step's record as it is here, and the bytes of every output."""
+    """Check that the workspace holds every step's record as it is here, and the bytes of every output."""
     if workspace is None:
         said = f"{lineage.workspace} was not given, or cannot be opened here; say --workspace {lineage.workspace}"
         return [Finding("workspace", "not checked", said)]

@@ -66,7 +66,7 @@ class _BaseModel(BaseModel):
 
 
 class _Report(BaseModel):
-    """What is read of compression_report.json."""
+    """The parts of compression_report.json that are read."""
 
     base_model: _BaseModel
     recipe: dict[str, JsonValue]
@@ -203,7 +203,7 @@ def _report(folder: Path, lineage: Lineage) -> dict[str, Any]:
 
 
 def _rounded(bits: Any) -> Any:
-    """The same figures to nine digits: the last ones depend on the order in which layers are added up."""
+    """Round figures to nine digits: the last ones depend on the order in which layers are added up."""
     if isinstance(bits, dict):
         return {key: _rounded(value) for key, value in bits.items()}
     return float(f"{bits:.9g}") if isinstance(bits, float) else bits
@@ -223,7 +223,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def _pushed_before(api: HfApi, repository: str, commit: str, there: Mapping[str, RepoFile]) -> set[str]:
-    """The files that an earlier push brought, as its listing says; by their names where there is none."""
+    """Return the files that an earlier push brought, by its listing; by their names where there is none."""
     if LISTING not in there:
         return set(filter(is_written, there))
     return RECORDS | names_in(Path(api.hf_hub_download(repository, LISTING, revision=commit)).read_bytes())
@@ -240,7 +240,7 @@ def _check_ours(repository: str, branch: str, there: Mapping[str, RepoFile]) -> 
 
 
 def _same(package: Package, name: str, there: RepoFile | None) -> bool:
-    """Whether the hub has these bytes: by sha256 what it keeps outside git, by git's own hash the rest."""
+    """Return whether the hub has these bytes: by sha256 what it keeps outside git, by git's own hash the rest."""
     if there is None:
         return False
     content = package.content(name)
@@ -270,7 +270,7 @@ def _base(package: Package) -> str:
 
 @contextmanager
 def _xet_where_there_is_any(repository: str, branch: str) -> Iterator[None]:
-    """Where hf_xet is installed the client uploads by xet without asking; a hub that knows none gets Git LFS."""
+    """Turn xet off for a hub that has none, so that Git LFS is used: with hf_xet the client uploads without asking."""
     url = f"{constants.ENDPOINT}/api/models/{repository}/xet-write-token/{branch.replace('/', '%2F')}"
     disabled = constants.HF_HUB_DISABLE_XET
     if not disabled:

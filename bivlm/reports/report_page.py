@@ -152,7 +152,7 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bits_rows(bits: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of bits; `megabytes` are stored bits times weights."""
+    """Return the rows of the table of bits; `megabytes` are stored bits times weights."""
     rows = []
     for name, part in named_parts(bits):
         row = {key: part.get(key) for key in ("weights", *_BITS)}
@@ -207,12 +207,12 @@ def _with_unit(value: float | None, unit: str, factor: float) -> str | None:
 
 
 def _number(value: float | None, form: str) -> str:
-    """The value in the format `form`, or a dash where there is none."""
+    """Return the value in the format `form`, or a dash where there is none."""
     return _NONE if value is None or not math.isfinite(value) else format(value, form).replace("-", "−")
 
 
 def _scalar(value: Any) -> Markup | str:
-    """A leaf of a tree as text: hashes in monospace, nothing as a dash."""
+    """Return a leaf of a tree as text: hashes in monospace, nothing as a dash."""
     if value is None or value == "":
         return _NONE
     if isinstance(value, bool):

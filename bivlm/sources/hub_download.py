@@ -1,9 +1,9 @@
-"""Large files of the Hugging Face hub into its cache, going on where an earlier download was cut short.
+"""Download large files of the Hugging Face hub into its cache, resuming where an earlier download was cut short.
 
 Since version 2 huggingface_hub gives every download a temporary file of its own and drops it when the process dies, so
-that a killed download of tens of gigabytes begins anew. Here a file is fetched into ``<sha256>.incomplete`` beside the
-place it has in the cache, which the next attempt finds; when it is whole and has the sha256 that the hub says, it
-gets its name, and huggingface_hub finds it there. It goes by range requests over plain HTTP, which hubs serve for xet
+that a killed download of tens of gigabytes starts over. Here a file is fetched into ``<sha256>.incomplete`` beside its
+place in the cache, where the next attempt finds it. When it is whole and has the sha256 that the hub says, it is
+renamed, and huggingface_hub finds it there. The download uses range requests over plain HTTP, which hubs serve for xet
 storage too.
 """
 
@@ -45,7 +45,7 @@ class LargeFile:
 
 
 def repository_folder(model: str) -> Path:
-    """Where the hub's cache holds `model`: ``blobs``, ``snapshots`` and ``refs``."""
+    """Return where the hub's cache holds `model`: ``blobs``, ``snapshots`` and ``refs``."""
     return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=model, repo_type="model")
 
 
@@ -89,7 +89,7 @@ def download_large(model: str, commit: str, files: Sequence[LargeFile]) -> None:
 
 
 class _EndedError(Exception):
-    """Another file failed, or the user has had enough."""
+    """Another file failed, or the user ended the download."""
 
 
 def _download(model: str, commit: str, file: LargeFile, blob: Path, progress: type) -> None:
@@ -141,13 +141,13 @@ def _complete(model: str, commit: str, file: LargeFile, partial: Path, progress:
 
 
 def _may_heal(error: HfHubHTTPError) -> bool:
-    """Whether the hub is in trouble, or a signed address has expired, which another host than the hub's then says."""
+    """Return whether a retry may help: the hub is in trouble, or a signed address of another host has expired."""
     response = error.response
     return response.status_code >= httpx2.codes.INTERNAL_SERVER_ERROR or bool(response.history)
 
 
 def _share_of(bar: Any, ended: threading.Event) -> type:
-    """What stands for the bar of one file: it moves `bar`, which is of all files."""
+    """Return a stand-in for the bar of one file: it moves `bar`, which is of all files."""
 
     class Share:
         def __init__(self, *_: Any, **__: Any) -> None:

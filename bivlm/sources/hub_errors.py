@@ -1,4 +1,4 @@
-"""What the Hugging Face hub's refusals mean and what can be done about them."""
+"""Explain what the Hugging Face hub's refusals mean and what can be done about them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LOGIN = "`hf auth login`, or set HF_TOKEN"
 def hub_error(
     error: BaseException, model: str, revision: str | None = None, *, pushing: bool = False
 ) -> InputError | ConnectionError:
-    """What to raise for `error`, met while reading `model` from the hub or pushing it there.
+    """Return what to raise for `error`, met while reading `model` from the hub or pushing it there.
 
-    `InputError` where the caller can mend it: no such model or revision, a gated or private one, a token that is not
-    known or may not do this, the hub switched off. `ConnectionError` where it may be over in a moment.
+    `InputError` where the caller can fix it: no such model or revision, a gated or private one, a token that is unknown
+    or lacks the right, the hub switched off. `ConnectionError` where it may be over in a moment.
     """
     wanted = f"{model} at revision {revision}" if revision else model
     subject = f"push to {model}:" if pushing else f"model {model!r}:"
@@ -69,7 +69,7 @@ _PASSING = {httpx2.codes.REQUEST_TIMEOUT, httpx2.codes.TOO_EARLY, httpx2.codes.T
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The hub's own answer, where the client has wrapped it in what it could not do then."""
+    """Return the hub's own answer, from within the client's errors that it caused."""
     while not isinstance(error, httpx2.HTTPError | OfflineModeIsEnabled) and error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -110,7 +110,7 @@ def clipped_rgb(image: Image.Image) -> Image.Image:
 
 
 def converts_as_clipped(path: Path) -> bool:
-    """Whether `as_rgb` gives what `clipped_rgb` does, as it does for 8-bit images without transparency.
+    """Return whether `as_rgb` gives what `clipped_rgb` does, as it does for 8-bit images without transparency.
 
     Images of other kinds are decoded. Raises `InputError` as `open_image`.
     """
@@ -122,7 +122,7 @@ def converts_as_clipped(path: Path) -> bool:
 
 
 def _open_file(path: Path) -> BinaryIO:
-    """Open a file for reading; raises OSError for a link, and at once for a pipe, which nobody may ever write to."""
+    """Open a file for reading; raises OSError for a link, and at once for a pipe, which may never be written to."""
     stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
     if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         return stream
@@ -144,7 +144,7 @@ def _decoded(source: BinaryIO, to_rgb: ToRgb) -> Image.Image:
 
 @contextmanager
 def _refusing(name: str) -> Iterator[None]:
-    """Within it whatever Pillow raises becomes `InputError` with `name`, but for a lack of memory, which may pass."""
+    """Turn what Pillow raises within the block into `InputError` with `name`; lack of memory, which may pass, stays."""
     try:
         yield
     except MemoryError:

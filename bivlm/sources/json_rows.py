@@ -1,4 +1,4 @@
-"""Samples in JSON files: one object a line, as in the ``data.jsonl`` of a folder, or a list of objects.
+"""Samples in JSON files: one object per line, as in the ``data.jsonl`` of a folder, or a list of objects.
 
 Paths of images are relative to the file's folder.
 """
@@ -30,7 +30,7 @@ def read_folder(folder: Path) -> Iterator[Row]:
 
 
 def read_lines(file: Path) -> Iterator[Row]:
-    """Yield the objects of a file with one JSON object a line; blank lines are skipped.
+    """Yield the objects of a file with one JSON object per line; blank lines are skipped.
 
     Raises `InputError` when there is no such file or no line in it, and on a line that is no JSON object, is not UTF-8
     or has a key twice.

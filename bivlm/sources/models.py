@@ -1,6 +1,6 @@
-"""A model by folder, by ``s3://bucket/prefix``, or by its id on the Hugging Face hub; only what is needed is fetched.
+"""Fetch a model by folder, by ``s3://bucket/prefix``, or by its id on the Hugging Face hub; only what is needed.
 
-First the list of files and config.json: what cannot be used is refused before gigabytes are on their way.
+The list of files and config.json come first: what cannot be used is refused before gigabytes are on their way.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ HUB_TROUBLE = (
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where a model lies: `folder`, the `id` it was asked for by, and its revision (None for a folder).
+    """Where a model lies: `folder`, the `id` it was requested by, and its revision (None for a folder).
 
     On the hub that is the commit's hash; below an S3 prefix see `bivlm.sources.s3_models`.
     """
@@ -64,12 +64,12 @@ class ResolvedModel:
 
 
 def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
-    """A local folder as it is, ``s3://`` copied, anything else from the Hugging Face hub (or its cache, when offline).
+    """Return a local folder as it is, ``s3://`` copied, anything else from the Hugging Face hub (offline, its cache).
 
-    `revision` is a branch, tag or commit; the result names the commit, which a branch is of when this is called. (Below
+    `revision` is a branch, tag or commit; the result names the commit that a branch is at when this is called. (Below
     an S3 prefix it is the state that is expected, see `bivlm.sources.s3_models`.) A snapshot that is whole in the
     cache is used as it is. Raises `InputError` for a revision of a local folder, when neither folder nor hub has the
-    model, and for one that cannot be used: gated, weights as pickles, needing code of its own that was not asked for
+    model, and for one that cannot be used: gated, weights as pickles, needing code of its own that was not allowed
     (see `bivlm.checkpoint.remote_code`). `ConnectionError` when the hub cannot be reached and its cache has no copy.
     """
     if model and Path(model).is_dir():
@@ -96,7 +96,7 @@ def resolve_model(model: str, revision: str | None = None) -> ResolvedModel:
 
 
 def cached_model(model: str, commit: str) -> Path | None:
-    """The snapshot of `model` at `commit` in the hub's cache if all that is needed of it is there, else None."""
+    """Return the snapshot of `model` at `commit` in the hub's cache if all that is needed of it is there, else None."""
     if not is_commit(commit):
         return None
     folder = repository_folder(model) / "snapshots" / commit
@@ -114,7 +114,7 @@ def cached_model(model: str, commit: str) -> Path | None:
 
 
 def _download(model: str, commit: str) -> Path:
-    """What is needed of `model` at `commit`, in this order: config, small files, weights."""
+    """Download what is needed of `model` at `commit`, in this order: config, small files, weights."""
     files = [
         entry for entry in HfApi().list_repo_tree(model, recursive=True, revision=commit) if isinstance(entry, RepoFile)
     ]
@@ -136,7 +136,7 @@ def _download(model: str, commit: str) -> Path:
 
 
 def _check_names(model: str, commit: str, names: Sequence[str]) -> None:
-    """Whether the repository holds a model with safetensors, by the names of its files."""
+    """Raise `InputError` unless the repository holds a model with safetensors, by the names of its files."""
     if CONFIG not in names:
         raise InputError(f"model {model!r}: its repository has no {CONFIG}; expected a model in transformers' format")
     if WEIGHTS not in names and WEIGHTS_INDEX not in names:
@@ -147,12 +147,12 @@ def _check_names(model: str, commit: str, names: Sequence[str]) -> None:
 
 
 def _is_small(name: str) -> bool:
-    """Configs and the like; of the tokenizer's files some are large."""
+    """Return whether a file is a config or the like; some of the tokenizer's files are large."""
     return "/" not in name and (name in (CARD, WEIGHTS_INDEX) or name.endswith("config.json") or is_licence_name(name))
 
 
 def _side_names(names: Sequence[str], folder: Path) -> list[str]:
-    """What goes with the weights; code only if a config in `folder` names some, or the model has a ``generate``."""
+    """Return what goes with the weights; code only if a config in `folder` names it, or for a ``generate``."""
     code = names_code(folder) or f"{GENERATE}/generate.py" in names
     found = [
         name
@@ -165,7 +165,7 @@ def _side_names(names: Sequence[str], folder: Path) -> list[str]:
 
 
 def _weight_names(names: Sequence[str], folder: Path) -> list[str]:
-    """As `Checkpoint.open` looks for them: one file, else an index and what it names."""
+    """Return the names that `Checkpoint.open` looks for: one file, else an index and what it names."""
     return [WEIGHTS] if WEIGHTS in names else [WEIGHTS_INDEX, *weights_of_index(folder)]
 
 

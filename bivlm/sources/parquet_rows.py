@@ -169,7 +169,7 @@ def _of_hub(kind: str, task: str, name: str, revision: str | None, layout: Layou
 
 @lru_cache(maxsize=64)
 def _commit(name: str, revision: str | None, kind: str) -> str:
-    """Return one commit a process, so that all models of a run are asked the same questions."""
+    """Return one commit per process, so that all models of a run answer the same questions."""
     from bivlm.sources.hub_datasets import commit_of
 
     return commit_of(name, revision, key=kind, prefix=f"{kind}:")

@@ -1,7 +1,7 @@
 """One row of any data set, checked value by value.
 
 Lines of a JSON file, rows of a parquet file and rows of a stream from the hub are all a `Row`. Every complaint is an
-`InputError` that names the row, the key or column, the value found and the valid form. Who reads a published data set
+`InputError` that names the row, the key or column, the value found and the valid form. A reader of a published data set
 can catch it and take the next row.
 """
 

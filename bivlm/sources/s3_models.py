@@ -48,7 +48,7 @@ class S3Listing:
 
 
 def list_prefix(url: str) -> S3Listing:
-    """What is below `url` now; raises `InputError` where the bucket cannot be opened."""
+    """Return what is below `url` now; raise `InputError` where the bucket cannot be opened."""
     bucket, prefix = _parts(url)
     objects = {}
     for page in _pages(url, Bucket=bucket, Prefix=prefix):
@@ -60,7 +60,7 @@ def list_prefix(url: str) -> S3Listing:
 
 
 def list_models(url: str) -> list[str]:
-    """The prefixes one level below `url`."""
+    """Return the prefixes one level below `url`."""
     bucket, prefix = _parts(url)
     found = []
     for page in _pages(url, Bucket=bucket, Prefix=prefix, Delimiter="/"):
@@ -69,7 +69,7 @@ def list_models(url: str) -> list[str]:
 
 
 def what_is_missing(listing: S3Listing) -> str:
-    """Why these objects are not a whole model yet; empty if they are."""
+    """Return why these objects are not a whole model yet; empty if they are."""
     if CONFIG not in listing.objects:
         return f"no {CONFIG}"
     if WEIGHTS in listing.objects:
@@ -88,7 +88,7 @@ def what_is_missing(listing: S3Listing) -> str:
 
 
 def fetch_model(url: str, revision: str | None = None) -> tuple[Path, str]:
-    """(folder, revision): a copy of the model at `url` in the cache folder, made if it is not there.
+    """Return (folder, revision): a copy of the model at `url` in the cache folder, made if it is not there.
 
     Raises `InputError` if the prefix is not (or no longer) in the state `revision`, or holds no model.
     """
@@ -112,13 +112,13 @@ def fetch_model(url: str, revision: str | None = None) -> tuple[Path, str]:
 
 
 def cached_copy(url: str, revision: str) -> Path | None:
-    """The copy of that state on this machine, if there is one."""
+    """Return the copy of that state on this machine, if there is one."""
     folder = _folder(url, revision)
     return folder if folder.is_dir() else None
 
 
 def _copy(listing: S3Listing, folder: Path) -> None:
-    """All objects into a folder beside, which gets its name when everything is there and is still as it was listed."""
+    """Copy all objects into a folder beside, renamed to `folder` when all are there and still as they were listed."""
     partial = folder.with_name(f".partial-{folder.name}")
     client = s3_client()
     bucket, prefix = _parts(listing.url)
@@ -147,7 +147,7 @@ def _copy(listing: S3Listing, folder: Path) -> None:
 
 
 def _folder(url: str, revision: str) -> Path:
-    """Called as the last part of the prefix, because people read that name; one place for each state of each URL."""
+    """Return one place for each state of each URL, with the prefix's last part as its name, which people read."""
     place = digest([str(s3_client().meta.endpoint_url), url, revision])[:24]
     return cache_folder().absolute() / "models" / place / PurePosixPath(url.removeprefix(SCHEME)).name
 

@@ -1,4 +1,4 @@
-"""Removing what nobody needs from a workspace, beside compressions that are running in it.
+"""Remove what is no longer needed from a workspace, while compressions are running in it.
 
 A step is needed if the lineage record of a version that is to stay names it; an object if a needed step made or read
 it. Whatever else was not used for a while goes: neither made, nor found again, nor used since the oldest run in
@@ -189,7 +189,7 @@ def collect(
 ) -> Collected:
     """Remove what was `marked` in an earlier look and may still go; steps first, then objects.
 
-    `known` is the earlier look, `needed` was asked for again after it.
+    `known` is the earlier look, `needed` was determined again after it.
     """
     store = workspace.store
     again = look(workspace, known, at_once)

@@ -36,7 +36,7 @@ _NAME = re.compile(r"([0-9a-f]{12}-[0-9a-f]{16})\.(asked|alive)")
 def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None, left: bool = True) -> Iterator[None]:
     """Hold the lock `file` within this block; call `wait()` once if another process holds it.
 
-    The operating system frees the lock the moment its holder dies, so a killed run blocks nobody. Any thread may end
+    The operating system frees the lock the moment its holder dies, so a killed run blocks no other. Any thread may end
     the block. Unless it is to be `left` there, the file is removed at the end.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,14 +49,14 @@ def one_at_a_time(file: Path, wait: Callable[[], object] = lambda: None, left: b
     try:
         yield
     finally:
-        if not left:  # while it is held; whoever waits for it then makes another, see `filelock`
+        if not left:  # while it is held; a process that waits for it then makes another, see `filelock`
             file.unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
 def one_machine_at_a_time(workspace: Workspace, what: str, wait: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Have `what` (letters and digits) to oneself among all who use the workspace; call `wait()` if another has it.
+    """Hold `what` (letters and digits) alone among all who use the workspace; call `wait()` if another has it.
 
     In a folder a lock does this, which all who share the folder see. In S3 the lock is that of this machine, and the
     machines take turns. A machine that shows no sign of life for a minute loses its turn without noticing.
@@ -92,7 +92,7 @@ def heartbeat(store: Store, first: str, alive: str, every_seconds: float) -> Ite
 
     def beat() -> None:
         while not ended.wait(every_seconds):
-            with suppress(Exception):  # whoever works with the store reports its trouble; this is written again
+            with suppress(Exception):  # errors of the store are reported where it is used; this is written again
                 store.put_bytes(alive, b"")
 
     store.put_bytes(first, b"")

@@ -103,7 +103,7 @@ def _surroundings() -> Iterator[Place]:
 
 
 def _lies_in(inner: Place, outer: Place) -> bool:
-    """Whether `inner` is `outer` or somewhere below it, by whatever names the two go."""
+    """Return whether `inner` is `outer` or somewhere below it, by whatever names the two go."""
     above, place = _resolved(outer), _resolved(inner)
     return any(each == above or _is_same(each, above) for each in (place, *place.parents))
 

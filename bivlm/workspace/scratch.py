@@ -17,7 +17,7 @@ _LOCK, _WORK = "lock", "work"
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Give an empty folder in `parent` (made if missing) within this block.
+    """Yield an empty folder in `parent` (made if missing).
 
     What killed steps left there is removed once it is a day old. A folder's time does not tell whether a process works
     in it; the lock beside it does, which the operating system frees the moment its holder dies.

@@ -120,7 +120,7 @@ class Workspace:
         return self.store.local
 
     def scratch(self) -> AbstractContextManager[Path]:
-        """Give an empty folder on the workspace's disk for a step at work, removed at the end."""
+        """Yield an empty folder on the workspace's disk for a step at work, removed at the end."""
         return scratch_folder(self.local / "scratch")
 
     def put_file(self, path: str | Path) -> Reference:
@@ -227,7 +227,7 @@ class Workspace:
         return self.store.entry(name) is not None
 
     def _put(self, reference: Reference, put: Callable[[], None]) -> None:
-        """Have the object there, and fresh: an old one is put again, because it may be about to be collected."""
+        """Keep the object there, and fresh: an old one is put again, because it may be about to be collected."""
         name = object_name(reference.sha256)
         there = self.holds(reference) and _is_fresh(self.store.entry(name))
         while not there:

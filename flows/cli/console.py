@@ -1,4 +1,4 @@
-"""What the commands print for people."""
+"""Print the results of commands for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``bivlm evaluate``: a checkpoint on a benchmark, alone or beside another one that is asked the same questions."""
+"""``bivlm evaluate``: a checkpoint on a benchmark, alone or against another one on the same questions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evaluate_folders(
     pruned: bool = False,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """The record of `Evaluation` with ``model`` and ``outcomes``, the parquet file of the answers.
+    """Return the record of `Evaluation` with ``model`` and ``outcomes``, the parquet file of the answers.
 
     With `against` there are also ``against``, the record of that checkpoint, ``loss``, what `model` lost against it on
     the same questions (`bivlm.evaluation.paired.Loss`), ``chance`` in percent (None where it is unknown), and

@@ -1,6 +1,6 @@
 """Start a deployment through Prefect's API and follow its run from another machine, as CI does.
 
-Only the API is asked, at ``PREFECT_API_URL`` with ``PREFECT_API_KEY`` (or ``PREFECT_API_AUTH_STRING``): whoever follows
+Only the API is used, at ``PREFECT_API_URL`` with ``PREFECT_API_KEY`` (or ``PREFECT_API_AUTH_STRING``): the follower
 needs no access to the worker, to MLflow or to S3.
 """
 
@@ -112,10 +112,10 @@ def follow(
     patience_seconds: float = 900.0,
     timeout_seconds: float | None = None,
 ) -> Ended:
-    """Tell a run's states and log lines, and those of runs within it, until it has ended.
+    """Report a run's states and log lines, and those of runs within it, until it has ended.
 
     A server that does not answer is asked again for `patience_seconds`. Raises ConnectionError after that, and
-    TimeoutError if the run takes longer than `timeout_seconds`; the run itself goes on.
+    TimeoutError if the run takes longer than `timeout_seconds`; the run itself continues.
     """
     begun = answered = time.monotonic()
     view = _View(run_id, tell)
@@ -140,7 +140,7 @@ def follow(
 
 @dataclass
 class _View:
-    """What was told of a run so far: its last state and its log lines, each once, though some come late."""
+    """What was reported of a run so far: its last state and its log lines, each once, though some come late."""
 
     run_id: UUID
     tell: Callable[[str], None]
@@ -150,7 +150,7 @@ class _View:
     newest: datetime | None = None
 
     def refresh(self, client: SyncPrefectClient) -> Ended | None:
-        """Tell what is new; return how the run ended, or None."""
+        """Report what is new; return how the run ended, or None."""
         run = client.read_flow_run(self.run_id)
         runs = [self.run_id, *_within(client, self.run_id)]
         if run.state is None:

@@ -1,4 +1,4 @@
-"""A flow that a command runs here, in its own process, with a temporary Prefect server if no other is configured."""
+"""Run a flow in the command's own process, with a temporary Prefect server if no other is configured."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _ENDS = 5  # how many servers that end before they listen are replaced: another 
 
 @contextmanager
 def temporary_server() -> Iterator[None]:
-    """Within this block flow runs are tracked by a temporary server of this process, unless another is configured.
+    """Track flow runs with a temporary server of this process within the block, unless another is configured.
 
     Such a server ends with its process; one whose process was killed lives on, and is ended here. Its flow runs send no
-    heartbeats: these tell a server that outlives the run when it has crashed, and ending them holds up the end of every
-    flow run by up to a second. (The environment cannot turn them off: it accepts numbers only.) Raises ConnectionError
-    if the configured server does not answer, or a temporary one does not within
+    heartbeats: these report a crash to a server that outlives the run, and ending them delays the end of every flow run
+    by up to a second. (The environment cannot turn them off: it accepts numbers only.) Raises ConnectionError if the
+    configured server does not answer, or a temporary one does not within
     ``PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS``.
     """
     check_proxies()

@@ -55,7 +55,7 @@ _OF_THIS_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    Bad input, and trouble outside of this program, are told in one message on stderr. Of any other failure the whole
+    Bad input, and trouble outside of this program, are one message on stderr. Of any other failure the whole
     trace is shown, because it is a defect. Output that cannot be written is a failure, unless its reader has gone.
     """
     return run_command(lambda: _run(arguments))
@@ -84,7 +84,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         print(f"bivlm {options.command}: interrupted; run it again to go on from where it was", file=sys.stderr)
         return FAILED
     except SystemExit as error:
-        # rich's: nobody reads its tables any more, as with ``| head``
+        # rich's: its tables are no longer read, as with ``| head``
         if isinstance(error.__context__, BrokenPipeError):
             return DONE
         raise
@@ -105,9 +105,9 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _is_outside(error: BaseException) -> bool:
-    """Whether it tells of a server, a network, a disk or a limit of this machine."""
+    """Return whether the error is about a server, a network, a disk or a limit of this machine."""
     known = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0] in _OUTSIDE
-    # Without a number it does not come from the system: somebody has written a sentence.
+    # Without a number it does not come from the system, but from code that wrote a sentence.
     return known or (isinstance(error, OSError) and error.errno in {None, *_OF_THIS_MACHINE})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-# What somebody has set is respected. Errors reach the terminal through the command itself, hence CRITICAL.
+# What the user has set is respected. Errors reach the terminal through the command itself, hence CRITICAL.
 _SETTINGS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
@@ -34,7 +34,7 @@ def quieten() -> None:
 
 
 def hide_loading_bars() -> None:
-    """No bar of transformers for every model that is loaded; those of downloads stay."""
+    """Hide transformers' bars for every model that is loaded; those of downloads stay."""
     from huggingface_hub import constants
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar

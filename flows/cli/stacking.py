@@ -1,4 +1,4 @@
-"""Tables in any width: as a table where every word of it fits, else row by row, so that no figure is cut."""
+"""Fit tables to any width: as a table where every word of it fits, else row by row, so that no figure is cut."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _broken(text: str, width: int, indent: str) -> Iterable[str]:
 
 
 def _is_whole(table: Table, console: Console) -> bool:
-    """Whether each word of `table` stays whole when it is printed as wide as `console`.
+    """Return whether each word of `table` stays whole when it is printed as wide as `console`.
 
     A word without a digit may be folded in a column that says so.
     """
@@ -95,5 +95,5 @@ def _plain(cell: RenderableType) -> str:
 
 
 def _joined(heading: str) -> str:
-    """A heading that was broken to make its column narrow, in one line."""
+    """Return a heading that was broken to make its column narrow, in one line."""
     return heading.replace("-\n", "").replace("\n", " ")

@@ -28,7 +28,7 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 class _Output(io.TextIOWrapper):
-    """A stdout that remembers why it could not be written to: argparse, for one, does not tell."""
+    """A stdout that remembers why it could not be written to: argparse, for one, does not report it."""
 
     failure: OSError | None = None
 
@@ -50,7 +50,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Forgiving(io.TextIOWrapper):
-    """A stderr that cannot be written to fails nothing: whoever could be told of it does not read it."""
+    """A stderr that ignores failed writes: nobody would read about them."""
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -109,13 +109,13 @@ def unwritten_output() -> OSError | None:
 
 
 def nobody_reads() -> bool:
-    """Whether our output goes to a pipe whose reader has seen enough, as with ``| head``; it is then given up."""
+    """Return whether output goes to a pipe whose reader has seen enough, as with ``| head``; then give it up."""
     try:
         output = sys.stdout.fileno()
     except (OSError, ValueError):  # no file
         return False
     poll = select.poll()
-    poll.register(output, 0)  # what is wrong with it is told in any case; flushing would only tell if something is left
+    poll.register(output, 0)  # errors are reported in any case; flushing would only report them if something is left
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
     _give_up(output)

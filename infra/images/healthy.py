@@ -1,4 +1,4 @@
-"""Exit code 0 if an address answers: `healthy.py URL [STATUS ...]`, with one of these, or 200."""
+"""Exit with 0 if an address answers: `healthy.py URL [STATUS ...]`, with one of these, or 200."""
 
 import sys
 import urllib.error

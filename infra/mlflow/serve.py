@@ -1,4 +1,4 @@
-"""MLflow's tracking server behind passwords, on PostgreSQL and S3. It is told everything by the environment:
+"""MLflow's tracking server behind passwords, on PostgreSQL and S3. All settings come from the environment:
 
 PGHOST, PGPORT, PGUSER, PGPASSWORD of its databases; ``MLFLOW_ADMIN_PASSWORD``; name and password of the one account of
 workers and people in ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``; ``MLFLOW_FLASK_SERVER_SECRET_KEY``;
@@ -17,7 +17,7 @@ ADMIN = "admin"
 def bring_users_up_to_date() -> None:
     """Make the two accounts, or give them the passwords that the environment says.
 
-    Through MLflow's own store and not its API, which asks for the password that is to be replaced: so a rotation that
+    Through MLflow's own store and not its API, which requires the password that is to be replaced: so a rotation that
     was interrupted, or a database restored from another time, is put right by starting again.
     """
     from mlflow.server.auth.config import read_auth_config

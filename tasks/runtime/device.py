@@ -1,4 +1,4 @@
-"""Where models run, the slot that keeps two of them off one GPU, and the model held between tasks."""
+"""The device that models run on, the slot that keeps two of them off one GPU, and the model held between tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that people read in MLflow and Prefect, made of what the user said."""
+"""Names that people read in MLflow and Prefect, made from the user's input."""
 
 from __future__ import annotations
 

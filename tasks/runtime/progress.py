@@ -1,4 +1,4 @@
-"""How tasks report progress, without knowing who shows it."""
+"""Report the progress of tasks, without knowing who shows it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class Progress(Protocol):
     """Shows progress; called from several threads."""
 
     def advance(self, stage: str, units: float = 1.0) -> None:
-        """`units` more of a stage are done."""
+        """Note that `units` more of a stage are done."""
 
     def expect(self, stage: str, units: int) -> None:
-        """A stage has `units`, which could not be known at the beginning."""
+        """Note that a stage has `units`, which could not be known at the beginning."""
 
 
 class _Silent:
     def advance(self, stage: str, units: float = 1.0) -> None:
-        """Nobody listens, for example in a worker process."""
+        """Do nothing: nobody listens, for example in a worker process."""
 
     def expect(self, stage: str, units: int) -> None:
-        """As above."""
+        """Do nothing."""
 
 
 # Prefect's thread pool copies the context into its threads, so that tasks there find the flow's listener.
@@ -54,7 +54,7 @@ class Restartable:
 
 @contextmanager
 def shown_by(progress: Progress):
-    """Within this block, and in the tasks it starts in this process, progress goes to `progress`."""
+    """Send progress to `progress` within the block and in the tasks it starts in this process."""
     token = _listener.set(progress)
     try:
         yield progress

@@ -1,4 +1,4 @@
-"""Steps: looked up in the workspace by key, run if they are not there, and recorded."""
+"""Look steps up in the workspace by key, run those that are not there, and record them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class StepResult:
 
 @lru_cache(maxsize=8)
 def open_workspace(url: str) -> Workspace:
-    """Return the workspace at `url`, opened once a process.
+    """Return the workspace at `url`, opened once per process.
 
     Raises `InputError` for a missing folder: the flow has made it, so this worker runs on a machine that does not share
-    it, and nobody would find what it writes.
+    it, and no other machine would find what it writes.
     """
     if "://" not in url and not Path(url).is_dir():
         raise InputError(

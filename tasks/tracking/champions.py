@@ -46,7 +46,7 @@ def moves_of(tags: Mapping[str, str]) -> dict[str, Move]:
 
 
 def next_key(moves: Iterable[str], letters: str) -> str:
-    """Return the key of the next move, with `letters` that nobody else has."""
+    """Return the key of the next move, with `letters` that no other has."""
     numbers = [int(key.removeprefix(Tag.MOVE).partition("-")[0]) for key in moves]
     return f"{Tag.MOVE}{max(numbers, default=0) + 1:06d}-{letters}"
 

@@ -40,7 +40,7 @@ def log_model(tracking: Tracking, base: Base, recipe: Recipe, folder: str, sha25
         if model.status == LoggedModelStatus.READY:
             return model.model_id
         tracking.client.delete_logged_model(model.model_id)  # an attempt that was killed while it logged
-    # MLflow ends the run that it logs a model in; the parent goes on.
+    # MLflow ends the run that it logs a model in; the parent continues.
     with own_copy(Path(folder)) as copy, fluent(tracking.uri), mlflow.start_run(run_id=tracking.run_id):
         logged = mlflow.pyfunc.log_model(
             name=registered_name(base.model, recipe.name),

@@ -102,7 +102,7 @@ def audit_version(client: MlflowClient, version: ModelVersion) -> dict[str, Any]
 def audit_base(client: MlflowClient, base: str) -> list[dict[str, Any]]:
     """Return all registered versions made of a base model, given by its id or at least 8 digits of its sha256.
 
-    A row a version: ``{"version", "standing", "base", "revision", "sha256", "recipe", "trigger", "bits", "accuracy",
+    A row is ``{"version", "standing", "base", "revision", "sha256", "recipe", "trigger", "bits", "accuracy",
     "gate"}``. Raises `InputError` if nothing was made of it.
     """
     found = versions_of_base(client, base)
@@ -151,14 +151,14 @@ def _model_page(model: RegisteredModel, versions: list[ModelVersion]) -> str:
 
 
 def _base_page(client: MlflowClient, tags: VersionTags) -> str:
-    """The page of the full-precision model that the version with these tags was made of."""
+    """Return the page of the full-precision model that the version with these tags was made of."""
     found = _described(client, versions_of_base(client, tags.base_id, tags.base_sha256))
     of_this = [each for each in found if each[1].base_sha256 == tags.base_sha256]
     return cut(render("base", v=tags, of_this=of_this, others=[each for each in found if each not in of_this]))
 
 
 def _write_on_logged_model(client: MlflowClient, model_id: str, text: str) -> None:
-    """Write the page of a logged model, unless somebody has deleted it."""
+    """Write the page of a logged model, unless it was deleted."""
     try:
         if client.get_logged_model(model_id).tags.get(Tag.NOTE) != text:
             client.set_logged_model_tags(model_id, {Tag.NOTE: text})
@@ -168,7 +168,7 @@ def _write_on_logged_model(client: MlflowClient, model_id: str, text: str) -> No
 
 
 def _write_on_run(client: MlflowClient, version: ModelVersion, stands: Standing) -> None:
-    """Begin the run's description with where its version stands, unless somebody has deleted the run."""
+    """Begin the run's description with the place of its version, unless the run was deleted."""
     try:
         note = client.get_run(version.run_id).data.tags.get(Tag.NOTE, "")
     except MlflowException as error:

@@ -165,7 +165,7 @@ class _History:
         """Finish or drop the moves that were cut off.
 
         One whose alias has moved took place. A gate's is made now if it still may be: its version has passed. One by
-        hand is dropped: whoever made it will ask again.
+        hand is dropped: the user who made it will repeat it.
         """
         for key, move in list(self.moves.items()):
             if move.done:

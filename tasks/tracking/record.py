@@ -1,4 +1,4 @@
-"""What a compression and its evaluations leave on runs: metrics, tables, data sets, child runs, documents."""
+"""Write a compression and its evaluations to MLflow runs: metrics, tables, data sets, child runs, documents."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def log_documents(
     lineage = read_lineage(folder)
     tags = {Tag.CODE + key: value for key, value in lineage.code.items()}
     tags |= {Tag.HARDWARE + key: value for key, value in lineage.hardware.items()}
-    # In one request: a server that asks for passwords takes a good part of a second for each.
+    # In one request: a server with passwords takes a good part of a second for each.
     said = (tags | {Tag.NOTE: description}).items()
     client.log_batch(tracking.run_id, tags=[RunTag(key, str(value)) for key, value in said])
     for file in files:

@@ -1,4 +1,4 @@
-"""Registered versions in MLflow: found, downloaded, tagged."""
+"""Find, download and tag registered versions in MLflow."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Finished:
 
 
 def is_absent(error: MlflowException) -> bool:
-    """Whether MLflow says that there is no such thing, or that nothing can have such a name."""
+    """Return whether MLflow says that there is no such thing, or that nothing can have such a name."""
     return error.error_code in _ABSENT
 
 
@@ -61,7 +61,7 @@ def told_if_absent(message: str) -> Iterator[None]:
 
 
 def is_version(text: str) -> bool:
-    """Whether `text` has one of the forms `VERSION_FORMS`."""
+    """Return whether `text` has one of the forms `VERSION_FORMS`."""
     return _VERSION.fullmatch(text) is not None
 
 

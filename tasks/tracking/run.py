@@ -40,7 +40,7 @@ _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databric
 
 @dataclass(frozen=True)
 class Tracking:
-    """A compression's place in MLflow; `trigger` is what first asked for it."""
+    """A compression's place in MLflow; `trigger` is what first requested it."""
 
     uri: str
     experiment_id: str
@@ -148,7 +148,7 @@ def find_or_create_run(workspace: str, base: Base, recipe: Recipe, trigger: str)
     params = {key: value for key, value in _params(base, recipe).items() if key not in run.data.params}
     client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
     label = f"{model_name(base.model)} · {recipe.name}"
-    first = run.data.tags.get(Tag.TRIGGER, NOT_RECORDED)  # who asks again finds what the first request made
+    first = run.data.tags.get(Tag.TRIGGER, NOT_RECORDED)  # a repeated request finds what the first one made
     return Tracking(client.tracking_uri, experiment_id, run.info.run_id, request, label, first)
 
 
@@ -218,7 +218,7 @@ def lineage_tags(base: Base, recipe: Recipe, request: str, trigger: str) -> dict
 
 @contextmanager
 def unless_there() -> Iterator[None]:
-    """Leave this block if MLflow says that what is created in it is there already: somebody else was faster."""
+    """Leave this block if MLflow says that what is created in it is there already: another run was faster."""
     try:
         yield
     except MlflowException as error:

@@ -170,7 +170,7 @@ def tags_of(version: ModelVersion) -> VersionTags:
 
 
 def as_many(asked: str, wanted: str) -> bool:
-    """Whether as many questions were `asked` as are `wanted`."""
+    """Return whether as many questions were `asked` as are `wanted`."""
     return asked == ALL or (wanted != ALL and int(asked) >= int(wanted))
 
 

@@ -32,7 +32,7 @@ class Answer:
     """What Prefect knows of a revision's runs.
 
     Attributes:
-        at_work: the id of one that waits or works. A run that began, or was handed to a worker, more than a day ago
+        at_work: the id of one that waits or works. A run that began, or was given to a worker, more than a day ago
             does not count: one that was lost with its machine seems to work for ever.
         outcome: the state of one that ended the matter.
         last: when the last one ended, or began if it has not ended.
@@ -45,7 +45,7 @@ class Answer:
 
 @task(name="emit-event", **OVER_NETWORK)
 def emit_found(revision: Revision) -> None:
-    """Hand the event of `revision` to the server, and return once the server has taken it.
+    """Send the event of `revision` to the server, and return once the server has taken it.
 
     Prefect's `emit_event` leaves the sending to a thread, which does not say how it went.
     """

@@ -1,4 +1,4 @@
-"""What the watcher has seen of base models, kept in the workspace, so that any machine may watch.
+"""The watcher's record of base models, kept in the workspace, so that any machine may watch.
 
 Prefect's server knows the runs of a revision and how they ended (`tasks.watching.events`). The workspace keeps what
 must outlive that server: how a folder looked last, when each event was emitted, and how the matter ended.

@@ -1,6 +1,6 @@
-"""Which revision of a base model there is now.
+"""Find the current revision of a base model.
 
-The hub says it. In a folder and below an S3 prefix files arrive one by one, so nothing counts before it is whole and
+The hub reports it. In a folder and below an S3 prefix files arrive one by one, so nothing counts before it is whole and
 two looks, some time apart, have seen it unchanged.
 """
 
@@ -58,7 +58,7 @@ class Listing:
 def pin_revision(model: str, revision: str | None) -> str:
     """Return the commit of a branch (default: the main one) on the hub, or the revision a folder or S3 prefix has now.
 
-    Raises `InputError` if that is not the revision asked for. A commit is returned as it is: a model in the hub's cache
+    Raises `InputError` if that is not the given revision. A commit is returned as it is: a model in the hub's cache
     needs no hub.
     """
     kind = kind_of(model)

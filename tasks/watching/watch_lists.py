@@ -27,7 +27,7 @@ from bivlm.workspace.hashing import canonical_json, digest
 from bivlm.workspace.stores.location import cache_folder, is_s3_model
 
 LIST_VARIABLE = "BIVLM_BASE_MODELS"  # the list's file
-PLACES_VARIABLE = "BIVLM_MODELS"  # folders and S3 prefixes whose models may be asked for by name, with commas
+PLACES_VARIABLE = "BIVLM_MODELS"  # folders and S3 prefixes whose models may be requested by name, with commas
 RECIPES_VARIABLE = "BIVLM_RECIPES"  # a folder of NAME.yaml
 OUTPUTS_VARIABLE = "BIVLM_OUTPUTS"  # where packed checkpoints go
 DEFAULT_RECIPE = "bivlm"
@@ -196,7 +196,7 @@ def kind_of(model: str) -> Kind:
 
 
 def check_asked(kind: Kind, revision: str, *, pinned: bool = False) -> None:
-    """Raise `InputError` unless `revision` may be asked for; a `pinned` one says which bytes (`is_pinned`)."""
+    """Raise `InputError` unless `revision` may be requested; a `pinned` one says which bytes (`is_pinned`)."""
     if kind == "hub" and not pinned:
         check_revision(revision, "base model")
     elif not is_pinned(kind, revision):
@@ -206,7 +206,7 @@ def check_asked(kind: Kind, revision: str, *, pinned: bool = False) -> None:
 
 
 def is_pinned(kind: Kind, revision: str) -> bool:
-    """Whether `revision` says which bytes, not where to look for them."""
+    """Return whether `revision` says which bytes, not where to look for them."""
     return is_commit(revision) if kind == "hub" else is_sha256(revision)
 
 

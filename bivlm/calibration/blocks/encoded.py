@@ -16,13 +16,13 @@ _REPLY, _OUTPUT, _ABSENT = "reply", "output", "absent"
 
 
 class SampleTensors:
-    """What `write_samples` wrote: for every sample some tensors by name.
+    """The file of `write_samples`: for every sample some tensors by name.
 
-    Plain reads: of a mapped file the samples that are done with would still count as memory.
+    It is read plainly: the used samples of a mapped file would still count as memory.
     """
 
     def __init__(self, file: str | Path) -> None:
-        """Raises `InputError` for a file that is missing, cut short or without samples."""
+        """Raise `InputError` if the file is missing, cut short or without samples."""
         self._entries: dict[int, dict[str, TensorEntry]] = {}
         for entry in read_entries(Path(file)):
             number, _, name = entry.name.partition("/")
@@ -34,7 +34,7 @@ class SampleTensors:
         return len(self._entries)
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
-        """The tensors of a sample, on the CPU."""
+        """Return the tensors of a sample, on the CPU."""
         return {name: read_tensor(entry) for name, entry in self._entries[sample].items()}
 
 
@@ -53,23 +53,23 @@ def write_samples(samples: Iterable[Mapping[str, torch.Tensor]], file: str | Pat
 
 
 def with_reply(reply: Reply) -> dict[str, torch.Tensor]:
-    """A conversation as the model takes it in, and where its reply is, ready for `write_samples`."""
+    """Return a sample as the model takes it and the position of its reply, ready for `write_samples`."""
     return {**reply.inputs, _REPLY: torch.tensor([reply.start, reply.count])}
 
 
 def model_inputs(sample: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of `with_reply` the model takes in."""
+    """Return the entries of `with_reply` that the model takes."""
     return {name: tensor for name, tensor in sample.items() if name != _REPLY}
 
 
 def reply_range(sample: Mapping[str, torch.Tensor]) -> range:
-    """The places of the reply's tokens."""
+    """Return the positions of the reply's tokens."""
     start, count = sample[_REPLY].tolist()
     return range(start, start + count)
 
 
 def is_image(tokens: torch.Tensor, config: object) -> torch.Tensor:
-    """Which of the tokens, int64 (1, T), stand for image patches: bool (T,)."""
+    """Return which of the tokens, int64 (1, T), stand for image patches: bool (T,)."""
     names = ("image_token_id", "image_token_index")
     token = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
     if token is None:
@@ -78,16 +78,16 @@ def is_image(tokens: torch.Tensor, config: object) -> torch.Tensor:
 
 
 def has_image(sample: Mapping[str, torch.Tensor]) -> bool:
-    """Whether there is anything for the vision model to see."""
+    """Return whether the sample has pixels for the vision model."""
     return any(name.startswith("pixel_values") for name in sample)
 
 
 def stack(outputs: Sequence[torch.Tensor | None]) -> list[dict[str, torch.Tensor]]:
-    """What a unit gave for every sample as `write_samples` takes it; None where it did not run."""
+    """Return a unit's outputs for every sample as `write_samples` takes them; None where the unit did not run."""
     return [{_ABSENT: torch.zeros(0)} if output is None else {_OUTPUT: output} for output in outputs]
 
 
 def outputs_at(given: Mapping[str, Samples], sample: int) -> dict[str, torch.Tensor]:
-    """What units gave for a sample, by name, from files of `stack`; those that did not run are left out."""
+    """Return the units' outputs for a sample, by name, from files of `stack`; units that did not run are left out."""
     found = {name: tensors[sample] for name, tensors in given.items()}
     return {name: tensors[_OUTPUT] for name, tensors in found.items() if _OUTPUT in tensors}

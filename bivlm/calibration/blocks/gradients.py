@@ -1,12 +1,12 @@
-"""How much each token's features matter to the model's answer: the weights g of ``H = sum_t g_t^2 x_t x_t^T``.
+"""Measure how much each token matters to the model's answer: the weights g of ``H = sum_t g_t^2 x_t x_t^T``.
 
-The divergence KL(full precision || model) and its gradient vanish at full precision; what tells the tokens apart there
+The divergence KL(full precision || model) and its gradient vanish at full precision; what distinguishes tokens there
 is its curvature, ``J^T (diag(p) - p p^T) J`` with p the probabilities and J the Jacobian of the logits. It is the mean
 of ``s s^T`` over
 
     s = J^T v,   v = sqrt(p) * e - p <sqrt(p), e>,   e normal,
 
-one backward pass a draw. (Answers drawn from p, as in Fisher's definition, have the same mean but vary far more where
+one backward pass per draw. (Answers drawn from p, as in Fisher's definition, have the same mean but vary far more where
 the model is sure of itself.) One draw for every token of a reply gives ``g_t = ||s_t||``, the norm over all outputs of
 a site's linear layers for token t. A weight error E then raises the divergence by about
 ``sum_t g_t^2 ||E x_t||^2 / 2`` per output channel if errors and gradients are independent, as in K-FAC.
@@ -33,13 +33,13 @@ Outputs = Mapping[str, SampleTensors]
 
 @dataclass(frozen=True)
 class UnitGradients:
-    """What the answer's gradients say of a unit.
+    """The answer's gradients in a unit.
 
     Attributes:
         unit: its name.
         norms: for every sample g, float32 (T,), by site.
         squares: by linear layer ``sum_t s_ti^2 x_tj^2``, float32 (M, N), over all samples: the diagonal of the
-            divergence's curvature in the layer's weights; empty if not asked for.
+            divergence's curvature in the layer's weights; empty if not requested.
     """
 
     unit: str
@@ -50,11 +50,11 @@ class UnitGradients:
 def token_gradients(
     model: BlockwiseModel, samples: SampleTensors, outputs: Outputs, *, squares: bool = False, seed: int = 0
 ) -> Iterator[UnitGradients]:
-    """Unit by unit, from the last to the first.
+    """Yield gradients unit by unit, from the last to the first.
 
-    `outputs` holds what all units gave, up to the last block of the language model. Of every sample the gradient of one
-    unit's output is held, beside those of adaptors that wait for their turn. Raises ArithmeticError naming the model
-    where a gradient is NaN or infinite.
+    `outputs` holds the outputs of all units up to the last block of the language model. In memory are, for every
+    sample, the gradient of one unit's output and those of adaptors that wait for their turn. Raises ArithmeticError
+    naming the model where a gradient is NaN or infinite.
     """
     units = [unit for unit in model.units if unit.name in outputs]
     slopes: dict[str, list[torch.Tensor | None]] = {unit.name: [None] * len(samples) for unit in units}
@@ -71,11 +71,11 @@ def token_gradients(
 
 
 def gradient_weights(gradients: SampleTensors, image_T: list[torch.Tensor], shrink: float) -> list[Weigh]:
-    """For every sample g^2 by site, each g drawn to the mean of its modality: ``(1 - shrink) g + shrink mean(g)``.
+    """Return g^2 by site for every sample, with g shrunk to its modality's mean: ``(1 - shrink) g + shrink mean(g)``.
 
-    A single draw of the answer says little of a single token; the mean of a modality is well known. `image_T` is as in
-    `bivlm.calibration.blocks.sites.SiteObserver.add`. A site without gradients (nothing of it reaches the answer) is
-    weighted 1.
+    One draw of the answer says little about one token; the mean of a modality is well known. `image_T` is as in
+    `bivlm.calibration.blocks.sites.SiteObserver.add`. A site without gradients (it does not reach the answer) has
+    weight 1.
     """
     totals: dict[tuple[str, bool], list[float]] = {}
     for number in range(len(gradients)):
@@ -106,9 +106,9 @@ def gradient_weights(gradients: SampleTensors, image_T: list[torch.Tensor], shri
 def _answer_slope(
     step: Step, sample: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], last: str, seed: int
 ) -> torch.Tensor:
-    """The draw ``s`` in the last block's output, from all places that predict the reply together.
+    """Return the draw ``s`` in the last block's output, from all positions that predict the reply together.
 
-    It is that of the mean divergence over the reply's tokens: a caption counts as much as an answer of one word.
+    It is the draw of the mean divergence over the reply's tokens: a caption counts as much as a one-word answer.
     """
     leaf = given[last].detach().requires_grad_()
     # Logits of a whole prompt would be larger than a block's weights.
@@ -119,7 +119,7 @@ def _answer_slope(
 
 
 def curvature_draw(logits_TV: torch.Tensor, seed: int) -> torch.Tensor:
-    """v of the module's docstring for every row of float32 logits, drawn by `seed` on the CPU."""
+    """Return v of the module's docstring for every row of float32 logits, drawn by `seed` on the CPU."""
     p = torch.softmax(logits_TV, dim=-1)
     e = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.device)
     return p.sqrt() * e - p * (p.sqrt() * e).sum(-1, keepdim=True)
@@ -133,7 +133,7 @@ def _backward(
     slopes: dict[str, list[torch.Tensor | None]],
     with_squares: bool,
 ) -> UnitGradients:
-    """Norms g and squares of one unit; turns its slopes into those of its predecessors, sample by sample."""
+    """Return norms g and squares of one unit; turn its slopes into those of its predecessors, sample by sample."""
     before = [other.name for other in model.predecessors(unit)]
     found: list[dict[str, torch.Tensor]] = []
     reached: set[str] = set()
@@ -166,9 +166,7 @@ def _check_finite(model: BlockwiseModel, found: UnitGradients) -> None:
 
 
 def _zeros(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Float32 zeros of the shapes of `weights`, in one piece: many would lie scattered among what samples leave behind,
-    and the memory between them would not be given back.
-    """
+    """Return float32 zeros of the shapes of `weights`, views of one tensor: separate ones would fragment memory."""
     device = next((weight.device for weight in weights.values()), None)
     whole = torch.zeros(sum(weight.numel() for weight in weights.values()), device=device)
     parts = whole.split([weight.numel() for weight in weights.values()])
@@ -183,9 +181,9 @@ def _differentiate(
     given: Mapping[str, torch.Tensor],
     slope: torch.Tensor,
 ) -> tuple[dict[str, torch.Tensor], list[_Made]]:
-    """A sample's gradients at what the unit was given, by name, and at what its linear layers gave.
+    """Return a sample's gradients at what the unit was given, by name, and at its linear layers' outputs.
 
-    A function of its own: nothing of a sample's graph is there any more when the next sample's is made.
+    This is a function of its own so that a sample's graph is freed before the next sample's is built.
     """
     leaves = {name: output.detach().requires_grad_() for name, output in given.items()}
     with _recording(model, unit) as made, torch.enable_grad():
@@ -198,7 +196,7 @@ def _differentiate(
 
 
 def _add_up(made: list[_Made], totals: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """Norms g by site of the gradients in `made`, which is used up; adds squares to `totals` if there are any."""
+    """Return norms g by site of the gradients in `made`, which is emptied; add squares to `totals` if it is given."""
     sums: dict[str, torch.Tensor] = {}
     while made:
         each = made.pop(0)
@@ -212,7 +210,7 @@ def _add_up(made: list[_Made], totals: dict[str, torch.Tensor] | None) -> dict[s
 
 @dataclass(frozen=True)
 class _Made:
-    """What a linear layer took in and gave, or the gradient of what it gave."""
+    """The input and output of a linear layer, or its input and the output's gradient."""
 
     name: str
     site: str
@@ -222,7 +220,7 @@ class _Made:
 
 @contextmanager
 def _recording(model: BlockwiseModel, unit: Unit) -> Iterator[list[_Made]]:
-    """What the unit's linear layers take in and give while a sample runs through it."""
+    """Yield a list that collects the inputs and outputs of the unit's linear layers while a sample runs through it."""
     made: list[_Made] = []
 
     def record(name: str, x: torch.Tensor, output: torch.Tensor) -> None:

@@ -3,7 +3,7 @@
 A step runs the model's forward on a sample with every unit replaced by a gate: the unit in question runs and ends the
 step; those whose outputs are known give them; the others let the hidden states pass, since whatever they would add is
 replaced at the last gate before the unit. So masks, positions, rotary angles, windows and cross-attention are the
-model's own business, in whatever architecture.
+model's own, in whatever architecture.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BlockwiseModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu") -> None:
-        """Raises `InputError` for a packed checkpoint or an architecture that is not known."""
+        """Raise `InputError` for a packed checkpoint or an unknown architecture."""
         if checkpoint.packed:
             raise InputError(f"checkpoint {checkpoint.folder}: packed; expected full precision")
         self.device = torch.device(device)
@@ -73,7 +73,7 @@ class BlockwiseModel:
 
     @property
     def name(self) -> str:
-        """What messages call the model: its folder."""
+        """The model's name in messages: its folder."""
         return f"model {self._checkpoint.folder}"
 
     @property
@@ -82,19 +82,19 @@ class BlockwiseModel:
         return self._model.config
 
     def unit(self, name: str) -> Unit:
-        """The unit called `name`."""
+        """Return the unit called `name`."""
         return next(unit for unit in self.units if unit.name == name)
 
     def predecessors(self, unit: Unit) -> list[Unit]:
-        """The units whose outputs a step at `unit` must be given, see `bivlm.calibration.blocks.units.predecessors`."""
+        """Return the units whose outputs a step at `unit` needs, see `bivlm.calibration.blocks.units.predecessors`."""
         return predecessors(unit, self.units)
 
     @contextmanager
     def at(self, unit: Unit, weights: Mapping[str, torch.Tensor] | None = None) -> Iterator[Step]:
-        """Within this block ``step(inputs, given)`` runs `unit` on a sample; its weights are loaded and then dropped.
+        """Yield ``step(inputs, given)``, which runs `unit` on a sample; its weights are loaded and then dropped.
 
-        `inputs` are the model's inputs, `given` the outputs of the unit's `predecessors` by name. `weights` replace
-        those of linear layers by name, for example with what was rebuilt from packed bytes. Returns the unit's output.
+        `inputs` are the model's inputs, `given` the outputs of the unit's `predecessors` by name; the step returns
+        the unit's output. `weights` replace those of linear layers by name, for example with rebuilt ones.
         """
         module = self._model.get_submodule(unit.name)
         first_of_language = not any(p.component == unit.component for p in self.predecessors(unit))
@@ -128,7 +128,7 @@ class BlockwiseModel:
 
     @contextmanager
     def at_end(self) -> Iterator[Step]:
-        """Within this block ``step(inputs, given)`` gives the logits (1, T, vocabulary).
+        """Yield ``step(inputs, given)``, which returns the logits (1, T, vocabulary).
 
         `given` holds the outputs of the adaptors and of the last language block.
         """
@@ -149,7 +149,7 @@ class BlockwiseModel:
         forwards: Mapping[str, Callable[..., Any]],
         weights: Mapping[str, torch.Tensor],
     ) -> Iterator[None]:
-        """Modules with their weights in memory, and modules with another forward."""
+        """Load the weights of `loaded` and replace the forwards of modules within the block."""
         for name, module in loaded.items():
             self._load(module, name, weights)
         try:
@@ -168,7 +168,7 @@ class BlockwiseModel:
         given: Mapping[str, torch.Tensor],
         gates: dict[str, torch.Tensor],
     ) -> Any:
-        """The model's forward on a sample, with `gates` giving out `given`."""
+        """Run the model's forward on a sample, with `gates` returning `given`."""
         gates.clear()
         # The C library keeps what the sample before has left, in pieces between tensors that stay, up to the size of a
         # block with its statistics.
@@ -184,28 +184,28 @@ class BlockwiseModel:
         return layer
 
     def _no_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
-        """In place of the embedding where what it gives is replaced before it is used."""
+        """Return zeros in place of the embedding where its output is replaced before it is used."""
         width = cast(int, self._embedding.embedding_dim)
         return torch.zeros(*tokens.shape, width, dtype=self.dtype, device=self.device)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The tokens' embedding, of which only the rows in question are read: whole it may be larger than a block."""
+        """Return the tokens' embedding, reading only the rows in question: whole it may be larger than a block."""
         path = f"{self._embedding_name}.weight"
         found, places = tokens.cpu().unique(return_inverse=True)
         rows = torch.cat([self._read(path, row) for row in found.tolist()])
         return rows.to(self.dtype)[places].to(self.device)
 
     def _disk_names(self) -> dict[str, str]:
-        """Name on disk by name in the loaded model, of tensors that are loaded as they are."""
+        """Return the name on disk by name in the loaded model, of tensors that are loaded as they are."""
         self._loaded = loaded_names(self._model, self._checkpoint.entries)
         sources = {goal.names[0]: disk_name for disk_name, goal in self._loaded.items() if not goal.converted}
         # Each tensor on disk is read for its own parameter; where two are tied, they are equal.
         return tied_tensors(self._model, sources, lambda *_: False)[1]
 
     def _refuse_outsiders(self, members: Architecture) -> None:
-        """Linear layers of no component would compute with what passes through gates: if the model runs one, it ends.
+        """Make linear layers of no component fail when run: they would compute with what passes through gates.
 
-        A family has none; `modules` of a recipe may have forgotten some.
+        A known architecture has none; `modules` of a recipe may have forgotten some.
         """
         for name, module in self._model.named_modules():
             if isinstance(module, nn.Linear) and members.component(name) is None and name != self.head_name:
@@ -238,7 +238,7 @@ class BlockwiseModel:
             module._parameters[key] = nn.Parameter(tensor.to(self.device, parameter.dtype), requires_grad=False)
 
     def _read(self, path: str, row: int | None = None) -> torch.Tensor:
-        """A tensor by its name in the loaded model, or one row of it, with a first dimension of 1."""
+        """Return a tensor by its name in the loaded model, or one row of it, with a first dimension of 1."""
         source = self._sources.get(path)
         if source is None:
             tensor = convert(self._model, path, self._loaded, self._checkpoint.read)
@@ -280,7 +280,7 @@ def _outside(name: str) -> Callable[..., torch.Tensor]:
 
 
 def _frame(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model with its buffers and without its parameters, which are on the meta device."""
+    """Return the model with its buffers and without its parameters, which are on the meta device."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 

@@ -16,12 +16,12 @@ from bivlm.numerics.input_statistics import SiteStatistics
 
 @dataclass(frozen=True)
 class UnitRun:
-    """What came of a unit.
+    """The result of running a unit on all samples.
 
     Attributes:
         outputs: the unit's output for every sample, on the CPU, in the model's dtype; None for vision and adaptor
             where a sample has no image.
-        sites: input statistics by site; empty if they were not asked for.
+        sites: input statistics by site; empty if they were not requested.
         site_of: the site of every linear layer that can be packed.
     """
 
@@ -31,7 +31,7 @@ class UnitRun:
 
 
 def image_tokens(model: BlockwiseModel, unit: Unit, sample: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Which of the tokens that a language unit sees stand for image patches, bool (T,); empty for other units."""
+    """Return which tokens that a language unit sees stand for image patches, bool (T,); empty for other units."""
     if unit.component != "language":
         return torch.empty(0, dtype=torch.bool)
     return is_image(sample["input_ids"], model.config)

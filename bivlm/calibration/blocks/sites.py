@@ -37,7 +37,7 @@ class SiteObserver:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within this block the layers report what they take in."""
+        """Record what the layers take in within the block."""
         hooks = [
             linear.register_forward_pre_hook(lambda _, arguments, name=name: self._take(name, arguments[0]))
             for name, linear in self._linears.items()
@@ -62,7 +62,7 @@ class SiteObserver:
             self._add(leader, x_TN, image, weigh(leader, image).to(x.device))
 
     def statistics(self) -> dict[str, SiteStatistics]:
-        """By site. A layer that never saw a token is a site of its own, all zero."""
+        """Return the statistics by site. A layer that never saw a token is a site of its own, all zero."""
         for name, linear in self._linears.items():
             if name not in self._leader:
                 self._leader[name] = name
@@ -70,7 +70,7 @@ class SiteObserver:
         return {leader: _mean(sums) for leader, sums in self._sums.items()}
 
     def site_of(self) -> dict[str, str]:
-        """The site of every layer, by name, after `statistics`."""
+        """Return the site of every layer, by name, after `statistics`."""
         return {name: self._leader[name] for name in self._linears}
 
     def _take(self, name: str, x: torch.Tensor) -> None:
@@ -83,7 +83,7 @@ class SiteObserver:
             raise RuntimeError(f"{name} reads the input of {leader} now, and of {self._leader[name]} before")
 
     def _add(self, leader: str, x_TN: torch.Tensor, image_T: torch.Tensor, weight_T: torch.Tensor) -> None:
-        if leader not in self._sums:  # asked first: sums that are not needed would take as much memory for a moment
+        if leader not in self._sums:  # checked first: sums that are not needed would take as much memory for a moment
             self._sums[leader] = _empty(x_TN.shape[1], x_TN.device)
         sums = self._sums[leader]
         weighted_TN = x_TN * weight_T[:, None]
@@ -97,12 +97,12 @@ class SiteObserver:
 
 
 def uniform(_site: str, image_T: torch.Tensor) -> torch.Tensor:
-    """g = 1: GPTQ's second moment."""
+    """Return g = 1 for every token: GPTQ's second moment."""
     return torch.ones(len(image_T))
 
 
 def by_modality(image_weight: float) -> Weigh:
-    """g^2 = `image_weight` for image tokens, 1 for text tokens.
+    """Return a `Weigh` with g^2 = `image_weight` for image tokens and 1 for text tokens.
 
     In a vision-language model image tokens outnumber text tokens, and each matters about ten times less (MBQ, VLMQ).
     """
@@ -124,5 +124,5 @@ def _mean(sums: _Sums) -> SiteStatistics:
 
 
 def names_of(statistics: Sequence[str]) -> dict[str, str]:
-    """A file name for every site, in order: module names may be long, and differ only in their ends."""
+    """Return a file name for every site, in order: module names may be long, and differ only in their ends."""
     return {site: f"site-{number:03d}.safetensors" for number, site in enumerate(statistics)}

@@ -26,11 +26,11 @@ class Unit:
 
 
 def find_units(model: nn.Module, members: Architecture, linears: Collection[str]) -> list[Unit]:
-    """The units of `model` in the order in which they run: vision, adaptor, language, each in module order.
+    """Return the units of `model` in the order in which they run: vision, adaptor, language, each in module order.
 
     A block is an entry of the outermost `torch.nn.ModuleList` of the vision or language model that holds any linear
-    layer; an adaptor is one with or without (Gemma 3's is a bare parameter). `linears` are the names of those that can
-    be packed.
+    layer; an adaptor may hold none (Gemma 3's is a bare parameter). `linears` are the names of the layers that can be
+    packed.
     """
     found: list[Unit] = []
 
@@ -51,12 +51,12 @@ def find_units(model: nn.Module, members: Architecture, linears: Collection[str]
 
 
 def predecessors(unit: Unit, units: Sequence[Unit]) -> list[Unit]:
-    """The units whose outputs, together with the sample, determine what `unit` takes in.
+    """Return the units whose outputs, together with the sample, determine what `unit` takes in.
 
-    The one before it in its component, because a block reads the hidden states alone; for an adaptor all of vision,
-    because it may read the outputs of several blocks; for the language model all adaptors too, because their outputs
-    enter at its beginning (LLaVA, Qwen), between its blocks (Qwen3-VL), or in every cross-attention block (Llama 3.2
-    Vision). In a model without adaptors all of vision enters instead.
+    A block needs the one before it in its component, because it reads the hidden states alone. An adaptor needs all of
+    vision, because it may read the outputs of several blocks. The language model also needs all adaptors, because their
+    outputs enter at its beginning (LLaVA, Qwen), between its blocks (Qwen3-VL), or in every cross-attention block
+    (Llama 3.2 Vision). In a model without adaptors all of vision enters instead.
     """
     before = units[: units.index(unit)]
     if unit.component == "adaptor":

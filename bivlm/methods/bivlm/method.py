@@ -2,12 +2,12 @@
 
 With ``refit: false`` and ``objective: error`` it is the paper's algorithm 3 to the letter. ``refit: true`` solves the
 row scales of algorithm 1 once more after its last step has rounded B, which the paper leaves out and which halves the
-error; ``objective: rate`` makes the search pay for salient positions.
+error; ``objective: rate`` also counts the bits needed to store salient positions.
 
-The paper looks at weights alone. ``saliency`` chooses as many salient weights as the search asks for by another metric
-(`bivlm.numerics.saliency`); ``feedback: true`` quantizes column by column and lets later columns make up for what
-earlier ones lost (`bivlm.numerics.error_feedback`): a weight then takes the nearest of its layer's levels, which are
-those of the weights as they were.
+The paper looks at weights alone. ``saliency`` chooses the searched number of salient weights by another metric
+(`bivlm.numerics.saliency`). ``feedback: true`` quantizes column by column and compensates the error of earlier columns
+in later ones (`bivlm.numerics.error_feedback`): a weight then takes the nearest of its layer's levels, which are those
+of the weights as they were.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class BiVLM(Method[BiVLMSettings]):
         return settings.p_max
 
     def curve(self, statistics: LayerStatistics, settings: BiVLMSettings) -> list[CurvePoint]:
-        """Every number of groups up to 8, without salient weights and with the searched share of them."""
+        """Return points for up to 8 groups, without salient weights and with the searched share of them."""
         points = []
         for groups in range(1, 9):
             for p_max in sorted({0.0, settings.p_max}):
@@ -84,7 +84,7 @@ class BiVLM(Method[BiVLMSettings]):
         return points
 
     def plan(self, statistics: LayerStatistics, settings: BiVLMSettings) -> LayerPlan:
-        """Algorithm 3's search. The plan holds the cut-offs as bit patterns and the group scales."""
+        """Return the plan of algorithm 3's search. It holds the cut-offs as bit patterns and the group scales."""
         best = _search(statistics, settings)
         # A rank of 0 means that no magnitude is small enough for the group; -1 is below every pattern.
         boundaries = [int(statistics.patterns_V[rank - 1]) if rank else -1 for rank in best.groups.ranks_K]
@@ -145,7 +145,7 @@ class BiVLM(Method[BiVLMSettings]):
 
 
 def _at(matrix_MN: torch.Tensor, positions_S: np.ndarray) -> np.ndarray:
-    """The entries (S,) at flat positions; floating-point numbers as float32."""
+    """Return the entries (S,) at flat positions; floating-point numbers as float32."""
     found = matrix_MN.reshape(-1)[torch.from_numpy(positions_S).to(matrix_MN.device)].cpu()
     return (found.to(torch.float32) if found.is_floating_point() else found).numpy()
 
@@ -156,7 +156,7 @@ def _group_scales(
     positions_S: np.ndarray,
     otherwise_K: np.ndarray,
 ) -> np.ndarray:
-    """Mean magnitude of every group's unsalient weights, float64 (K,); `otherwise_K` for a group that has none."""
+    """Return the mean magnitude of every group's unsalient weights, float64 (K,); `otherwise_K` for an empty group."""
     groups, columns = len(otherwise_K), weight_MN.shape[1]
     counts, sums = np.zeros(groups + 1), np.zeros(groups + 1)
     step = max(1, CHUNK_WEIGHTS // columns)  # counting takes 16 bytes per weight
@@ -178,10 +178,10 @@ def _fed_back(
     code: SalientCode,
     positions_S: np.ndarray,
 ) -> torch.Tensor:
-    """Symbols, uint8 (M, N): the level of a salient weight, ``2 * group + (w < 0)`` of any other.
+    """Return symbols, uint8 (M, N): the level of a salient weight, ``2 * group + (w < 0)`` of any other.
 
-    Column by column a weight takes the nearest of its levels (of the group scales with both signs, or of its row's
-    scaled centres), and what it loses is fed into the columns to come.
+    Column by column a weight takes the nearest of its levels (the group scales with both signs, or its row's scaled
+    centres), and its error is fed into the columns to come.
     """
     device = upper_NN.device
     salient_NM = torch.zeros(weight_MN.shape, dtype=torch.bool, device=device)
@@ -214,7 +214,7 @@ def _fed_back(
 
 
 class _NearestLevel:
-    """The nearest of ``+-scales`` to every weight of a column."""
+    """Finds the nearest of ``+-scales`` to every weight of a column."""
 
     def __init__(self, scales_K: np.ndarray, device: torch.device) -> None:
         # Groups are in order of magnitude, and so are their scales, unless a group had no weight to tell.
@@ -225,7 +225,7 @@ class _NearestLevel:
         self._symbols = torch.from_numpy(2 * order).to(device, torch.uint8)
 
     def __call__(self, weight_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Symbols ``2 * group + (w < 0)``, uint8 (M,), and what they are rebuilt as, float32 (M,)."""
+        """Return symbols ``2 * group + (w < 0)``, uint8 (M,), and their rebuilt weights, float32 (M,)."""
         rank = torch.bucketize(weight_M.abs(), self._between)
         symbols = self._symbols[rank] + torch.signbit(weight_M).to(torch.uint8)  # what copysign goes by
         return symbols, torch.copysign(self._scales[rank], weight_M)

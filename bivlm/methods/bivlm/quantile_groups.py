@@ -11,7 +11,7 @@ from bivlm.numerics.weight_statistics import LayerStatistics, exact_sum
 
 
 def cut_offs(mean: float, std: float, p_sal: float, groups: int) -> np.ndarray:
-    """Upper ends of the groups of unsalient magnitudes, float64 (K,), ascending; the last bounds the salient ones.
+    """Return the groups' upper ends of unsalient magnitudes, float64 (K,), ascending; the last bounds the salient ones.
 
     ``z_k = Phi^-1((1 + k p_uns) / 2)`` with ``p_uns = (1 - p_sal) / K`` and k = 1..K (4), (5); the cut-off is
     ``mean + std z_k`` (6). Without salient weights the last is infinite.

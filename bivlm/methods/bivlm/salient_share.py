@@ -21,7 +21,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Candidate:
-    """A salient share and what it leads to.
+    """A salient share and its result.
 
     Attributes:
         p_sal: nominal (Gaussian) salient share.
@@ -48,7 +48,7 @@ def evaluate_share(
     iterations: int,
     refit: bool,
 ) -> Candidate:
-    """J at one salient share, from the histogram and the tail: the layer itself is not read.
+    """Return the candidate at one salient share, its J from the histogram and the tail: the layer is not read.
 
     `p_sal` must not exceed the tail share of the statistics.
     """
@@ -85,11 +85,11 @@ def search_share(
     objective: Objective,
     stored_bits: Callable[[Candidate], float],
 ) -> Candidate:
-    """The best salient share in [0, p_max] (algorithm 3): Brent's bounded method, and both ends, which it never visits.
+    """Search the best salient share in [0, p_max] (algorithm 3): both ends, and Brent's bounded method between them.
 
-    `objective` "error" is the paper's J (20). Once the row scale is refitted J falls up to p_max, so "error" then ends
-    there; "rate" charges for the bits: ``J * 4^stored_bits``, constant along the Gaussian rate-distortion curve.
-    `stored_bits` gives a candidate's bits per weight. The cheaper of two equal candidates wins.
+    `objective` "error" is the paper's J (20). Once the row scale is refitted J falls up to p_max, so "error" ends
+    there; "rate" also counts the bits: ``J * 4^stored_bits``, constant along the Gaussian rate-distortion curve.
+    `stored_bits` returns a candidate's bits per weight. The cheaper of two equal candidates wins.
     """
 
     def cost_of(candidate: Candidate) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SalientCode:
-    """Algorithm 1's answer for the salient weights of a layer.
+    """Algorithm 1's result for the salient weights of a layer.
 
     Attributes:
         levels_S: uint8 (S,), index of each weight's centre.
@@ -75,14 +75,14 @@ def quantize_salient(
 
 
 def adaptive_centres(mean: float, std: float, bits: int, alpha: float) -> np.ndarray:
-    """The 2^bits quantization centres (2^bits,): midpoints of the levels (14) at 2^bits + 1 linear steps in [-1, 1]."""
+    """Return the centres, (2^bits,): midpoints of the levels (14) at 2^bits + 1 linear steps in [-1, 1]."""
     steps = np.linspace(-1, 1, (1 << bits) + 1)
     levels = mean + std * np.sign(steps) * (alpha * np.exp(np.abs(steps)) - 1)
     return (levels[:-1] + levels[1:]) / 2
 
 
 def _row_scales(weights: np.ndarray, codes: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Least-squares scale of each row that has salient weights; 0 where its code is all zero."""
+    """Return the least-squares scale of each row that has salient weights; 0 where its code is all zero."""
     products = np.add.reduceat(weights * codes, starts)
     squares = np.add.reduceat(codes * codes, starts)
     return np.divide(products, squares, out=np.zeros_like(products), where=squares > 0)

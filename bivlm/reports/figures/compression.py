@@ -1,4 +1,4 @@
-"""What one compression did to its layers, and where it stands among others."""
+"""Figures of what one compression did to its layers, and where it stands among others."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _OTHER_KIND = (MUTED, "*")
 
 @styled()
 def weight_histogram(layers: Sequence[dict[str, Any]]) -> Figure:
-    """Figures 3 and 4 of the paper: weights and the fitted Gaussian, for each component's layer of median KL.
+    """Draw weights and the fitted Gaussian, for each component's layer of median KL (figures 3 and 4 of the paper).
 
     Density over ``(w - mean) / std``; below the same on a log axis, where the tails show. Of an even number of layers
     the lower of the two in the middle is drawn. The two open bins have no density; their share is written out.
@@ -92,7 +92,7 @@ def weight_histogram(layers: Sequence[dict[str, Any]]) -> Figure:
 
 @styled()
 def kl_per_layer(layers: Sequence[dict[str, Any]]) -> Figure:
-    """Figures 5 and 6 of the paper: KL of each layer's weights to the fitted Gaussian, in nats, by depth and kind."""
+    """Draw each layer's KL to the fitted Gaussian, in nats, by depth and kind (figures 5 and 6 of the paper)."""
     title = "KL to the fitted Gaussian"
     known = having(layers, "kl_gaussian")
     if not known:
@@ -120,7 +120,7 @@ def kl_per_layer(layers: Sequence[dict[str, Any]]) -> Figure:
 
 @styled()
 def error_by_p_max(layers: Sequence[dict[str, Any]]) -> Figure:
-    """Figures 7 and 8 of the paper: each layer's relative squared error as p_max lets more weights be salient."""
+    """Draw each layer's relative squared error as p_max allows more salient weights (figures 7 and 8 of the paper)."""
     title = "Error by p_max, the largest salient share that the search may choose"
     known = [layer for layer in layers if finite_values(layer.get("error_by_p_max"))]
     if not known:
@@ -144,7 +144,7 @@ def error_by_p_max(layers: Sequence[dict[str, Any]]) -> Figure:
 
 @styled()
 def bits_and_error(layers: Sequence[dict[str, Any]]) -> Figure:
-    """Stored bits per weight (above) and relative squared error (below) of each layer, in model order."""
+    """Draw stored bits per weight (above) and relative squared error (below) of each layer, in model order."""
     title = "Stored bits and error of each layer"
     known = [layer for layer in having(layers, "error") if _stored(layer) is not None]
     if not known:
@@ -186,7 +186,7 @@ class _Point:
 def accuracy_against_bits(
     points: Sequence[dict[str, Any]], chance: dict[str, float] | None = None, measured_on: str | None = None
 ) -> Figure:
-    """Accuracy in percent, of every task and their mean, over the stored bits of the compressed linears (log axis).
+    """Draw accuracy in percent, of every task and their mean, over stored bits of the compressed linears (log axis).
 
     The line joins the models that no smaller one beats. A point that lacks one of the tasks has no mean. `chance`, in
     percent by task, is drawn as thin dashed lines. The point of "this_run" has a ring and a bold label. `measured_on`
@@ -264,7 +264,7 @@ def _label_columns(axes: Axes, points: list[_Point]) -> None:
 
 
 def _kind(name: str) -> tuple[tuple[str, str], str]:
-    """(colour, marker) of the kind of projection that the layer's name ends in, and its name."""
+    """Return (colour, marker) of the kind of projection that the layer's name ends in, and its name."""
     last = name.rsplit(".", 1)[-1]
     return next(((look, last) for look, names in _KINDS.items() if last in names), (_OTHER_KIND, "others"))
 

@@ -1,4 +1,4 @@
-"""Where to write names among many points: beside each point, over as little as can be."""
+"""Place names among many points: beside each point, covering as little as possible."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _places(at: np.ndarray, half: np.ndarray) -> Iterator[tuple[float, np.ndarra
 
 
 def _stroke_boxes(path: np.ndarray) -> np.ndarray:
-    """Small boxes (.., 4) along a path, one every other point of length."""
+    """Return small boxes (.., 4) along a path, one every other point of length."""
     boxes = [path]
     for begin, end in itertools.pairwise(path):
         steps = max(2, int(np.hypot(*(end - begin)) / 2))
@@ -106,6 +106,6 @@ def _stroke_boxes(path: np.ndarray) -> np.ndarray:
 
 
 def _covered(box: np.ndarray, boxes: np.ndarray) -> float:
-    """The area that `box` (4,) shares with `boxes` (.., 4), each (left, bottom, right, top)."""
+    """Return the area that `box` (4,) shares with `boxes` (.., 4), each (left, bottom, right, top)."""
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     return float(np.prod(np.maximum(sides, 0), axis=1).sum())

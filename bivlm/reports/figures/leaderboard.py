@@ -1,4 +1,4 @@
-"""The leaderboard as a figure: what is lost at the bits that are stored, and how few were claimed."""
+"""The leaderboard as a figure: the loss at the stored bits, and how few bits were claimed."""
 
 from __future__ import annotations
 
@@ -54,12 +54,11 @@ _PANELS: tuple[tuple[Loss, str, Callable[[Mapping[str, Any]], float]], ...] = (
 
 @styled()
 def quality_against_bits(board: Mapping[str, Any]) -> Figure:
-    """Mean accuracy, KL and relative error of every entry of a board (`bivlm.reports.leaderboard.ranking.board`) over
-    stored bits.
+    """Draw mean accuracy, KL and relative error of every entry of a board over stored bits.
 
-    Numbers are those of the board's table; members of a panel's Pareto front have their names, and a line joins them.
-    A small hollow mark stands at the bits that the method claims. Recipes that failed are not drawn. Full precision is
-    a level, not a point: at 16 bits it would push all others together.
+    Numbers are those of the board's table (`bivlm.reports.leaderboard.ranking.board`). Members of a panel's Pareto
+    front are named, and a line joins them. A small hollow mark is at the bits that the method claims. Recipes that
+    failed are not drawn. Full precision is a level, not a point: at 16 bits it would push all others together.
     """
     title = f"Leaderboard of {one_line(board['model'].get('name') or board['model'].get('id') or 'the model')}"
     entries = board["entries"]
@@ -106,7 +105,7 @@ def _draw_entries(axes: Axes, entries: Sequence[Mapping[str, Any]], value: Calla
 
 
 def _mark(colour: str, marker: str, finish: bool) -> dict[str, Any]:
-    """Finished ones are full, the others open."""
+    """Return the look of a mark: filled for finished entries, else open."""
     look = {"color": colour, "marker": marker, "markersize": _SIZE, "linewidth": 0, "markeredgewidth": 1.1}
     return look | {"markeredgecolor": colour, "markerfacecolor": colour if finish else PAPER}
 
@@ -138,7 +137,7 @@ def _draw_shannon(axes: Axes) -> None:
 def _draw_front(
     axes: Axes, board: Mapping[str, Any], loss: Loss, value: Callable[[Any], float]
 ) -> list[Mapping[str, Any]]:
-    """The line through the Pareto front; returns its members."""
+    """Draw the line through the Pareto front; return its members."""
     front = [entry for entry in board["entries"] if entry["recipe"] in board["pareto"][loss]]
     places = [(entry["bits"]["stored"], value(entry)) for entry in front]
     if places:
@@ -187,7 +186,7 @@ def _legend(entries: Sequence[Mapping[str, Any]]) -> list[Line2D]:
 
 
 def _look(method: str) -> tuple[str, str]:
-    """(colour, marker) of a method's family and of the method in it."""
+    """Return the colour of a method's family and the marker of the method in it."""
     if "+" in method:
         return _MIXED
     letters = re.sub(r"[^a-z0-9]", "", method.lower())

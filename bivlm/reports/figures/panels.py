@@ -27,10 +27,10 @@ class Panel:
 def panels_of(
     figure: FigureBase, layers: Sequence[dict[str, Any]], known: list[dict[str, Any]], rows: int = 1
 ) -> list[Panel]:
-    """A column of axes for each component that has a layer in `known`; they share their vertical axes.
+    """Return a column of axes for each component that has a layer in `known`; they share their vertical axes.
 
-    The horizontal axis counts the component's layers in model order, those that are not drawn among them; its ticks
-    are the numbers of the blocks, or the names of layers that belong to no block.
+    The horizontal axis counts the component's layers in model order, including those not drawn; its ticks are block
+    numbers, or the names of layers that belong to no block.
     """
     chosen = {id(layer) for layer in known}
     groups = {
@@ -53,7 +53,7 @@ def panels_of(
 
 
 def _mark_blocks(axes: Axes, names: list[str], room: int) -> None:
-    """At most about `room` ticks, where blocks begin."""
+    """Set at most about `room` ticks, where blocks begin."""
     begins: dict[str, int] = {}
     for place, name in enumerate(names):
         if match := _BLOCK.search(name):
@@ -70,7 +70,7 @@ def _mark_blocks(axes: Axes, names: list[str], room: int) -> None:
 
 
 def by_component(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Layers by component, both in the order in which they come."""
+    """Return layers by component, both in the order in which they come."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:
         groups.setdefault(layer["component"], []).append(layer)
@@ -78,16 +78,16 @@ def by_component(layers: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, A
 
 
 def having(layers: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The layers whose `key` is a finite number."""
+    """Return the layers whose `key` is a finite number."""
     return [layer for layer in layers if finite_number(layer.get(key)) is not None]
 
 
 def colour_of(component: str) -> str:
-    """The component's colour, the same in every figure."""
+    """Return the component's colour, the same in every figure."""
     return COMPONENT_COLOURS.get(component, MUTED)
 
 
 def short_name(name: str) -> str:
-    """The layer's name from its numbered block on, else its last part that says something ("mlp.0", not "0")."""
+    """Return the layer's name from its numbered block on, else its last part that says something ("mlp.0", not "0")."""
     match, parts = _BLOCK.search(name), name.split(".")
     return one_line(name[match.start() :] if match else ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:]))

@@ -1,4 +1,4 @@
-"""What is lost when image tokens are dropped: by layer and share, and against the share as in the paper's figure 2."""
+"""Figures of the loss when image tokens are dropped: by layer and share, and by share as in the paper's figure 2."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def accuracy_by_share(table: pd.DataFrame, baselines: Mapping[str, Mapping[str, 
 
 
 def _drawn(table: pd.DataFrame) -> pd.DataFrame:
-    """All benchmarks together if there are several, the first score."""
+    """Return the rows to draw: all benchmarks together if there are several, the first score."""
     if table.empty:
         return table
     task = "all" if (table["task"] == "all").any() else table["task"].iloc[0]

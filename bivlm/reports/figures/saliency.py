@@ -1,4 +1,4 @@
-"""Salient weights by different metrics: the same ones or not, and how much they lie together."""
+"""Figures of salient weights by different metrics: how far they agree, and how concentrated they are."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _CONCENTRATION = "Concentration: how many of a layer's salient weights stand in 
 
 @styled()
 def salient_overlap(records: Sequence[dict[str, Any]]) -> Figure:
-    """How far metrics agree on the salient weights (above), and in how few columns and rows these lie (below).
+    """Draw how far metrics agree on the salient weights (above), and in how few columns and rows these lie (below).
 
     A record is ``{"name", "component"}`` and `benchmarks.saliency_overlap.compare` of a layer, in model order. A cell
-    is the mean Jaccard overlap of two metrics over a component's layers; above the cells stands that of sets of the
-    same size that know nothing of each other. A dot is the share of a layer's salient weights that stand in the 1 % of
-    columns, or rows, that hold most of them. What is None or missing is left out.
+    is the mean Jaccard overlap of two metrics over a component's layers; above the cells is the overlap of independent
+    sets of the same size. A dot is the share of a layer's salient weights in the 1 % of columns, or rows, that hold
+    most of them. What is None or missing is left out.
     """
     title = "Where the salient weights are, by metric"
     known = [record for record in records if finite_values(record.get("overlap"))]
@@ -58,7 +58,7 @@ def salient_overlap(records: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _draw_overlaps(figure: SubFigure, known: list[dict[str, Any]], metrics: list[str]) -> None:
-    """A triangle of cells for each component: every pair once."""
+    """Draw a triangle of cells for each component: every pair once."""
     figure.suptitle(_OVERLAP, x=0.01, ha="left", fontsize=9)
     groups = by_component(known)
     grid = figure.subplots(1, len(groups), squeeze=False)[0]
@@ -88,7 +88,7 @@ def _draw_overlaps(figure: SubFigure, known: list[dict[str, Any]], metrics: list
 def _draw_concentration(
     figure: SubFigure, records: Sequence[dict[str, Any]], known: list[dict[str, Any]], looks: dict[str, tuple[str, str]]
 ) -> None:
-    """Two rows of panels, columns above rows, in percent on a log axis."""
+    """Draw two rows of panels, columns above rows, in percent on a log axis."""
     figure.suptitle(_CONCENTRATION, x=0.01, ha="left", fontsize=9)
     panels = panels_of(figure, records, known, rows=2)
     lowest = 100.0
@@ -107,13 +107,13 @@ def _draw_concentration(
 
 
 def _overlaps(members: Iterable[dict[str, Any]], a: str, b: str) -> list[float]:
-    """Of every layer that has it, whichever of the two is named first."""
+    """Return the overlap of two metrics for every layer that has it, whichever is named first."""
     values = [finite_values(member["overlap"]) for member in members]
     return [pairs[key] for pairs in values for key in (f"{a}|{b}", f"{b}|{a}") if key in pairs]
 
 
 def _by_chance(members: Iterable[dict[str, Any]]) -> str:
-    """The overlap of sets of the members' mean share p that know nothing of each other: ``p / (2 - p)``."""
+    """Return the overlap of independent sets of the members' mean share p as text: ``p / (2 - p)``."""
     shares = [share for member in members for share in finite_values(member.get("salient")).values()]
     return f" ({fmean(shares) / (2 - fmean(shares)):.2g} by chance)" if shares else ""
 

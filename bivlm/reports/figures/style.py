@@ -1,4 +1,4 @@
-"""How every figure looks: colours, the page's letters, axes; and how a figure becomes a file.
+"""The look of every figure: colours, the page's letters, axes; and the writing of a figure to a file.
 
 matplotlib's settings belong to the whole process: they are changed under a lock, while a figure is made or rendered,
 and put back, so that figures may be made in several threads and look the same on any machine.
@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 INK, PAPER, MUTED = "#1b1f24", "#ffffff", "#6e7781"  # a page may swap the first two for its own
 ON_LIGHT, ON_DARK = "#101418", "#fcfdfe"  # letters on a colour keep theirs
-# Okabe and Ito's palette, all of it of middling lightness: told apart by most eyes, on white and on black.
+# Okabe and Ito's palette, all of it of middling lightness: distinguished by most eyes, on white and on black.
 BLUE, SKY, GREEN, PINK, ORANGE, RED = "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#d55e00"
 COMPONENT_COLOURS = {"vision": BLUE, "adaptor": GREEN, "language": RED}
 SERIES = ((ORANGE, "o"), (RED, "s"), (PINK, "^"), (BLUE, "D"), (GREEN, "v"), (SKY, "P"))
@@ -51,15 +51,15 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The settings of every figure, for a ``with`` or as a decorator of the function that draws."""
+    """Apply the settings of every figure, for a ``with`` or as a decorator of the function that draws."""
     with _LOCK, matplotlib.style.context(["default", _STYLE]):
         yield
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG document, the same text every time; letters stay letters.
+    """Return the figure as an SVG document, the same text every time; letters stay letters.
 
-    Ids are hashes salted with the title, so that several figures can stand in one page.
+    Ids are hashes salted with the title, so that several figures can share one page.
     """
     buffer = io.StringIO()
     with styled(), matplotlib.rc_context({"svg.hashsalt": figure.get_suptitle()}):
@@ -68,7 +68,7 @@ def svg(figure: Figure) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file 1296 pixels wide, the same bytes every time."""
+    """Return the figure as a PNG file 1296 pixels wide, the same bytes every time."""
     buffer = io.BytesIO()
     with styled():
         figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
@@ -76,14 +76,14 @@ def png(figure: Figure) -> bytes:
 
 
 def new_figure(title: str, height: float) -> Figure:
-    """An empty figure, `height` in inches, that will lay itself out."""
+    """Return an empty figure, `height` in inches, that will lay itself out."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 def empty(title: str, reason: str) -> Figure:
-    """The figure of nothing: a sentence that says why."""
+    """Return a figure without data: a sentence that says why."""
     figure = new_figure(title, 1.6)
     axes = figure.subplots()
     axes.set(xticks=[], yticks=[])
@@ -92,7 +92,7 @@ def empty(title: str, reason: str) -> Figure:
 
 
 def settled(figure: Figure) -> Figure:
-    """The figure with its layout computed once: computed at every rendering it would move a little each time."""
+    """Return the figure with its layout computed once: computed at every rendering it would move a little each time."""
     if engine := figure.get_layout_engine():
         engine.execute(figure)
     figure.set_layout_engine("none")
@@ -100,7 +100,7 @@ def settled(figure: Figure) -> Figure:
 
 
 def dots(axes: Axes, places: Sequence[tuple[float, float]], look: tuple[str, str], **line: Any) -> None:
-    """Markers at `places` (x, y) without a line, smaller where there are many side by side."""
+    """Draw markers at `places` (x, y) without a line, smaller where there are many side by side."""
     crowd = axes.get_xlim()[1] if axes.get_xscale() == "linear" else 0
     size = 5 if crowd < 100 else 3.5 if crowd < 250 else 2.5
     defaults = {"color": look[0], "marker": look[1], "markersize": size, "markeredgewidth": 0, "linewidth": 0}
@@ -109,7 +109,7 @@ def dots(axes: Axes, places: Sequence[tuple[float, float]], look: tuple[str, str
 
 
 def legend_below(figure: Figure, entries: list[tuple[tuple[str, str], str]]) -> None:
-    """A legend of ((colour, marker), text) below all panels."""
+    """Add a legend of ((colour, marker), text) below all panels."""
     handles = [
         Line2D([], [], color=colour, marker=marker, linewidth=0, label=text) for (colour, marker), text in entries
     ]
@@ -117,30 +117,30 @@ def legend_below(figure: Figure, entries: list[tuple[tuple[str, str], str]]) -> 
 
 
 def log_scale(axes: Axes) -> None:
-    """A vertical log axis for what is drawn already, its ticks as plain numbers."""
+    """Make the vertical axis logarithmic for what is drawn already, its ticks as plain numbers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     plain_ticks(axes.yaxis, LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
 
 
 def plain_ticks(axis: Axis, locator: LogLocator) -> None:
-    """Ticks where the locator says, as plain numbers, and none between."""
+    """Set ticks where the locator says, as plain numbers, and none between."""
     axis.set_major_locator(locator)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
 
 def finite_number(value: Any) -> float | None:
-    """The value if it is a finite number."""
+    """Return the value if it is a finite number, else None."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def finite_values(figures: dict[str, Any] | None) -> dict[str, float]:
-    """What is a finite number among the values."""
+    """Return the entries whose value is a finite number."""
     return {key: value for key, value in (figures or {}).items() if finite_number(value) is not None}
 
 
 def one_line(text: str, longest: int = 40) -> str:
-    """On one line and not too long."""
+    """Return the text on one line, of at most `longest` characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-(longest // 2 - 1) :]}"

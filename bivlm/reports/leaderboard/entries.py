@@ -1,4 +1,4 @@
-"""What a board is made of: one measured recipe each, and the figures that compare them."""
+"""The entries of a board: one measured recipe each, and the figures that compare them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FullPrecision(BaseModel):
 
 
 class _Recipe(BaseModel):
-    """What is known of a recipe before it is carried out.
+    """The facts of a recipe that are known before it is carried out.
 
     Attributes:
         recipe: the recipe's name, which no other entry has.
@@ -115,21 +115,21 @@ class Entry(_Recipe):
         return self.relative_error / shannon_bound(self.bits.stored)
 
     def loss(self, loss: Loss) -> float:
-        """What is lost, 0 is nothing: 100 - mean accuracy in percent, KL in nats per token, or relative error."""
+        """Return the loss, 0 for none: 100 - mean accuracy in percent, KL in nats per token, or relative error."""
         return 100 - self.mean["accuracy"] if loss == "accuracy" else getattr(self, loss)
 
 
 def method_label(components: Mapping[str, Mapping[str, Any]]) -> str:
-    """The method of a recipe's components (as in `Recipe.canonical`), "bivlm"; "awq+bivlm" if they differ."""
+    """Return the method of a recipe's components (as in `Recipe.canonical`), "bivlm"; "awq+bivlm" if they differ."""
     return "+".join(sorted({settings["method"] for settings in components.values()}))
 
 
 def relative_error(layers: Iterable[Mapping[str, Any]]) -> float:
-    """``sum ||W - W_rebuilt||^2 / sum ||W||^2`` over the packed linears.
+    """Return ``sum ||W - W_rebuilt||^2 / sum ||W||^2`` over the packed linears.
 
-    A layer is ``{"name", "error", "shape", "mean", "std"}``: its own relative squared error, and what its weights look
-    like, from which ``||W||^2 = M N (mean^2 + std^2)``; `std` divides by M N. Raises `InputError` naming a layer whose
-    error is not finite, and if there is no layer or all are zero.
+    A layer is ``{"name", "error", "shape", "mean", "std"}``: its own relative squared error, and the moments of its
+    weights, from which ``||W||^2 = M N (mean^2 + std^2)``; `std` divides by M N. Raises `InputError` naming a layer
+    whose error is not finite, and if there is no layer or all are zero.
     """
     lost = total = 0.0
     for layer in layers:
@@ -143,7 +143,7 @@ def relative_error(layers: Iterable[Mapping[str, Any]]) -> float:
 
 
 def shannon_bound(bits: float) -> float:
-    """``2^(-2 R)``, the least mean squared error of a Gaussian source of variance 1 at R = `bits` bits per sample.
+    """Return ``2^(-2 R)``, the least mean squared error of a unit Gaussian source at R = `bits` bits per sample.
 
     Shannon, "Coding theorems for a discrete source with a fidelity criterion", 1959; Cover and Thomas, "Elements of
     information theory", theorem 10.3.2. No coding of independent Gaussian weights of one variance does better. Weights
@@ -153,14 +153,14 @@ def shannon_bound(bits: float) -> float:
 
 
 def mean_accuracy(results: Iterable[Accuracy]) -> dict[str, Any]:
-    """``{"accuracy", "ci95": [low, high]}`` in percent: the mean of k benchmarks, each with the same weight.
+    """Return ``{"accuracy", "ci95": [low, high]}`` in percent: the mean of k benchmarks, each with the same weight.
 
     With p_i the accuracy of n_i questions and (l_i, u_i) its 95 % limits, the interval of the mean reaches from
     ``p - sqrt(sum (p_i - l_i)^2) / k`` to ``p + sqrt(sum (u_i - p_i)^2) / k``: variances of independent benchmarks
     recovered from their limits (Zou and Donner, Statistics in Medicine 27, 2008). For p_i far from 0 and 1 it is the
     mean -+ 1.96 standard errors of ``var = sum p_i (1 - p_i) / n_i / k^2``; unlike that it does not shrink to nothing
-    at 0 or 1. The limits are Wilson's, or those of `ci95` where these are wider: Wilson's know nothing of questions
-    about one image, and a bootstrap of nothing but right answers has no width.
+    at 0 or 1. The limits are Wilson's, or those of `ci95` where these are wider: Wilson's ignore that questions
+    share an image, and a bootstrap of nothing but right answers has no width.
 
     Models on one board answer the same questions, so their differences are more certain than two intervals suggest.
     """

@@ -18,11 +18,11 @@ FORMAT = 1
 def pareto_front(
     entries: Iterable[Entry], loss: Loss, full_precision: tuple[float, float] | None = None
 ) -> list[Entry]:
-    """The entries that no other dominates, by rising stored bits.
+    """Return the entries that no other dominates, by rising stored bits.
 
     One dominates another if it has no more stored bits and no more loss, and less of one of them; two that are equal
-    in both stand together. `full_precision`, its (bits, loss), ends the front without being a member: what is
-    dominated by it is left out.
+    in both stand together. `full_precision`, its (bits, loss), ends the front without being a member: what
+    it dominates is left out.
     """
     front: list[Entry] = []
     found = [(entry.bits.stored, entry.loss(loss), entry.recipe, entry) for entry in entries]
@@ -45,7 +45,7 @@ def board(
     chance: Mapping[str, float | None] | None = None,
     measured_on: str = "held-out samples",
 ) -> dict[str, Any]:
-    """The board as a record ready for JSON, the same whatever the order of `entries`::
+    """Return the board as a record ready for JSON, the same whatever the order of `entries`::
 
         {"format": 1, "model": model, "questions": {task: n}, "measured_on": measured_on,
          "full_precision": {"bits", "model_bits", "accuracy": {task: {"n", "accuracy", "ci95"}}, "mean_accuracy"},
@@ -60,7 +60,7 @@ def board(
     ``{"id", "revision", "sha256"}``, and a ``"name"`` for people; `chance` is in percent by task; `measured_on` names
     the samples of the KL.
 
-    Raises `InputError` if there is no entry, two have one recipe name, or one was asked other questions than full
+    Raises `InputError` if there is no entry, two have one recipe name, or one answered other questions than full
     precision.
     """
     _check(entries, full_precision)
@@ -89,16 +89,16 @@ def board(
 
 
 def fingerprint(board: Mapping[str, Any]) -> str:
-    """SHA-256 of everything on the board but the seconds: equal if the same work gave the same results.
+    """Return the SHA-256 of everything on the board but the seconds: equal if the same work gave the same results.
 
-    Of the model only its own SHA-256 counts, wherever it lies.
+    Of the model only its own SHA-256 counts, not its place.
     """
     kept = {key: value for key, value in board.items() if key != "seconds"}
     return digest(kept | {"model": board["model"].get("sha256")})
 
 
 def fronts_of(board: Mapping[str, Any], recipe: str) -> list[Loss]:
-    """The losses of whose Pareto front the recipe is a member."""
+    """Return the losses on whose Pareto front the recipe is."""
     return [loss for loss in LOSSES if recipe in board["pareto"][loss]]
 
 
@@ -114,7 +114,7 @@ def ranks_of(board: Mapping[str, Any], recipe: str) -> dict[Loss, int]:
 
 
 def not_above_chance(board: Mapping[str, Any]) -> list[AtChance]:
-    """The benchmarks on which full precision is not above chance."""
+    """Return the benchmarks on which full precision is not above chance."""
     found = board["full_precision"]["accuracy"]
     figures = {task: {**each, "metrics": {"accuracy": each["accuracy"]}} for task, each in found.items()}
     return at_chance(figures, board["chance"]["accuracy"])

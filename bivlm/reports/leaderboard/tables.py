@@ -31,7 +31,7 @@ def explanation(board: Mapping[str, Any]) -> str:
 
 
 def as_cells(board: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the board as text, for any table: full precision first, chance last.
+    """Return headings and rows of the board as text, for any table: full precision first, chance last.
 
     After ± stands the longer side of the mean's 95 % interval; "rank A/K" has the ranks of `ranks_of` by accuracy and
     KL; "front" has A, K and E for the Pareto fronts of accuracy, KL and error.
@@ -89,7 +89,7 @@ def as_csv(board: Mapping[str, Any]) -> str:
 
 
 def short_names(tasks: Sequence[str]) -> list[str]:
-    """The last part of each task's name, "choice" of "reference:choice"; whole names where two would be the same."""
+    """Return the last part of each task's name, "choice" of "reference:choice"; whole names if two would be equal."""
     short = [task.rstrip("/").rpartition(":")[2].rpartition("/")[2] for task in tasks]
     return short if len(set(short)) == len(short) else list(tasks)
 
@@ -105,7 +105,7 @@ def _percent(value: float | None) -> str:
 
 
 def _values(record: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """The columns of `as_csv` that full precision and a recipe have."""
+    """Return the columns of `as_csv` that full precision and a recipe have."""
     values = {key: record[key] for key in _WHAT if key in record}
     bits = record["bits"] if isinstance(record["bits"], dict) else {"stored": record["bits"]}
     values |= {"claimed_bits" if key == "nominal" else f"{key}_bits": bits[key] for key in bits}

@@ -1,4 +1,4 @@
-"""What the paper reports."""
+"""The results that the paper reports."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def _read() -> dict[str, Any]:
 
 
 def published_models() -> list[str]:
-    """Names of the paper's models."""
+    """Return the names of the paper's models."""
     return sorted(_read()["models"])
 
 
 def published(name: str) -> Published:
-    """The figures of a model; raises `InputError` for one that the paper does not have."""
+    """Return the figures of a model; raise `InputError` for one that the paper does not have."""
     if name not in published_models():
         raise InputError(f"model {name!r}: not one of the paper's; expected {', '.join(published_models())}")
     columns, model = _read()["columns"], _read()["models"][name]

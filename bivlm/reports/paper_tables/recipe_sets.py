@@ -9,16 +9,16 @@ from bivlm.reports.paper_tables.published import TABLES, Published
 
 FULL_PRECISION = "full-precision"
 # The shipped recipe behind each method's name. AWQ has no grid of fewer than two bits; `bivlm` is the paper's method to
-# the letter, `refitted` the same with what it loses solved for once more, which the paper does not have.
+# the letter, `refitted` the same with row scales that are solved once more, which the paper does not have.
 SHIPPED = {"awq": "awq-w2g128", "billm": "billm", "bivlm": "bivlm-paper", "refitted": "bivlm"}
 SAMPLES = 64  # the paper's
 OURS = {"comparison": ("refitted-language", "refitted-all"), "components": ()}
 
 
 def recipe_set(paper: Published, tables: Sequence[str], tasks: Sequence[str], source: str) -> dict[str, Recipe]:
-    """A recipe for every column of `tables` but full precision, by the column's name, each once.
+    """Return a recipe for every column of `tables` but full precision, by the column's name, each once.
 
-    All ask `tasks` and draw `SAMPLES` calibration samples from `source`.
+    All evaluate `tasks` and draw `SAMPLES` calibration samples from `source`.
     """
     columns = [column for table in TABLES if table in tables for column in (*paper.columns[table], *OURS[table])]
     return {column: _recipe(column, tasks, source) for column in dict.fromkeys(columns) if column != FULL_PRECISION}

@@ -22,7 +22,7 @@ _NONE = "–"
 
 
 def scores_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """The table's scores of evaluations by task (``mme:hub``, ...), each with its ``metrics``; others are left out."""
+    """Return the table's scores from evaluations by task (``mme:hub``, ...), each with its ``metrics``; drop others."""
     by_kind = {task.partition(":")[0]: found["metrics"] for task, found in evaluation.items()}
     wanted = {score: score.split("/") for score in SCORES}
     return {
@@ -58,7 +58,7 @@ def as_markdown(
     columns: Mapping[str, Mapping[str, Any]],
     measured_on: str = "held-out samples",
 ) -> str:
-    """The tables as Markdown: each score as measured, and behind it in brackets as published.
+    """Return the tables as Markdown: each score as measured, and behind it in brackets as published.
 
     `measured_on` names the samples of the KL. The ``warnings`` of full precision stand above the tables.
     """

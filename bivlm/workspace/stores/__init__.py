@@ -1,1 +1,1 @@
-"""Where the bytes of a workspace are kept: a folder, or an S3 bucket."""
+"""The stores of a workspace's bytes: a folder, or an S3 bucket."""

@@ -1,4 +1,4 @@
-"""The place where the bytes of a workspace are: a folder, or an S3 bucket.
+"""The interface of a store, which keeps the bytes of a workspace: a folder, or an S3 bucket.
 
 A store knows names and bytes, not what they mean. Whatever is put under a name becomes visible whole or not at all.
 """

@@ -99,9 +99,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new empty file in the folder of `path`, removed at the end unless it was renamed.
+    """Yield a new empty file in the folder of `path`, removed at the end unless it was renamed.
 
-    With the permissions of any new file: those of `tempfile` would keep it from the others who share the folder.
+    It has the permissions of any new file: those of `tempfile` would keep it from others who share the folder.
     """
     temporary = path.parent / f".partial-{secrets.token_hex(8)}"
     temporary.touch(exist_ok=False)

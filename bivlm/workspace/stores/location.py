@@ -1,4 +1,4 @@
-"""The default places of the workspace and the cache, said once, so that every part of the product agrees."""
+"""The default places of the workspace and the cache, defined once, so that every part of the product agrees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening a store by its location."""
+"""Open a store by its location."""
 
 from __future__ import annotations
 

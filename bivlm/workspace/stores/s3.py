@@ -126,7 +126,7 @@ class S3Store(Store):
 
     @contextmanager
     def _trouble(self, name: str, *, absent: bool = False) -> Iterator[None]:
-        """As `s3_trouble`; with `absent` the block just ends where there is no such object."""
+        """Translate errors as `s3_trouble` does; with `absent` just end the block where there is no such object."""
         try:
             with s3_trouble(f"{self.url}/{name}", S3Refusal):
                 yield

@@ -1,4 +1,4 @@
-"""The commands of `bivlm`, a module each or a few that belong together.
+"""The commands of `bivlm`, one module each, or one for a few that belong together.
 
 ``add(commands)`` adds their parsers and returns them; what a parser's ``run`` default does imports what it needs and no
 more, and returns the exit code.

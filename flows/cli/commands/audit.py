@@ -1,4 +1,4 @@
-"""`bivlm audit`: where a registered version comes from, or all that was made of a base model."""
+"""`bivlm audit`: show where a registered version comes from, or all that was made of a base model."""
 
 from __future__ import annotations
 

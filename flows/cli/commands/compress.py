@@ -1,4 +1,4 @@
-"""`bivlm compress`: a model compressed, evaluated and recorded; or what that would need."""
+"""`bivlm compress`: compress, evaluate and record a model; or estimate what that needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bivlm gc`: the workspace without what nobody needs."""
+"""`bivlm gc`: remove from the workspace what is no longer needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bivlm leaderboard`: many recipes on one model."""
+"""`bivlm leaderboard`: compare many recipes on one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bivlm lineage`: where a packed checkpoint comes from."""
+"""`bivlm lineage`: show where a packed checkpoint comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bivlm evaluate`, `inspect` and `bits`: accuracy, parts and bits of a checkpoint."""
+"""`bivlm evaluate`, `inspect` and `bits`: show accuracy, parts and bits of a checkpoint."""
 
 from __future__ import annotations
 

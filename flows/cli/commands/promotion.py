@@ -1,4 +1,4 @@
-"""`bivlm promote` and `bivlm rollback`: the champion of a registered model, moved by hand."""
+"""`bivlm promote` and `bivlm rollback`: move the champion of a registered model by hand."""
 
 from __future__ import annotations
 

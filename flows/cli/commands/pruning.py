@@ -1,4 +1,4 @@
-"""`bivlm sweep` and `bivlm redundancy`: fewer tokens, and what that costs."""
+"""`bivlm sweep` and `bivlm redundancy`: drop image tokens, and measure what that costs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _redundancy(options: argparse.Namespace) -> int:
 
 
 def _layers(given: Sequence[str]) -> list[int] | dict[str, list[int]]:
-    """Layers for all places, ``1 2``, or by place, ``vision=1 language=1,2``."""
+    """Return layers for all places, ``1 2``, or by place, ``vision=1 language=1,2``."""
     from bivlm.errors import InputError
 
     try:
@@ -124,7 +124,7 @@ def _layers(given: Sequence[str]) -> list[int] | dict[str, list[int]]:
 
 
 def _share(text: str) -> float:
-    """A share as a number, or in percent with its sign."""
+    """Return a share given as a number, or in percent with its sign."""
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

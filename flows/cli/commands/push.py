@@ -1,4 +1,4 @@
-"""`bivlm push`: a packed checkpoint to the hub, or only its card."""
+"""`bivlm push`: push a packed checkpoint to the hub, or only its card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `bivlm reproduce`: the paper's tables for one of its models."""
+"""`bivlm reproduce`: reproduce the paper's tables for one of its models."""
 
 from __future__ import annotations
 

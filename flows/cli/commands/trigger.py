@@ -64,7 +64,7 @@ def _trigger(options: argparse.Namespace) -> int:
 
 
 def _who_asks() -> str:
-    """Return who asks, for the lineage record: the workflow's run on GitHub, else somebody at a terminal."""
+    """Return who asks, for the lineage record: the workflow's run on GitHub, else a user at a terminal."""
     from flows.origin import BY_HAND
 
     repository, run = os.environ.get("GITHUB_REPOSITORY"), os.environ.get("GITHUB_RUN_ID")
