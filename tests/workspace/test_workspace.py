@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -7,7 +9,6 @@ import boto3
 import pytest
 
 from bivlm.errors import InputError
-from bivlm.workspace.environment import peak_bytes, reset_peak
 from bivlm.workspace.hashing import digest
 from bivlm.workspace.scratch import scratch_folder
 from bivlm.workspace.steps import Reference, StepRecord, Workspace, WorkspaceError, parse_record
@@ -310,16 +311,17 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 
 
 def test_the_peak_of_memory_counts_from_its_reset():
-    """In a process of its own: other tests' threads and caches move this one's memory."""
-
-    def measure():
-        block = bytearray(256 << 20)
-        block[::4096] = b"x" * len(block[::4096])
-        high = peak_bytes()
-        del block
-        os._exit(0 if not reset_peak() or peak_bytes() < high - (128 << 20) else 1)
-
-    assert in_another_process(measure) == 0
+    """In a fresh process: other tests' threads and caches move this one's memory."""
+    code = """
+from bivlm.workspace.environment import peak_bytes, reset_peak
+block = bytearray(256 << 20)
+block[::4096] = b"x" * len(block[::4096])
+high = peak_bytes()
+del block
+print(not reset_peak() or peak_bytes() < high - (128 << 20))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 def test_what_is_stored_can_be_read_by_whoever_may_read_new_files(tmp_path):
