@@ -138,9 +138,7 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         model, sources, lambda one, other: same_values(checkpoint.entries[one], checkpoint.entries[other])
     )
     copies = {sources[name]: held[name] for name in tied if name in sources and sources[name] != held[name]}
-    copies_of: dict[str, tuple[str, ...]] = {}
-    for copy, original in sorted(copies.items()):
-        copies_of[original] = (*copies_of.get(original, ()), copy)
+    copies_of = _by_original(copies)
     experts = _experts_by_module(model, loaded)
     found = []
     for name, module in model.named_modules():
@@ -250,6 +248,13 @@ def _sources(loaded: dict[str, LoadedName], checkpoint: Checkpoint) -> dict[str,
                 f"checkpoint {checkpoint.folder}: {other} and {disk_name} are both loaded as {goal.names[0]}"
             )
     return sources
+
+
+def _by_original(copies: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for copy, original in sorted(copies.items()):
+        found[original] = (*found.get(original, ()), copy)
+    return found
 
 
 def _experts_by_module(model: PreTrainedModel, loaded: dict[str, LoadedName]) -> dict[str, list[tuple[str, str, str]]]:
