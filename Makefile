@@ -26,10 +26,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A file at a time to whichever process is free, in their order: the long ones lie in the middle. One thread each, because
-# two processes of as many threads as there are cores wait for one another, up to seven times as long.
+# A file at a time to whichever process is free, in their order: the long ones lie in the middle. Four processes for two
+# cores, because half of the time a test waits for a server or a child. One thread each: processes of as many threads as
+# there are cores wait for one another, up to seven times as long.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -43,7 +43,7 @@ def test_all_that_is_there_is_seen_by_type_checkers():
     "order",
     [
         "import bivlm, transformers.quantizers.auto",
-        "import transformers.quantizers.auto, bivlm",
+        pytest.param("import transformers.quantizers.auto, bivlm", marks=pytest.mark.slow),
         "from transformers.core_model_loading import ConversionOps; import bivlm; import transformers.quantizers",
     ],
 )

@@ -52,7 +52,7 @@ def architecture(request, tmp_path_factory):
     return folder, make_published(request.param, folder)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=["bivlm", pytest.param("rtn", marks=pytest.mark.slow)])
 def packed(request, architecture):
     folder, _ = architecture
     base = Checkpoint.open(folder)

@@ -132,6 +132,7 @@ def test_an_adaptive_cell_is_compared_with_a_fixed_one_of_as_many_tokens(swept, 
     assert len(pd.read_csv(tmp_path / "out" / "adaptive.csv")) == 4
 
 
+@pytest.mark.slow
 def test_a_share_that_leaves_no_token_is_a_gap_with_its_reason(swept, tmp_path):
     swept(sweep={"places": ["language"], "layers": [1], "shares": [0.5, 0.999], "questions": 2})
     table = pd.read_csv(tmp_path / "out" / "sweep.csv")

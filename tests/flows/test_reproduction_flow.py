@@ -81,6 +81,7 @@ def test_every_column_is_measured_on_its_stored_checkpoint(model, reproduced, ta
     assert json.loads((tmp_path / "out" / "reproduction.json").read_text())["columns"] == found["columns"]
 
 
+@pytest.mark.slow
 def test_a_column_that_cannot_be_is_listed_with_the_reason(reproduced, tmp_path, monkeypatch):
     from bivlm.reports.paper_tables import recipe_sets
     from flows import reproduction

@@ -32,6 +32,7 @@ def wait_for_steps(folder, count):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_an_s3_server_that_refuses_the_secret_is_bad_input(new_compression, s3_server, s3_files, tmp_path):  # noqa: F811
     compression = new_compression(tmp_path)
     run = Running(compression, WORKSPACE, tmp_path / "log", AWS_SECRET_ACCESS_KEY="not-the-secret")

@@ -348,6 +348,7 @@ def test_a_model_below_an_s3_prefix_and_one_on_the_hub_become_versions_of_their_
     assert look().emitted == [str(Revision("owner/llava", newer.oid, "small").event_id)]
 
 
+@pytest.mark.slow
 def test_a_branch_is_pinned_to_its_commit_before_anything_is_done(place, tiny_llava, hub):
     commit = hub.add("owner/llava", tiny_llava).head.oid
     found = on_base_model_flow(model_id="owner/llava", recipe="small", evaluate=False, trigger="ci owner/repo run 1")
@@ -361,6 +362,7 @@ def test_a_branch_is_pinned_to_its_commit_before_anything_is_done(place, tiny_ll
             on_base_model_flow(model_id="owner/llava", recipe="small")
 
 
+@pytest.mark.slow
 def test_a_gate_that_says_no_ends_red_and_is_told_again_not_tried_again(place, small_recipe, counted):
     impossible = {**small_recipe, "name": "impossible", "gate": {"bits": {"linears": 0.001}}}
     (place / "impossible.yaml").write_text(yaml.safe_dump(impossible))

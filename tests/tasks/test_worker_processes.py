@@ -32,7 +32,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "lets go"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("lets go", marks=pytest.mark.slow)])
 def test_it_ends_with_its_lifeline(tmp_path, how):
     (tmp_path / "parent.py").write_text(PARENT)
     parent = subprocess.Popen(
