@@ -44,6 +44,7 @@ def test_wilsons_interval_is_that_of_scipy(answered):
     assert wilson(right / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_guessing_model_is_called_above_chance_about_as_seldom_as_the_interval_says():
     random = np.random.default_rng(0)
     right = random.binomial(250, 0.25, size=400)

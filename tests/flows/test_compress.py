@@ -186,6 +186,7 @@ def test_a_changed_component_is_the_only_one_that_is_computed_again(compressed_c
     assert {name for name in before if before[name] != after[name]} == {linear.disk_name for linear in adaptor}
 
 
+@pytest.mark.slow
 def test_a_new_version_of_the_method_runs_its_own_steps_again(compressed_copy, counted, monkeypatch):
     monkeypatch.setattr(BiVLM, "version", BiVLM.version + 1)
     compressed_copy.run(output=str(compressed_copy.place / "other"))

@@ -88,6 +88,7 @@ def test_a_dry_run_says_the_same_and_removes_nothing(made, capsys):
     assert said["removed"]["nbytes"] > 1000
 
 
+@pytest.mark.slow
 def test_nothing_goes_for_another_mlflow_than_the_one_that_has_the_versions(made, monkeypatch, tmp_path, capsys):
     compression = made
     other = f"sqlite:///{tmp_path / 'other.db'}"

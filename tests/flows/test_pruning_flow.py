@@ -183,6 +183,7 @@ def test_the_commands(swept, tmp_path, questions, capsys):
     assert "places" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_recipe_may_carry_a_setting_and_ask_for_a_sweep(new_compression, tmp_path, questions, capsys, monkeypatch):
     monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "cache"))
     compression = new_compression(tmp_path / "place")

@@ -473,6 +473,7 @@ torch.save(model.state_dict(), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_from_pretrained_loads_it_by_its_name(writer, packed, tmp_path):
     push(package(packed, "me/packed"), "me/packed")
     env = {**os.environ, **environment(writer, tmp_path / "elsewhere")}

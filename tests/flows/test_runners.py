@@ -136,6 +136,7 @@ class TestProcesses:
         for stage in (saliency.STAGE, binarization.STAGE, curves.STAGE):
             assert any(line.startswith(stage) and f"{layers}/{layers}" in line for line in shown), shown
 
+    @pytest.mark.slow
     def test_a_chunk_that_does_not_fit_is_done_in_smaller_ones(self):
         layers = [layer(str(number)) for number in range(3)]
         steps, left, shown = carry_out(needs_little_at_once, layers, Runner("processes", workers=2))

@@ -10,6 +10,7 @@ from bivlm.checkpoint.reading import Checkpoint
 from flows.scheduled import SomeFailed, nightly_flow, watch_flow, weekly_flow
 
 
+@pytest.mark.slow
 def test_the_night_makes_what_is_not_made_once_and_tells_of_what_it_could_not(listed, tmp_path):
     night = {"settled_seconds": 0, "evaluate": False}
     assert nightly_flow(**night).made == {}  # seen for the first time: it may still be arriving

@@ -109,7 +109,9 @@ def test_an_output_that_does_not_load_is_made_again_although_its_step_says_it_is
     assert compressed.weights() == before
 
 
-@pytest.mark.parametrize("equal", [True, False], ids=["equal", "different"])
+@pytest.mark.parametrize(
+    "equal", [pytest.param(True, id="equal", marks=pytest.mark.slow), pytest.param(False, id="different")]
+)
 def test_a_head_in_the_file_beside_a_config_that_ties_it(new_compression, tmp_path, equal):
     compression = new_compression(tmp_path / "place")
     tie = {"tie_word_embeddings": True}

@@ -104,6 +104,7 @@ def followed(flow, **parameters):
     return follow(state.state_details.flow_run_id, told.append).state, told
 
 
+@pytest.mark.slow
 def test_a_gate_that_was_not_passed_is_the_end_of_its_own_run_alone():
     ended, told = followed(refused)
     assert (ended.is_completed(), ended.name) == (False, GATE_STATE) and "too many bits" in ended.message
