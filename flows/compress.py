@@ -12,11 +12,11 @@ from prefect import State, flow, runtime
 from rich.console import Console
 
 from bivlm.checkpoint.outputs import PAGE, lock_of
-from bivlm.checkpoint.reading import REPORT, TABLES_KEY
+from bivlm.checkpoint.reading import REPORT
 from bivlm.checkpoint.remote_code import remote_code_allowed, trust
+from bivlm.compression.model import quantization_settings
 from bivlm.errors import GateNotPassed
 from bivlm.recipe.loading import load_recipe, parse_recipe
-from bivlm.recipe.pruning import PRUNING_KEY
 from bivlm.workspace.environment import peak_bytes, reset_peak
 from bivlm.workspace.garbage import in_use
 from bivlm.workspace.locks import one_at_a_time, one_machine_at_a_time
@@ -48,7 +48,6 @@ from tasks.compressed import CompressedModel
 from tasks.garbage import note_registry
 from tasks.report import (
     Report,
-    code_version,
     earlier_report,
     full_precision_bits,
     make_report,
@@ -187,7 +186,7 @@ def quantize(request: Request, publish: Callable[[], None]) -> tuple[CompressedM
         request.base,
         [*request.linears, *(embedding.linear for embedding in request.embeddings)],
         shards,
-        _quantization_config(request),
+        quantization_settings(request.recipe, [embedding.name for embedding in request.embeddings]),
         request.output,
         url,
     )
@@ -218,15 +217,6 @@ def _pack_layers(request: Request, samples: StepResult, publish: Callable[[], No
         packed = finish_all(packed, base, samples, recipe.finish, device, url)
         publish()
     return packed
-
-
-def _quantization_config(request: Request) -> dict[str, Any]:
-    """Return what config.json says beside the packed tensors."""
-    return {
-        "code_version": code_version(),
-        **({PRUNING_KEY: request.pruning.model_dump(mode="json")} if request.pruning else {}),
-        **({TABLES_KEY: [embedding.name for embedding in request.embeddings]} if request.embeddings else {}),
-    }
 
 
 def _describe(

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from prefect import task
 
-from bivlm.compression.budget import Choices, allocate
+from bivlm.compression.budget import Choices, allocate, importance
 from bivlm.methods.base import CurvePoint
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.recipe.budget import BudgetSettings
 from bivlm.reports.lineage import ALLOCATION_STAGE
 from bivlm.untrusted import parse_json
 from bivlm.workspace.hashing import canonical_json, step_identity
-from tasks.layers import Layer, Sources, do_layers
+from tasks.layers import Layer, Sources, do_layers, identify_by_statistics
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Figures, Identity, StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
 
 STAGE = "choices"
 FILE = "points.json"
@@ -27,12 +28,7 @@ VERSION = 1
 @task(name="choices", task_run_name="choices-{chunk[0].name}", **OVER_NETWORK)
 def measure_choices(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
     """Measure what each layer of a chunk could be given, as a file of points, without quantizing it."""
-    return do_layers(chunk, workspace, _identify, _measure)
-
-
-def _identify(layer: Layer) -> Identity:
-    inputs = {"statistics": layer.statistics_file.sha256}
-    return step_identity(STAGE, layer.method.version, inputs, layer.settings, exact=True)
+    return do_layers(chunk, workspace, partial(identify_by_statistics, STAGE), _measure)
 
 
 def _measure(layer: Layer, sources: Sources, folder: Path) -> Figures:
@@ -82,5 +78,5 @@ def allocate_bits(
 def _importance(layer: Layer, curvature: Mapping[str, float] | None) -> float:
     """Return what a relative squared error of 1 in this layer costs, see `bivlm.recipe.budget.BudgetSettings`."""
     figures = layer.statistics.record.figures
-    square = figures["mean"] ** 2 + figures["std"] ** 2
-    return square * (layer.weights if curvature is None else curvature.get(layer.name, 0.0))
+    factor = layer.weights if curvature is None else curvature.get(layer.name, 0.0)
+    return importance(figures["mean"], figures["std"], factor)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from prefect import task
 
 from bivlm.numerics.weight_statistics import LayerStatistics
-from bivlm.workspace.hashing import canonical_json, step_identity
-from tasks.layers import Layer, Sources, do_layers
+from bivlm.workspace.hashing import canonical_json
+from tasks.layers import Layer, Sources, do_layers, identify_by_statistics
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Figures, Identity, StepResult
+from tasks.runtime.steps import Figures, StepResult
 
 STAGE = "plan"
 FILE = "plan.json"
@@ -19,12 +20,7 @@ FILE = "plan.json"
 @task(name="plan", task_run_name="plan-{chunk[0].name}", **OVER_NETWORK)
 def plan_layers(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
     """Plan a chunk of layers whose statistics are done; steps by layer name."""
-    return do_layers(chunk, workspace, _identify, _plan)
-
-
-def _identify(layer: Layer) -> Identity:
-    inputs = {"statistics": layer.statistics_file.sha256}
-    return step_identity(STAGE, layer.method.version, inputs, layer.settings, exact=True)
+    return do_layers(chunk, workspace, partial(identify_by_statistics, STAGE), _plan)
 
 
 def _plan(layer: Layer, sources: Sources, folder: Path) -> Figures:

@@ -18,6 +18,7 @@ from bivlm.errors import InputError
 from bivlm.methods import method
 from bivlm.methods.base import Method, MethodSettings, Need
 from bivlm.recipe.loading import Recipe
+from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Reference, Workspace
 from tasks.runtime.progress import advance
 from tasks.runtime.steps import Figures, Identity, StepResult, do_step, open_workspace
@@ -129,6 +130,12 @@ def in_chunks(layers: Sequence[Layer], workers: int) -> list[list[Layer]]:
     return [
         list(chunk) for chunk in constrained_batches(layers, limit, get_len=lambda layer: layer.weights, strict=False)
     ]
+
+
+def identify_by_statistics(stage: str, layer: Layer) -> Identity:
+    """Return the identity of a layer's step that sees its statistics and settings alone."""
+    inputs = {"statistics": layer.statistics_file.sha256}
+    return step_identity(stage, layer.method.version, inputs, layer.settings, exact=True)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,15 @@ class Choices:
     points: Sequence[CurvePoint]
 
 
+def importance(mean: float, std: float, factor: float) -> float:
+    """Return what a relative squared error of 1 in a layer costs: the mean square of its weights times `factor`.
+
+    The factor is the number of weights, or the sum of the curvature's diagonal, see
+    `bivlm.recipe.budget.BudgetSettings`.
+    """
+    return (mean**2 + std**2) * factor
+
+
 def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoint]:
     """Return the choice for every layer, by name; `budget` is in stored bits per weight over all of them.
 

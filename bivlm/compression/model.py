@@ -21,7 +21,7 @@ from bivlm.checkpoint.linears import Linear, anatomy
 from bivlm.checkpoint.reading import TABLES_KEY, Checkpoint
 from bivlm.checkpoint.writing import Packed, check_output, write_packed_checkpoint
 from bivlm.compression import layer
-from bivlm.compression.budget import Choices, allocate
+from bivlm.compression.budget import Choices, allocate, importance
 from bivlm.compression.embeddings import chosen_tables, pack_table
 from bivlm.compression.layer import LayerRecord
 from bivlm.errors import InputError
@@ -108,17 +108,26 @@ def compress_model(model: str | Path, recipe: str | Path | Recipe, output: str |
         return torch.from_numpy(np.fromfile(file, np.uint8))
 
     rounding = {linear.name: rounded for linear, rounded in tables}
-    written: dict[str, Any] = {"code_version": metadata.version("bivlm")}
-    if recipe.pruning is not None and recipe.pruning.setting is not None:
-        written[PRUNING_KEY] = recipe.pruning.setting.model_dump(mode="json")
-    if tables:
-        written[TABLES_KEY] = list(rounding)
+    written = quantization_settings(recipe, list(rounding))
     with tempfile.TemporaryDirectory() as place:
         packed: dict[str, Packed] = {linear.name: partial(packed_linear, linear) for linear in chosen}
         for linear, _ in tables:
             packed[linear.name] = partial(packed_table, linear, Path(place) / "table")
         write_packed_checkpoint(checkpoint, packed, [*chosen, *(linear for linear, _ in tables)], output, written)
     return records
+
+
+def quantization_settings(recipe: Recipe, embeddings: Sequence[str]) -> dict[str, Any]:
+    """Return what the quantization config says beside the packed tensors.
+
+    `embeddings` are the names of the packed embedding of tokens and head in the loaded model.
+    """
+    pruning = recipe.pruning.setting if recipe.pruning else None
+    return {
+        "code_version": metadata.version("bivlm"),
+        **({PRUNING_KEY: pruning.model_dump(mode="json")} if pruning else {}),
+        **({TABLES_KEY: list(embeddings)} if embeddings else {}),
+    }
 
 
 def _checked(settings: MethodSettings | Mapping[str, Any], name: str) -> MethodSettings:
@@ -157,7 +166,7 @@ def _settings(checkpoint: Checkpoint, chosen: Sequence[Linear], recipe: Recipe) 
         its_method = method(given.method)
         weight = checkpoint.read(linear.disk_name)
         statistics = LayerStatistics.measure(weight, its_method.tail_share(given), linear.name)
-        importance = (statistics.mean**2 + statistics.std**2) * linear.size
-        offered[linear.name] = Choices(linear.size, importance, its_method.curve(statistics, given))
+        cost = importance(statistics.mean, statistics.std, linear.size)
+        offered[linear.name] = Choices(linear.size, cost, its_method.curve(statistics, given))
     points = allocate(offered, recipe.budget.bits)
     return {name: _checked(point.settings, name) for name, point in points.items()}
