@@ -50,11 +50,10 @@ def pack_all(
     measured = run(saliency.measure_layers, block_search.with_widest_tail(layers, search) if search else layers)
     layers, between = with_steps(layers, statistics=measured), []
     try:
-        squares = _by_curvature(recipe) or any("gradients" in layer.needs for layer in layers)
-        walk = Walk(calibration, squares, run, publish) if calibration is not None else None
+        walk = Walk(calibration, _gradient_sums(layers, recipe), run, publish) if calibration is not None else None
         if bits is not None:
             choices = run(budget.measure_choices, layers)
-            curvature = walk.curvature() if _by_curvature(recipe) else None
+            curvature = walk.curvature(layers) if _by_curvature(recipe) else None
             layers, allocated = budget.allocate_bits(layers, choices, bits, curvature, workspace)
             between = [*choices.values(), allocated]
         if search is not None:
@@ -78,6 +77,15 @@ def _by_curvature(recipe: Recipe | None) -> bool:
     return recipe is not None and recipe.budget is not None and recipe.budget.importance == "curvature"
 
 
+def _gradient_sums(layers: Sequence[Layer], recipe: Recipe | None) -> dict[str, bool]:
+    """Return which sums of gradients the layers' methods and the budget read."""
+    by_squares = _by_curvature(recipe) and not all(layer.feeds_back for layer in layers)
+    return {
+        "squares": by_squares or any("gradients" in layer.needs for layer in layers),
+        "moments": any("moments" in layer.needs for layer in layers),
+    }
+
+
 def _needs_inputs(layers: Sequence[Layer]) -> bool:
     return any("inputs" in layer.needs for layer in layers)
 
@@ -93,26 +101,38 @@ def finish_all(
 class Walk:
     """The calibration samples on their way through the blocks.
 
-    `steps` are all that were done on the way; with `squares` the squared gradients of weights are measured with the
-    gradients. `run` is `side_by_side` for the workers at hand.
+    `steps` are all that were done on the way; `sums` says what of the gradients is added up, see `measure_gradients`.
+    `run` is `side_by_side` for the workers at hand.
     """
 
     def __init__(
         self,
         calibration: Calibration,
-        squares: bool,
+        sums: dict[str, bool],
         run: Callable[[Task[..., dict[str, StepResult]], Sequence[Layer]], dict[str, StepResult]],
         publish: Callable[[], None],
     ) -> None:
         self.steps = [calibration.samples]
-        self._calibration, self._squares, self._run_stage, self._publish = calibration, squares, run, publish
+        self._calibration, self._sums, self._run_stage, self._publish = calibration, sums, run, publish
         self._blocks, self._head = block_inputs.blocks_of(calibration)
         self._layers: dict[str, Layer] = {}
         self._gradients: StepResult | None = None
 
-    def curvature(self) -> dict[str, float]:
+    def curvature(self, layers: Sequence[Layer]) -> dict[str, float]:
         """Return by linear layer how much the divergence rises with the squared error of its weights."""
-        return self._measure_gradients().record.figures["curvature"]
+        gradients = self._measure_gradients()
+        sums: dict[str, float] = gradients.record.figures["curvature"]
+        fed = [layer for layer in layers if layer.feeds_back]
+        if not fed:
+            return sums
+        whole: dict[str, StepResult] = {}
+        for unit in self._up_to({layer.name for layer in fed}):
+            whole[unit.name] = self._run(unit, whole, observe=True, gradients=gradients)
+        block = {name: done for done in whole.values() for name in done.record.figures["site_of"]}
+        seen = [replace(layer, block=block[layer.name], gradients=gradients) for layer in fed]
+        measured = self._run_stage(budget.measure_sensitivities, seen)
+        self.steps += measured.values()
+        return sums | {name: done.record.figures["sensitivity"] for name, done in measured.items()}
 
     def search(self, layers: Sequence[Layer], settings: SearchSettings) -> list[Layer]:
         """Return the layers with the settings that suit their blocks' outputs, see `bivlm.compression.block_search`."""
@@ -150,7 +170,7 @@ class Walk:
         units = self._up_to(observed)
         expect(block_inputs.STAGE, len(units))
         settings = self._calibration.settings
-        if settings.tokens.weights == "gradient" or any("gradients" in layer.needs for layer in layers):
+        if settings.tokens.weights == "gradient" or any(layer.needs & {"gradients", "moments"} for layer in layers):
             self._measure_gradients()
         shards = self._in_turn(units) if settings.inputs == "quantized" else self._beforehand(units)
         return list(self._layers.values()), shards
@@ -183,7 +203,7 @@ class Walk:
         for name in unit.linears:
             needs = self._layers[name].needs if name in self._layers else ()
             if "inputs" in needs:
-                gradients = self._gradients if "gradients" in needs else None
+                gradients = self._gradients if needs & {"gradients", "moments"} else None
                 self._layers[name] = replace(self._layers[name], block=done, gradients=gradients)
         return done
 
@@ -193,7 +213,7 @@ class Walk:
             done: dict[str, StepResult] = {}
             for unit in self._blocks:
                 done[unit.name] = self._run(unit, done)
-            self._gradients = block_inputs.measure_gradients(self._calibration, done, self._squares)
+            self._gradients = block_inputs.measure_gradients(self._calibration, done, **self._sums)
             self.steps.append(self._gradients)
         return self._gradients
 

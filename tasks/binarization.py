@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from prefect import task
 from safetensors import safe_open
 
@@ -38,6 +39,8 @@ def _identify(layer: Layer) -> Identity:
         inputs["inputs"] = layer.inputs.sha256
         if layer.gradient_squares is not None:
             inputs["gradients"] = layer.gradient_squares.sha256
+        if layer.gradient_moments is not None:
+            inputs["moments"] = layer.gradient_moments.sha256
     # Factors and products of second moments differ in their last bits between machines' libraries.
     return step_identity(STAGE, layer.method.version, inputs, None, exact=layer.inputs is None)
 
@@ -45,19 +48,27 @@ def _identify(layer: Layer) -> Identity:
 def _pack(layer: Layer, sources: Sources, folder: Path) -> Figures:
     plan = parse_model(LayerPlan, sources.store.read(_plan_file(layer)), f"plan of {layer.name}", "a plan")
     weight = layer.read_weight(sources.base)
-    packed, record = pack_layer(weight, plan, layer.name, _inputs(layer, sources.store))
+    packed, record = pack_layer(weight, plan, layer.name, read_inputs(layer, sources.store))
     (folder / FILE).write_bytes(memoryview(packed.numpy()))
     return record.model_dump(mode="json")
 
 
-def _inputs(layer: Layer, store: Workspace) -> SiteStatistics | None:
+def read_inputs(layer: Layer, store: Workspace) -> SiteStatistics | None:
+    """Return the statistics that the layer's method needs, from calibration; None if it needs none."""
     if layer.inputs is None:
         return None
-    inputs = SiteStatistics.load(store.fetch(layer.inputs))
-    if layer.gradient_squares is None:
-        return inputs
-    with safe_open(store.fetch(layer.gradient_squares), framework="pt") as file:
-        return replace(inputs, gradient_square_MN=file.get_tensor(layer.name))
+    return replace(
+        SiteStatistics.load(store.fetch(layer.inputs)),
+        gradient_square_MN=_read_gradients(layer.gradient_squares, layer.name, store),
+        gradient_moment_MM=_read_gradients(layer.gradient_moments, layer.name, store),
+    )
+
+
+def _read_gradients(file: Reference | None, name: str, store: Workspace) -> torch.Tensor | None:
+    if file is None:
+        return None
+    with safe_open(store.fetch(file), framework="pt") as opened:
+        return opened.get_tensor(name)
 
 
 def _plan_file(layer: Layer) -> Reference:

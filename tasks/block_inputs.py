@@ -166,29 +166,38 @@ def run_block(
 
 
 @task(name="token-gradients", **OVER_NETWORK)
-def measure_gradients(calibration: Calibration, blocks: dict[str, StepResult], squares: bool) -> StepResult:
+def measure_gradients(
+    calibration: Calibration, blocks: dict[str, StepResult], *, squares: bool, moments: bool
+) -> StepResult:
     """Measure how much every token matters at every site, from the steps of all blocks, see `token_gradients`.
 
-    With `squares` also a file of the squared gradients of every unit's weights, named by ``figures["squares"]`` for
-    each linear layer, and their sums, ``figures["curvature"]``.
+    With `squares` or `moments` also files of each unit's, named by ``figures["squares"]`` and ``figures["moments"]``
+    for each linear layer; ``figures["curvature"]`` has the sums of squares, ``figures["traces"]`` the moments' traces.
     """
     store = open_workspace(calibration.workspace)
     outputs = {name: done.record.outputs[OUTPUT_FILE] for name, done in blocks.items()}
     inputs = {"blocks": {name: reference.sha256 for name, reference in outputs.items()}}
-    identity = calibration.identity(GRADIENTS_STAGE, inputs, {"squares": squares})
+    # As it was before there were moments: earlier steps are still found.
+    part = {"squares": squares, **({"moments": True} if moments else {})}
+    identity = calibration.identity(GRADIENTS_STAGE, inputs, part)
 
     def run(place: Path) -> Figures:
-        files, curvature = {}, {}
+        figures: Figures = {"squares": {}, "moments": {}, "curvature": {}, "traces": {}}
         with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             opened = {name: SampleTensors(store.fetch(reference)) for name, reference in outputs.items()}
-            for found in token_gradients(model, calibration.open_samples(store), opened, squares=squares):
+            samples = calibration.open_samples(store)
+            for found in token_gradients(model, samples, opened, squares=squares, moments=moments):
                 if any(found.norms):
                     write_samples(found.norms, place / _norms_file(found.unit))
-                if found.squares:
-                    save_file(found.squares, place / f"{found.unit}.squares.safetensors")
-                    files |= dict.fromkeys(found.squares, f"{found.unit}.squares.safetensors")
-                    curvature |= {name: float(each.sum(dtype=torch.float64)) for name, each in found.squares.items()}
-        return {"squares": files, "curvature": curvature}
+                for kind, tensors in (("squares", found.squares), ("moments", found.moments)):
+                    if tensors:
+                        file = f"{found.unit}.{kind}.safetensors"
+                        save_file(tensors, place / file)
+                        figures[kind] |= dict.fromkeys(tensors, file)
+                sums = {name: float(each.sum(dtype=torch.float64)) for name, each in found.squares.items()}
+                figures["curvature"] |= sums
+                figures["traces"] |= found.traces
+        return figures
 
     return do_step(store, identity, run)
 

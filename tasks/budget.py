@@ -16,11 +16,13 @@ from bivlm.recipe.budget import BudgetSettings
 from bivlm.reports.lineage import ALLOCATION_STAGE
 from bivlm.untrusted import parse_json
 from bivlm.workspace.hashing import canonical_json, step_identity
+from tasks import binarization
 from tasks.layers import Layer, Sources, do_layers, identify_by_statistics
 from tasks.runtime.policy import OVER_NETWORK
-from tasks.runtime.steps import Figures, StepResult, do_step, open_workspace
+from tasks.runtime.steps import Figures, Identity, StepResult, do_step, open_workspace
 
 STAGE = "choices"
+SENSITIVITY_STAGE = "sensitivity"
 FILE = "points.json"
 VERSION = 1
 
@@ -38,6 +40,28 @@ def _measure(layer: Layer, sources: Sources, folder: Path) -> Figures:
     return {"points": len(points)}
 
 
+@task(name="sensitivity", task_run_name="sensitivity-{chunk[0].name}", **OVER_NETWORK)
+def measure_sensitivities(chunk: list[Layer], workspace: str) -> dict[str, StepResult]:
+    """Measure what the error feedback of a chunk of layers leaves of the curvature, from inputs in full precision."""
+    return do_layers(chunk, workspace, _identify_sensitivity, _measure_sensitivity)
+
+
+def _identify_sensitivity(layer: Layer) -> Identity:
+    inputs = {"inputs": layer.inputs.sha256, "trace": _trace(layer)}
+    if layer.gradient_moments is not None:
+        inputs["moments"] = layer.gradient_moments.sha256
+    return step_identity(SENSITIVITY_STAGE, layer.method.version, inputs, layer.settings, exact=False)
+
+
+def _measure_sensitivity(layer: Layer, sources: Sources, _folder: Path) -> Figures:
+    inputs = binarization.read_inputs(layer, sources.store)
+    return {"sensitivity": layer.method.sensitivity(inputs, _trace(layer), layer.method_settings)}
+
+
+def _trace(layer: Layer) -> float:
+    return layer.gradients.record.figures["traces"].get(layer.name, 0.0)
+
+
 @task(name="allocate", **OVER_NETWORK)
 def allocate_bits(
     layers: Sequence[Layer],
@@ -48,7 +72,7 @@ def allocate_bits(
 ) -> tuple[list[Layer], StepResult]:
     """Return the layers with the settings that the budget gives them, and the step that says so.
 
-    `curvature` is, by layer, the sum of the diagonal of the divergence's curvature in its weights, for a budget that
+    `curvature` is, by layer, how much the divergence rises with its weights' mean squared error, for a budget that
     needs it. ``figures["settings"]`` holds what the lineage record needs to check the plans.
     """
     store = open_workspace(workspace)
@@ -68,7 +92,9 @@ def allocate_bits(
     identity = step_identity(ALLOCATION_STAGE, VERSION, inputs, budget.model_dump(mode="json"), exact=True)
 
     def choose(_place: Path) -> Figures:
-        return {"settings": {name: point.settings for name, point in allocate(offered, budget.bits).items()}}
+        return {
+            "settings": {name: point.settings for name, point in allocate(offered, budget.bits, budget.least).items()}
+        }
 
     done = do_step(store, identity, choose)
     settings = done.record.figures["settings"]

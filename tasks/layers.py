@@ -80,14 +80,27 @@ class Layer:
     @property
     def gradient_squares(self) -> Reference | None:
         """The file with the squared gradients of the layer's weights; None if nothing of it reaches the answer."""
+        return self._gradient_file("squares") if "gradients" in self.needs else None
+
+    @property
+    def gradient_moments(self) -> Reference | None:
+        """The file with the second moment of the gradients of the layer's outputs; None as above."""
+        return self._gradient_file("moments") if "moments" in self.needs else None
+
+    def _gradient_file(self, kind: str) -> Reference | None:
         if self.gradients is None:
             return None
         record = self.gradients.record
-        return record.outputs.get(record.figures["squares"].get(self.name, ""))
+        return record.outputs.get(record.figures[kind].get(self.name, ""))
 
     @property
     def needs(self) -> frozenset[Need]:
         return self.method.needs(self.method_settings)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether errors of the layer's weights are fed into others of them."""
+        return self.method.feeds_back(self.method_settings)
 
     @property
     def method_settings(self) -> MethodSettings:

@@ -15,6 +15,7 @@ FORBIDDEN = {
 # The rooms of bivlm from the ground up: each imports only from rooms before it. The root is its own ground.
 ROOMS = (
     "workspace",
+    "kernels",
     "numerics",
     "packing",
     "checkpoint",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bivlm.errors import InputError
 from bivlm.methods.base import CurvePoint
@@ -35,11 +35,13 @@ def importance(mean: float, std: float, factor: float) -> float:
     return (mean**2 + std**2) * factor
 
 
-def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoint]:
+def allocate(layers: Mapping[str, Choices], budget: float, least: float | None = None) -> dict[str, CurvePoint]:
     """Return the choice for every layer, by name; `budget` is in stored bits per weight over all of them.
 
-    Raises `InputError` naming a layer without choices, and for a budget below the cheapest choices together.
+    Choices of fewer than `least` bits are left out, except for a layer that has no other. Raises `InputError` naming a
+    layer without choices, and for a budget below the cheapest choices together.
     """
+    layers = {name: replace(layer, points=_from(layer.points, least)) for name, layer in layers.items()}
     for name, layer in layers.items():
         if not layer.points:
             raise InputError(f"budget: {name}: its method leaves no choice of bits; leave the budget out for it")
@@ -72,6 +74,10 @@ def allocate(layers: Mapping[str, Choices], budget: float) -> dict[str, CurvePoi
             taken[name] += 1
             offer(name)
     return {name: hulls[name][place] for name, place in taken.items()}
+
+
+def _from(points: Sequence[CurvePoint], least: float | None) -> Sequence[CurvePoint]:
+    return [point for point in points if least is None or point.stored_bits >= least] or points
 
 
 def lower_hull(points: Sequence[CurvePoint]) -> list[CurvePoint]:

@@ -168,5 +168,5 @@ def _settings(checkpoint: Checkpoint, chosen: Sequence[Linear], recipe: Recipe) 
         statistics = LayerStatistics.measure(weight, its_method.tail_share(given), linear.name)
         cost = importance(statistics.mean, statistics.std, linear.size)
         offered[linear.name] = Choices(linear.size, cost, its_method.curve(statistics, given))
-    points = allocate(offered, recipe.budget.bits)
+    points = allocate(offered, recipe.budget.bits, recipe.budget.least)
     return {name: _checked(point.settings, name) for name, point in points.items()}

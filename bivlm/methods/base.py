@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.numerics.weight_statistics import LayerStatistics
 
-Need = Literal["weights", "inputs", "gradients", "block_outputs"]
+Need = Literal["weights", "inputs", "gradients", "moments", "block_outputs"]
 WEIGHTS: frozenset[Need] = frozenset({"weights"})
 INPUTS: frozenset[Need] = frozenset({"weights", "inputs"})
 GRADIENTS: frozenset[Need] = frozenset({"weights", "inputs", "gradients"})
+MOMENTS: frozenset[Need] = frozenset({"weights", "inputs", "moments"})
 
 
 class MethodSettings(BaseModel):
@@ -96,6 +97,18 @@ class Method(ABC, Generic[S]):
         The settings that the choice is not about stay as in `settings`.
         """
         return []
+
+    def feeds_back(self, settings: S) -> bool:
+        """Return whether `sensitivity` says what a weight error costs: errors are fed into other weights."""
+        return False
+
+    def sensitivity(self, inputs: SiteStatistics, gradient_trace: float, settings: S) -> float:
+        """Return how much the divergence rises with a weight error's mean square, for a method that `feeds_back`.
+
+        `inputs` are of calibration in full precision, `gradient_trace` is ``sum_t ||s_t||^2`` of its outputs.
+        Of other methods the sum of the curvature's diagonal says it.
+        """
+        raise NotImplementedError
 
     def plan(self, statistics: LayerStatistics, settings: S) -> LayerPlan:
         """Decide how to quantize the layer from its statistics alone; by default there is nothing to decide."""

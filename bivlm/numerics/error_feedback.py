@@ -56,6 +56,20 @@ def inverse_factor(second_moment_NN: torch.Tensor, damping: float = 0.01) -> Inv
     factorization and one triangular inverse. Where it fails, damping is raised tenfold, at most to 1.
     Raises ArithmeticError when even that does not help: H is not a second moment.
     """
+    lower, damping, dead_channels = _reversed_cholesky(second_moment_NN, damping)
+    _invert_lower(lower)
+    _reverse(lower.T.view(-1))
+    return InverseFactor(lower, damping, dead_channels)
+
+
+def left_over(second_moment_NN: torch.Tensor, damping: float = 0.01) -> float:
+    """Return ``sum_j 1 / U_jj^2``, what remains of tr(H) where errors are fed back; raises as `inverse_factor`."""
+    lower, _, _ = _reversed_cholesky(second_moment_NN, damping)
+    return float(lower.diagonal().to(torch.float64).square().sum())
+
+
+def _reversed_cholesky(second_moment_NN: torch.Tensor, damping: float) -> tuple[torch.Tensor, float, int]:
+    """Return R with rows and columns in reversed order, the damping that it took, and the number of dead channels."""
     diagonal = second_moment_NN.diagonal()
     dead = diagonal <= 0
     live = int((~dead).sum())
@@ -68,14 +82,11 @@ def inverse_factor(second_moment_NN: torch.Tensor, damping: float = 0.01) -> Inv
         failed = torch.empty((), dtype=torch.int32, device=lower.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed) and bool(lower.diagonal().isfinite().all()):
-            break
+            return lower, damping, len(dead) - live
         if damping >= _MOST_DAMPING:
             shape = tuple(second_moment_NN.shape)
             raise ArithmeticError(f"a second moment {shape} has no Cholesky factor at damping {damping}")
         damping = min(max(10 * damping, 1e-4), _MOST_DAMPING)
-    _invert_lower(lower)
-    _reverse(lower.T.view(-1))
-    return InverseFactor(lower, damping, len(dead) - live)
 
 
 def input_factor(inputs: SiteStatistics | None, damping: float, method: str, weight_MN: torch.Tensor) -> InverseFactor:

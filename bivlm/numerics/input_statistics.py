@@ -28,6 +28,8 @@ class SiteStatistics:
         tokens: how many tokens were seen, by modality ("image", "text").
         gradient_square_MN: float32 (M, N), of the one layer that is asked about: ``sum_t s_ti^2 x_tj^2``, the squared
             gradients of its weights, see `bivlm.calibration.blocks.gradients`; None unless a method needs "gradients".
+        gradient_moment_MM: float32 (M, M), of the one layer that is asked about: ``sum_t s_t s_t^T``, the second moment
+            of its outputs' gradients; None unless a method needs "moments".
     """
 
     second_moment_NN: torch.Tensor
@@ -35,6 +37,7 @@ class SiteStatistics:
     magnitude_N: torch.Tensor
     tokens: dict[str, int]
     gradient_square_MN: torch.Tensor | None = None
+    gradient_moment_MM: torch.Tensor | None = None
 
     @property
     def total_tokens(self) -> int:

@@ -27,6 +27,9 @@ SETTINGS = [
     {"method": "arb_rc"},
     {"method": "hbllm"},
     {"method": "hbllm", "pairing": "greedy", "fill": "neighbours"},
+    {"method": "trellis", "feedback": "none"},
+    {"method": "trellis", "rate": 1.25},
+    {"method": "trellis", "rate": 0.5, "feedback": "both", "rotate": "inputs"},
     {"method": "bivlm", "groups": 2, "p_max": 0.0},
     {"method": "bivlm", "groups": 3, "p_max": 0.05},
     {"method": "bivlm", "groups": 2, "p_max": 0.05, "saliency": "gradient"},
@@ -71,7 +74,9 @@ def packed(settings, weight):
     chosen = method(settings["method"])
     settings = chosen.Settings.model_validate(settings)
     x = torch.randn(300, COLUMNS, generator=torch.Generator().manual_seed(1))
-    inputs = SiteStatistics(x.T @ x / 300, x.mean(0), x.abs().mean(0), {"text": 300}, torch.ones(ROWS, COLUMNS))
+    inputs = SiteStatistics(
+        x.T @ x / 300, x.mean(0), x.abs().mean(0), {"text": 300}, torch.ones(ROWS, COLUMNS), torch.eye(ROWS)
+    )
     plan = chosen.plan(LayerStatistics.measure(weight, chosen.tail_share(settings), LAYER), settings)
     return pack_layer(weight, plan, LAYER, inputs)
 

@@ -19,8 +19,21 @@ from raw_codec import pack_raw
 
 from bivlm import packing
 from bivlm.errors import InputError
+from bivlm.numerics.trellis import steps_of
+from bivlm.numerics.trellis_tiles import Tiles
 from bivlm.numerics.uniform_grid import round_to_nearest
-from bivlm.packing import container, format_bits, grouped, open_packed, quantile, rowblock, signs, unpack, unpack_rows
+from bivlm.packing import (
+    container,
+    format_bits,
+    grouped,
+    open_packed,
+    quantile,
+    rowblock,
+    signs,
+    trellis,
+    unpack,
+    unpack_rows,
+)
 from bivlm.packing import wavelet as wavelets
 
 NAME = "tower.blocks.7.fc1.weight"
@@ -106,6 +119,19 @@ def wavelet_pool(rng, shape, dtype):
         yield wavelets.pack(coded, numbers, exponent=-1, dtype=dtype)
 
 
+def trellis_pool(rng, shape, dtype):
+    for state_bits, rate, sides, rotated in ((12, 2.0, 1, 3), (12, 0.5, 2, 1), (14, 1.25, 1, 0), (12, 2.75, 2, 2)):
+        steps = trellis_steps(shape, rate, sides)
+        symbols = torch.randint(8, (len(steps),), generator=rng).numpy() & ((1 << steps) - 1)
+        magnitudes = trellis.stored_magnitudes(np.linspace(0.1, 3.0, 8), -3)
+        layout = trellis.Layout(state_bits, rate, sides, rotated, seed=7)
+        yield trellis.pack(symbols.astype(np.uint8), magnitudes, layout, shape, exponent=-3, dtype=dtype)
+
+
+def trellis_steps(shape, rate, sides):
+    return np.concatenate([steps_of(rate, length) for length in Tiles(shape, sides).lengths]).astype(np.int64)
+
+
 def raw_pool(rng, shape, dtype):
     yield pack_raw(torch.randn(shape, generator=rng).to(torch.bfloat16))
 
@@ -116,6 +142,7 @@ POOLS = {
     "rowblock": (rowblock_pool, rowblock._PARAMETERS),
     "signs": (signs_pool, signs._PARAMETERS),
     "top-byte": (raw_pool, struct.Struct("<B")),
+    "trellis": (trellis_pool, trellis._PARAMETERS),
     "wavelet": (wavelet_pool, wavelets._PARAMETERS),
 }
 

@@ -17,7 +17,7 @@ The gradients run back unit by unit, each unit computed again from the stored ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -40,15 +40,25 @@ class UnitGradients:
         norms: for every sample g, float32 (T,), by site.
         squares: by linear layer ``sum_t s_ti^2 x_tj^2``, float32 (M, N), over all samples: the diagonal of the
             divergence's curvature in the layer's weights; empty if not requested.
+        moments: by linear layer ``sum_t s_t s_t^T``, float32 (M, M), over all samples; empty if not requested.
+        traces: by linear layer ``sum_t ||s_t||^2``, that moment's trace.
     """
 
     unit: str
     norms: list[dict[str, torch.Tensor]]
     squares: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    traces: dict[str, float]
 
 
 def token_gradients(
-    model: BlockwiseModel, samples: SampleTensors, outputs: Outputs, *, squares: bool = False, seed: int = 0
+    model: BlockwiseModel,
+    samples: SampleTensors,
+    outputs: Outputs,
+    *,
+    squares: bool = False,
+    moments: bool = False,
+    seed: int = 0,
 ) -> Iterator[UnitGradients]:
     """Yield gradients unit by unit, from the last to the first.
 
@@ -65,7 +75,7 @@ def token_gradients(
             given = outputs_at({name: outputs[name] for name in [*adaptors, last.name]}, number)
             slopes[last.name][number] = _answer_slope(step, samples[number], given, last.name, seed + number)
     for unit in reversed(units):
-        found = _backward(model, unit, samples, outputs, slopes, squares)
+        found = _backward(model, unit, samples, outputs, slopes, _Wanted(squares, moments))
         _check_finite(model, found)
         yield found
 
@@ -131,14 +141,14 @@ def _backward(
     samples: SampleTensors,
     outputs: Outputs,
     slopes: dict[str, list[torch.Tensor | None]],
-    with_squares: bool,
+    wanted: _Wanted,
 ) -> UnitGradients:
-    """Return norms g and squares of one unit; turn its slopes into those of its predecessors, sample by sample."""
+    """Return one unit's gradients; turn its slopes into those of its predecessors, sample by sample."""
     before = [other.name for other in model.predecessors(unit)]
     found: list[dict[str, torch.Tensor]] = []
     reached: set[str] = set()
     with model.at(unit) as step:
-        totals = _zeros({name: model.linear(name).weight for name in unit.linears}) if with_squares else None
+        sums = _Sums.of({name: model.linear(name).weight for name in unit.linears}, wanted)
         for number in range(len(samples)):
             slope, slopes[unit.name][number] = slopes[unit.name][number], None
             if slope is None:  # nothing of it reaches the answer
@@ -150,9 +160,12 @@ def _backward(
                 known = slopes[name][number]
                 slopes[name][number] = gradient if known is None else known + gradient
             reached |= {each.name for each in made}
-            found.append(_add_up(made, totals))
-    squares = {name: total.cpu() for name, total in (totals or {}).items() if name in reached}
-    return UnitGradients(unit.name, found, squares)
+            found.append(sums.add(made))
+    squares, moments = (
+        {name: total.cpu() for name, total in totals.items() if name in reached}
+        for totals in (sums.squares, sums.moments)
+    )
+    return UnitGradients(unit.name, found, squares, moments, sums.traces)
 
 
 def _check_finite(model: BlockwiseModel, found: UnitGradients) -> None:
@@ -160,17 +173,58 @@ def _check_finite(model: BlockwiseModel, found: UnitGradients) -> None:
         for site, g_T in norms.items():
             if not bool(g_T.isfinite().all()):
                 raise ArithmeticError(f"{model.name}: the gradients at {site} are not finite on sample {number}")
-    for name, square_MN in found.squares.items():
-        if not all(bool(extreme.isfinite()) for extreme in square_MN.aminmax()):
+    for name, total in [*found.squares.items(), *found.moments.items()]:
+        if not all(bool(extreme.isfinite()) for extreme in total.aminmax()):
             raise ArithmeticError(f"{model.name}: the squared gradients of {name} add up to NaN or infinity")
 
 
-def _zeros(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return float32 zeros of the shapes of `weights`, views of one tensor: separate ones would fragment memory."""
+@dataclass(frozen=True)
+class _Wanted:
+    squares: bool
+    moments: bool
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What is added up over the samples of a unit, by linear layer, see `UnitGradients`."""
+
+    squares: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    traces: dict[str, float]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, torch.Tensor], wanted: _Wanted) -> _Sums:
+        return cls(
+            _zeros({name: weight.shape for name, weight in weights.items() if wanted.squares}, weights),
+            _zeros({name: (weight.shape[0],) * 2 for name, weight in weights.items() if wanted.moments}, weights),
+            {},
+        )
+
+    def add(self, made: list[_Made]) -> dict[str, torch.Tensor]:
+        """Add the gradients in `made`, which is emptied, and return their norms g by site."""
+        sums: dict[str, torch.Tensor] = {}
+        while made:
+            each = made.pop(0)
+            slope_TM = each.output.reshape(-1, each.output.shape[-1]).to(torch.float32, copy=True)
+            if each.name in self.moments:
+                self.moments[each.name].addmm_(slope_TM.T, slope_TM)
+            square_TM = slope_TM.square_()
+            norm_T = square_TM.sum(-1).cpu()
+            sums[each.site] = sums.get(each.site, 0) + norm_T
+            self.traces[each.name] = self.traces.get(each.name, 0.0) + float(norm_T.sum(dtype=torch.float64))
+            if each.name in self.squares:
+                x_TN = each.x.detach().reshape(-1, each.x.shape[-1]).to(torch.float32, copy=True).square_()
+                self.squares[each.name].addmm_(square_TM.T, x_TN)
+        return {site: total.sqrt() for site, total in sums.items()}
+
+
+def _zeros(shapes: Mapping[str, Sequence[int]], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return float32 zeros of these shapes where the weights are, views of one tensor: separate ones would fragment
+    memory."""
     device = next((weight.device for weight in weights.values()), None)
-    whole = torch.zeros(sum(weight.numel() for weight in weights.values()), device=device)
-    parts = whole.split([weight.numel() for weight in weights.values()])
-    return {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parts = torch.zeros(sum(sizes), device=device).split(sizes)
+    return {name: part.view(*shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _differentiate(
@@ -193,19 +247,6 @@ def _differentiate(
     earlier = {name: found.cpu() for name, found in zip(leaves, gradients, strict=False) if found is not None}
     pairs = zip(made, gradients[len(leaves) :], strict=True)
     return earlier, [replace(each, output=gradient) for each, gradient in pairs if gradient is not None]
-
-
-def _add_up(made: list[_Made], totals: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """Return norms g by site of the gradients in `made`, which is emptied; add squares to `totals` if it is given."""
-    sums: dict[str, torch.Tensor] = {}
-    while made:
-        each = made.pop(0)
-        square_TM = each.output.reshape(-1, each.output.shape[-1]).to(torch.float32, copy=True).square_()
-        sums[each.site] = sums.get(each.site, 0) + square_TM.sum(-1).cpu()
-        if totals is not None:
-            x_TN = each.x.detach().reshape(-1, each.x.shape[-1]).to(torch.float32, copy=True).square_()
-            totals[each.name].addmm_(square_TM.T, x_TN)
-    return {site: total.sqrt() for site, total in sums.items()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Native code, and what runs in its place where it was not built: `native.c`, plain C called through ctypes.
+
+Every function here gives the same bytes either way: floating-point sums have a fixed order in both. The extension is
+optional at installation; ``BIVLM_NATIVE=0`` in the environment leaves it out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from functools import cache
+
+import numpy as np
+
+_SWITCH = "BIVLM_NATIVE"
+
+
+@cache
+def native() -> ctypes.CDLL | None:
+    """Return the native library, or None where it was not built or is switched off."""
+    found = importlib.util.find_spec("bivlm.kernels._native")
+    if os.environ.get(_SWITCH) == "0" or found is None or found.origin is None:
+        return None
+    try:
+        return ctypes.CDLL(found.origin)
+    except OSError:  # of another machine or C library
+        return None
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    """Return the address of a contiguous array for a native function, which holds no reference to it."""
+    if not array.flags.c_contiguous:
+        raise ValueError(f"an array of strides {array.strides} for native code, expected a contiguous one")
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def feed_rows(rest_NT: np.ndarray, shares_BN: np.ndarray, errors_BT: np.ndarray) -> None:
+    """Subtract ``shares^T errors`` from `rest` in place, one row of errors after the other; all float32.
+
+    The order of the sum is that of the rows, whatever runs it.
+    """
+    library = native()
+    if library is None:
+        product_NT = np.empty_like(rest_NT)
+        for share_N, error_T in zip(shares_BN, errors_BT, strict=True):
+            np.multiply(share_N[:, None], error_T, out=product_NT)
+            np.subtract(rest_NT, product_NT, out=rest_NT)
+        return
+    stride = shares_BN.strides[0] // shares_BN.itemsize if len(shares_BN) > 1 else 0
+    sizes = (len(rest_NT), len(shares_BN), rest_NT.shape[1], stride)
+    shares = ctypes.c_void_p(shares_BN.ctypes.data)  # rows may lie apart
+    library.bivlm_feed_back(pointer(rest_NT), shares, pointer(errors_BT), *map(ctypes.c_int64, sizes))

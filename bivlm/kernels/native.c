@@ -1,0 +1,351 @@
+/* Native code of bivlm: plain C, called through ctypes; the same bytes come out of the numpy path beside it.
+
+   Sums run in a fixed order and products are not fused into them (-ffp-contract=off), so that every compiler, thread
+   count and instruction set gives the same floats. Build flags are in pyproject.toml. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define X86 1
+#define AVX2 __attribute__((target("avx2")))
+#if defined(__linux__) && !defined(__clang__)
+#define WIDEST __attribute__((target_clones("avx2", "default")))
+#endif
+#endif
+#ifndef WIDEST
+#define WIDEST
+#endif
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+enum { LEVELS = 16, SHORTEST = 64 };
+#define SATURATED 65535u
+
+static int with_avx2(void) {
+#ifdef X86
+    return __builtin_cpu_supports("avx2");
+#else
+    return 0;
+#endif
+}
+
+/* Search of the bit-shift trellis, see bivlm/numerics/trellis.py, which says what is computed.
+
+   A path's cost is a uint16 whose lowest `keep` bits are free: in them the minimum over predecessors carries which of
+   them it was. */
+
+typedef struct {
+    int state_bits, keep;
+    const uint8_t *code;      /* [2][2^L]: level of a state after a step with bits, and after one without */
+    const uint8_t *shuffled;  /* the same, in the order in which AVX2 code takes it; NULL without */
+    uint16_t *cost, *least;   /* [2^L] each */
+    uint8_t *came_from;       /* [steps][2^(L-1)] */
+} Search;
+
+static inline unsigned plus(unsigned a, unsigned b) {
+    unsigned sum = a + b;
+    return sum > SATURATED ? SATURATED : sum;
+}
+
+static void least_plain(const Search *s, int bits, uint8_t *from) {
+    const unsigned groups = 1u << (s->state_bits - bits);
+    const uint16_t keep = (uint16_t)~((1u << s->keep) - 1);
+    unsigned lowest = SATURATED;
+    for (unsigned g = 0; g < groups; g++) {
+        unsigned best = s->cost[g] & keep;
+        for (unsigned j = 1; j < 1u << bits; j++) {
+            unsigned other = (s->cost[j * groups + g] & keep) | j;
+            if (other < best) best = other;
+        }
+        from[g] = (uint8_t)(best & ~keep);
+        s->least[g] = (uint16_t)(best & keep);
+        if (s->least[g] < lowest) lowest = s->least[g];
+    }
+    for (unsigned g = 0; g < groups; g++) s->least[g] = (uint16_t)(s->least[g] - lowest);
+}
+
+static void add_plain(const Search *s, int bits, const uint16_t *level_cost) {
+    const unsigned states = 1u << s->state_bits;
+    const uint8_t *code = s->code + (bits ? 0 : states);
+    for (unsigned i = 0; i < states; i++) s->cost[i] = (uint16_t)plus(s->least[i >> bits], level_cost[code[i]]);
+}
+
+#ifdef X86
+AVX2 static void least_avx2(const Search *s, int bits, uint8_t *from) {
+    const unsigned groups = 1u << (s->state_bits - bits);
+    const __m256i kept = _mm256_set1_epi16((short)~((1u << s->keep) - 1));
+    __m256i lowest = _mm256_set1_epi16(-1);
+    for (unsigned g = 0; g < groups; g += 32) {
+        __m256i both[2];
+        for (int half = 0; half < 2; half++) {
+            const uint16_t *at = s->cost + g + 16 * half;
+            __m256i best = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)at), kept);
+            for (unsigned j = 1; j < 1u << bits; j++) {
+                __m256i other = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(at + j * groups)), kept);
+                best = _mm256_min_epu16(best, _mm256_or_si256(other, _mm256_set1_epi16((short)j)));
+            }
+            both[half] = _mm256_andnot_si256(kept, best);
+            best = _mm256_and_si256(best, kept);
+            lowest = _mm256_min_epu16(lowest, best);
+            _mm256_storeu_si256((__m256i *)(s->least + g + 16 * half), best);
+        }
+        __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(both[0], both[1]), 0xD8);
+        _mm256_storeu_si256((__m256i *)(from + g), bytes);
+    }
+    __m128i least = _mm_minpos_epu16(
+        _mm_min_epu16(_mm256_castsi256_si128(lowest), _mm256_extracti128_si256(lowest, 1)));
+    const __m256i by = _mm256_set1_epi16((short)_mm_extract_epi16(least, 0));
+    for (unsigned g = 0; g < groups; g += 16) {
+        __m256i *at = (__m256i *)(s->least + g);
+        _mm256_storeu_si256(at, _mm256_sub_epi16(_mm256_loadu_si256(at), by));
+    }
+}
+
+/* The path costs of 16 / 2^bits groups, each as often as it has states. */
+AVX2 static inline __m256i spread(const uint16_t *least, int bits) {
+    if (bits == 0) return _mm256_loadu_si256((const __m256i *)least);
+    if (bits == 1) {
+        __m256i eight = _mm256_permute4x64_epi64(
+            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)least)), 0x50);
+        return _mm256_shuffle_epi8(eight, _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 0, 1, 0, 1, 2,
+                                                           3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7));
+    }
+    if (bits == 2) {
+        int64_t four;
+        memcpy(&four, least, 8);
+        return _mm256_shuffle_epi8(_mm256_set1_epi64x(four),
+                                   _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 4, 5, 4, 5, 4, 5, 4,
+                                                    5, 6, 7, 6, 7, 6, 7, 6, 7));
+    }
+    int32_t two;
+    memcpy(&two, least, 4);
+    return _mm256_shuffle_epi8(_mm256_set1_epi32(two),
+                               _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 2,
+                                                3, 2, 3, 2, 3, 2, 3));
+}
+
+AVX2 static inline void add_some(const Search *s, int bits, const uint16_t *level_cost) {
+    const unsigned states = 1u << s->state_bits;
+    const uint8_t *code = s->shuffled + (bits ? 0 : states);
+    uint8_t low[LEVELS], high[LEVELS];
+    for (int i = 0; i < LEVELS; i++) {
+        low[i] = (uint8_t)level_cost[i];
+        high[i] = (uint8_t)(level_cost[i] >> 8);
+    }
+    const __m256i lows = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low));
+    const __m256i highs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high));
+    for (unsigned i = 0; i < states; i += 32) {
+        const __m256i index = _mm256_loadu_si256((const __m256i *)(code + i));
+        const __m256i a = _mm256_shuffle_epi8(lows, index), b = _mm256_shuffle_epi8(highs, index);
+        const __m256i first = spread(s->least + (i >> bits), bits), second = spread(s->least + ((i + 16) >> bits), bits);
+        __m256i *at = (__m256i *)(s->cost + i);
+        _mm256_storeu_si256(at, _mm256_adds_epu16(first, _mm256_unpacklo_epi8(a, b)));
+        _mm256_storeu_si256(at + 1, _mm256_adds_epu16(second, _mm256_unpackhi_epi8(a, b)));
+    }
+}
+
+AVX2 static void add_avx2(const Search *s, int bits, const uint16_t *level_cost) {
+    switch (bits) { /* constants, so that each gets a loop of its own */
+        case 0: add_some(s, 0, level_cost); break;
+        case 1: add_some(s, 1, level_cost); break;
+        case 2: add_some(s, 2, level_cost); break;
+        default: add_some(s, 3, level_cost); break;
+    }
+}
+
+/* AVX2 interleaves within halves of 16 bytes: states 8 to 15 and 16 to 23 change places. */
+static void shuffle_code(const uint8_t *code, uint8_t *shuffled, unsigned states) {
+    for (unsigned i = 0; i < states; i++) {
+        unsigned part = (i >> 3) & 3, to = part == 1 ? i + 8 : part == 2 ? i - 8 : i;
+        shuffled[to] = code[i];
+    }
+}
+#endif
+
+static void step(const Search *s, int bits, const uint16_t *level_cost, uint8_t *from) {
+#ifdef X86
+    if (s->shuffled) {
+        if (bits)
+            least_avx2(s, bits, from);
+        else
+            memcpy(s->least, s->cost, sizeof(uint16_t) << s->state_bits);
+        add_avx2(s, bits, level_cost);
+        return;
+    }
+#endif
+    if (bits)
+        least_plain(s, bits, from);
+    else
+        memcpy(s->least, s->cost, sizeof(uint16_t) << s->state_bits);
+    add_plain(s, bits, level_cost);
+}
+
+static void level_costs(float x, const float *levels, float reach, float unit, float weight, uint16_t *cost) {
+    x = x > reach ? reach : x < -reach ? -reach : x; /* NaN does not come here */
+    for (int i = 0; i < LEVELS; i++) {
+        float apart = x - levels[i];
+        float scaled = apart * apart * unit * weight + 0.5f;
+        cost[i] = scaled >= 65535.0f ? 65535u : (uint16_t)scaled;
+    }
+}
+
+static unsigned best_state(const Search *s, unsigned first, unsigned every) {
+    const unsigned states = 1u << s->state_bits;
+    unsigned best = first;
+    for (unsigned i = first; i < states; i += every)
+        if (s->cost[i] < s->cost[best]) best = i;
+    return best;
+}
+
+static unsigned before(const Search *s, int bits, unsigned state, const uint8_t *from) {
+    if (!bits) return state;
+    return ((unsigned)from[state >> bits] << (s->state_bits - bits)) | (state >> bits);
+}
+
+/* Find the bits of `tiles` sequences of `length` numbers (unit variance), one after another in x, with as many weights of their squared errors, or NULL.
+
+   steps[length] are the bits of each step, of which the first has some; `around` is how many steps either side of the
+   seam choose the state there. symbols[tiles][length] are the new bits of each step. Returns 0, or 1 without memory. */
+EXPORT int bivlm_trellis_search(const float *x, const float *weights, int64_t tiles, int64_t length, const uint8_t *steps, int64_t state_bits,
+                                const uint8_t *code, const float *levels, float reach, float unit, int64_t around,
+                                uint8_t *symbols) {
+    const unsigned states = 1u << state_bits, half = states / 2;
+    int keep = 1, failed = 0;
+    for (int64_t t = 0; t < length; t++)
+        if (steps[t] > keep) keep = steps[t];
+    Search s = {(int)state_bits, keep, code, NULL, NULL, NULL, NULL};
+    s.cost = malloc(sizeof(uint16_t) * states);
+    s.least = malloc(sizeof(uint16_t) * states);
+    s.came_from = malloc((size_t)half * (size_t)length);
+    uint8_t *shuffled = malloc(2 * (size_t)states);
+    uint16_t *costs = malloc(sizeof(uint16_t) * LEVELS * (size_t)length);
+    if (!s.cost || !s.least || !s.came_from || !shuffled || !costs) failed = 1;
+#ifdef X86
+    if (!failed && with_avx2() && state_bits >= 8) {
+        shuffle_code(code, shuffled, states);
+        shuffle_code(code + states, shuffled + states, states);
+        s.shuffled = shuffled;
+    }
+#endif
+    for (int64_t tile = 0; tile < tiles && !failed; tile++) {
+        const float *values = x + tile * length;
+        uint8_t *found = symbols + tile * length;
+        for (int64_t t = 0; t < length; t++) 
+            level_costs(values[t], levels, reach, unit, weights ? weights[tile * length + t] : 1.0f,
+                        costs + t * LEVELS);
+        unsigned every = 1, shared = 0;
+        if (length >= SHORTEST) {
+            /* The state at the seam: a free path through the end of the tile and on into its beginning. */
+            memset(s.cost, 0, sizeof(uint16_t) * states);
+            for (int64_t t = length - around; t < length + around; t++) {
+                int64_t at = t % length;
+                step(&s, steps[at], costs + at * LEVELS, s.came_from + (size_t)half * (size_t)(t - length + around));
+            }
+            unsigned seam = best_state(&s, 0, 1);
+            for (int64_t t = length + around - 1; t >= length; t--)
+                seam = before(&s, steps[t % length], seam, s.came_from + (size_t)half * (size_t)(t - length + around));
+            /* The best path that begins and ends there: of that state the first step drops the oldest bits. */
+            every = states >> steps[0];
+            shared = seam & (every - 1);
+        }
+        memset(s.cost, 0xff, sizeof(uint16_t) * states);
+        for (unsigned i = shared; i < states; i += length >= SHORTEST ? every : states) s.cost[i] = 0;
+        for (int64_t t = 0; t < length; t++)
+            step(&s, steps[t], costs + t * LEVELS, s.came_from + (size_t)half * (size_t)t);
+        unsigned state = best_state(&s, shared, every);
+        for (int64_t t = length - 1; t >= 0; t--) {
+            found[t] = (uint8_t)(state & ((1u << steps[t]) - 1));
+            state = before(&s, steps[t], state, s.came_from + (size_t)half * (size_t)t);
+        }
+    }
+    free(s.cost), free(s.least), free(s.came_from), free(shuffled), free(costs);
+    return failed;
+}
+
+/* Error feedback: rest[n][length] -= sum over b of shares[b][n] * errors[b][length], b in rising order. */
+WIDEST static void feed_rows(float *restrict rest, const float *restrict shares, const float *restrict errors,
+                             int64_t count, int64_t block, int64_t length, int64_t stride) {
+    enum { TOGETHER = 64 };
+    for (int64_t n = 0; n < count; n++) {
+        int64_t t = 0;
+        for (; t + TOGETHER <= length; t += TOGETHER) {
+            float sum[TOGETHER];
+            float *row = rest + n * length + t;
+            for (int i = 0; i < TOGETHER; i++) sum[i] = row[i];
+            for (int64_t b = 0; b < block; b++) {
+                const float share = shares[b * stride + n], *error = errors + b * length + t;
+                for (int i = 0; i < TOGETHER; i++) sum[i] -= share * error[i];
+            }
+            for (int i = 0; i < TOGETHER; i++) row[i] = sum[i];
+        }
+        for (; t < length; t++) {
+            float sum = rest[n * length + t];
+            for (int64_t b = 0; b < block; b++) sum -= shares[b * stride + n] * errors[b * length + t];
+            rest[n * length + t] = sum;
+        }
+    }
+}
+
+EXPORT void bivlm_feed_back(float *rest, const float *shares, const float *errors, int64_t count, int64_t block,
+                            int64_t length, int64_t stride) {
+    feed_rows(rest, shares, errors, count, block, length, stride);
+}
+
+/* Read tiles: levels[sum of lengths], the level of every number. Eight bytes behind the stream's end are read. */
+static inline uint64_t word(const uint8_t *stream, int64_t bit) {
+    uint64_t bytes;
+    memcpy(&bytes, stream + (bit >> 3), 8);
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    bytes = __builtin_bswap64(bytes);
+#endif
+    return bytes << (bit & 7);
+}
+
+EXPORT void bivlm_trellis_read(const uint8_t *stream, const int64_t *begins, const int64_t *lengths, int64_t tiles,
+                               const uint8_t *pattern, int64_t state_bits, const uint8_t *code, uint8_t *levels) {
+    const unsigned states = 1u << state_bits, mask = states - 1;
+    const int down = 64 - (int)state_bits;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t begin = begins[tile], end = begins[tile + 1];
+        int64_t bit = begin, length = lengths[tile], t = 0;
+        unsigned state = length < SHORTEST ? 0 : (unsigned)(word(stream, end - state_bits) >> down);
+        /* The first bits of the tile follow the last ones; from then on a window on the stream is the state. */
+        for (; t < length && bit < begin + state_bits; t++) {
+            const int bits = pattern[t & 3];
+            if (bits) state = ((state << bits) | (unsigned)(word(stream, bit) >> (64 - bits))) & mask;
+            bit += bits;
+            levels[t] = code[(bits ? 0 : states) + state];
+        }
+        for (; t < length; t++) {
+            const int bits = pattern[t & 3];
+            bit += bits;
+            levels[t] = code[(bits ? 0 : states) + (unsigned)(word(stream, bit - state_bits) >> down)];
+        }
+        levels += length;
+    }
+}
+
+/* Two-sided error feedback of some elements (i, j) of a weight [rows][columns]: see trellis_feedback.py. */
+WIDEST static void add_row(float *restrict to, const float *restrict from, float factor, int64_t count) {
+    for (int64_t n = 0; n < count; n++) to[n] += factor * from[n];
+}
+
+EXPORT void bivlm_feed_both(const float *weight, const float *rebuilt, const int64_t *at_i, const int64_t *at_j, float *fed,
+                            float *fed_outputs, const float *output_shares, const float *shares, int64_t count,
+                            int64_t rows, int64_t columns) {
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t i = at_i[n], j = at_j[n];
+        const float before = fed[i * columns + j];
+        const float error = weight[i * columns + j] - (before + fed_outputs[j * rows + i]) - rebuilt[n];
+        const float product = error + before;
+        add_row(fed + i * columns + j + 1, shares + j * columns + j + 1, error, columns - j - 1);
+        add_row(fed_outputs + j * rows + i + 1, output_shares + i * rows + i + 1, product, rows - i - 1);
+    }
+}

@@ -1,0 +1,311 @@
+"""Trellis-coded quantization: a sequence of numbers as bits whose last L, the state, choose each number's level.
+
+A step takes in k new bits, ``s_t = (s_(t-1) 2^k + b_t) mod 2^L`` (a bit-shift trellis: QTIP, arXiv 2406.11235), and
+reads the level of the new state in a table. There are 16 levels, those of Bi-VLM: a sign and one of eight groups of
+magnitudes, unequal ones, of which the last hold the salient tail. So sign, group and salient level of a weight cost the
+k bits of its step together, whatever their entropy. A `rate` of bits per number is a pattern of k over four steps. A
+step without bits reads a second table at the state as it is.
+
+A sequence bites its tail: the state before its first step is the one after its last, so that no bits are spent on a
+first state; one of fewer than 64 numbers begins at state 0 instead. The search (Viterbi's) finds the seam's state on a
+free path around it, then the best path that begins and ends there. Path costs are integers, 16 bits: every machine
+finds the same path.
+
+Tables are trained on a unit Gaussian by `benchmarks.trellis_codes` and are part of the format.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import pairwise
+from typing import Literal, get_args
+
+import numpy as np
+
+from bivlm import kernels
+from bivlm.errors import InputError
+
+RATES = tuple(quarters / 4 for quarters in range(2, 13))
+StateBits = Literal[12, 14]
+STATE_BITS: tuple[int, ...] = get_args(StateBits)
+LEVELS = 16
+MAGNITUDES = LEVELS // 2
+PERIOD = 4  # steps, after which a pattern of bits begins again
+SHORTEST = 64  # of the sequences that bite their tail: they have more bits than a state, whatever their rate
+_UNIT = 4096.0  # of a path's cost in a variance: 16 variances are between the best path and those that are given up
+_SEAM_BITS = 5  # times the bits of a state, either side of the seam: the best path there depends on no more
+_TOGETHER = 1 << 24  # path costs of sequences that numpy searches at once
+_READ_TOGETHER = 1 << 20
+
+
+@dataclass(frozen=True)
+class TrellisCode:
+    """A code for unit variance.
+
+    Attributes:
+        state_bits: L.
+        rate: bits per number.
+        table: uint8 (2, 2^L), the level of a state after a step with bits, and after one without.
+        magnitudes: float32 (8,), rising, of a unit Gaussian.
+        error: mean squared error on a unit Gaussian, in sequences of 256.
+    """
+
+    state_bits: int
+    rate: float
+    table: np.ndarray
+    magnitudes: np.ndarray
+    error: float
+
+    @property
+    def pattern(self) -> tuple[int, ...]:
+        """Bits of each of four steps."""
+        return pattern(self.rate)
+
+
+def pattern(rate: float) -> tuple[int, ...]:
+    """Return the bits of each of four steps, the first step with some."""
+    ends = [-(-step * round(rate * PERIOD) // PERIOD) for step in range(PERIOD + 1)]
+    return tuple(end - begin for begin, end in pairwise(ends))
+
+
+def steps_of(rate: float, length: int) -> np.ndarray:
+    """Return the bits of every step of a sequence, uint8 (length,)."""
+    return np.resize(np.array(pattern(rate), np.uint8), length)
+
+
+def bits_of(rate: float, lengths: np.ndarray) -> np.ndarray:
+    """Return the bits of sequences, int64 (R,), by their lengths."""
+    return -(-lengths * round(rate * PERIOD) // PERIOD)
+
+
+@cache
+def trellis_code(state_bits: int, rate: float) -> TrellisCode:
+    """Return the code of this many states and this rate; raises `InputError` if there is none."""
+    if rate not in RATES or state_bits not in STATE_BITS:
+        raise InputError(f"trellis code of {state_bits} state bits, rate {rate}: expected {STATE_BITS} and {RATES}")
+    file = resources.files("bivlm.numerics") / "trellis_codes" / f"{state_bits}-{rate}.bin"
+    return from_bytes(file.read_bytes(), state_bits, rate)
+
+
+def from_bytes(content: bytes, state_bits: int, rate: float) -> TrellisCode:
+    """Return the code in `content`: the error, eight magnitudes (float32), the tables, two states a byte."""
+    numbers = np.frombuffer(content, "<f4", 1 + MAGNITUDES)
+    packed = np.frombuffer(content, np.uint8, offset=numbers.nbytes)
+    table = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, 1 << state_bits)
+    table = np.ascontiguousarray(np.broadcast_to(table, (2, 1 << state_bits)))
+    return TrellisCode(state_bits, rate, table, numbers[1:].copy(), float(numbers[0]))
+
+
+def to_bytes(code: TrellisCode) -> bytes:
+    """Return what `from_bytes` reads; the second table only where some step reads it."""
+    table = code.table[: 1 + (0 in code.pattern)].reshape(-1, 2)
+    numbers = np.array([code.error, *code.magnitudes], "<f4")
+    return numbers.tobytes() + (table[:, 0] | table[:, 1] << 4).astype(np.uint8).tobytes()
+
+
+def levels_of(magnitudes: np.ndarray) -> np.ndarray:
+    """Return the 16 levels, float32, of eight magnitudes: index 8 and more are negative."""
+    return np.concatenate([magnitudes, -magnitudes]).astype(np.float32)
+
+
+def search(x_RT: np.ndarray, code: TrellisCode, levels: np.ndarray, weights_RT: np.ndarray | None = None) -> np.ndarray:
+    """Return the new bits of each step, uint8 (R, T), of the best paths for R sequences of unit variance.
+
+    `x_RT` is float32 and finite, `levels` (16,) are what the code's levels stand for now; `weights_RT` of squared
+    errors, float32 with a mean of about 1.
+    """
+    reach = float(np.float32(1 + float(np.abs(levels).max())))
+    steps = steps_of(code.rate, x_RT.shape[1])
+    around = min(x_RT.shape[1] // 2, -(-round(_SEAM_BITS * code.state_bits / code.rate) // PERIOD) * PERIOD)
+    if kernels.native() is not None:
+        return _search_native(x_RT, code, levels, weights_RT, steps, reach, around)
+    cost_RTS = _level_costs(x_RT, levels, reach, weights_RT)
+    together = max(1, _TOGETHER // (x_RT.shape[1] << (code.state_bits - 1)))
+    parts = [cost_RTS[at : at + together] for at in range(0, len(x_RT), together)]
+    return np.concatenate([_search(part, steps, code, around) for part in parts])
+
+
+def _search_native(
+    x_RT: np.ndarray,
+    code: TrellisCode,
+    levels: np.ndarray,
+    weights_RT: np.ndarray | None,
+    steps: np.ndarray,
+    reach: float,
+    around: int,
+) -> np.ndarray:
+    library = kernels.native()
+    assert library is not None
+    x_RT = np.ascontiguousarray(x_RT)
+    symbols_RT = np.empty(x_RT.shape, np.uint8)
+    at, whole = kernels.pointer, ctypes.c_int64
+    failed = library.bivlm_trellis_search(
+        at(x_RT),
+        at(np.ascontiguousarray(weights_RT)) if weights_RT is not None else None,
+        *map(whole, x_RT.shape),
+        at(steps),
+        whole(code.state_bits),
+        at(code.table),
+        at(levels),
+        ctypes.c_float(reach),
+        ctypes.c_float(_UNIT),
+        whole(around),
+        at(symbols_RT),
+    )
+    if failed:
+        raise MemoryError("no memory for a search of the trellis")
+    return symbols_RT
+
+
+def _level_costs(x_RT: np.ndarray, levels: np.ndarray, reach: float, weights_RT: np.ndarray | None) -> np.ndarray:
+    """Return what each level costs at each step, uint16 (R, T, 16)."""
+    apart = np.clip(x_RT, np.float32(-reach), np.float32(reach))[:, :, None] - levels
+    cost = apart * apart * np.float32(_UNIT)
+    if weights_RT is not None:
+        cost = cost * weights_RT[:, :, None]
+    return np.minimum(cost + np.float32(0.5), np.float32(65535)).astype(np.uint16)
+
+
+def _search(cost_RTS: np.ndarray, steps: np.ndarray, code: TrellisCode, around: int) -> np.ndarray:
+    """Search as the native code does, all sequences together, step by step."""
+    rows, length = cost_RTS.shape[:2]
+    walk = _Walk(code, steps, cost_RTS)
+    states = np.arange(1 << code.state_bits)
+    if length < SHORTEST:
+        every, shared_R, inside = 1, np.zeros(rows, np.int64), np.broadcast_to(states == 0, (rows, len(states)))
+    else:
+        cost_RS = np.zeros((rows, len(states)), np.uint16)
+        seam = [at % length for at in range(length - around, length + around)]
+        state_R = walk.back(seam[around:], walk.run(seam, cost_RS)[around:], cost_RS.argmin(1))[-1]
+        every = len(states) >> int(steps[0])
+        shared_R = state_R & (every - 1)
+        inside = states % every == shared_R[:, None]
+    cost_RS = np.where(inside, np.uint16(0), np.uint16(65535))
+    chosen = walk.run(range(length), cost_RS)
+    ends = np.where(states % every == shared_R[:, None], cost_RS, 65535).argmin(1)
+    path = walk.back(range(length), chosen, ends)[-2::-1]
+    return np.stack([(path[t] & ((1 << int(steps[t])) - 1)).astype(np.uint8) for t in range(length)], axis=1)
+
+
+class _Walk:
+    """Steps of the search through the states of some sequences."""
+
+    def __init__(self, code: TrellisCode, steps: np.ndarray, cost_RTS: np.ndarray) -> None:
+        self._code, self._steps, self._costs = code, steps, cost_RTS
+        self._keep = np.uint16(65535 ^ ((1 << max(1, int(steps.max()))) - 1))
+
+    def run(self, at: Sequence[int], cost_RS: np.ndarray) -> list[np.ndarray]:
+        """Bring the cost of every state forward in place; return which predecessor each group of states came from."""
+        came_from = []
+        for t in at:
+            bits = int(self._steps[t])
+            if bits:
+                kept = (cost_RS & self._keep).reshape(len(cost_RS), 1 << bits, -1)
+                for number in range(1, 1 << bits):
+                    kept[:, number] |= np.uint16(number)
+                best = kept.min(1)
+                came_from.append((best & ~self._keep).astype(np.uint8))
+                best &= self._keep
+                best -= best.min(1, keepdims=True)
+            else:
+                best = cost_RS
+                came_from.append(np.empty((len(cost_RS), 0), np.uint8))
+            added = self._costs[:, t][:, self._code.table[0 if bits else 1]]
+            total = np.repeat(best, 1 << bits, axis=1) + added
+            cost_RS[:] = np.where(total < added, np.uint16(65535), total)
+        return came_from
+
+    def back(self, at: Sequence[int], came_from: list[np.ndarray], state_R: np.ndarray) -> list[np.ndarray]:
+        """Return the states from the last one back to that before the first step."""
+        states = [state_R]
+        for t, chosen in zip(reversed(at), reversed(came_from), strict=True):
+            bits = int(self._steps[t])
+            if bits:
+                state = states[-1]
+                group = state >> bits
+                first = chosen[np.arange(len(state)), group].astype(np.int64)
+                states.append(first << (self._code.state_bits - bits) | group)
+            else:
+                states.append(states[-1])
+        return states
+
+
+def write(symbols: np.ndarray, lengths: np.ndarray, rate: float) -> np.ndarray:
+    """Return the bytes, uint8, of sequences of these lengths, int64 (R,), whose new bits come one after another."""
+    steps = _steps_of_all(lengths, rate)
+    ends = np.cumsum(steps, dtype=np.int64)
+    bits = np.zeros(int(ends[-1]), np.uint8)
+    for place in range(int(steps.max())):
+        there = steps > place
+        bits[ends[there] - 1 - place] = symbols[there] >> place & 1
+    return np.packbits(bits)
+
+
+def read(stream: np.ndarray, lengths: np.ndarray, code: TrellisCode) -> np.ndarray:
+    """Return the level of every number, uint8, of sequences of these lengths, int64 (R,), one after another."""
+    library = kernels.native()
+    begins = np.concatenate([[0], np.cumsum(bits_of(code.rate, lengths))]).astype(np.int64)
+    found = np.empty(int(lengths.sum()), np.uint8)
+    if library is not None:
+        stream = np.concatenate([stream, np.zeros(8, np.uint8)])  # words are read whole
+        at, whole = kernels.pointer, ctypes.c_int64
+        pattern_bits = np.array(code.pattern, np.uint8)
+        library.bivlm_trellis_read(
+            at(stream),
+            at(begins),
+            at(np.ascontiguousarray(lengths)),
+            whole(len(lengths)),
+            at(pattern_bits),
+            whole(code.state_bits),
+            at(code.table),
+            at(found),
+        )
+        return found
+    bits = np.unpackbits(stream)
+    firsts = np.cumsum(lengths) - lengths
+    for length in np.unique(lengths).tolist():
+        rows = np.flatnonzero(lengths == length)
+        steps = steps_of(code.rate, length)
+        for some in np.array_split(rows, -(-len(rows) * length // _READ_TOGETHER)):
+            tile_bits = bits[begins[some, None] + np.arange(int(steps.sum()))]
+            symbols = np.zeros((len(some), length), np.uint8)
+            ends = np.cumsum(steps)
+            for place in range(int(steps.max())):
+                there = steps > place
+                symbols[:, there] |= tile_bits[:, ends[there] - 1 - place] << np.uint8(place)
+            found[firsts[some, None] + np.arange(length)] = level_indices(symbols, code)
+    return found
+
+
+def _steps_of_all(lengths: np.ndarray, rate: float) -> np.ndarray:
+    """Return the bits of every step of every sequence, uint8 (sum of lengths,)."""
+    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.array(pattern(rate), np.uint8)[place % PERIOD]
+
+
+def states_of(symbols_RT: np.ndarray, code: TrellisCode) -> np.ndarray:
+    """Return the state of every step, uint16 (R, T), of sequences by their new bits (R, T)."""
+    steps = steps_of(code.rate, symbols_RT.shape[1]).tolist()
+    mask, state_R = np.uint32((1 << code.state_bits) - 1), np.zeros(len(symbols_RT), np.uint32)
+    symbols_TR = np.ascontiguousarray(symbols_RT.T)
+    # The bits at the end are the state before the first step.
+    last, taken = len(steps), 0
+    while len(steps) >= SHORTEST and taken < code.state_bits:
+        last -= 1
+        taken += steps[last]
+    states_TR = np.empty(symbols_TR.shape, np.uint16)
+    for t in [*range(last, len(steps)), *range(len(steps))]:
+        state_R = (state_R << np.uint32(steps[t]) | symbols_TR[t]) & mask
+        states_TR[t] = state_R
+    return np.ascontiguousarray(states_TR.T)
+
+
+def level_indices(symbols_RT: np.ndarray, code: TrellisCode) -> np.ndarray:
+    """Return the level of every number, uint8 (R, T), of sequences by their new bits (R, T)."""
+    states_RT = states_of(symbols_RT, code)
+    table_T = np.resize(np.array([bits == 0 for bits in code.pattern], np.uint8), states_RT.shape[1])
+    return code.table[table_T, states_RT]
