@@ -15,7 +15,7 @@ import httpx
 import psutil
 import psycopg2
 
-from infra.servers import Servers
+from infra.stack import Servers
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny_llava import make_tiny_llava
 
-from infra.servers import Servers
+from infra.stack import Servers
 from tests.integration.conftest import COMPONENTS, ask_about_colours, talk_about_colours
 from tests.integration.platform_processes import Api, Worker, until
 
