@@ -15,6 +15,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import bivlm
+from bivlm.checkpoint.reading import LINEAGE
+from bivlm.reference import CHECKPOINT
+
 RUNS = 5
 COMMAND = [sys.executable, "-m", "flows.cli"]
 
@@ -26,11 +30,16 @@ def cpu_seconds(command: Sequence[str | Path]) -> float:
 
 def starts(packed: Path) -> dict[str, float]:
     """Return CPU seconds by what was started."""
-    return {
-        "import bivlm": cpu_seconds([sys.executable, "-c", "import bivlm"]),
-        "bivlm bits": cpu_seconds([*COMMAND, "bits", packed]),
-        "bivlm --help": cpu_seconds([*COMMAND, "--help"]),
+    commands = {
+        "import bivlm": [sys.executable, "-c", "import bivlm"],
+        "bivlm --help": [*COMMAND, "--help"],
+        "bivlm bits": [*COMMAND, "bits", packed],
+        "bivlm lineage": [*COMMAND, "lineage", packed],
+        "bivlm inspect": [*COMMAND, "inspect", "--model", packed],
     }
+    if not (packed / LINEAGE).exists():
+        del commands["bivlm lineage"]
+    return {what: cpu_seconds(command) for what, command in commands.items()}
 
 
 def _once(command: Sequence[str | Path]) -> float:
@@ -47,13 +56,10 @@ def main() -> None:
     packed = parser.parse_args().packed
     with tempfile.TemporaryDirectory() as place:
         if packed is None:
-            import bivlm
-            from bivlm.reference import CHECKPOINT
-
             packed = Path(place) / "packed"
             bivlm.compress_model(CHECKPOINT, "rtn-w2g128", packed)
         for what, seconds in starts(packed).items():
-            print(f"{what:<14}{seconds:6.2f} s")
+            print(f"{what:<15}{seconds:6.2f} s")
 
 
 if __name__ == "__main__":

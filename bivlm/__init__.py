@@ -3,8 +3,8 @@
 Importing this package lets ``AutoModelForImageTextToText.from_pretrained`` load packed checkpoints. It imports neither
 torch nor transformers: once transformers' quantizers are imported, before or after, ``bivlm`` is registered with them.
 
-What a notebook needs is here: `load_recipe`, `pack_layer`, `compress_model`, `measure_bits` and `load_model`. Each is
-imported on first use.
+What a notebook or a served model needs is here: `load_recipe`, `pack_layer`, `compress_model`, `measure_bits`,
+`load_model` and `answer`. Each is imported on first use.
 
 Shapes are written as suffix letters, here and everywhere below:
 
@@ -32,13 +32,14 @@ from wrapt import when_imported
 
 if TYPE_CHECKING:
     from bivlm.compression.model import compress_model, pack_layer
-    from bivlm.evaluation.generation import load_model
+    from bivlm.evaluation.generation import answer, load_model
     from bivlm.recipe.loading import load_recipe
     from bivlm.reports.bits import bits_of as measure_bits
 
-__all__ = ["compress_model", "load_model", "load_recipe", "measure_bits", "pack_layer"]
+__all__ = ["answer", "compress_model", "load_model", "load_recipe", "measure_bits", "pack_layer"]
 
 _PLACES = {
+    "answer": ("bivlm.evaluation.generation", "answer"),
     "compress_model": ("bivlm.compression.model", "compress_model"),
     "load_model": ("bivlm.evaluation.generation", "load_model"),
     "load_recipe": ("bivlm.recipe.loading", "load_recipe"),

@@ -84,12 +84,12 @@ def encode_samples(
     def encode(place: Path) -> Figures:
         folder = str(base.model.folder)
         with store.scratch() as samples_folder:
-            conversations = load_samples(store.fetch_folder(frozen.record.outputs, samples_folder))
+            samples = load_samples(store.fetch_folder(frozen.record.outputs, samples_folder))
             processor = load_processor(folder)
             with held_model(base, device) as model:
-                samples = [with_reply(read_reply(model, processor, conversation)) for conversation in conversations]
-        write_samples(samples, place / SAMPLES_FILE)
-        return {"samples": len(samples)}
+                encoded = [with_reply(read_reply(model, processor, sample)) for sample in samples]
+        write_samples(encoded, place / SAMPLES_FILE)
+        return {"samples": len(encoded)}
 
     return Calibration(base, settings, do_step(store, identity, encode), device, workspace)
 

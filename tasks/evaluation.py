@@ -110,8 +110,8 @@ def compute_reference_logits(
     identity = step_identity(LOGITS_STAGE, DIVERGENCE_VERSION, inputs, None, exact=False, device=device.kind)
 
     def compute(place: Path) -> Figures:
-        with _asked(folder, sha256, calibration, device, store) as (model, processor, conversations):
-            reference_logits(model, processor, conversations, place / LOGITS_FILE)
+        with _asked(folder, sha256, calibration, device, store) as (model, processor, samples):
+            reference_logits(model, processor, samples, place / LOGITS_FILE)
         return {}
 
     done = do_step(store, identity, compute)
@@ -141,8 +141,8 @@ def measure_divergence(
 
     def compute(_place: Path) -> Figures:
         asked, modules = _asked(folder, sha256, calibration, device, store), Checkpoint.open(folder).modules
-        with asked as (model, processor, conversations), pruned_if(model, pruning, modules):
-            return {"kl": kl_divergence(model, processor, conversations, store.fetch(reference))}
+        with asked as (model, processor, samples), pruned_if(model, pruning, modules):
+            return {"kl": kl_divergence(model, processor, samples, store.fetch(reference))}
 
     done = do_step(store, identity, compute)
     advance(DIVERGENCE_STAGE)
@@ -164,9 +164,9 @@ def _asked(
     folder: str, sha256: str, calibration: StepResult, device: Device, store: Workspace
 ) -> Iterator[tuple[PreTrainedModel, ProcessorMixin, list[CalibrationSample]]]:
     """Yield model, processor and the held-out samples."""
-    with store.scratch() as samples:
-        conversations = load_held_out(store.fetch_folder(calibration.record.outputs, samples))
-        yield *loaded_model(folder, sha256, device), conversations
+    with store.scratch() as place:
+        samples = load_held_out(store.fetch_folder(calibration.record.outputs, place))
+        yield *loaded_model(folder, sha256, device), samples
 
 
 _held: HeldModel[tuple[PreTrainedModel, ProcessorMixin]] = HeldModel()

@@ -36,19 +36,18 @@ def finish_layers(
     base: Base,
     layers: Sequence[Layer],
     shards: dict[str, StepResult],
-    samples: StepResult,
+    frozen: StepResult,
     settings: FinishSettings,
     device: Device,
     workspace: str,
 ) -> tuple[dict[str, StepResult], list[StepResult]]:
     """Tune the packed layers; returns the new shard of every layer by name, and the steps in between."""
     store = open_workspace(workspace)
-    frozen = samples.record.figures["sha256"]
-    inputs = {"checkpoint": base.sha256, "samples": frozen}
+    inputs = {"checkpoint": base.sha256, "samples": frozen.record.figures["sha256"]}
     known = do_step(
         store,
         step_identity(LOGITS_STAGE, VERSION, inputs, None, exact=False, device=device.kind),
-        lambda place: _write_logits(base, samples, device, store, place / LOGITS_FILE),
+        lambda place: _write_logits(base, frozen, device, store, place / LOGITS_FILE),
     )
     logits = known.record.outputs[LOGITS_FILE]
     packed = {name: done.record.outputs[binarization.FILE] for name, done in shards.items()}
@@ -63,10 +62,10 @@ def finish_layers(
     def tune(place: Path) -> Figures:
         with gpu_slot(device), store.scratch() as folder:
             model, processor = load_model(base.model.folder, device.place)
-            conversations = load_samples(store.fetch_folder(samples.record.outputs, folder))
+            samples = load_samples(store.fetch_folder(frozen.record.outputs, folder))
             tensors = {name: _read(store.fetch(reference)) for name, reference in packed.items()}
-            with StoredLogProbabilities(store.fetch(logits), len(conversations)) as full_precision:
-                arguments = (model, processor, tensors, conversations, full_precision, settings, progress)
+            with StoredLogProbabilities(store.fetch(logits), len(samples)) as full_precision:
+                arguments = (model, processor, tensors, samples, full_precision, settings, progress)
                 finished = smaller_after_out_of_memory(
                     lambda size: finish(*arguments, together=size), min(default_batch_size(model), settings.batch)
                 )
@@ -84,11 +83,11 @@ def finish_layers(
     return {layer.name: _measured(layer, shards[layer.name], tuned, store) for layer in layers}, [known, tuned]
 
 
-def _write_logits(base: Base, samples: StepResult, device: Device, store: Workspace, file: Path) -> Figures:
+def _write_logits(base: Base, frozen: StepResult, device: Device, store: Workspace, file: Path) -> Figures:
     """Write the full-precision model's logits on the calibration samples."""
     with gpu_slot(device), store.scratch() as folder:
         model, processor = load_model(base.model.folder, device.place)
-        reference_logits(model, processor, load_samples(store.fetch_folder(samples.record.outputs, folder)), file)
+        reference_logits(model, processor, load_samples(store.fetch_folder(frozen.record.outputs, folder)), file)
     return {}
 
 

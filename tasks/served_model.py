@@ -1,17 +1,20 @@
-"""The model that MLflow serves: the packed checkpoint, loaded as it is stored. MLflow runs this file by itself."""
+"""The model that MLflow serves: the packed checkpoint, loaded as it is stored.
+
+MLflow copies this file into every registered version and runs it by itself, with whatever bivlm is installed then. It
+imports only what `bivlm` itself offers, so that modules can move.
+"""
 
 from __future__ import annotations
 
 import base64
-from typing import Any
+from collections.abc import Iterator
 
 import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from PIL import Image
 
+import bivlm
 from bivlm.errors import InputError
-from bivlm.sources.images import decode_image
 
 
 class PackedVisionLanguageModel(PythonModel):
@@ -21,31 +24,22 @@ class PackedVisionLanguageModel(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        from bivlm.evaluation.generation import load_model
-
-        self.model, self.processor = load_model(context.artifacts["checkpoint"])
+        self.model, self.processor = bivlm.load_model(context.artifacts["checkpoint"])
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, int] | None = None
     ) -> list[str]:
-        from bivlm.evaluation.generation import answer_batch
-        from bivlm.sources.samples import VqaSample
-
-        samples = []
-        for index, row in enumerate(model_input.itertuples()):
-            image = _image(row.image, f"row {index}, column 'image'")
-            samples.append(VqaSample(str(index), str(index), image, row.question, answers=()))
         max_new_tokens = (params or {}).get("max_new_tokens", 16)
-        return answer_batch(self.model, self.processor, samples, max_new_tokens)
+        return bivlm.answer(self.model, self.processor, _questions(model_input), max_new_tokens)
 
 
-def _image(value: Any, name: str) -> Image.Image:
-    """Return the image that is given as base64; raises `InputError` with `name`."""
-    try:
-        content = base64.b64decode(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: expected the file of an image in base64: {error}") from None
-    return decode_image(content, name)
+def _questions(table: pd.DataFrame) -> Iterator[tuple[bytes, str]]:
+    """Yield the image file and text of each row; raises `InputError` naming a row whose image is not base64."""
+    for number, row in enumerate(table.itertuples()):
+        try:
+            yield base64.b64decode(row.image), row.question
+        except (TypeError, ValueError) as error:
+            raise InputError(f"question {number}, image: expected a file in base64: {error}") from None
 
 
 mlflow.models.set_model(PackedVisionLanguageModel())

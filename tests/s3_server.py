@@ -6,6 +6,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.servers import forget_s3_clients
+
 
 @pytest.fixture(scope="session")
 def s3_endpoint():
@@ -22,6 +24,7 @@ def s3_endpoint():
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
+    forget_s3_clients()
     boto3.client("s3").create_bucket(Bucket="bivlm-tests")
     yield environment["AWS_ENDPOINT_URL"]
     for name, value in before.items():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 ACCESS_KEY, SECRET = "bivlm-tests", "s3cret-of-the-tests"
@@ -95,8 +96,20 @@ def s3_server(s3_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, value in s3_environment(server).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("BIVLM_CACHE", str(tmp_path / "cache"))
+    forget_s3_clients()
     yield server
     server.kill()
+    forget_s3_clients()
+
+
+def forget_s3_clients() -> None:
+    """Make boto3 and MLflow read the environment again, as they do in the processes of users, which know one server.
+
+    boto3's default session keeps the first credentials, and MLflow keeps clients for five minutes.
+    """
+    boto3.DEFAULT_SESSION = None
+    if mlflow_clients := sys.modules.get("mlflow.store.artifact.s3_artifact_repo"):
+        mlflow_clients._cached_get_s3_client.cache_clear()
 
 
 def s3_environment(server: Server) -> dict[str, str]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.lines import words_by_page
+
 ROOT = Path(__file__).parents[1]
-COUNTED = ("README.md", "docs/*.md", "infra/README.md", "CONTRIBUTING.md")
 MOST_WORDS = 15_000
 INDEX = ROOT / "docs" / "README.md"
 OF_OTHERS = {"--model_args", "--resume"}  # options of lmms-eval and of the training
@@ -87,16 +88,25 @@ def recipes() -> set[str]:
 
 
 def module_path(name: str) -> Path | None:
-    """The file that ``python -m name`` runs, or that ``import name`` reads."""
+    """The file that ``import name`` reads."""
     path = ROOT.joinpath(*name.split("."))
     return next((each for each in (path.with_suffix(".py"), path / "__init__.py") if each.is_file()), None)
+
+
+def program(name: str) -> str:
+    """The source that ``python -m name`` runs; "" for a module that would only be imported, which does nothing."""
+    package, module = (ROOT.joinpath(*name.split(".")) / "__main__.py", module_path(name))
+    if package.is_file():
+        return package.read_text()
+    source = module.read_text() if module else ""
+    return source if '__name__ == "__main__"' in source else ""
 
 
 every_page = pytest.mark.parametrize("page", pages())
 
 
 def test_the_documentation_stays_short():
-    words = {str(path): len(path.read_text().split()) for pattern in COUNTED for path in ROOT.glob(pattern)}
+    words = words_by_page(ROOT)
     assert sum(words.values()) < MOST_WORDS, words
 
 
@@ -197,11 +207,24 @@ def test_every_module_that_is_run_exists_and_knows_its_options(page):
         name, *arguments = words[words.index("-m") + 1 :]
         if name.partition(".")[0] not in OURS or name.endswith(".NAME"):
             continue
-        path = module_path(name)
+        source = program(name)
         options = [word for word in arguments if word.startswith("--")]
-        if path is None or any(f'"{option}"' not in path.read_text() for option in options):
+        if not source or any(f'"{option}"' not in source for option in options):
             wrong.append(" ".join(words))
     assert wrong == []
+
+
+def test_every_module_that_code_runs_is_a_program():
+    """`python -m` of a module without a main part succeeds and does nothing, which no exit code shows."""
+    found = {
+        name
+        for floor in (*OURS, "tests")
+        for path in (ROOT / floor).rglob("*.py")
+        for name in re.findall(r'"-m", "([\w.]+)"', path.read_text())
+        if name.partition(".")[0] in (*OURS, "tests")
+    }
+    assert len(found) >= 4
+    assert {name for name in found if not program(name)} == set()
 
 
 @every_page

@@ -59,7 +59,7 @@ def finish(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     packed: Mapping[str, torch.Tensor],
-    conversations: Sequence[CalibrationSample],
+    samples: Sequence[CalibrationSample],
     full_precision: StoredLogProbabilities,
     settings: FinishSettings,
     progress: Progress | None = None,
@@ -69,7 +69,7 @@ def finish(
     """Tune the numbers of `packed` (by the names of linear layers in `model`).
 
     `model` is the full-precision model; its linear layers get the rebuilt weights and are of no use afterwards.
-    `full_precision` holds its log-probabilities on the `conversations`. The number of steps is chosen by tuning on a
+    `full_precision` holds its log-probabilities on the `samples`. The number of steps is chosen by tuning on a
     part of these and judging by the others: as many as leave the smallest divergence there, at a third of the rate
     where that is too high for as many numbers as the format holds. Then as many steps are taken on all.
 
@@ -79,10 +79,10 @@ def finish(
     sample, ArithmeticError if the divergence is or becomes NaN.
     """
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
-    answers = _Answers(model, processor, conversations, full_precision, together or settings.batch)
+    answers = _Answers(model, processor, samples, full_precision, together or settings.batch)
     model.requires_grad_(False)
     report = progress or (lambda done, total: None)
-    tuning, judging = _split(len(conversations), settings)
+    tuning, judging = _split(len(samples), settings)
     _restart(layers)
     before = best = answers.divergence(judging)
     if not math.isfinite(before):
@@ -101,7 +101,7 @@ def finish(
         _restart(layers)
         if steps:
             break
-    for step in itertools.islice(_descent(layers, answers, range(len(conversations)), settings, rate), steps):
+    for step in itertools.islice(_descent(layers, answers, range(len(samples)), settings, rate), steps):
         report(settings.steps + step, 2 * settings.steps)
     report(2 * settings.steps, 2 * settings.steps)
     return Finished({layer.name: layer.packed() for layer in layers}, before, best, steps, rate)
@@ -179,11 +179,11 @@ class _Answers:
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        conversations: Sequence[CalibrationSample],
+        samples: Sequence[CalibrationSample],
         full_precision: StoredLogProbabilities,
         together: int,
     ) -> None:
-        self._model, self._processor, self._conversations = model, processor, conversations
+        self._model, self._processor, self._samples = model, processor, samples
         self._full_precision, self._together = full_precision, together
         self._replies: dict[int, Reply] = {}
 
@@ -217,12 +217,12 @@ class _Answers:
 
     def _reply(self, number: int) -> Reply:
         if number not in self._replies:
-            self._replies[number] = read_reply(self._model, self._processor, self._conversations[number])
+            self._replies[number] = read_reply(self._model, self._processor, self._samples[number])
         return self._replies[number]
 
     def _inputs(self, numbers: list[int]) -> BatchFeature:
         """Return samples with their replies as the model takes them, padded on the left."""
-        some = [self._conversations[number] for number in numbers]
+        some = [self._samples[number] for number in numbers]
         texts = [
             render_dialogue(self._processor, each.user, each.assistant, image=each.image is not None) for each in some
         ]
@@ -231,18 +231,18 @@ class _Answers:
     def _portions(self, numbers: Sequence[int]) -> Iterator[list[int]]:
         """Yield batches that go through the model at once, samples with and without an image apart."""
         for with_image in (True, False):
-            some = [number for number in numbers if (self._conversations[number].image is not None) == with_image]
+            some = [number for number in numbers if (self._samples[number].image is not None) == with_image]
             for begin in range(0, len(some), self._together):
                 yield some[begin : begin + self._together]
 
 
-def _split(conversations: int, settings: FinishSettings) -> tuple[list[int], list[int]]:
+def _split(samples: int, settings: FinishSettings) -> tuple[list[int], list[int]]:
     """Return the samples to tune on and those to judge by, at least one of each."""
-    if conversations < 2:
-        raise InputError("finishing: got one conversation, expected at least two, one to tune on and one to judge by")
-    numbers = list(range(conversations))
+    if samples < 2:
+        raise InputError("finishing: got one sample, expected at least two, one to tune on and one to judge by")
+    numbers = list(range(samples))
     random.Random(settings.seed).shuffle(numbers)
-    judging = min(conversations - 1, max(1, round(settings.judging_share * conversations)))
+    judging = min(samples - 1, max(1, round(settings.judging_share * samples)))
     return sorted(numbers[judging:]), sorted(numbers[:judging])
 
 

@@ -51,12 +51,12 @@ def reply_log_probabilities(model: PreTrainedModel, reply: Reply) -> torch.Tenso
     """
     predicting = reply_logits(model, reply).double()
     if unusable(predicting):
-        raise not_finite(model, "logits on a conversation")
+        raise not_finite(model, "logits on a sample")
     return torch.log_softmax(predicting, dim=-1)
 
 
 def reference_logits(
-    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[CalibrationSample], file: str | Path
+    model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[CalibrationSample], file: str | Path
 ) -> Path:
     """Write the full-precision model's log-probabilities for later comparisons, one entry per sample.
 
@@ -64,16 +64,16 @@ def reference_logits(
     The same model gives the same bytes. Raises `InputError` as `read_reply`, and when there is no sample.
     """
     file = Path(file)
-    if not conversations:
-        raise InputError("reference log-probabilities: found no conversation, expected one or more")
+    if not samples:
+        raise InputError("reference log-probabilities: found no sample, expected one or more")
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     body = file.with_name(f".{file.name}.{os.getpid()}.body")
     try:
         entries, digests, end = {}, [], 0
         with body.open("wb") as stream:
-            for index, conversation in enumerate(conversations):
-                reply = read_reply(model, processor, conversation)
+            for index, sample in enumerate(samples):
+                reply = read_reply(model, processor, sample)
                 stored = reply_log_probabilities(model, reply).half().cpu()
                 begin, end = end, end + stream.write(stored.numpy().tobytes())
                 entries[_entry(index)] = {"dtype": "F16", "shape": list(stored.shape), "data_offsets": [begin, end]}
@@ -92,7 +92,7 @@ def reference_logits(
 
 
 def kl_divergence(
-    model: PreTrainedModel, processor: ProcessorMixin, conversations: Sequence[CalibrationSample], file: str | Path
+    model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[CalibrationSample], file: str | Path
 ) -> float:
     """Return the mean over all judged positions of KL(full precision || model), in nats, summed in float64.
 
@@ -101,9 +101,9 @@ def kl_divergence(
     what full precision may say, so that the divergence is infinite.
     """
     divergences: list[float] = []
-    with StoredLogProbabilities(file, len(conversations)) as stored:
-        for index, conversation in enumerate(conversations):
-            reply = read_reply(model, processor, conversation)
+    with StoredLogProbabilities(file, len(samples)) as stored:
+        for index, sample in enumerate(samples):
+            reply = read_reply(model, processor, sample)
             full = stored.of(index, reply).to(model.device)
             divergences += kl_by_token(full, reply_log_probabilities(model, reply)).tolist()
     mean = math.fsum(divergences) / len(divergences)
@@ -117,14 +117,12 @@ def kl_divergence(
 class StoredLogProbabilities:
     """A file that `reference_logits` wrote, to be closed at the end of a ``with`` block."""
 
-    def __init__(self, file: str | Path, conversations: int) -> None:
+    def __init__(self, file: str | Path, samples: int) -> None:
         """Raise `InputError` for another kind of file, or one with another number of samples."""
         self._file, self._stored = Path(file), _open(Path(file))
         self._digests = parse_json(self._stored.metadata().get("tokens_sha256", ""), file)
-        if not isinstance(self._digests, list) or len(self._digests) != conversations:
-            raise InputError(
-                f"{file}: holds {len(self._digests)} conversations, expected the {conversations} to compare"
-            )
+        if not isinstance(self._digests, list) or len(self._digests) != samples:
+            raise InputError(f"{file}: holds {len(self._digests)} samples, expected the {samples} to compare")
 
     def of(self, index: int, reply: Reply) -> torch.Tensor:
         """Return log-probabilities (T, vocabulary), float64, normalised again, of a sample that was read as `reply`.
@@ -132,9 +130,7 @@ class StoredLogProbabilities:
         Raises `InputError` if full precision read other tokens.
         """
         if reply.tokens_sha256 != self._digests[index]:
-            raise InputError(
-                f"{self._file}, conversation {index}: the model reads other tokens than full precision did"
-            )
+            raise InputError(f"{self._file}, sample {index}: the model reads other tokens than full precision did")
         return torch.log_softmax(self._stored.get_tensor(_entry(index)).double(), dim=-1)
 
     def __enter__(self) -> StoredLogProbabilities:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -22,6 +23,7 @@ from bivlm.checkpoint.remote_code import code_refused, remote_code_allowed
 from bivlm.errors import InputError
 from bivlm.numerics.logits import LogitsWatch
 from bivlm.sources.chat_template import encode, render_prompt
+from bivlm.sources.images import decode_image
 from bivlm.sources.samples import VqaSample
 from bivlm.untrusted import in_a_line
 
@@ -45,9 +47,8 @@ def load_model(
     >>> import bivlm
     >>> from bivlm.reference import CHECKPOINT, questions
     >>> model, processor = bivlm.load_model(CHECKPOINT, device="cpu")
-    >>> from bivlm.evaluation.generation import answer_batch
     >>> sample = next(iter(questions("perception")))
-    >>> answer_batch(model, processor, [sample], max_new_tokens=4), sample.answers
+    >>> bivlm.answer(model, processor, [(sample.image, sample.question)]), sample.answers
     (['yes'], ('yes',))
     """
     folder = Path(folder)
@@ -90,6 +91,32 @@ def load_processor(folder: str | Path) -> ProcessorMixin:
 def default_batch_size(model: PreTrainedModel) -> int:
     """Return how many questions make a batch when the caller does not say."""
     return BATCH_SMALL if model.num_parameters() < SMALL_MODEL else BATCH_LARGE
+
+
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Iterable[tuple[Image.Image | bytes, str]],
+    max_new_tokens: int = 16,
+) -> list[str]:
+    """Return the greedy answers of a model from `load_model` to questions, each about an image, in their order.
+
+    An image may be the bytes of a file. All go through the model at once. Raises `InputError` naming the question,
+    counted from 0, when its image cannot be read or its text holds the image placeholder; ArithmeticError naming the
+    model when it gives NaN or infinity.
+
+    >>> import bivlm
+    >>> from bivlm.reference import CHECKPOINT, questions
+    >>> sample = next(iter(questions("perception")))
+    >>> bivlm.answer(*bivlm.load_model(CHECKPOINT, device="cpu"), [(sample.image, sample.question)])
+    ['yes']
+    """
+    samples = []
+    for number, (image, text) in enumerate(questions):
+        if isinstance(image, bytes):
+            image = decode_image(image, f"question {number}, image")
+        samples.append(VqaSample(str(number), str(number), image, text, answers=()))
+    return answer_batch(model, processor, samples, max_new_tokens) if samples else []
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from huggingface_hub.errors import HFValidationError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
-from bivlm.checkpoint.linears import anatomy
+from bivlm.checkpoint.disk_names import packed_disk_names
 from bivlm.checkpoint.reading import LINEAGE, Checkpoint, digest_of_files, refuse_links_out_of
 from bivlm.checkpoint.safetensors_file import tensor_chunks
 from bivlm.errors import InputError
@@ -227,7 +227,11 @@ def _differences(recorded: Files, found: dict[str, str]) -> Iterator[str]:
 def _packed_tensors(lineage: Lineage, folder: Path) -> tuple[list[str], str]:
     """Check that each packed tensor of the checkpoint is the output of its layer's step, byte for byte."""
     checkpoint = Checkpoint.open(folder)
-    disk_names = {name: linear.disk_name for name, linear in anatomy(checkpoint).packable.items()}
+    disk_names = packed_disk_names(checkpoint)
+    if disk_names is None:
+        from bivlm.checkpoint.linears import anatomy  # takes seconds to import
+
+        disk_names = {name: linear.disk_name for name, linear in anatomy(checkpoint).packable.items()}
     problems = []
     for name in sorted(lineage.layers.keys() | checkpoint.packed.keys()):
         if name not in lineage.layers:

@@ -26,7 +26,7 @@ from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.sources.replies import read_reply
 from bivlm.sources.samples import CalibrationSample
 
-CONVERSATIONS = [
+SAMPLES = [
     CalibrationSample(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
     CalibrationSample(Image.effect_noise((40, 20), 30).convert("RGB"), "Is it a dog, or is it not?", "no"),
     CalibrationSample(Image.new("RGB", (32, 32), "red"), "Say.", "nothing"),
@@ -36,13 +36,13 @@ IMAGES = 3
 
 
 class Walk:
-    """All units of a float32 model run on the conversations, and the same model whole."""
+    """All units of a float32 model run on the samples, and the same model whole."""
 
     def __init__(self, folder, place):
         self.folder = make_tiny_llava(folder, dtype=torch.float32)
         self.model = BlockwiseModel(Checkpoint.open(self.folder))
         processor = load_processor(self.folder)
-        write_samples((with_reply(read_reply(self.model, processor, c)) for c in CONVERSATIONS), place / "samples")
+        write_samples((with_reply(read_reply(self.model, processor, c)) for c in SAMPLES), place / "samples")
         self.samples = SampleTensors(place / "samples")
         self.outputs = {}
         for unit in self.model.units:
@@ -183,7 +183,7 @@ def test_gradients_are_those_of_the_whole_model(walk):
         for name, square in rows.items():
             squares[name] = squares[name] + square.T @ taken[name].reshape(-1, taken[name].shape[-1]).square()
         for unit in walk.model.units[:-1]:
-            if number == len(CONVERSATIONS) - 1 and unit.component != "language":
+            if number == len(SAMPLES) - 1 and unit.component != "language":
                 assert found[unit.name].norms[number] == {}  # there is no image
             for site, g_T in found[unit.name].norms[number].items():
                 prefix, _, last = site.rpartition(".")

@@ -32,7 +32,7 @@ from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.sources.replies import read_reply
 from bivlm.sources.samples import CalibrationSample
 
-CONVERSATIONS = [
+SAMPLES = [
     CalibrationSample(Image.effect_noise((32, 32), 60).convert("RGB"), "What is it?", "a cat"),
     CalibrationSample(Image.new("RGB", (32, 32), "red"), "Say.", "nothing"),
     CalibrationSample(None, "Without an image?", "yes"),
@@ -111,7 +111,7 @@ class Tiny:
         self.checkpoint = Checkpoint.open(self.folder)
         self.model = BlockwiseModel(self.checkpoint)
         processor = load_processor(self.folder)
-        self.samples = [with_reply(read_reply(self.model, processor, each)) for each in CONVERSATIONS]
+        self.samples = [with_reply(read_reply(self.model, processor, each)) for each in SAMPLES]
         self.outputs = {}
         for unit in self.model.units:
             self.outputs[unit.name] = self.run(unit, self.outputs)

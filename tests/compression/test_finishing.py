@@ -36,8 +36,8 @@ METHODS = [
 def place(tmp_path_factory):
     folder = make_tiny_llava(tmp_path_factory.mktemp("finish") / "model")
     model, processor = load_model(folder, "cpu")
-    conversations = calibration_samples(8, 0)
-    return folder, conversations, reference_logits(model, processor, conversations, folder.with_name("logits"))
+    samples = calibration_samples(8, 0)
+    return folder, samples, reference_logits(model, processor, samples, folder.with_name("logits"))
 
 
 def packed_layers(folder, settings):
@@ -56,28 +56,28 @@ def packed_layers(folder, settings):
 
 
 def run(place, packed, settings=SETTINGS):
-    folder, conversations, logits = place
+    folder, samples, logits = place
     model, processor = load_model(folder, "cpu")
-    with StoredLogProbabilities(logits, len(conversations)) as full_precision:
-        return finish(model, processor, packed, conversations, full_precision, settings)
+    with StoredLogProbabilities(logits, len(samples)) as full_precision:
+        return finish(model, processor, packed, samples, full_precision, settings)
 
 
-def divergences(folder, packed, conversations):
-    """KL(full || packed) of each conversation, a mean over its reply's tokens, both models loaded anew."""
+def divergences(folder, packed, samples):
+    """KL(full || packed) of each sample, a mean over its reply's tokens, both models loaded anew."""
     full, processor = load_model(folder, "cpu")
     other, _ = load_model(folder, "cpu")
     for name, tensor in packed.items():
         other.get_submodule(name).weight.data = unpack(tensor).float()
     found = []
-    for conversation in conversations:
-        reply = read_reply(full, processor, conversation)
+    for sample in samples:
+        reply = read_reply(full, processor, sample)
         one, two = reply_log_probabilities(full, reply), reply_log_probabilities(other, reply)
         found.append(float(kl_by_token(one, two).mean()))
     return found
 
 
-def mean_divergence(folder, packed, conversations):
-    return sum(divergences(folder, packed, conversations)) / len(conversations)
+def mean_divergence(folder, packed, samples):
+    return sum(divergences(folder, packed, samples)) / len(samples)
 
 
 @pytest.mark.parametrize(
@@ -103,20 +103,20 @@ def test_it_lowers_the_divergence_on_other_samples_with_the_same_bytes(place, se
 @pytest.mark.slow
 def test_some_conversations_judge_and_in_the_end_all_are_tuned_on(place, tmp_path):
     """Which ones judge is told from outside: by another reply of one of them the divergence before changes."""
-    folder, conversations, _ = place
+    folder, samples, _ = place
     packed, settings = packed_layers(folder, METHODS[0]), FinishSettings(steps=3, batch=8, judging_share=0.25)
     first = run(place, packed, settings)
     assert first.steps > 0
     judging = []
-    for number, conversation in enumerate(conversations):
-        changed = [*conversations]
-        changed[number] = CalibrationSample(conversation.image, conversation.user, "nothing of the kind")
+    for number, sample in enumerate(samples):
+        changed = [*samples]
+        changed[number] = CalibrationSample(sample.image, sample.user, "nothing of the kind")
         model, processor = load_model(folder, "cpu")
         other = run(
             (folder, changed, reference_logits(model, processor, changed, tmp_path / "logits")), packed, settings
         )
         if other.kl_before != first.kl_before:
-            judging.append(conversation)
+            judging.append(sample)
         assert any(not torch.equal(first.packed[name], tensor) for name, tensor in other.packed.items())
     assert len(judging) == 2
     assert first.kl_before == pytest.approx(mean_divergence(folder, packed, judging), rel=1e-3)
@@ -138,23 +138,23 @@ def test_weights_that_no_step_makes_better_stay_byte_for_byte(place):
 
 
 def test_a_single_conversation_cannot_judge_itself(place, tmp_path):
-    folder, conversations, _ = place
+    folder, samples, _ = place
     model, processor = load_model(folder, "cpu")
-    logits = reference_logits(model, processor, conversations[:1], tmp_path / "logits")
-    with pytest.raises(InputError, match="got one conversation, expected at least two"):
-        run((folder, conversations[:1], logits), packed_layers(folder, METHODS[0]))
+    logits = reference_logits(model, processor, samples[:1], tmp_path / "logits")
+    with pytest.raises(InputError, match="got one sample, expected at least two"):
+        run((folder, samples[:1], logits), packed_layers(folder, METHODS[0]))
 
 
 def test_layers_that_give_nan_fail_by_name(place):
-    folder, conversations, logits = place
+    folder, samples, logits = place
     packed = packed_layers(folder, METHODS[0])
     model, processor = load_model(folder, "cpu")
     model.get_submodule("lm_head").weight.data[5] = float("nan")
     with (
-        StoredLogProbabilities(logits, len(conversations)) as full_precision,
+        StoredLogProbabilities(logits, len(samples)) as full_precision,
         pytest.raises(ArithmeticError, match=rf"^model {folder}: gives NaN or infinity: the divergence .* is nan"),
     ):
-        finish(model, processor, packed, conversations, full_precision, SETTINGS)
+        finish(model, processor, packed, samples, full_precision, SETTINGS)
 
 
 def test_the_same_request_gives_the_same_bytes(place):
@@ -165,9 +165,9 @@ def test_the_same_request_gives_the_same_bytes(place):
 
 def test_conversations_together_are_tuned_on_as_one_by_one(place):
     """Of different lengths, some without an image; the two differ by float32's rounding alone."""
-    folder, conversations, _ = place
+    folder, samples, _ = place
     mixed = [
-        *conversations[:5],
+        *samples[:5],
         *(CalibrationSample(None, "How many sides has a cube?", text) for text in ("six", "6 of them")),
     ]
     model, processor = load_model(folder, "cpu")

@@ -108,14 +108,14 @@ def test_logits_are_unusable_where_they_have_no_probabilities():
 @pytest.mark.parametrize(("name", "value"), [(LATE, "nan"), (HEAD, "inf")])
 def test_the_divergence_names_the_model(tiny_llava, tmp_path, name, value):
     folder = broken(tiny_llava, tmp_path / "broken", name, value)
-    conversations = [CalibrationSample(sample.image, sample.question, "yes") for sample in _samples(2)]
-    stored = reference_logits(*load_model(tiny_llava, "cpu"), conversations, tmp_path / "full")
+    samples = [CalibrationSample(sample.image, sample.question, "yes") for sample in _samples(2)]
+    stored = reference_logits(*load_model(tiny_llava, "cpu"), samples, tmp_path / "full")
     model, processor = load_model(folder, "cpu")
     for compute in (
-        lambda: reference_logits(model, processor, conversations, tmp_path / "other"),
-        lambda: kl_divergence(model, processor, conversations, stored),
+        lambda: reference_logits(model, processor, samples, tmp_path / "other"),
+        lambda: kl_divergence(model, processor, samples, stored),
     ):
-        with pytest.raises(ArithmeticError, match=rf"^model {folder}: gives NaN or infinity: logits on a conversation"):
+        with pytest.raises(ArithmeticError, match=rf"^model {folder}: gives NaN or infinity: logits on a sample"):
             compute()
 
 

@@ -39,13 +39,26 @@ def test_bits_prints_a_table_for_people(compressed, capsys):
     assert f"{stored:.3f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["torch._C", "transformers", "prefect", "mlflow", "scipy"])
-def test_bits_are_counted_without(module, compressed):
-    code = "import sys; from flows.cli.main import main; main(['bits', sys.argv[1], '--json']); "
-    code += f"sys.exit({module!r} in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(compressed.output)], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == bits_of(compressed.output)
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        pytest.param(["bits", "PACKED", "--json"], cli.DONE, id="bits"),
+        pytest.param(["lineage", "PACKED", "--json"], cli.DONE, id="lineage"),
+        pytest.param(["inspect", "--model", "PACKED/none"], cli.BAD_INPUT, id="a model that is not there"),
+    ],
+)
+def test_what_needs_no_tensors_is_said_without_torch(arguments, code, compressed, capsys):
+    script = textwrap.dedent("""
+        import sys
+        from flows.cli.main import main
+        code = main(sys.argv[1:])
+        loaded = {"torch._C", "transformers", "prefect", "mlflow", "boto3", "scipy"} & sys.modules.keys()
+        sys.exit(f"imported {loaded}" if loaded else code)
+    """)
+    arguments = [argument.replace("PACKED", str(compressed.output)) for argument in arguments]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert cli.main(arguments) == done.returncode == code, done.stderr
+    assert (done.stdout, done.stderr) == capsys.readouterr()
 
 
 def test_without_the_flow_a_model_is_packed_to_the_same_bytes(compressed, tmp_path):

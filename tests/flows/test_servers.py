@@ -7,6 +7,7 @@ import time
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from bivlm.reports.lineage import find_workspace, read_lineage, verify
 from flows.cli.main import BAD_INPUT, DONE, FAILED
@@ -30,6 +31,15 @@ def wait_for_steps(folder, count):
     while len(list((folder / "steps").glob("*.json"))) < count:
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.02)
+
+
+def test_each_server_of_a_test_is_asked_with_its_own_key(s3_endpoint, s3_files, tmp_path, request):  # noqa: F811
+    """What MLflow and boto3 kept of the server before it would be refused here, or go there."""
+    (tmp_path / "file").touch()
+    get_artifact_repository("s3://bivlm-tests/run").log_artifact(str(tmp_path / "file"))
+    request.getfixturevalue("s3_server")
+    get_artifact_repository("s3://bivlm/run").log_artifact(str(tmp_path / "file"))
+    assert (s3_files / "run" / "file").exists()
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ import sys
 import time
 from typing import Any
 
-from infra.commands import parser
-from infra.servers import Servers, Start
+from infra.servers import parser
 from infra.settings import NAMES
+from infra.stack import Servers, Start
 
 SECONDS_WITHOUT_ANY = 1.5  # more than `run` waits between two looks
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from tiny_llava import make_tiny_llava
 
-from infra.servers import Servers
+from infra.stack import Servers
 from tests.integration.platform_processes import Api
 
 COMPONENTS = ("vision", "adaptor", "language")

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import psycopg2
 
-from infra.servers import Servers
+from infra.stack import Servers
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -91,10 +91,10 @@ class Api:
         """With the secrets of now: a test may have had them rotated."""
         return client_environment(self._servers, self._home)
 
-    def command(self, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`python -m` something, from the top of the repository, as a client of the servers."""
+    def bivlm(self, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        """`bivlm` from the top of the repository, as a client of the servers."""
         done = subprocess.run(
-            [sys.executable, "-m", *arguments],
+            [sys.executable, "-m", "flows.cli", *arguments],
             cwd=ROOT,
             env=self.environment | environment,
             capture_output=True,

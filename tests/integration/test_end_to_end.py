@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny_llava import make_tiny_llava
 
-from infra.servers import Servers
+from infra.stack import Servers
 from tests.integration.conftest import COMPONENTS, ask_about_colours, talk_about_colours
 from tests.integration.platform_processes import Api, Worker, until
 
@@ -155,19 +155,19 @@ def test_nothing_is_compressed_twice(platform):
 
 def test_the_command_for_ci_starts_follows_and_names_the_page(platform):
     model = platform.appear("second", seed=2)
-    command = ["flows.cli.main", "trigger", "--model", str(model), "--recipe", "small", "--wait"]
-    done = platform.api.command(*command, **platform.variables)
+    command = ["trigger", "--model", str(model), "--recipe", "small", "--wait"]
+    done = platform.api.bivlm(*command, **platform.variables)
     assert platform.versions("second-small") == [(1, "READY", True)]
     assert f"{platform.servers.address('mlflow')}/#/experiments/" in done.stdout
-    again = platform.api.command(*command, **platform.variables)
+    again = platform.api.bivlm(*command, **platform.variables)
     assert again.returncode == DONE
     assert platform.versions("second-small") == [(1, "READY", True)]
 
 
 def test_what_its_gate_does_not_pass_ends_red_with_the_reason(platform):
     model = platform.models / "second"
-    command = ["flows.cli.main", "trigger", "--model", str(model), "--recipe", "strict", "--wait"]
-    done = platform.api.command(*command, check=False, **platform.variables)
+    command = ["trigger", "--model", str(model), "--recipe", "strict", "--wait"]
+    done = platform.api.bivlm(*command, check=False, **platform.variables)
     assert done.returncode == GATE_NOT_PASSED, done.stdout + done.stderr
     assert "more than the bound of 0.5" in done.stdout + done.stderr
     assert platform.versions("second-strict") == [(1, "READY", False)]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bivlm.reports.lineage import find_workspace, read_lineage, verify
-from infra.servers import Servers
+from infra.stack import Servers
 from tests.integration.platform_processes import ENDED, Api, Worker, until
 
 pytestmark = pytest.mark.integration

@@ -17,8 +17,8 @@ import psycopg2
 import pytest
 from botocore.exceptions import ClientError
 
-from infra.servers import Servers
 from infra.settings import NAMES
+from infra.stack import Servers
 from tests.flows.running import command_lines
 from tests.integration.platform_processes import client_environment, secrets_of, until
 

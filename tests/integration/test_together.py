@@ -160,7 +160,7 @@ def test_every_object_in_s3_is_what_its_name_says(eight, stack):
 
 
 def test_housekeeping_keeps_what_all_of_them_need(eight, as_client, api):
-    done = api.command("flows.cli.main", "gc", "--workspace", WORKSPACE, "--keep-days", "0", "--wait", "0", "--json")
+    done = api.bivlm("gc", "--workspace", WORKSPACE, "--keep-days", "0", "--wait", "0", "--json")
     said = json.loads(done.stdout)
     kept = [version for version in said["versions"] if version["name"].startswith("llava-together-")]
     assert len(kept) == len(set(GROUPS)) and {version["reason"] for version in kept} == {"candidate"}

@@ -1,16 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from codec_checks import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bivlm.methods import method
 from bivlm.numerics.weight_statistics import LayerStatistics, magnitude_patterns
 from bivlm.packing import format_bits, open_packed, quantile, unpack
-from tests.codec_checks import check_gradients
 
 METHOD = method("bivlm")
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def pack(weight, **settings):
@@ -120,24 +119,3 @@ def test_header_needs_no_unpacking():
     _, packed = pack(heavy_tailed(8, 24, 0, torch.float16))
     _, header = open_packed(packed)
     assert (header.shape, header.dtype, header.nbytes) == ((8, 24), torch.float16, packed.numel())
-
-
-@pytest.mark.parametrize(("groups", "p_max"), [(1, 0.0), (2, 0.05), (5, 0.3)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_weight_as_a_function_of_its_scales_is_the_unpacked_weight(groups, p_max, dtype):
-    weight = (0.01 * torch.randn(48, 200, generator=torch.Generator().manual_seed(3))).to(dtype)
-    _, packed = pack(weight, groups=groups, p_max=p_max)
-    codec, header = open_packed(packed)
-    opened = codec.tunable(packed, header)
-    assert torch.equal(opened.rebuild(opened.parameters).to(dtype), unpack(packed))
-    assert torch.equal(codec.retuned(packed, header, opened.parameters), packed)
-
-
-def test_other_scales_are_stored_and_their_gradient_is_that_of_the_weight():
-    weight = (0.01 * torch.randn(24, 100, generator=torch.Generator().manual_seed(4))).to(torch.float32)
-    _, packed = pack(weight, groups=3, p_max=0.05)
-    codec, header = open_packed(packed)
-    opened = codec.tunable(packed, header)
-    doubled = {name: 2 * values if name != "centres" else values for name, values in opened.parameters.items()}
-    assert torch.equal(unpack(codec.retuned(packed, header, doubled)), 2 * unpack(packed))
-    check_gradients(packed, every=7, step=2.0**-8)

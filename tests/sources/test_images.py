@@ -1,6 +1,5 @@
 """Every kind of image file becomes the RGB that its format says, upright; or is refused by name."""
 
-import base64
 import colorsys
 import io
 import os
@@ -372,13 +371,3 @@ def test_a_lack_of_memory_is_no_damaged_image():
 
     with pytest.raises(MemoryError):
         decode_image(FILES["PNG RGB"][0], "large.png", out_of_memory)
-
-
-def test_a_served_model_names_the_row_of_an_image_it_cannot_read():
-    pytest.importorskip("mlflow")
-    from tasks.served_model import _image
-
-    assert_shows(_image(base64.b64encode(FILES["PNG I;16"][0]).decode(), "row 0"), FILES["PNG I;16"][1])
-    for value in (None, 3, "???", base64.b64encode(b"no image")):
-        with pytest.raises(InputError, match="row 3, column 'image': expected"):
-            _image(value, "row 3, column 'image'")

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 
 from bivlm.errors import InputError
 from bivlm.workspace.hashing import digest
-from bivlm.workspace.scratch import scratch_folder
 from bivlm.workspace.steps import Reference, StepRecord, Workspace, WorkspaceError, parse_record
 from bivlm.workspace.stores.folder import write_atomically
 
@@ -232,23 +232,23 @@ def test_the_folder_of_a_step_that_works_for_days_stays(tmp_path):
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def in_another_process(work) -> int:
-    """Its exit status, negative if it was killed."""
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
-        work()
-    finally:
-        os._exit(100)
+def run_until_killed(script: str, folder: Path) -> None:
+    """Run Python that has `folder` and `kill()`, in a fresh interpreter: a fork would inherit locks of threads."""
+    begin = "import os, pathlib, signal, sys; folder = pathlib.Path(sys.argv[1])\n"
+    begin += "kill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+    command = [sys.executable, "-c", begin + textwrap.dedent(script), folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_the_folder_of_a_killed_step_goes_after_a_day(tmp_path):
-    def work():
-        with scratch_folder(tmp_path / "scratch") as folder:
-            (folder / "half").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_another_process(work) == -signal.SIGKILL
+    half_a_step = """
+        from bivlm.workspace.scratch import scratch_folder
+        with scratch_folder(folder / "scratch") as place:
+            (place / "half").write_bytes(b"half")
+            kill()
+    """
+    run_until_killed(half_a_step, tmp_path)
     (left,) = (tmp_path / "scratch").iterdir()
     assert (left / "work" / "half").is_file()
     for hours in (23, 25):
@@ -291,11 +291,11 @@ def test_a_file_is_not_a_workspace(tmp_path):
 
 
 def test_a_writer_killed_in_the_middle_leaves_no_object(tmp_path):
-    def write(file):
-        file.write(b"half"), file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_another_process(lambda: write_atomically(tmp_path / "objects" / "whole", write)) == -signal.SIGKILL
+    half_a_file = """
+        from bivlm.workspace.stores.folder import write_atomically
+        write_atomically(folder / "objects" / "whole", lambda file: (file.write(b"half"), file.flush(), kill()))
+    """
+    run_until_killed(half_a_file, tmp_path)
     (left,) = (tmp_path / "objects").iterdir()
     assert left.name.startswith(".partial-") and left.read_bytes() == b"half"
 

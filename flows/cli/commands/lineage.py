@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flows.cli.commands import DONE, NOT_PASSED, print_json
+from flows.cli.commands import DONE, NOT_PASSED, import_late, print_json
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
@@ -28,6 +28,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
 def _lineage(options: argparse.Namespace) -> int:
     import tempfile
 
+    import_late("torch")
     from bivlm.reports.lineage import own_workspace, read_lineage, verify
     from bivlm.workspace.steps import Workspace
 

@@ -67,10 +67,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from bivlm.reports.inspection import inspect
+    import_late("torch")  # what it counts and measures needs it, a model that is not there does not
     from bivlm.sources.models import resolve_model
 
     folder = resolve_model(options.model, options.revision).folder
+    from bivlm.reports.inspection import inspect
+
     found = inspect(folder, modules=modules_from(options.recipe, options.modules))
     if options.json:
         print_json(found)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 
@@ -28,7 +29,6 @@ from bivlm.workspace.garbage import (
 )
 from bivlm.workspace.hashing import canonical_json, digest
 from bivlm.workspace.steps import Workspace, WorkspaceError, object_name, step_name, used_name
-from bivlm.workspace.stores.folder import FolderStore
 
 
 def test_a_step_that_is_needed_stays_with_what_it_made_and_read_however_old(place, clock):
@@ -277,49 +277,48 @@ def test_broken_off_at_any_moment_it_leaves_no_record_without_its_objects(new_pl
     assert left == {step_name(record.key) for record in stay}
 
 
-def collecting(place: Workspace, needed: frozenset[str], stops_after: int) -> int:
-    """The id of a new process that collects, and stops itself after so many removals, whatever its threads are at."""
-    if pid := os.fork():
-        return pid
-    delete, removals = FolderStore.delete, itertools.count(1)
+# Given a workspace, after how many removals to stop, and what is needed.
+COLLECTION = """
+import itertools, os, signal, sys
+from bivlm.workspace.garbage import collect, collectable, look
+from bivlm.workspace.steps import Workspace
+from bivlm.workspace.stores.folder import FolderStore
 
-    def counted(store, name):
-        if next(removals) == stops_after:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        delete(store, name)
+delete, removals, stops_after = FolderStore.delete, itertools.count(1), int(sys.argv[2])
 
-    FolderStore.delete = counted
-    try:
-        first = look(place)
-        collect(place, collectable(first, needed, 0.0), first, needed, 0.0)
-        os._exit(0)
-    finally:
-        os._exit(1)
+def counted(store, name):
+    if next(removals) == stops_after:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    delete(store, name)
+
+FolderStore.delete = counted
+place, needed = Workspace.open(sys.argv[1]), frozenset(sys.argv[3:])
+first = look(place)
+collect(place, collectable(first, needed, 0.0), first, needed, 0.0)
+"""
 
 
 def test_killed_by_the_system_again_and_again_it_keeps_what_is_needed_whole(tmp_path):
     """A real folder and SIGKILL: no record ever misses an object, and in the end only what is needed is left. Every
     kill falls into the midst of a collection."""
-    place = Workspace.open(tmp_path / "workspace")
-    records = []
+    folder = tmp_path / "workspace"
+    place, records = Workspace.open(folder), []
     for number in range(200):
         outputs = {"file": place.put_bytes(b"file %d" % number), "of two": place.put_bytes(b"%d" % (number // 2))}
         records.append(record_of(number, outputs))
         place.finish_step(records[-1])
     long_ago = time.time() - 10 * DAY
-    for path in (tmp_path / "workspace").rglob("*"):
+    for path in folder.rglob("*"):
         os.utime(path, (long_ago, long_ago))
     stay, left = records[::5], []
     needed = frozenset(step_name(record.key) for record in stay)
     for kill in [True] * 12 + [False]:
-        pid = collecting(place, needed, random.randint(1, 40) if kill else 0)
-        status = os.waitpid(pid, os.WUNTRACED)[1]
-        if kill:
-            assert os.WIFSTOPPED(status), status
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        else:
-            assert status == 0
+        stops_after = str(random.randint(1, 40) if kill else 0)
+        process = subprocess.Popen([sys.executable, "-c", COLLECTION, folder, stops_after, *needed])
+        if kill:  # once it has stopped itself, whatever its threads are at
+            assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+            process.kill()
+        assert process.wait() == (-signal.SIGKILL if kill else 0)
         steps = look(place).steps
         for name, record in steps.items():
             assert record is not None, name
