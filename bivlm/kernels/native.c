@@ -3,7 +3,6 @@
    Sums run in a fixed order and products are not fused into them (-ffp-contract=off), so that every compiler, thread
    count and instruction set gives the same floats. Build flags are in pyproject.toml. */
 
-#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -310,23 +309,34 @@ static inline uint64_t word(const uint8_t *stream, int64_t bit) {
 
 EXPORT void bivlm_trellis_read(const uint8_t *stream, const int64_t *begins, const int64_t *lengths, int64_t tiles,
                                const uint8_t *pattern, int64_t state_bits, const uint8_t *code, uint8_t *levels) {
+    enum { TOGETHER = 12 }; /* steps of up to 3 bits whose windows lie in one word, wherever in a byte it begins */
     const unsigned states = 1u << state_bits, mask = states - 1;
     const int down = 64 - (int)state_bits;
+    int shift[TOGETHER], together = 0;
+    const uint8_t *codes[TOGETHER];
+    for (int i = 0; i < TOGETHER; i++) {
+        together += pattern[i & 3];
+        shift[i] = down - together;
+        codes[i] = code + (pattern[i & 3] ? 0 : states);
+    }
     for (int64_t tile = 0; tile < tiles; tile++) {
         const int64_t begin = begins[tile], end = begins[tile + 1];
         int64_t bit = begin, length = lengths[tile], t = 0;
         unsigned state = length < SHORTEST ? 0 : (unsigned)(word(stream, end - state_bits) >> down);
         /* The first bits of the tile follow the last ones; from then on a window on the stream is the state. */
-        for (; t < length && bit < begin + state_bits; t++) {
+        for (; t < length && (bit < begin + state_bits || t & 3); t++) {
             const int bits = pattern[t & 3];
             if (bits) state = ((state << bits) | (unsigned)(word(stream, bit) >> (64 - bits))) & mask;
             bit += bits;
-            levels[t] = code[(bits ? 0 : states) + state];
+            levels[t] = codes[t & 3][state];
+        }
+        for (; t + TOGETHER <= length; t += TOGETHER, bit += together) {
+            const uint64_t windows = word(stream, bit - state_bits);
+            for (int i = 0; i < TOGETHER; i++) levels[t + i] = codes[i][(windows >> shift[i]) & mask];
         }
         for (; t < length; t++) {
-            const int bits = pattern[t & 3];
-            bit += bits;
-            levels[t] = code[(bits ? 0 : states) + (unsigned)(word(stream, bit - state_bits) >> down)];
+            bit += pattern[t & 3];
+            levels[t] = codes[t & 3][word(stream, bit - state_bits) >> down];
         }
         levels += length;
     }
@@ -348,4 +358,55 @@ EXPORT void bivlm_feed_both(const float *weight, const float *rebuilt, const int
         add_row(fed + i * columns + j + 1, shares + j * columns + j + 1, error, columns - j - 1);
         add_row(fed_outputs + j * rows + i + 1, output_shares + i * rows + i + 1, product, rows - i - 1);
     }
+}
+
+/* The Hadamard transform of rows of `width` floats, a power of two, `stride` floats apart, times `factor`, in place. */
+WIDEST static void transform_row(float *restrict x, int64_t width, float factor) {
+    int64_t half = 1;
+    for (; half < width && half < 8; half *= 2)
+        for (int64_t at = 0; at < width; at += 2 * half)
+            for (int64_t i = at; i < at + half; i++) {
+                const float first = x[i], second = x[i + half];
+                x[i] = first + second;
+                x[i + half] = first - second;
+            }
+    for (; 2 * half < width; half *= 4) /* two steps at once: the sums are those of one after the other */
+        for (int64_t at = 0; at < width; at += 4 * half) {
+            float *restrict p = x + at, *restrict q = p + half, *restrict r = q + half, *restrict s = r + half;
+            for (int64_t i = 0; i < half; i++) {
+                const float a = p[i] + q[i], b = p[i] - q[i], c = r[i] + s[i], d = r[i] - s[i];
+                p[i] = a + c;
+                q[i] = b + d;
+                r[i] = a - c;
+                s[i] = b - d;
+            }
+        }
+    for (; half < width; half *= 2) {
+        float *restrict low = x, *restrict high = x + half;
+        for (int64_t i = 0; i < half; i++) {
+            const float first = low[i], second = high[i];
+            low[i] = first + second;
+            high[i] = first - second;
+        }
+    }
+    for (int64_t i = 0; i < width; i++) x[i] *= factor;
+}
+
+EXPORT void bivlm_hadamard(float *x, int64_t rows, int64_t width, int64_t stride, float factor) {
+    for (int64_t row = 0; row < rows; row++) transform_row(x + row * stride, width, factor);
+}
+
+/* The levels of all antidiagonals of a weight, one after another, row by row, as its transpose. */
+EXPORT void bivlm_diagonal_levels(const uint8_t *indices, const float *levels, int64_t rows, int64_t columns, float *out) {
+    for (int64_t d = 0; d < rows + columns - 1; d++) {
+        const int64_t first = d < columns ? 0 : d - columns + 1, last = d < rows ? d : rows - 1;
+        for (int64_t i = first; i <= last; i++) out[(d - i) * rows + i] = levels[*indices++ & (LEVELS - 1)];
+    }
+}
+
+/* The levels of a band's tiles, column by column, as some columns of the transpose of a weight. */
+EXPORT void bivlm_band_levels(const uint8_t *indices, const float *levels, int64_t rows, int64_t columns, float *out,
+                              int64_t stride) {
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t r = 0; r < rows; r++) out[c * stride + r] = levels[*indices++ & (LEVELS - 1)];
 }

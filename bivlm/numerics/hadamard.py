@@ -9,10 +9,13 @@ rotated by R_M. Adding up runs in a fixed order of float32 additions, the same o
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import numpy as np
 import torch
+
+from bivlm import kernels
 
 _TOGETHER = 1 << 22
 
@@ -20,7 +23,7 @@ _TOGETHER = 1 << 22
 def rotate(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Return ``R x`` along the last dimension, a new float32 tensor (..., N); R is of width N and this seed."""
     width = x.shape[-1]
-    out = (x.to(torch.float32) * _signs(width, seed).to(x.device)).reshape(-1, width)
+    out = (x.to(torch.float32) * _signs(width, seed).to(x.device)).reshape(-1, width).contiguous()
     part = _largest_power(width)
     _transform(out[:, :part])
     if part < width:
@@ -31,7 +34,7 @@ def rotate(x: torch.Tensor, seed: int) -> torch.Tensor:
 def rotate_back(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Return ``R^T x``, the inverse of `rotate`, a new float32 tensor (..., N)."""
     width = x.shape[-1]
-    out = x.to(torch.float32, copy=True).reshape(-1, width)
+    out = x.to(torch.float32, copy=True).reshape(-1, width).contiguous()
     part = _largest_power(width)
     if part < width:
         _transform(out[:, width - part :])
@@ -58,8 +61,13 @@ def _signs(width: int, seed: int) -> torch.Tensor:
 
 
 def _transform(x_RN: torch.Tensor) -> None:
-    """Transform rows, their width a power of two, in place, and divide by its square root."""
-    width = x_RN.shape[1]
+    """Transform rows, their width a power of two, each in one piece, in place, and divide by its square root."""
+    rows, width = x_RN.shape
+    library = kernels.native()
+    if library is not None and x_RN.device.type == "cpu":
+        sizes = map(ctypes.c_int64, (rows, width, x_RN.stride(0)))
+        library.bivlm_hadamard(ctypes.c_void_p(x_RN.data_ptr()), *sizes, ctypes.c_float(width**-0.5))
+        return
     for some in x_RN.split(max(1, _TOGETHER // width)):
         half = 1
         while half < width:

@@ -8,12 +8,15 @@ antidiagonal of up to 256; short neighbours are joined.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
+
+from bivlm import kernels
 
 LONGEST = 256
 _JOINED = 128  # antidiagonals together have this many elements or more, if the weight has
@@ -104,3 +107,21 @@ class Tiles:
             part[:] = stream[at : at + len(part)]
             at += len(part)
         return found
+
+    def transposed(self, stream: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """Return the transpose, float32 (N, M), of the weight whose levels' numbers are those of all tiles in order."""
+        library = kernels.native()
+        if library is None:
+            return np.ascontiguousarray(levels[self.matrix(stream)].T)
+        rows, columns = self.shape
+        found_NM = np.empty((columns, rows), np.float32)
+        at, whole = kernels.pointer, ctypes.c_int64
+        if self.sides == 2:
+            library.bivlm_diagonal_levels(at(stream), at(levels), whole(rows), whole(columns), at(found_NM))
+            return found_NM
+        for begin, end in self.bands:
+            some = stream[begin * columns : end * columns]
+            sizes = whole(end - begin), whole(columns)
+            place = ctypes.c_void_p(found_NM.ctypes.data + begin * found_NM.itemsize)
+            library.bivlm_band_levels(at(some), at(levels), *sizes, place, whole(rows))
+        return found_NM

@@ -32,6 +32,7 @@ from bivlm.numerics.trellis import (
     STATE_BITS,
     TrellisCode,
     bits_of,
+    levels_of,
     read,
     trellis_code,
     write,
@@ -74,7 +75,7 @@ class Layout:
         """Return ``R_M^T W R_N``, float32: undo `rotate`."""
         if self.rotated & OUTPUTS:
             weight_MN = rotate_back(weight_MN.T, self.seed).T
-        return rotate_back(weight_MN, self.seed) if self.rotated & INPUTS else weight_MN
+        return rotate_back(weight_MN, self.seed) if self.rotated & INPUTS else weight_MN.contiguous()
 
 
 def packed_nbytes(shape: tuple[int, int], rate: float, sides: int) -> int:
@@ -136,13 +137,20 @@ class TrellisCodec(Codec):
         rows, columns = contents.header.shape
         return largest * (rows if rotated & OUTPUTS else 1) ** 0.5 * (columns if rotated & INPUTS else 1) ** 0.5
 
+    def unpack(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
+        layout, exponent = read_layout(packed, header)
+        magnitudes = from_halves(section(packed, header, 1), exponent).cpu().numpy()
+        levels = levels_of(magnitudes / np.float32(_scale(exponent)))
+        weight_NM = torch.from_numpy(_tiles(header.shape, layout.sides).transposed(_read(packed, header), levels))
+        return layout.rotate_back(weight_NM.to(packed.device).T).mul_(_scale(exponent)).to(header.dtype)
+
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return ``magnitudes`` (8,)."""
         layout, exponent = read_layout(packed, header)
         indices_MN = level_indices(packed, header)
         magnitudes = from_halves(section(packed, header, 1), exponent)
 
-        up = 2.0 ** max(0, exponent)  # sums of the largest numbers that are stored would overflow
+        up = _scale(exponent)
 
         def rebuild(values: dict[str, torch.Tensor]) -> torch.Tensor:
             levels = torch.cat([values["magnitudes"], -values["magnitudes"]]) / up
@@ -173,9 +181,17 @@ def read_layout(packed: ArrayT, header: Header) -> tuple[Layout, int]:
 def level_indices(packed: torch.Tensor, header: Header) -> torch.Tensor:
     """Return the level of every (rotated) weight, uint8 (M, N)."""
     layout, _ = read_layout(packed, header)
-    tiles = _tiles(header.shape, layout.sides)
-    stream = read(as_array(section(packed, header, 2)), tiles.lengths, layout.code)
-    return torch.from_numpy(tiles.matrix(stream)).to(packed.device)
+    return torch.from_numpy(_tiles(header.shape, layout.sides).matrix(_read(packed, header))).to(packed.device)
+
+
+def _read(packed: torch.Tensor, header: Header) -> np.ndarray:
+    layout, _ = read_layout(packed, header)
+    return read(as_array(section(packed, header, 2)), _tiles(header.shape, layout.sides).lengths, layout.code)
+
+
+def _scale(exponent: int) -> float:
+    """Return what levels are divided by while they are rotated: sums of the largest numbers would overflow."""
+    return 2.0 ** max(0, exponent)
 
 
 @cache
