@@ -117,6 +117,7 @@ class Walk:
         self._blocks, self._head = block_inputs.blocks_of(calibration)
         self._layers: dict[str, Layer] = {}
         self._gradients: StepResult | None = None
+        self._observed = 0
 
     def curvature(self, layers: Sequence[Layer]) -> dict[str, float]:
         """Return by linear layer how much the divergence rises with the squared error of its weights."""
@@ -126,8 +127,11 @@ class Walk:
         if not fed:
             return sums
         whole: dict[str, StepResult] = {}
-        for unit in self._up_to({layer.name for layer in fed}):
+        units = self._up_to({layer.name for layer in fed})
+        self._expect_observed(units)
+        for unit in units:
             whole[unit.name] = self._run(unit, whole, observe=True, gradients=gradients)
+            self._publish()
         block = {name: done for done in whole.values() for name in done.record.figures["site_of"]}
         seen = [replace(layer, block=block[layer.name], gradients=gradients) for layer in fed]
         measured = self._run_stage(budget.measure_sensitivities, seen)
@@ -168,12 +172,17 @@ class Walk:
         self._layers = {layer.name: layer for layer in layers}
         observed = {layer.name for layer in layers if "inputs" in layer.needs}
         units = self._up_to(observed)
-        expect(block_inputs.STAGE, len(units))
+        self._expect_observed(units)
         settings = self._calibration.settings
         if settings.tokens.weights == "gradient" or any(layer.needs & {"gradients", "moments"} for layer in layers):
             self._measure_gradients()
         shards = self._in_turn(units) if settings.inputs == "quantized" else self._beforehand(units)
         return list(self._layers.values()), shards
+
+    def _expect_observed(self, units: list[Unit]) -> None:
+        """Say to the progress bar that these units will be observed, beside those that were."""
+        self._observed += len(units)
+        expect(block_inputs.STAGE, self._observed)
 
     def _up_to(self, linears: set[str]) -> list[Unit]:
         return block_inputs.up_to([*self._blocks, *([self._head] if self._head else [])], linears)

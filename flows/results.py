@@ -46,18 +46,24 @@ class Results:
     def figures(self) -> dict[str, Any]:
         """Return the results ready for JSON.
 
-        Accuracy (percent) of both models and chance by benchmark, the loss on the same questions, KL (nats per token);
+        Accuracy (percent) of both models and chance by benchmark, the loss on the same questions, KL (nats per token),
+        also of short and long replies;
         `at_chance` are the records of `AtChance`, `measured_on` names the samples of the KL.
         """
         return {
             "full_precision": _in_short(self.full_precision),
             "packed": _in_short(self.packed),
             "loss": self.loss,
-            "kl": self.divergence.record.figures["kl"],
+            **self.divergences(),
             "measured_on": self.measured_on,
             "chance": self.chance,
             "at_chance": [found.model_dump() for found in self.at_chance()],
         }
+
+    def divergences(self) -> dict[str, float]:
+        """Return KL over all tokens of replies, and of short and long replies alone where that was measured."""
+        figures = self.divergence.record.figures
+        return {name: value for name, value in figures.items() if name.startswith("kl") and value is not None}
 
     def at_chance(self) -> list[AtChance]:
         """Return the benchmarks on which full precision is not above chance."""

@@ -131,6 +131,9 @@ def measure_divergence(
 ) -> StepResult:
     """Measure ``figures["kl"]``, the packed model's mean KL divergence from full precision in nats per token.
 
+    Also that of short and of long replies alone, ``kl_short_replies`` and ``kl_long_replies``; a step that an earlier
+    version recorded has them not.
+
     On the held-out samples, which neither calibration nor tuning has seen; `pruning` is of the packed model.
     """
     store = open_workspace(workspace)
@@ -142,7 +145,8 @@ def measure_divergence(
     def compute(_place: Path) -> Figures:
         asked, modules = _asked(folder, sha256, calibration, device, store), Checkpoint.open(folder).modules
         with asked as (model, processor, samples), pruned_if(model, pruning, modules):
-            return {"kl": kl_divergence(model, processor, samples, store.fetch(reference))}
+            found = kl_divergence(model, processor, samples, store.fetch(reference))
+            return {"kl": found.kl, "kl_short_replies": found.short, "kl_long_replies": found.long}
 
     done = do_step(store, identity, compute)
     advance(DIVERGENCE_STAGE)

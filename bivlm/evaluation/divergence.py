@@ -20,6 +20,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from bivlm.sources.samples import CalibrationSample
 from bivlm.untrusted import parse_json
 
 FORMAT = "bivlm-log-probabilities-1"
+LONG_REPLY = 8  # tokens
 
 
 def reply_logits(model: PreTrainedModel, reply: Reply) -> torch.Tensor:
@@ -91,27 +93,48 @@ def reference_logits(
         partial.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """KL(full precision || model) in nats, means over judged positions.
+
+    Attributes:
+        kl: over all positions.
+        short, long: over those of replies below `LONG_REPLY` tokens and of the others; None where there are none. Of
+            captions beside one-word answers most positions are the captions', and hide what the answers lose.
+    """
+
+    kl: float
+    short: float | None
+    long: float | None
+
+
 def kl_divergence(
     model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[CalibrationSample], file: str | Path
-) -> float:
-    """Return the mean over all judged positions of KL(full precision || model), in nats, summed in float64.
+) -> Divergence:
+    """Return the divergence of a model from full precision, summed in float64.
 
     `file` is from `reference_logits` with the same samples. Raises `InputError` if it is not, or if the model reads
     other tokens than the full-precision one did; ArithmeticError naming the model if it gives NaN, or probability 0 to
     what full precision may say, so that the divergence is infinite.
     """
-    divergences: list[float] = []
+    short: list[float] = []
+    long: list[float] = []
     with StoredLogProbabilities(file, len(samples)) as stored:
         for index, sample in enumerate(samples):
             reply = read_reply(model, processor, sample)
             full = stored.of(index, reply).to(model.device)
-            divergences += kl_by_token(full, reply_log_probabilities(model, reply)).tolist()
-    mean = math.fsum(divergences) / len(divergences)
-    if not math.isfinite(mean):
+            found = kl_by_token(full, reply_log_probabilities(model, reply)).tolist()
+            (short if reply.count < LONG_REPLY else long).extend(found)
+    mean = _mean(short + long)
+    if mean is None or not math.isfinite(mean):
         raise ArithmeticError(
             f"model {model.name_or_path}: gives probability 0 to tokens that full precision may say; KL is infinite"
         )
-    return mean
+    return Divergence(mean, _mean(short), _mean(long))
+
+
+def _mean(divergences: list[float]) -> float | None:
+    return math.fsum(divergences) / len(divergences) if divergences else None
 
 
 class StoredLogProbabilities:

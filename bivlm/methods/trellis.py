@@ -53,7 +53,7 @@ class TrellisSettings(MethodSettings):
     feedback: Literal["none", "inputs", "both"] = "inputs"
     rotate: Literal["none", "inputs", "outputs", "both"] = "both"
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
-    output_damping: float = Field(default=0.3, ge=0, le=1, allow_inf_nan=False)
+    output_damping: float = Field(default=0.5, ge=0, le=1, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @field_validator("rate")

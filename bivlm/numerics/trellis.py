@@ -30,7 +30,7 @@ from bivlm import kernels
 from bivlm.errors import InputError
 
 RATES = tuple(quarters / 4 for quarters in range(2, 13))
-StateBits = Literal[12, 14]
+StateBits = Literal[12, 14, 16]
 STATE_BITS: tuple[int, ...] = get_args(StateBits)
 LEVELS = 16
 MAGNITUDES = LEVELS // 2

@@ -125,6 +125,9 @@ def print_compression(result: dict[str, Any]) -> None:
                 _row(table, f"  {name}", *(f"{score:.1f}" for score in both), _interval(low, high), "")
         show(table)
         print(f"KL to full precision: {found['kl']:.4f} nats per token, on {found['measured_on']}")
+        apart = {"short": found.get("kl_short_replies"), "long": found.get("kl_long_replies")}
+        if None not in apart.values():
+            print("  of " + ", ".join(f"{kind} replies {kl:.4f}" for kind, kl in apart.items()))
     for warning in result["warnings"]:
         print(f"warning: {warning}")
     if gate := result["gate"]:

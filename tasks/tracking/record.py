@@ -135,7 +135,7 @@ def log_comparison(
         for benchmark, done in evaluations.items()
     }
     log_new_metrics(client, tracking.run_id, metrics)
-    kl = {"kl": divergence.record.figures["kl"]}
+    kl = {name: value for name, value in divergence.record.figures.items() if value is not None}
     log_new_metrics(client, tracking.run_id, kl, model_id, calibration_data(calibration.record.figures))
 
 

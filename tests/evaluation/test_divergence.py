@@ -63,11 +63,16 @@ def test_the_divergence_is_the_mean_of_p_log_p_over_q(loaded, changed, stored):
         rows.append((p * (p / q).log()).sum(-1))
     expected = torch.cat(rows).mean().item()
     assert expected > 1e-3
-    assert kl_divergence(changed, processor, SAMPLES, stored) == pytest.approx(expected, rel=1e-2)
+    found = kl_divergence(changed, processor, SAMPLES, stored)
+    assert found.kl == pytest.approx(expected, rel=1e-2)
+    short, long = ([row for row in rows if (len(row) < 8) == few] for few in (True, False))
+    assert short and long
+    assert found.short == pytest.approx(torch.cat(short).mean().item(), rel=1e-2)
+    assert found.long == pytest.approx(torch.cat(long).mean().item(), rel=1e-2)
 
 
 def test_a_model_diverges_from_itself_by_the_storage_error_alone(loaded, stored):
-    assert 0 <= kl_divergence(*loaded, SAMPLES, stored) < 1e-6
+    assert 0 <= kl_divergence(*loaded, SAMPLES, stored).kl < 1e-6
 
 
 def test_one_entry_a_conversation_of_at_most_32_positions(stored, loaded):
@@ -130,8 +135,8 @@ def test_tokens_that_a_model_rules_out_cost_nothing_unless_full_precision_allows
     head.weight.data, head.bias.data = model.lm_head.weight.data.clone(), torch.zeros(259)
     head.bias.data[7] = -torch.inf
     stored = reference_logits(strict, processor, SAMPLES, tmp_path / "strict.safetensors")
-    assert kl_divergence(strict, processor, SAMPLES, stored) < 1e-6
-    assert 0 < kl_divergence(model, processor, SAMPLES, stored) < 1
+    assert kl_divergence(strict, processor, SAMPLES, stored).kl < 1e-6
+    assert 0 < kl_divergence(model, processor, SAMPLES, stored).kl < 1
     allowing = reference_logits(model, processor, SAMPLES, tmp_path / "all.safetensors")
     with pytest.raises(ArithmeticError, match="KL is infinite"):
         kl_divergence(strict, processor, SAMPLES, allowing)
@@ -140,4 +145,4 @@ def test_tokens_that_a_model_rules_out_cost_nothing_unless_full_precision_allows
 def test_bfloat16_and_float32_read_the_same_model(tiny_llava, stored):
     half = load_model(tiny_llava, device="cpu", dtype="auto")
     assert half[0].dtype == torch.bfloat16
-    assert 0 < kl_divergence(*half, SAMPLES, stored) < 1e-3
+    assert 0 < kl_divergence(*half, SAMPLES, stored).kl < 1e-3
