@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bivlm.numerics import trellis
-from bivlm.numerics.trellis import MAGNITUDES, RATES, STATE_BITS, TrellisCode, level_indices, levels_of, pattern
+from bivlm.numerics.trellis import MAGNITUDES, RATES, STATE_BITS, TrellisCode, levels_of, pattern
 
 LENGTH = 256
 SPREAD_BITS = 3  # of a state's place that are spread between neighbours on the trellis
@@ -90,8 +90,8 @@ def train(state_bits: int, rate: float, rounds: int, sequences: int, seed: int) 
 def run(code: TrellisCode, rng: np.random.Generator, sequences: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return Gaussian sequences, and of every number the state and the level that the search gives it."""
     x = rng.standard_normal((sequences, LENGTH), dtype=np.float32)
-    symbols = trellis.search(x, code, levels_of(code.magnitudes))
-    return x, trellis.states_of(symbols, code), level_indices(symbols, code)
+    symbols, indices = trellis.search(x, code, levels_of(code.magnitudes))
+    return x, trellis.states_of(symbols, code), indices
 
 
 def main() -> None:

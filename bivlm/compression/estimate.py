@@ -155,7 +155,10 @@ def probe(settings: MethodSettings) -> Probe:
     if "inputs" in chosen.needs(settings):
         diagonal = torch.rand(columns, generator=generator) + 0.5
         squares = torch.rand(rows, columns, generator=generator) if "gradients" in chosen.needs(settings) else None
-        inputs = SiteStatistics(torch.diag(diagonal), torch.zeros(columns), diagonal.sqrt(), {"text": columns}, squares)
+        slopes = torch.eye(rows) if "moments" in chosen.needs(settings) else None
+        inputs = SiteStatistics(
+            torch.diag(diagonal), torch.zeros(columns), diagonal.sqrt(), {"text": columns}, squares, slopes
+        )
     started = time.perf_counter()
     statistics = LayerStatistics.measure(weight, chosen.tail_share(settings))
     _, record = pack_layer(weight, chosen.plan(statistics, settings), inputs=inputs)
@@ -167,7 +170,10 @@ def layer_bytes(shape: tuple[int, int], settings: MethodSettings) -> float:
     chosen = method(settings.method)
     if "inputs" not in chosen.needs(settings):
         return chosen.bytes_a_weight * math.prod(shape)
-    return _CALIBRATED_BYTES_A_WEIGHT * math.prod(shape) + _MOMENTS * 4.0 * shape[1] ** 2
+    # Where errors are fed back in a fixed order: the moment, its factor, and the shares made of it.
+    held = 4.0 * (3.0 if chosen.feeds_back(settings) else _MOMENTS)
+    sides = shape if "moments" in chosen.needs(settings) else shape[1:]
+    return _CALIBRATED_BYTES_A_WEIGHT * math.prod(shape) + held * sum(channels**2 for channels in sides)
 
 
 def _layers(work: Work, workers: int, packed: float, probes: Mapping[str, Probe] | None) -> Needs:
@@ -192,10 +198,12 @@ def _blocks(work: Work) -> Needs:
     weights: dict[str, float] = defaultdict(float)
     moments: dict[str, dict[str, float]] = defaultdict(dict)
     hidden: dict[str, int] = {}
-    for linear, _ in work.layers:
+    for linear, settings in work.layers:
         block, name = _block_of(linear.name)
         weights[block] += linear.size * linear.dtype.itemsize
         moments[block][_SITES.get(name, name)] = 4.0 * linear.shape[1] ** 2
+        if "moments" in method(settings.method).needs(settings):
+            moments[block][f"{name}'s outputs"] = 4.0 * linear.shape[0] ** 2
         hidden[block] = max(hidden.get(block, 0), min(linear.shape))
     memory = max(weights[block] + sum(moments[block].values()) for block in weights)
     statistics = sum(number for sites in moments.values() for number in sites.values())

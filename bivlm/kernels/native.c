@@ -211,10 +211,11 @@ static unsigned before(const Search *s, int bits, unsigned state, const uint8_t 
 /* Find the bits of `tiles` sequences of `length` numbers (unit variance), one after another in x, with as many weights of their squared errors, or NULL.
 
    steps[length] are the bits of each step, of which the first has some; `around` is how many steps either side of the
-   seam choose the state there. symbols[tiles][length] are the new bits of each step. Returns 0, or 1 without memory. */
+   seam choose the state there. symbols[tiles][length] are the new bits of each step, indices[tiles][length] the levels that they stand for. Returns 0,
+   or 1 without memory. */
 EXPORT int bivlm_trellis_search(const float *x, const float *weights, int64_t tiles, int64_t length, const uint8_t *steps, int64_t state_bits,
                                 const uint8_t *code, const float *levels, float reach, float unit, int64_t around,
-                                uint8_t *symbols) {
+                                uint8_t *symbols, uint8_t *indices) {
     const unsigned states = 1u << state_bits, half = states / 2;
     int keep = 1, failed = 0;
     for (int64_t t = 0; t < length; t++)
@@ -262,6 +263,15 @@ EXPORT int bivlm_trellis_search(const float *x, const float *weights, int64_t ti
         for (int64_t t = length - 1; t >= 0; t--) {
             found[t] = (uint8_t)(state & ((1u << steps[t]) - 1));
             state = before(&s, steps[t], state, s.came_from + (size_t)half * (size_t)t);
+        }
+        /* The bits alone say which states are gone through. */
+        state = 0;
+        int64_t first = length;
+        for (int taken = 0; length >= SHORTEST && taken < state_bits; taken += steps[first]) first--;
+        for (int64_t t = first; t < length; t++) state = ((state << steps[t]) | found[t]) & (states - 1);
+        for (int64_t t = 0; t < length; t++) {
+            state = ((state << steps[t]) | found[t]) & (states - 1);
+            indices[tile * length + t] = code[(steps[t] ? 0 : states) + state];
         }
     }
     free(s.cost), free(s.least), free(s.came_from), free(shuffled), free(costs);

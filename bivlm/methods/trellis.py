@@ -8,6 +8,7 @@ and with ``feedback: both`` also into later rows, by the second moment of the gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -70,6 +71,7 @@ class Trellis(Method[TrellisSettings]):
     name: ClassVar[str] = "trellis"
     version: ClassVar[int] = 1
     Settings = TrellisSettings
+    bytes_a_weight: ClassVar[float] = 26.0
 
     def needs(self, settings: TrellisSettings) -> frozenset[Need]:
         return {"none": WEIGHTS, "inputs": INPUTS, "both": MOMENTS}[settings.feedback]
@@ -104,8 +106,8 @@ class Trellis(Method[TrellisSettings]):
         code = layout.code
         # Scaled to 1 no sum overflows.
         largest = max(abs(float(end)) for end in weight_MN.aminmax()) or 1.0
-        rotated = layout.rotate((weight_MN.cpu().to(torch.float64) / largest).to(torch.float32)).contiguous().numpy()
-        deviation = float(np.sqrt(np.mean(np.square(rotated, dtype=np.float64))))
+        rotated = layout.rotate(weight_MN.cpu().to(torch.float32) / largest).contiguous().numpy()
+        deviation = math.sqrt(sum(float(np.square(row, dtype=np.float64).sum()) for row in rotated) / rotated.size)
         magnitudes = code.magnitudes.astype(np.float64) * deviation * largest
         exponent = exponent_of(float(magnitudes[-1]))
         magnitudes = packing.stored_magnitudes(magnitudes, exponent)

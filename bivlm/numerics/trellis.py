@@ -39,7 +39,7 @@ SHORTEST = 64  # of the sequences that bite their tail: they have more bits than
 _UNIT = 4096.0  # of a path's cost in a variance: 16 variances are between the best path and those that are given up
 _SEAM_BITS = 5  # times the bits of a state, either side of the seam: the best path there depends on no more
 _TOGETHER = 1 << 24  # path costs of sequences that numpy searches at once
-_READ_TOGETHER = 1 << 20
+_TOGETHER_READ = 1 << 20  # numbers whose bits are read or written at once
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,10 @@ def levels_of(magnitudes: np.ndarray) -> np.ndarray:
     return np.concatenate([magnitudes, -magnitudes]).astype(np.float32)
 
 
-def search(x_RT: np.ndarray, code: TrellisCode, levels: np.ndarray, weights_RT: np.ndarray | None = None) -> np.ndarray:
-    """Return the new bits of each step, uint8 (R, T), of the best paths for R sequences of unit variance.
+def search(
+    x_RT: np.ndarray, code: TrellisCode, levels: np.ndarray, weights_RT: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best paths for R sequences of unit variance: the new bits and the level of each step, uint8 (R, T).
 
     `x_RT` is float32 and finite, `levels` (16,) are what the code's levels stand for now; `weights_RT` of squared
     errors, float32 with a mean of about 1.
@@ -126,7 +128,8 @@ def search(x_RT: np.ndarray, code: TrellisCode, levels: np.ndarray, weights_RT: 
     cost_RTS = _level_costs(x_RT, levels, reach, weights_RT)
     together = max(1, _TOGETHER // (x_RT.shape[1] << (code.state_bits - 1)))
     parts = [cost_RTS[at : at + together] for at in range(0, len(x_RT), together)]
-    return np.concatenate([_search(part, steps, code, around) for part in parts])
+    symbols_RT = np.concatenate([_search(part, steps, code, around) for part in parts])
+    return symbols_RT, level_indices(symbols_RT, code)
 
 
 def _search_native(
@@ -137,11 +140,11 @@ def _search_native(
     steps: np.ndarray,
     reach: float,
     around: int,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     library = kernels.native()
     assert library is not None
     x_RT = np.ascontiguousarray(x_RT)
-    symbols_RT = np.empty(x_RT.shape, np.uint8)
+    symbols_RT, indices_RT = np.empty(x_RT.shape, np.uint8), np.empty(x_RT.shape, np.uint8)
     at, whole = kernels.pointer, ctypes.c_int64
     failed = library.bivlm_trellis_search(
         at(x_RT),
@@ -155,10 +158,11 @@ def _search_native(
         ctypes.c_float(_UNIT),
         whole(around),
         at(symbols_RT),
+        at(indices_RT),
     )
     if failed:
         raise MemoryError("no memory for a search of the trellis")
-    return symbols_RT
+    return symbols_RT, indices_RT
 
 
 def _level_costs(x_RT: np.ndarray, levels: np.ndarray, reach: float, weights_RT: np.ndarray | None) -> np.ndarray:
@@ -236,12 +240,17 @@ class _Walk:
 
 def write(symbols: np.ndarray, lengths: np.ndarray, rate: float) -> np.ndarray:
     """Return the bytes, uint8, of sequences of these lengths, int64 (R,), whose new bits come one after another."""
-    steps = _steps_of_all(lengths, rate)
-    ends = np.cumsum(steps, dtype=np.int64)
-    bits = np.zeros(int(ends[-1]), np.uint8)
-    for place in range(int(steps.max())):
-        there = steps > place
-        bits[ends[there] - 1 - place] = symbols[there] >> place & 1
+    bits = np.empty(int(bits_of(rate, lengths).sum()), np.uint8)
+    taken = first = 0
+    for some in np.array_split(lengths, -(-len(symbols) // _TOGETHER_READ)):
+        numbers = int(some.sum())
+        place = np.arange(numbers) - np.repeat(np.cumsum(some) - some, some)
+        steps = np.array(pattern(rate), np.uint8)[place % PERIOD]
+        ends = taken + np.cumsum(steps, dtype=np.int64)
+        for number in range(int(steps.max())):
+            there = steps > number
+            bits[ends[there] - 1 - number] = symbols[first : first + numbers][there] >> number & 1
+        taken, first = int(ends[-1]), first + numbers
     return np.packbits(bits)
 
 
@@ -270,7 +279,7 @@ def read(stream: np.ndarray, lengths: np.ndarray, code: TrellisCode) -> np.ndarr
     for length in np.unique(lengths).tolist():
         rows = np.flatnonzero(lengths == length)
         steps = steps_of(code.rate, length)
-        for some in np.array_split(rows, -(-len(rows) * length // _READ_TOGETHER)):
+        for some in np.array_split(rows, -(-len(rows) * length // _TOGETHER_READ)):
             tile_bits = bits[begins[some, None] + np.arange(int(steps.sum()))]
             symbols = np.zeros((len(some), length), np.uint8)
             ends = np.cumsum(steps)
@@ -279,12 +288,6 @@ def read(stream: np.ndarray, lengths: np.ndarray, code: TrellisCode) -> np.ndarr
                 symbols[:, there] |= tile_bits[:, ends[there] - 1 - place] << np.uint8(place)
             found[firsts[some, None] + np.arange(length)] = level_indices(symbols, code)
     return found
-
-
-def _steps_of_all(lengths: np.ndarray, rate: float) -> np.ndarray:
-    """Return the bits of every step of every sequence, uint8 (sum of lengths,)."""
-    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return np.array(pattern(rate), np.uint8)[place % PERIOD]
 
 
 def states_of(symbols_RT: np.ndarray, code: TrellisCode) -> np.ndarray:

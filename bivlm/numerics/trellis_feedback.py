@@ -13,14 +13,15 @@ which needs only elements with a smaller row, column, or both. Elements of one a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 
 import numpy as np
+from more_itertools import divide
 
 from bivlm import kernels
 from bivlm.numerics import trellis
-from bivlm.numerics.trellis import TrellisCode, level_indices
+from bivlm.numerics.trellis import TrellisCode
 from bivlm.numerics.trellis_tiles import Tiles
 
 _BLOCK = 64  # columns whose errors are fed into all later ones together
@@ -34,17 +35,21 @@ def one_sided(
     Rows do not feed each other, so that bands are quantized side by side, in as many threads.
     """
     tiles = Tiles(weight_MN.shape, 1)
-    quantize = _quantizer(code, levels)
 
-    def band(rows: tuple[int, int]) -> np.ndarray:
-        running_NT = weight_MN[rows[0] : rows[1]].T.copy()
-        if shares_NN is None:
-            # Without feedback all tiles are searched at once.
-            return _all_at_once(running_NT, tiles.column_groups, quantize)
-        return _band(running_NT, shares_NN, tiles.column_groups, quantize)
+    def some(bands: list[tuple[int, int]]) -> list[np.ndarray]:
+        rows = weight_MN[bands[0][0] : bands[-1][1]]
+        running_NBT = np.ascontiguousarray(rows.reshape(len(bands), -1, rows.shape[1]).transpose(2, 0, 1))
+        if np.shares_memory(running_NBT, weight_MN):  # one row
+            running_NBT = running_NBT.copy()
+        return _bands(running_NBT, shares_NN, tiles.column_groups, code, levels)
 
-    with ThreadPoolExecutor(max(1, min(threads, len(tiles.bands)))) as pool:
-        return np.concatenate(list(pool.map(band, tiles.bands)))
+    groups = [
+        list(part)
+        for _, same in groupby(tiles.bands, lambda band: band[1] - band[0])
+        for part in divide(max(1, threads), list(same))
+    ]
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        return np.concatenate([symbols for found in pool.map(some, filter(None, groups)) for symbols in found])
 
 
 def two_sided(
@@ -78,48 +83,39 @@ def two_sided(
     return np.concatenate(found)
 
 
-Quantizer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+def _bands(
+    running_NBT: np.ndarray, shares_NN: np.ndarray | None, groups: list[int], code: TrellisCode, levels: np.ndarray
+) -> list[np.ndarray]:
+    """Quantize bands of equal heights, some columns of each at a time; return the symbols of each band.
 
-
-def _quantizer(code: TrellisCode, levels: np.ndarray) -> Quantizer:
-    def quantize(x_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        symbols_RT = trellis.search(x_RT, code, levels)
-        return symbols_RT, levels[level_indices(symbols_RT, code)]
-
-    return quantize
-
-
-def _band(running_NT: np.ndarray, shares_NN: np.ndarray, groups: list[int], quantize: Quantizer) -> np.ndarray:
-    """Quantize the columns of a band (as rows) one tile after another, and feed what is left over into later ones."""
-    columns, rows = running_NT.shape
-    found, begin, number = [], 0, 0
-    while begin < columns:
-        block = begin
-        errors = np.empty((0, rows), np.float32)
-        while begin < columns and begin - block < _BLOCK:
-            end = begin + groups[number]
-            symbols, rebuilt = quantize(running_NT[begin:end].reshape(1, -1))
-            found.append(symbols.reshape(-1))
-            rebuilt_GT = rebuilt.reshape(-1, rows)
+    What is left over of columns is fed into later ones.
+    """
+    columns, bands, rows = running_NBT.shape
+    flat_NT = running_NBT.reshape(columns, -1)
+    errors_NT = np.empty_like(flat_NT)
+    symbols_NBT = np.empty(running_NBT.shape, np.uint8)
+    begin = block = 0
+    for width in groups:
+        end = begin + width
+        x_BT = running_NBT[begin:end].transpose(1, 0, 2).reshape(bands, -1)
+        found_BT, indices_BT = trellis.search(x_BT, code, levels)
+        symbols_NBT[begin:end] = found_BT.reshape(bands, width, rows).transpose(1, 0, 2)
+        if shares_NN is not None:
+            rebuilt_WT = levels[indices_BT.reshape(bands, width, rows).transpose(1, 0, 2)].reshape(width, -1)
             last = min(columns, max(end, block + _BLOCK))
-            for column in range(begin, end):
-                error_1T = running_NT[column : column + 1] - rebuilt_GT[column - begin]
-                errors = np.concatenate([errors, error_1T])
-                kernels.feed_rows(
-                    running_NT[column + 1 : last], shares_NN[column : column + 1, column + 1 : last], error_1T
-                )
-            begin, number = end, number + 1
-        kernels.feed_rows(running_NT[last:], shares_NN[block:begin, last:], errors)
-    return np.concatenate(found)
+            for at in range(begin, end):
+                np.subtract(flat_NT[at], rebuilt_WT[at - begin], out=errors_NT[at])
+                kernels.feed_rows(flat_NT[at + 1 : last], shares_NN[at : at + 1, at + 1 : last], errors_NT[at : at + 1])
+            if last == end:
+                kernels.feed_rows(flat_NT[end:], shares_NN[block:end, end:], errors_NT[block:end])
+                block = end
+        begin = end
+    return [np.concatenate(_by_tile(symbols_NBT[:, band], groups)) for band in range(bands)]
 
 
-def _all_at_once(columns_NT: np.ndarray, groups: list[int], quantize: Quantizer) -> np.ndarray:
-    found, ends = [], np.cumsum(groups)
-    for begin, end, width in zip(ends - groups, ends, groups, strict=True):
-        if width == 1 and len(set(groups)) == 1:
-            return quantize(columns_NT)[0].reshape(-1)
-        found.append(quantize(columns_NT[begin:end].reshape(1, -1))[0].reshape(-1))
-    return np.concatenate(found)
+def _by_tile(symbols_NT: np.ndarray, groups: list[int]) -> list[np.ndarray]:
+    ends = np.cumsum(groups)
+    return [symbols_NT[end - width : end].reshape(-1) for end, width in zip(ends, groups, strict=True)]
 
 
 def _pieces(
@@ -130,9 +126,9 @@ def _pieces(
     for length in lengths:
         piece = slice(at, at + length)
         x_1T, weight_1T = wanted[None, piece], weights[None, piece] / weights[piece].mean()
-        found_1T = trellis.search(x_1T, code, levels, weight_1T)
+        found_1T, indices_1T = trellis.search(x_1T, code, levels, weight_1T)
         symbols.append(found_1T[0])
-        rebuilt.append(levels[level_indices(found_1T, code)][0])
+        rebuilt.append(levels[indices_1T[0]])
         at += length
     return np.concatenate(symbols), np.concatenate(rebuilt)
 
