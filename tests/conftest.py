@@ -8,7 +8,7 @@ from torchvision_operators import define_missing
 
 define_missing()
 
-from raw_codec import pack_raw  # noqa: E402
+from raw_codec import pack_linears  # noqa: E402
 from tiny_llava import make_tiny_llava  # noqa: E402
 
 from bivlm.checkpoint.linears import linears  # noqa: E402
@@ -36,7 +36,7 @@ def whole_recipe():
 def _packed_once(tiny_llava, whole_recipe, tmp_path_factory) -> Path:
     checkpoint = Checkpoint.open(tiny_llava)
     chosen, _ = select(linears(checkpoint), whole_recipe)
-    packed = {linear.name: (lambda name=linear.disk_name: pack_raw(checkpoint.read(name))) for linear in chosen}
+    packed = pack_linears(checkpoint, chosen)
     return write_packed_checkpoint(checkpoint, packed, chosen, tmp_path_factory.mktemp("packed") / "llava", {})
 
 

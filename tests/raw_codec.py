@@ -1,9 +1,13 @@
 """A codec for tests: the top byte of every bfloat16 weight, stored as it is."""
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 
 from bivlm import packing
+from bivlm.checkpoint.linears import Linear
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.packing import Codec, FormatBits, Tunable, container
 
 
@@ -40,6 +44,11 @@ def pack_raw(weight: torch.Tensor) -> torch.Tensor:
     """The packed weight of a bfloat16 matrix."""
     words = weight.contiguous().view(torch.uint16).numpy()
     return container.write("top-byte", tuple(weight.shape), torch.bfloat16, [(words >> 8).astype(np.uint8).reshape(-1)])
+
+
+def pack_linears(checkpoint: Checkpoint, linears: Iterable[Linear]) -> dict[str, Callable[[], torch.Tensor]]:
+    """What makes the packed weight of each linear layer of a checkpoint, by the layer's name."""
+    return {linear.name: (lambda name=linear.disk_name: pack_raw(checkpoint.read(name))) for linear in linears}
 
 
 def top_bytes(weight: torch.Tensor) -> torch.Tensor:

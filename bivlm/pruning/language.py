@@ -50,7 +50,7 @@ class LanguagePruning:
         self._parts, self._model, self._settings, self._tally = parts, model, settings, tally
         self._vision = vision
         self._of_text = settings.place in ("text", "joint")
-        self._scored: int | None = None  # the layer whose attention is the score
+        self._scored: int | None = None  # the layer whose attention is the score; None if no layer here drops tokens
         self.tokens: Sequence | None = None
         self.states: Sequence | None = None
         self._reading = False
@@ -77,6 +77,11 @@ class LanguagePruning:
     def _drops_states(self) -> bool:
         return bool(self._parts.cross_layers) and not self._of_text
 
+    @property
+    def _dropped_from(self) -> Sequence | None:
+        """What a layer drops from; None for a prompt without an image, where images are seen by cross-attention."""
+        return self.states if self._drops_states else self.tokens
+
     def _layer_before(self, layer: int) -> int:
         """Return the layer whose attention scores what is dropped from `layer` on."""
         if self._drops_states:
@@ -98,8 +103,7 @@ class LanguagePruning:
         self._hook(stack, self._model, self._begin)
         self._hook(stack, self._parts.text_model, self._embedded)
         for number, layer in enumerate(self._parts.language_layers):
-            wrapped = self._cross(number, layer.forward) if self._is_cross(number) else self._own(number, layer.forward)
-            layer.forward = wrapped
+            layer.forward = self._wrapped(number, layer.forward)
             stack.callback(layer.__dict__.pop, "forward", None)
         if self._scored is not None and self._settings.score in ("attention", "last_token"):
             layer = self._parts.language_layers[self._scored]
@@ -108,9 +112,6 @@ class LanguagePruning:
     @staticmethod
     def _hook(stack: ExitStack, module: nn.Module, function: Callable[..., Any]) -> None:
         stack.callback(module.register_forward_pre_hook(function, with_kwargs=True).remove)
-
-    def _is_cross(self, number: int) -> bool:
-        return number in self._parts.cross_layers
 
     # Before the model: what is read.
 
@@ -148,31 +149,26 @@ class LanguagePruning:
         """Drop the features that the vision encoder set to NaN, and replace them by zeros in the inputs."""
         if not self._reading:
             return None
-        features = named.get("cross_attention_states")
-        if features is not None:
-            rows = len(self._prompt.alive_BT)
-            flat_BSD = features.reshape(rows, -1, features.shape[-1])
-            lost_BS = self._lost(flat_BSD)
+        states, embeds = named.get("cross_attention_states"), named.get("inputs_embeds")
+        if states is not None:
+            features_BSD = states.reshape(len(self._prompt.alive_BT), -1, states.shape[-1])
+            lost_BS = self._lost(features_BSD)
             all_BS = torch.ones_like(lost_BS)
-            states = Sequence(self._seen_states(named, all_BS), all_BS, self._prompt.seeds)
-            self._check_lost(lost_BS, states.candidates_BT)
-            states.drop(~lost_BS)
-            self.states = states
-            whole_BSD = flat_BSD.masked_fill(lost_BS[..., None], 0)
-            named = {**named, "cross_attention_states": whole_BSD}
-            if self._settings.place == "input":
-                self._choose_by_features(states, whole_BSD, self._text_of(named))
-            return arguments, named
-        embeds_BTD = named.get("inputs_embeds")
-        if embeds_BTD is None:
+            images_BS = self._seen_states(named, all_BS)
+            name, sequence = "cross_attention_states", Sequence(images_BS, all_BS, self._prompt.seeds)
+            self.states = sequence
+        elif embeds is not None:
+            features_BSD, images_BS = embeds, self._image_BT
+            lost_BS = self._lost(embeds) & images_BS
+            name, sequence = "inputs_embeds", self._prompt
+        else:
             return None
-        lost_BT = self._lost(embeds_BTD) & self._image_BT
-        self._check_lost(lost_BT, self._image_BT)
-        whole_BTD = embeds_BTD.masked_fill(lost_BT[..., None], 0)
-        self._prompt.drop(~lost_BT)
+        self._check_lost(lost_BS, images_BS)
+        sequence.drop(~lost_BS)
+        named = {**named, name: features_BSD.masked_fill(lost_BS[..., None], 0)}
         if self._settings.place == "input":
-            self._choose_by_features(self._prompt, whole_BTD, whole_BTD)
-        return arguments, {**named, "inputs_embeds": whole_BTD}
+            self._choose_by_features(sequence, named[name], self._text_of(named))
+        return arguments, named
 
     def _lost(self, features_BTD: torch.Tensor) -> torch.Tensor:
         """Return which features the vision encoder dropped, bool (B, T). If it drops none, NaN stays NaN."""
@@ -228,80 +224,57 @@ class LanguagePruning:
         self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
     ) -> None:
         """Set the scores, from the attention of the layer before."""
-        if not self._reading:
+        sequence = self._dropped_from
+        if not self._reading or sequence is None:
             return
         left = self._prompt.shortened
         counts_BQ = self._prompt.alive_BT if left is None else left.filled_BK
         if self._settings.score == "last_token":
             places = torch.arange(counts_BQ.shape[1], device=counts_BQ.device)
             counts_BQ = counts_BQ & (places == (counts_BQ * places).amax(1, keepdim=True))
-        if self._drops_states and self.states is not None:
-            scores_BS = received(query, key, mask, scale, False, counts_BQ)
-            self._scores_BT = _spread(scores_BS, self.states.shortened, self.states.alive_BT.shape)
-        else:
-            scores_BT = received(query, key, mask, scale, causal, counts_BQ)
-            self._scores_BT = _spread(scores_BT, left, self._prompt.alive_BT.shape)
+        scores_BK = received(query, key, mask, scale, causal and not self._drops_states, counts_BQ)
+        self._scores_BT = _spread(scores_BK, sequence)
 
     def _choose(self, number: int) -> None:
         """Drop what is to be dropped from this layer on."""
-        if self._settings.place == "input" or number != self._settings.layer or self._settings.place == "vision":
-            return
-        sequence = self.states if self._drops_states else self.tokens
-        if sequence is not None:
+        sequence = self._dropped_from
+        if self._scored is not None and number == self._settings.layer and sequence is not None:
             kind = "text" if self._of_text else "image"
             self._tally.add(kind, sequence.choose(self._settings, self._scores_BT, last=not self._of_text))
 
-    def _own(self, number: int, forward: Forward) -> Forward:
-        """Return the forward of a layer of self-attention."""
+    def _wrapped(self, number: int, forward: Forward) -> Forward:
+        """Return the forward of a layer: of self-attention, or with text tokens as queries and image features as keys.
 
-        def run(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-            cache = named.get("past_key_values")
-            if self._reading:
-                self._choose(number)
-                left = self._prompt.shortened
-                if left is None:
-                    return forward(hidden_states, *arguments, **named)
-                named["attention_mask"] = left.mask(named.get("attention_mask"), causal=True)
-                self._take_positions(left, named)
-                short = forward(left.take(hidden_states), *arguments, **named)
-                self._remember(cache, number)
-                return left.put_back(short, hidden_states)
-            left, _ = self._remembered.get(cache, {}).get(number, (None, None))
-            if left is not None and cache is not None:
-                length = cache.get_seq_length(number) + hidden_states.shape[1] - left.alive_BT.shape[1]
-                named["attention_mask"] = left.later_mask(named.get("attention_mask"), length, hidden_states.shape[1])
-            return forward(hidden_states, *arguments, **named)
-
-        return run
-
-    def _cross(self, number: int, forward: Forward) -> Forward:
-        """Return the forward of a layer of cross-attention: text tokens as queries, image features as keys."""
+        The latter sees the features in ``cross_attention_states``.
+        """
+        is_cross = number in self._parts.cross_layers
 
         def run(hidden_states: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
             cache = named.get("past_key_values")
             if not self._reading:
-                _, states = self._remembered.get(cache, {}).get(number, (None, None))
-                if states is not None and named.get("cross_attention_mask") is not None:
+                text, states = self._remembered.get(cache, {}).get(number, (None, None))
+                if is_cross and states is not None and named.get("cross_attention_mask") is not None:
                     named["cross_attention_mask"] = _columns(named["cross_attention_mask"], states)
+                elif text is not None and cache is not None and not is_cross:
+                    length = cache.get_seq_length(number) + hidden_states.shape[1] - text.alive_BT.shape[1]
+                    mask = text.later_mask(named.get("attention_mask"), length, hidden_states.shape[1])
+                    named["attention_mask"] = mask
                 return forward(hidden_states, *arguments, **named)
             self._choose(number)
             text = self._prompt.shortened
-            states = None if self.states is None else self.states.shortened
+            states = self.states.shortened if is_cross and self.states is not None else None
             if text is None and states is None:
                 return forward(hidden_states, *arguments, **named)
             if states is not None:
-                named["cross_attention_states"] = states.take(named["cross_attention_states"])
-                mask = named.get("cross_attention_mask")
-                if mask is None and not states.full:
-                    mask = hidden_states.new_zeros(
-                        len(hidden_states), 1, hidden_states.shape[1], states.alive_BT.shape[1]
-                    )
-                named["cross_attention_mask"] = None if mask is None else _columns(mask, states)
+                self._take_states(states, hidden_states, named)
             whole = hidden_states
             if text is not None:
-                for name in ("cross_attention_mask", "full_text_row_masked_out_mask"):
-                    if named.get(name) is not None:
-                        named[name] = text.take(named[name], 2)
+                if is_cross:
+                    for name in ("cross_attention_mask", "full_text_row_masked_out_mask"):
+                        if named.get(name) is not None:
+                            named[name] = text.take(named[name], 2)
+                else:
+                    named["attention_mask"] = text.mask(named.get("attention_mask"), causal=True)
                 self._take_positions(text, named)
                 hidden_states = text.take(hidden_states)
             result = forward(hidden_states, *arguments, **named)
@@ -309,6 +282,14 @@ class LanguagePruning:
             return result if text is None else text.put_back(result, whole)
 
         return run
+
+    @staticmethod
+    def _take_states(states: Shortened, hidden_states: torch.Tensor, named: dict[str, Any]) -> None:
+        named["cross_attention_states"] = states.take(named["cross_attention_states"])
+        mask = named.get("cross_attention_mask")
+        if mask is None and not states.full:
+            mask = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], states.alive_BT.shape[1])
+        named["cross_attention_mask"] = None if mask is None else _columns(mask, states)
 
     @staticmethod
     def _take_positions(left: Shortened, named: dict[str, Any]) -> None:
@@ -329,7 +310,7 @@ class LanguagePruning:
             )
         left, states = self._prompt.shortened, None if self.states is None else self.states.shortened
         self._remembered.setdefault(cache, {})[number] = (left, states)
-        if left is not None and not self._is_cross(number):
+        if left is not None and number not in self._parts.cross_layers:
             dropped, length_of_cache = left.alive_BT.shape[1] - left.length, layer.get_seq_length
             layer.__dict__["get_seq_length"] = lambda: length_of_cache() + dropped
 
@@ -351,10 +332,11 @@ def _columns(mask: torch.Tensor, states: Shortened) -> torch.Tensor:
     return states.take(mask, 3).masked_fill(~states.filled_BK[:, None, None], torch.finfo(mask.dtype).min)
 
 
-def _spread(scores_BK: torch.Tensor, left: Shortened | None, shape: torch.Size) -> torch.Tensor:
+def _spread(scores_BK: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     """Return the scores of what is left at the places of the whole sequence; zero elsewhere."""
+    left = sequence.shortened
     if left is None:
         return scores_BK
-    whole_BT = scores_BK.new_zeros(shape)
+    whole_BT = scores_BK.new_zeros(sequence.alive_BT.shape)
     whole_BT[left.alive_BT] = scores_BK[left.filled_BK]
     return whole_BT

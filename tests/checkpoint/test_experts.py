@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from raw_codec import pack_raw
-from safetensors.torch import load_file, save_file
+from changed_files import change_tensors
+from raw_codec import pack_linears
 from tiny_families import glm4v_moe, make_published, qwen3_vl_moe
 from transformers import AutoModelForImageTextToText
 
@@ -35,7 +35,7 @@ def recipe(settings=None, **further):
 def pack(base, output, keep=("lm_head",)):
     checkpoint = Checkpoint.open(base)
     chosen, _ = select(linears(checkpoint), recipe(keep=list(keep)))
-    packed = {linear.name: (lambda name=linear.disk_name: pack_raw(checkpoint.read(name))) for linear in chosen}
+    packed = pack_linears(checkpoint, chosen)
     return write_packed_checkpoint(checkpoint, packed, chosen, output, {})
 
 
@@ -104,14 +104,6 @@ def test_what_needs_a_layer_refuses_experts_and_says_how_to_keep_them(base, furt
     assert chosen and not any(linear.stacked_in for linear in chosen)
 
 
-def damaged(folder, change):
-    """The packed checkpoint with `change(tensors)` done to its only file."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -124,7 +116,8 @@ def damaged(folder, change):
     ids=["missing", "not packed"],
 )
 def test_an_expert_that_is_not_what_was_announced_is_named(base, tmp_path, change, said):
-    packed = damaged(pack(base, tmp_path / "packed"), change)
+    packed = pack(base, tmp_path / "packed")
+    change_tensors(packed, change)
     with pytest.raises(InputError, match=said):
         AutoModelForImageTextToText.from_pretrained(packed)
 
@@ -133,6 +126,7 @@ def test_a_damaged_expert_is_no_model(base, tmp_path):
     def change(tensors):
         tensors[f"{EXPERTS}.3.up_proj.weight"][-5:].add_(1)
 
-    packed = damaged(pack(base, tmp_path / "packed"), change)
+    packed = pack(base, tmp_path / "packed")
+    change_tensors(packed, change)
     with pytest.raises(RuntimeError, match="conversion of the weights"):  # transformers' own, its report says why
         AutoModelForImageTextToText.from_pretrained(packed)

@@ -1,9 +1,8 @@
 """Every linear layer of the loaded model is found on disk, and the recipe chooses among them."""
 
-import json
-
 import pytest
 import torch
+from changed_files import change_json, change_tensors
 from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 from torch import nn
@@ -18,6 +17,7 @@ from bivlm.recipe.selection import select
 
 METHOD = {"method": "bivlm", "groups": 2, "p_max": 0.05}
 COMPONENTS = ("vision", "adaptor", "language")
+HEAD = "language_model.lm_head.weight"
 
 
 def recipe(components=COMPONENTS, keep=("lm_head",)):
@@ -70,8 +70,7 @@ def test_what_is_left_alone_says_what_it_is(tiny_llava):
 
 def test_a_tensor_that_the_model_does_not_have_is_left_alone(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
-    weights = folder / "model.safetensors"
-    save_file({**load_file(weights), "rotary.inv_freq": torch.ones(2)}, weights)
+    change_tensors(folder, lambda tensors: tensors.update({"rotary.inv_freq": torch.ones(2)}))
     kinds = {tensor.disk_name: tensor.kind for tensor in anatomy(Checkpoint.open(folder)).left_alone}
     assert kinds["rotary.inv_freq"] == "not used by the model"
 
@@ -107,52 +106,42 @@ def test_weights_that_are_merged_while_loading_are_marked():
 
 def test_a_linear_without_a_tensor_is_named(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["multi_modal_projector.linear_1.weight"]
-    save_file(tensors, folder / "model.safetensors")
+    change_tensors(folder, lambda tensors: tensors.pop("multi_modal_projector.linear_1.weight"))
     with pytest.raises(InputError, match=r"the tensor of model\.multi_modal_projector\.linear_1\.weight is missing"):
         linears(Checkpoint.open(folder))
 
 
 def test_a_weight_of_another_shape_than_the_config_says_is_named(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"][:100].clone()
-    save_file(tensors, folder / "model.safetensors")
+    change_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[HEAD][:100].clone()}))
     with pytest.raises(InputError, match=r"lm_head\.weight: shape \(100, 64\) on disk, \(259, 64\) by the config"):
         linears(Checkpoint.open(folder))
 
 
 def test_two_tensors_for_one_weight_are_named(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"].clone()
-    save_file(tensors, folder / "model.safetensors")
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[HEAD].clone()}))
     with pytest.raises(InputError, match=r"are both loaded as lm_head\.weight"):
         linears(Checkpoint.open(folder))
 
 
 def test_an_unknown_architecture_is_named(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "clip"}))
+    change_json(folder / "config.json", lambda config: config.update(model_type="clip"))
     with pytest.raises(InputError, match=r"model_type 'clip'; known are gemma3, .*mllama"):
         linears(Checkpoint.open(folder))
 
 
 def test_a_checkpoint_of_another_quantization_method_is_refused(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    change_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "gptq"}))
     with pytest.raises(InputError, match="quantized by gptq; expected full precision"):
         linears(Checkpoint.open(folder))
 
 
 def test_a_config_that_makes_no_model_is_refused(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["hidden_size"] = "wide"
-    (folder / "config.json").write_text(json.dumps(config))
+    change_json(folder / "config.json", lambda config: config["text_config"].update(hidden_size="wide"))
     with pytest.raises(InputError, match=r"llava: its config makes no image-text model"):
         linears(Checkpoint.open(folder))
 

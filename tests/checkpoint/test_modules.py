@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from raw_codec import pack_raw, top_bytes
+from raw_codec import pack_linears, top_bytes
 from tiny_families import IMAGE, TEXT, TOWER
 from torch import nn
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, VipLlavaConfig
@@ -56,7 +56,7 @@ def packed_stranger(stranger):
         {"name": "map", "format": 1, "components": dict.fromkeys(MODULES, METHOD), "modules": MODULES}
     )
     chosen, _ = select(linears(base), recipe)
-    packed = {linear.name: (lambda name=linear.disk_name: pack_raw(base.read(name))) for linear in chosen}
+    packed = pack_linears(base, chosen)
     return write_packed_checkpoint(base, packed, chosen, folder.with_name("packed"), {})
 
 

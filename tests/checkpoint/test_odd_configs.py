@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from functools import reduce
+from operator import getitem
 
 import pytest
+from changed_files import change_json
 
 from bivlm.checkpoint.linears import anatomy, linears
 from bivlm.checkpoint.reading import Checkpoint
@@ -21,12 +24,7 @@ def folder(tiny_llava, tmp_path):
 
 def change(file, place, value):
     """Set the value at the end of a path of keys."""
-    content = json.loads(file.read_text())
-    holder = content
-    for key in place[:-1]:
-        holder = holder[key]
-    holder[place[-1]] = value
-    file.write_text(json.dumps(content))
+    change_json(file, lambda content: reduce(getitem, place[:-1], content).update({place[-1]: value}))
 
 
 ODD = {

@@ -1,7 +1,6 @@
 """A checkpoint folder is opened as it is or refused with the name of what is wrong."""
 
 import hashlib
-import json
 import shutil
 import socket
 
@@ -9,6 +8,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
+from changed_files import change_json
 from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
@@ -30,12 +30,6 @@ def sharded_once(tmp_path_factory):
 @pytest.fixture
 def sharded(sharded_once, tmp_path):
     return shutil.copytree(sharded_once, tmp_path / "sharded")
-
-
-def change_json(file, change):
-    value = json.loads(file.read_text())
-    change(value)
-    file.write_text(json.dumps(value))
 
 
 def test_every_tensor_reads_as_the_library_reads_it(tiny_llava):

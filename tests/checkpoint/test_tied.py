@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from changed_files import change_json, change_tensors
 from safetensors.torch import load_file, save_file
 from tiny_families import gemma3, llava, make_tiny, qwen2_5_vl
 from transformers import AutoModelForImageTextToText, BlipConfig, UdopConfig
@@ -22,6 +23,7 @@ from bivlm.reports.bits import bits_of
 from bivlm.reports.inspection import inspect
 
 HEADS = ("absent", "equal", "different", "alone")  # beside the embedding; alone: the embedding is absent
+NORM = "language_model.model.norm.weight"
 BUILDERS = [llava, *(pytest.param(build, marks=pytest.mark.slow) for build in (qwen2_5_vl, gemma3))]
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -34,9 +36,8 @@ def make_base(build, folder, tie, head, shards=False):
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
     inputs = make_tiny(lambda: (config, inputs, image_tokens), untied)
     shutil.copytree(untied, folder)
-    said = json.loads((folder / "config.json").read_text())
-    said["tie_word_embeddings"] = said["text_config"]["tie_word_embeddings"] = tie
-    (folder / "config.json").write_text(json.dumps(said))
+    for part in (lambda config: config, lambda config: config["text_config"]):
+        change_json(folder / "config.json", lambda config, part=part: part(config).update(tie_word_embeddings=tie))
     tensors = load_file(folder / "model.safetensors")
     (its_head,) = (name for name in tensors if "lm_head" in name)
     (embedding,) = (name for name in tensors if "embed_tokens" in name)
@@ -158,10 +159,8 @@ def test_a_head_that_differs_is_a_table_of_its_own(tmp_path):
 
 def test_equal_numbers_of_other_dtypes_are_one_table(tmp_path):
     inputs = make_base(llava, tmp_path / "base", True, "equal")
-    file = tmp_path / "base" / "model.safetensors"
-    tensors = load_file(file)
-    (head,) = (name for name in tensors if "lm_head" in name)
-    save_file(tensors | {head: tensors[head].float()}, file, metadata={"format": "pt"})
+    (head,) = (name for name in Checkpoint.open(tmp_path / "base").entries if "lm_head" in name)
+    change_tensors(tmp_path / "base", lambda tensors: tensors.update({head: tensors[head].float()}))
     assert anatomy(Checkpoint.open(tmp_path / "base")).tokens.copies == (head,)
     folder = pack(tmp_path / "base", tmp_path / "packed", 4)
     assert torch.equal(logits(load(folder, "forward"), inputs), logits(twin(tmp_path / "base", 4), inputs))
@@ -232,25 +231,23 @@ class TestAnOutputThatDoesNotLoad:
         make_base(llava, tmp_path / "base", True, "different")
         output = pack(tmp_path / "base", tmp_path / "packed", 4)
         before = (output / "model.safetensors").read_bytes()
-        file = tmp_path / "base" / "model.safetensors"
-        tensors = load_file(file)
-        (norm,) = (name for name in tensors if name.endswith("language_model.model.norm.weight"))
-        save_file({name: tensor for name, tensor in tensors.items() if name != norm}, file, metadata={"format": "pt"})
+        change_tensors(tmp_path / "base", lambda tensors: tensors.pop(NORM))
         with pytest.raises(InputError, match=r"tensor .*norm\.weight is missing"):
             pack(tmp_path / "base", output, 4)
         assert (output / "model.safetensors").read_bytes() == before
         assert not list(tmp_path.glob(".packed*"))
 
-    @pytest.mark.parametrize("change", ["missing", "shape"])
-    def test_a_base_that_is_not_whole_is_named(self, tmp_path, change):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(lambda tensors: tensors.pop(NORM), "is missing", id="missing"),
+            pytest.param(
+                lambda tensors: tensors.update({NORM: torch.ones(7)}), r".*F32 of shape \(7,\), expected", id="shape"
+            ),
+        ],
+    )
+    def test_a_base_that_is_not_whole_is_named(self, tmp_path, change, message):
         make_base(llava, tmp_path / "base", False, "different")
-        file = tmp_path / "base" / "model.safetensors"
-        tensors = load_file(file)
-        (norm,) = (name for name in tensors if name.endswith("language_model.model.norm.weight"))
-        tensors[norm] = torch.ones(7)
-        if change == "missing":
-            del tensors[norm]
-        save_file(tensors, file, metadata={"format": "pt"})
-        message = {"missing": r"norm\.weight is missing", "shape": r"norm\.weight .*F32 of shape \(7,\), expected"}
-        with pytest.raises(InputError, match=message[change]):
+        change_tensors(tmp_path / "base", change)
+        with pytest.raises(InputError, match=rf"norm\.weight {message}"):
             check_loads(Checkpoint.open(tmp_path / "base"), tmp_path / "base")

@@ -10,9 +10,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from changed_files import change_json, change_tensors
 from PIL import Image
-from raw_codec import TopByte, top_bytes
-from safetensors.torch import load_file, save_file
+from raw_codec import TopByte, pack_linears, top_bytes
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -54,6 +55,17 @@ def twin(tiny_llava):
         if isinstance(module, nn.Linear) and name != "lm_head":
             module.weight.data = top_bytes(module.weight.data)
     return model
+
+
+@pytest.fixture
+def shards(tiny_llava, whole_recipe, tmp_path):
+    """The packed checkpoint in several files."""
+    base = Checkpoint.open(tiny_llava)
+    chosen, _ = select(linears(base), whole_recipe)
+    packed = pack_linears(base, chosen)
+    folder = write_packed_checkpoint(base, packed, chosen, tmp_path / "shards", {}, max_shard_bytes=60_000)
+    assert len(Checkpoint.open(folder).weight_files) > 3
+    return folder
 
 
 def logits(model, inputs):
@@ -132,13 +144,8 @@ class TestWhatIsLoaded:
         # The layer before is still held by a variable of the loop.
         assert len(seen) == 28 and max(seen) <= 1
 
-    def test_shards_load_as_a_single_file_does(self, tiny_llava, whole_recipe, packed_llava, tmp_path, twin, inputs):
-        base, packed = Checkpoint.open(tiny_llava), Checkpoint.open(packed_llava)
-        chosen, _ = select(linears(base), whole_recipe)
-        parts = {linear.name: (lambda name=linear.disk_name: packed.read(name)) for linear in chosen}
-        folder = write_packed_checkpoint(base, parts, chosen, tmp_path / "shards", {}, max_shard_bytes=60_000)
-        assert len(Checkpoint.open(folder).weight_files) > 3
-        assert torch.equal(logits(load(folder), inputs), logits(twin, inputs))
+    def test_shards_load_as_a_single_file_does(self, shards, twin, inputs):
+        assert torch.equal(logits(load(shards), inputs), logits(twin, inputs))
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -163,18 +170,8 @@ class TestSaving:
         assert all(torch.equal(weight, twin.get_submodule(name).weight) for name, weight in weights.items())
 
 
-def damaged(folder, change):
-    """Change the tensors of the packed checkpoint with the safetensors library."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def change_config(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    change(config["quantization_config"])
-    (folder / "config.json").write_text(json.dumps(config))
+def change_quantization(folder, change):
+    change_json(folder / "config.json", lambda config: change(config["quantization_config"]))
 
 
 def flip(tensor, position, bit=1):
@@ -184,19 +181,19 @@ def flip(tensor, position, bit=1):
 class TestWhatIsRefused:
     @pytest.mark.parametrize("name", [ITS_TENSOR, "language_model.model.norm.weight"])
     def test_a_missing_tensor_is_named(self, packed_llava, name):
-        damaged(packed_llava, lambda tensors: tensors.pop(name))
+        change_tensors(packed_llava, lambda tensors: tensors.pop(name))
         loaded_name = name.replace("language_model.model.", "model.language_model.")
         with pytest.raises(InputError, match=rf"tensor {loaded_name} is missing in model\.safetensors"):
             load(packed_llava)
 
     def test_a_packed_tensor_of_another_length_than_the_config_says_is_named(self, packed_llava):
-        damaged(packed_llava, lambda tensors: tensors.update({ITS_TENSOR: tensors[ITS_TENSOR][:-1].clone()}))
+        change_tensors(packed_llava, lambda tensors: tensors.update({ITS_TENSOR: tensors[ITS_TENSOR][:-1].clone()}))
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight .*shape \(8223,\), expected .*\(8224,\)"):
             load(packed_llava)
 
     def test_a_dense_tensor_where_a_packed_one_should_be_is_named(self, packed_llava):
         dense = torch.zeros(128, 64, dtype=torch.bfloat16)
-        damaged(packed_llava, lambda tensors: tensors.update({ITS_TENSOR: dense}))
+        change_tensors(packed_llava, lambda tensors: tensors.update({ITS_TENSOR: dense}))
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight .*BF16 of shape \(128, 64\)"):
             load(packed_llava)
 
@@ -204,7 +201,7 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize("position", [28, 32, 5000, -1])
     @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
     def test_a_flipped_bit_is_named(self, packed_llava, position, dequantize):
-        damaged(packed_llava, lambda tensors: flip(tensors[ITS_TENSOR], position))
+        change_tensors(packed_llava, lambda tensors: flip(tensors[ITS_TENSOR], position))
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight"):
             load(packed_llava, dequantize)
 
@@ -214,7 +211,7 @@ class TestWhatIsRefused:
         header = container.read_header(load_file(packed_llava / "model.safetensors")[ITS_TENSOR])
         highest = np.full(header.shape[0] * header.shape[1], 0x7F, np.uint8)  # 1.7e38, which float16 does not hold
         infinite = container.write(header.codec, header.shape, torch.float16, [highest])
-        damaged(packed_llava, lambda tensors: tensors.update({ITS_TENSOR: infinite}))
+        change_tensors(packed_llava, lambda tensors: tensors.update({ITS_TENSOR: infinite}))
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight: .*infinite in torch.float16"):
             load(packed_llava, dequantize)
 
@@ -234,40 +231,40 @@ class TestWhatIsRefused:
 
     @pytest.mark.parametrize("position", [0, 4, 5, 6, 7, 8, 16, 20, 24])
     def test_a_flipped_bit_in_the_header_is_named(self, packed_llava, position):
-        damaged(packed_llava, lambda tensors: flip(tensors[ITS_TENSOR], position))
+        change_tensors(packed_llava, lambda tensors: flip(tensors[ITS_TENSOR], position))
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight"):
             load(packed_llava)
 
     def test_an_unknown_version_of_a_packed_tensor_is_named(self, packed_llava):
-        damaged(packed_llava, lambda tensors: tensors[ITS_TENSOR].__setitem__(4, 2))
+        change_tensors(packed_llava, lambda tensors: tensors[ITS_TENSOR].__setitem__(4, 2))
         with pytest.raises(InputError, match=rf"{A_LAYER}\.weight: packed format version 2"):
             load(packed_llava)
 
     def test_an_unknown_version_of_the_checkpoint_is_named(self, packed_llava):
-        change_config(packed_llava, lambda config: config.update(format=2))
+        change_quantization(packed_llava, lambda config: config.update(format=2))
         with pytest.raises(InputError, match="quantization_config: format 2, this code reads 1"):
             load(packed_llava)
 
     @pytest.mark.parametrize("packed", [{A_LAYER: "8224"}, {A_LAYER: -1}, [A_LAYER]])
     def test_lengths_that_are_none_are_refused(self, packed_llava, packed):
-        change_config(packed_llava, lambda config: config.update(packed=packed))
+        change_quantization(packed_llava, lambda config: config.update(packed=packed))
         with pytest.raises(InputError, match="expected a byte length by linear"):
             load(packed_llava)
         with pytest.raises(InputError, match="expected a byte length by linear"):
             linears(Checkpoint.open(packed_llava))
 
     def test_an_unknown_way_to_dequantize_is_named(self, packed_llava):
-        change_config(packed_llava, lambda config: config.update(dequantize="never"))
+        change_quantization(packed_llava, lambda config: config.update(dequantize="never"))
         with pytest.raises(InputError, match="dequantize 'never', expected 'load' or 'forward'"):
             load(packed_llava)
 
     def test_a_packed_layer_that_the_model_does_not_have_is_named(self, packed_llava):
-        change_config(packed_llava, lambda config: config["packed"].update({"model.nowhere": 10}))
+        change_quantization(packed_llava, lambda config: config["packed"].update({"model.nowhere": 10}))
         with pytest.raises(InputError, match=r"has no linear layer or embedding model\.nowhere"):
             load(packed_llava)
 
     def test_a_packed_layer_that_the_config_forgot_is_not_loaded_as_something_else(self, packed_llava):
-        change_config(packed_llava, lambda config: config["packed"].pop(A_LAYER))
+        change_quantization(packed_llava, lambda config: config["packed"].pop(A_LAYER))
         with pytest.raises(InputError, match=A_LAYER):
             load(packed_llava)
 
@@ -278,15 +275,11 @@ class TestWhatIsRefused:
         with pytest.raises(InputError, match=r"model\.safetensors"):
             load(packed_llava)
 
-    def test_a_shard_that_is_gone_is_named(self, tiny_llava, whole_recipe, packed_llava, tmp_path):
-        base, packed = Checkpoint.open(tiny_llava), Checkpoint.open(packed_llava)
-        chosen, _ = select(linears(base), whole_recipe)
-        parts = {linear.name: (lambda name=linear.disk_name: packed.read(name)) for linear in chosen}
-        folder = write_packed_checkpoint(base, parts, chosen, tmp_path / "shards", {}, max_shard_bytes=60_000)
-        shard = sorted(folder.glob("model-00002*"))[0]
+    def test_a_shard_that_is_gone_is_named(self, shards):
+        shard = sorted(shards.glob("model-00002*"))[0]
         shard.unlink()
         with pytest.raises((InputError, OSError), match=shard.name):
-            load(folder)
+            load(shards)
 
     def test_a_full_precision_model_is_not_compressed_on_the_fly(self, tiny_llava):
         with pytest.raises(ValueError, match="pre-quantized"):

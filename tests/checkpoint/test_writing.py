@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from raw_codec import pack_raw
+from raw_codec import pack_linears, pack_raw
 from safetensors.torch import load_file
 
 from bivlm.checkpoint.linears import linears
@@ -39,7 +39,7 @@ def chosen(base, whole_recipe):
 
 @pytest.fixture
 def packed(base, chosen):
-    return {linear.name: (lambda name=linear.disk_name: pack_raw(base.read(name))) for linear in chosen}
+    return pack_linears(base, chosen)
 
 
 def digests(folder):

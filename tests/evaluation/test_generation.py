@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from changed_files import change_tensors
 from PIL import Image
 from raw_codec import top_bytes
-from safetensors.torch import load_file, save_file
 
 from bivlm.errors import InputError
 from bivlm.evaluation.generation import answer_batch, answers, load_model
@@ -164,10 +164,7 @@ def test_a_packed_checkpoint_answers_as_its_rebuilt_weights(loaded, packed_llava
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused_instead_of_answering_at_random(tiny_llava, tmp_path):
     folder = Path(shutil.copytree(tiny_llava, tmp_path / "llava"))
-    weights = load_file(folder / "model.safetensors")
-    lacking = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
-    del weights[lacking]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change_tensors(folder, lambda tensors: tensors.pop("language_model.model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(InputError, match=r"found none for model\.language_model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(folder, device="cpu")
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.servers import PATIENCE
+
 # "ready" is said after the imports, which take longer than the work on the tiny model.
 # What is started in the background may have inherited that Ctrl-C is ignored.
 SCRIPT = textwrap.dedent("""
@@ -64,7 +66,7 @@ class Running:
         self.process.communicate()
         return at_work
 
-    def end(self, timeout: float = 300) -> int:
+    def end(self, timeout: float = PATIENCE) -> int:
         """Wait until it ends by itself; returns the exit code."""
         self.printed, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode

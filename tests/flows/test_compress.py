@@ -9,9 +9,9 @@ import mlflow
 import pandas as pd
 import pytest
 import torch
+from changed_files import change_tensors
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import bivlm  # noqa: F401
 from bivlm.checkpoint.linears import linears
@@ -198,10 +198,8 @@ def test_a_new_version_of_the_method_runs_its_own_steps_again(compressed_copy, c
 def test_a_revised_base_model_is_computed_again_where_its_weights_are_new(compressed_copy, counted, tmp_path):
     revised = tmp_path / "llava"
     shutil.copytree(compressed_copy.model, revised)
-    tensors = load_file(revised / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight"))
-    tensors[name] += 0.25
-    save_file(tensors, revised / "model.safetensors", metadata={"format": "pt"})
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    change_tensors(revised, lambda tensors: tensors[name].add_(0.25))
     before = packed_tensors(compressed_copy.output)
     compressed_copy.run(model=str(revised), output=str(compressed_copy.place / "other"))
     (layer,) = counted["statistics"]
@@ -276,10 +274,8 @@ def test_weights_that_are_not_finite_end_the_run_and_are_not_tried_again(new_com
     broken.mkdir()
     for path in compression.model.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(broken / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("layers.1.self_attn.q_proj.weight"))
-    tensors[name][0, 0] = torch.nan
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    name = "language_model.model.layers.1.self_attn.q_proj.weight"
+    change_tensors(broken, lambda tensors: tensors[name][0, 0].fill_(torch.nan))
     compression.model = broken
     with pytest.raises(InputError, match=r"layers\.1\.self_attn\.q_proj.*NaN"):
         compression.run()

@@ -21,12 +21,11 @@ from bivlm.checkpoint.reading import Checkpoint
 from flows.cli.commands import NOT_PASSED
 from flows.cli.main import BAD_INPUT, DONE, FAILED
 from tasks.watching.watch_lists import Revision
-from tests.servers import Server, free_port
+from tests.servers import PATIENCE, Server, free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 DEPLOYMENTS = {entry["name"]: entry for entry in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
-COMPRESSION_SECONDS = 300
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +41,7 @@ class Platform:
     def run(self, *command: str, **changes: str) -> subprocess.CompletedProcess:
         environment = {key: value for key, value in (self.environment | changes).items() if value}
         command = (str(BIN / command[0]), *command[1:])
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
     def bivlm(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
         return self.run("python", "-m", "flows.cli", *arguments, **changes)
@@ -134,8 +133,8 @@ def platform(tmp_path_factory, small_recipe, mlflow_database):
         server.kill()
 
 
-def _wait_until(happened, seconds=120):
-    deadline = time.monotonic() + seconds
+def _wait_until(happened):
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             if found := happened():
@@ -228,7 +227,7 @@ def test_the_end_of_the_run_is_the_exit_code(platform):
 def test_a_folder_that_appears_becomes_a_version_by_its_event_once(platform):
     revision = platform.add_model("new")
     platform.look("watch/watch")
-    (version,) = _wait_until(lambda: platform.versions("new-small"), COMPRESSION_SECONDS)
+    (version,) = _wait_until(lambda: platform.versions("new-small"))
     _wait_until(lambda: "bivlm.recorded" in platform.versions("new-small")[0].tags)
     assert version.tags["bivlm.trigger"] == f"event {revision.event_id}"
     assert version.tags["bivlm.base.sha256"] == revision.revision

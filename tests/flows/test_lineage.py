@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from changed_files import change_json
 
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
@@ -29,10 +30,7 @@ def broken(compression, **options):
 
 def rewrite(compression, change):
     """Change the record as somebody with an editor would."""
-    path = compression.output / "lineage.json"
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
+    change_json(compression.output / "lineage.json", change)
 
 
 def flip(path, position=-1):
@@ -212,9 +210,10 @@ def test_a_packed_name_that_is_no_layer_of_the_model_is_said(compressed_copy):
     def change(record):
         record["layers"]["model.nothing"] = next(iter(record["layers"].values()))
 
-    config = json.loads((compressed_copy.output / "config.json").read_text())
-    config["quantization_config"]["packed"]["model.nothing"] = 100
-    (compressed_copy.output / "config.json").write_text(json.dumps(config))
+    packed = {"model.nothing": 100}
+    change_json(
+        compressed_copy.output / "config.json", lambda config: config["quantization_config"]["packed"].update(packed)
+    )
     rewrite(compressed_copy, change)
     findings = verify(read_lineage(compressed_copy.output), compressed_copy.output)
     weights = next(finding for finding in findings if finding.subject == "packed weights")

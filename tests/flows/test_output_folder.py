@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from changed_files import change_json
 
 from bivlm.checkpoint.outputs import lock_of
 from bivlm.checkpoint.reading import Checkpoint
@@ -240,9 +241,7 @@ def tree(folder):
 
 
 def record_names(compression, workspace):
-    path = compression.output / "lineage.json"
-    record = json.loads(path.read_text()) | {"workspace": workspace}
-    path.write_text(json.dumps(record))
+    change_json(compression.output / "lineage.json", lambda record: record.update(workspace=workspace))
 
 
 def findings(compression, capsys, *options):

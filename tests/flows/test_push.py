@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from changed_files import change_json
 from hub_server import Hub, environment, leading_to
 from hub_state import Account
 from huggingface_hub import ModelCard, constants
@@ -293,9 +294,7 @@ def flip(file):
 
 
 def lower_the_bits(folder):
-    report = json.loads((folder / "compression_report.json").read_text())
-    report["bits"]["linears"]["stored"] = 1.08
-    (folder / "compression_report.json").write_text(json.dumps(report))
+    change_json(folder / "compression_report.json", lambda report: report["bits"]["linears"].update(stored=1.08))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 from bivlm.checkpoint.reading import Checkpoint
+from tests.servers import PATIENCE
 
 KILLED_AFTER = 5
 
@@ -30,7 +31,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(new_compression, comp
     compression = new_compression(tmp_path)
     arguments = (compression.model, compression.recipe_file(), compression.output, compression.workspace, KILLED_AFTER)
     killed = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, arguments)], start_new_session=True, timeout=300, env=os.environ
+        [sys.executable, "-c", SCRIPT, *map(str, arguments)], start_new_session=True, timeout=PATIENCE, env=os.environ
     )
     assert killed.returncode == -signal.SIGKILL
     assert not compression.output.exists()

@@ -21,7 +21,7 @@ from flows.runners import Runner, started
 from tasks.layers import Layer
 from tasks.runtime.steps import StepResult
 from tests.flows.running import Running
-from tests.servers import Server, free_port, s3_files, s3_server  # noqa: F401  fixtures
+from tests.servers import PATIENCE, Server, free_port, s3_files, s3_server  # noqa: F401  fixtures
 
 needs_dask = pytest.mark.skipif(importlib.util.find_spec("prefect_dask") is None, reason="bivlm[dask] is not installed")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("prefect_ray") is None, reason="bivlm[ray] is not installed")
@@ -65,8 +65,8 @@ def workers_of(run: Running) -> list[psutil.Process]:
     return [process for process in found if "spawn_main" in " ".join(process.cmdline())]
 
 
-def wait_for(what, run: Running, seconds: float = 120):
-    deadline = time.monotonic() + seconds
+def wait_for(what, run: Running):
+    deadline = time.monotonic() + PATIENCE
     while not (found := what()):
         assert run.process.poll() is None, run.errors()
         assert time.monotonic() < deadline, run.errors()
@@ -253,7 +253,7 @@ def test_a_running_ray_cluster_is_joined_and_left_as_it_was(of_reference, expect
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while "Ray runtime started" not in (tmp_path / "head.log").read_text():
             assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
             time.sleep(0.2)

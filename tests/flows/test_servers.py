@@ -13,7 +13,7 @@ from bivlm.reports.lineage import find_workspace, read_lineage, verify
 from flows.cli.main import BAD_INPUT, DONE, FAILED
 from tasks.runtime.steps import open_workspace
 from tests.flows.running import Running
-from tests.servers import SECRET, mlflow_server, s3_files, s3_server  # noqa: F401  fixtures
+from tests.servers import PATIENCE, SECRET, mlflow_server, s3_files, s3_server  # noqa: F401  fixtures
 
 WORKSPACE = "s3://bivlm/work"
 
@@ -27,7 +27,7 @@ def as_if_nothing_had_happened(compression, compressed, workspace):
 
 def wait_for_steps(folder, count):
     """Until so many steps are recorded under the workspace's folder."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(list((folder / "steps").glob("*.json"))) < count:
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.02)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from changed_files import change_tensors
 from tiny_llava import make_tiny_llava
 
 from bivlm.checkpoint.linears import anatomy
@@ -88,12 +88,6 @@ def test_a_head_that_is_not_kept_is_refused_before_anything_is_done(new_compress
     with pytest.raises(InputError, match=r"tables\.head: lm_head is compressed as a linear layer, too"):
         compression.run()
     assert not compression.steps("statistics")
-
-
-def change_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"

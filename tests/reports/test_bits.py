@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from safetensors.torch import load_file, save_file
+from changed_files import change_json, change_tensors
+from safetensors.torch import load_file
 
 from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
@@ -79,18 +80,13 @@ def test_a_full_precision_checkpoint_has_no_packed_linears(tiny_llava):
 
 
 def test_a_damaged_tensor_is_named(packed_llava):
-    file = packed_llava / "model.safetensors"
-    tensors = load_file(file)
-    tensors["multi_modal_projector.linear_1.weight"][-1] ^= 1
-    save_file(tensors, file)
+    change_tensors(packed_llava, lambda tensors: tensors["multi_modal_projector.linear_1.weight"][-1].bitwise_xor_(1))
     with pytest.raises(InputError, match=r"multi_modal_projector\.linear_1\.weight: checksum"):
         bits_of(packed_llava)
 
 
 def test_a_checkpoint_of_another_format_is_refused(packed_llava):
-    config = json.loads((packed_llava / "config.json").read_text())
-    config["quantization_config"]["format"] = 2
-    (packed_llava / "config.json").write_text(json.dumps(config))
+    change_json(packed_llava / "config.json", lambda config: config["quantization_config"].update(format=2))
     with pytest.raises(InputError, match=r"config\.json: quantization_config: format 2, this code reads 1"):
         bits_of(packed_llava)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from raw_codec import pack_raw
+from raw_codec import pack_linears
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
@@ -288,7 +288,7 @@ def test_a_packed_checkpoint_carries_its_code_and_has_to_be_named_again(marked, 
     trust([str(marked)])
     checkpoint = Checkpoint.open(marked)
     chosen, _ = select(linears(checkpoint), whole_recipe)
-    packed = {linear.name: (lambda name=linear.disk_name: pack_raw(checkpoint.read(name))) for linear in chosen}
+    packed = pack_linears(checkpoint, chosen)
     output = write_packed_checkpoint(checkpoint, packed, chosen, tmp_path / "packed", {})
     assert {name: (output / name).read_text() for name in FILES} == FILES
     assert set(FILES) <= set(Checkpoint.open(output).digests().files), "changed code would not be noticed"
