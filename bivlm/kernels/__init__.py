@@ -38,16 +38,19 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 def feed_rows(rest_NT: np.ndarray, shares_BN: np.ndarray, errors_BT: np.ndarray) -> None:
     """Subtract ``shares^T errors`` from `rest` in place, one row of errors after the other; all float32.
 
-    The order of the sum is that of the rows, whatever runs it.
+    The order of the sum is that of the rows, whatever runs it. Rows may lie apart, each in one piece.
     """
     library = native()
     if library is None:
-        product_NT = np.empty_like(rest_NT)
+        product_NT = np.empty(rest_NT.shape, np.float32)
         for share_N, error_T in zip(shares_BN, errors_BT, strict=True):
             np.multiply(share_N[:, None], error_T, out=product_NT)
             np.subtract(rest_NT, product_NT, out=rest_NT)
         return
-    stride = shares_BN.strides[0] // shares_BN.itemsize if len(shares_BN) > 1 else 0
-    sizes = (len(rest_NT), len(shares_BN), rest_NT.shape[1], stride)
-    shares = ctypes.c_void_p(shares_BN.ctypes.data)  # rows may lie apart
-    library.bivlm_feed_back(pointer(rest_NT), shares, pointer(errors_BT), *map(ctypes.c_int64, sizes))
+    arrays = (*_rows(rest_NT), *_rows(shares_BN), *_rows(errors_BT))
+    library.bivlm_feed_rows(*arrays, *map(ctypes.c_int64, (len(rest_NT), len(shares_BN), rest_NT.shape[1])))
+
+
+def _rows(array: np.ndarray) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    """Return an array's address, and how many numbers a row begins after the one before."""
+    return ctypes.c_void_p(array.ctypes.data), ctypes.c_int64(array.strides[0] // array.itemsize)

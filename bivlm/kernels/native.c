@@ -278,33 +278,34 @@ EXPORT int bivlm_trellis_search(const float *x, const float *weights, int64_t ti
     return failed;
 }
 
-/* Error feedback: rest[n][length] -= sum over b of shares[b][n] * errors[b][length], b in rising order. */
-WIDEST static void feed_rows(float *restrict rest, const float *restrict shares, const float *restrict errors,
-                             int64_t count, int64_t block, int64_t length, int64_t stride) {
+/* Error feedback: rest[n][t] -= sum over b of shares[b][n] * errors[b][t], b in rising order; rows lie apart. */
+WIDEST static void feed_rows(float *restrict rest, int64_t rest_apart, const float *restrict shares, int64_t shares_apart,
+                             const float *restrict errors, int64_t errors_apart, int64_t count, int64_t block,
+                             int64_t length) {
     enum { TOGETHER = 64 };
     for (int64_t n = 0; n < count; n++) {
         int64_t t = 0;
         for (; t + TOGETHER <= length; t += TOGETHER) {
             float sum[TOGETHER];
-            float *row = rest + n * length + t;
+            float *row = rest + n * rest_apart + t;
             for (int i = 0; i < TOGETHER; i++) sum[i] = row[i];
             for (int64_t b = 0; b < block; b++) {
-                const float share = shares[b * stride + n], *error = errors + b * length + t;
+                const float share = shares[b * shares_apart + n], *error = errors + b * errors_apart + t;
                 for (int i = 0; i < TOGETHER; i++) sum[i] -= share * error[i];
             }
             for (int i = 0; i < TOGETHER; i++) row[i] = sum[i];
         }
         for (; t < length; t++) {
-            float sum = rest[n * length + t];
-            for (int64_t b = 0; b < block; b++) sum -= shares[b * stride + n] * errors[b * length + t];
-            rest[n * length + t] = sum;
+            float sum = rest[n * rest_apart + t];
+            for (int64_t b = 0; b < block; b++) sum -= shares[b * shares_apart + n] * errors[b * errors_apart + t];
+            rest[n * rest_apart + t] = sum;
         }
     }
 }
 
-EXPORT void bivlm_feed_back(float *rest, const float *shares, const float *errors, int64_t count, int64_t block,
-                            int64_t length, int64_t stride) {
-    feed_rows(rest, shares, errors, count, block, length, stride);
+EXPORT void bivlm_feed_rows(float *rest, int64_t rest_apart, const float *shares, int64_t shares_apart,
+                            const float *errors, int64_t errors_apart, int64_t count, int64_t block, int64_t length) {
+    feed_rows(rest, rest_apart, shares, shares_apart, errors, errors_apart, count, block, length);
 }
 
 /* Read tiles: levels[sum of lengths], the level of every number. Eight bytes behind the stream's end are read. */
@@ -352,21 +353,32 @@ EXPORT void bivlm_trellis_read(const uint8_t *stream, const int64_t *begins, con
     }
 }
 
-/* Two-sided error feedback of some elements (i, j) of a weight [rows][columns]: see trellis_feedback.py. */
-WIDEST static void add_row(float *restrict to, const float *restrict from, float factor, int64_t count) {
-    for (int64_t n = 0; n < count; n++) to[n] += factor * from[n];
+/* Two-sided error feedback of some elements (i, j) of a weight [rows][columns], see trellis_feedback.py: into later
+   elements of the same row or column up to `near` blocks on; what is left over is kept for those farther away. */
+WIDEST static void subtract_row(float *restrict from, const float *restrict row, float factor, int64_t count) {
+    for (int64_t n = 0; n < count; n++) from[n] -= factor * row[n];
 }
 
-EXPORT void bivlm_feed_both(const float *weight, const float *rebuilt, const int64_t *at_i, const int64_t *at_j, float *fed,
-                            float *fed_outputs, const float *output_shares, const float *shares, int64_t count,
-                            int64_t rows, int64_t columns) {
+static int64_t nearest(int64_t at, int64_t block, int64_t near, int64_t size) {
+    const int64_t end = (at / block + near) * block;
+    return end < size ? end : size;
+}
+
+EXPORT void bivlm_feed_both(const float *weight, const float *rebuilt, const int64_t *at_i, const int64_t *at_j,
+                            float *fed, float *fed_outputs, const float *output_shares, const float *shares,
+                            float *errors, float *products, int64_t count, int64_t rows, int64_t columns, int64_t block,
+                            int64_t near) {
     for (int64_t n = 0; n < count; n++) {
         const int64_t i = at_i[n], j = at_j[n];
         const float before = fed[i * columns + j];
-        const float error = weight[i * columns + j] - (before + fed_outputs[j * rows + i]) - rebuilt[n];
-        const float product = error + before;
-        add_row(fed + i * columns + j + 1, shares + j * columns + j + 1, error, columns - j - 1);
-        add_row(fed_outputs + j * rows + i + 1, output_shares + i * rows + i + 1, product, rows - i - 1);
+        const float error = weight[i * columns + j] + (before + fed_outputs[j * rows + i]) - rebuilt[n];
+        const float product = error - before;
+        errors[j * rows + i] = error;
+        products[i * columns + j] = product;
+        subtract_row(fed + i * columns + j + 1, shares + j * columns + j + 1, error,
+                     nearest(j, block, near, columns) - j - 1);
+        subtract_row(fed_outputs + j * rows + i + 1, output_shares + i * rows + i + 1, product,
+                     nearest(i, block, near, rows) - i - 1);
     }
 }
 

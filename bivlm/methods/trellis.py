@@ -144,7 +144,8 @@ class Trellis(Method[TrellisSettings]):
             outputs = _factor(inputs.gradient_moment_MM, layout, ROTATED_OUTPUTS, settings.output_damping)
         figures |= {"output_damping": outputs.damping}
         shares_MM, importance_M = _shares(outputs)
-        return two_sided(weight_MN, shares_MM, shares_NN, importance_M, importance_N, layout.code, levels), figures
+        sides = (shares_MM, shares_NN, importance_M, importance_N)
+        return two_sided(weight_MN, *sides, layout.code, levels, threads), figures
 
     def describe(self, plan: LayerPlan) -> dict[str, Any]:
         return {key: plan.parameters[key] for key in ("rate", "state_bits", "feedback")}

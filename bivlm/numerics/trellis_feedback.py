@@ -24,7 +24,8 @@ from bivlm.numerics import trellis
 from bivlm.numerics.trellis import TrellisCode
 from bivlm.numerics.trellis_tiles import Tiles
 
-_BLOCK = 64  # columns whose errors are fed into all later ones together
+_BLOCK = 64  # rows or columns whose errors are fed into those farther away together
+_NEAR_BLOCKS = 3
 
 
 def one_sided(
@@ -60,27 +61,93 @@ def two_sided(
     importance_N: np.ndarray,
     code: TrellisCode,
     levels: np.ndarray,
+    threads: int = 1,
 ) -> np.ndarray:
     """Return the symbols of all tiles, uint8, of a weight of unit variance, float32.
 
     Importances are the ``1 / U_ii^2`` of both sides: within a tile a squared error counts by their product.
     """
     tiles = Tiles(weight_MN.shape, 2)
-    rows, columns = weight_MN.shape
-    fed_MN = np.zeros(weight_MN.shape, np.float32)  # sum F N_H over the columns before
-    fed_NM = np.zeros((columns, rows), np.float32)  # the same by outputs, transposed
-    strict_MM, strict_NN = np.triu(output_shares_MM, 1), np.triu(shares_NN, 1)
-    found = []
-    for begin, end in tiles.diagonal_groups:
-        firsts = [(tiles.first_row(d), tiles.diagonal_length(d)) for d in range(begin, end)]
-        at_i = np.concatenate([np.arange(first, first + length) for first, length in firsts])
-        at_j = np.repeat(np.arange(begin, end), [length for _, length in firsts]) - at_i
-        wanted = weight_MN[at_i, at_j] - (fed_MN[at_i, at_j] + fed_NM[at_j, at_i])
-        weights = output_importance_M[at_i] * importance_N[at_j]
-        symbols, rebuilt = _pieces(wanted, weights, tiles.pieces(begin, end), code, levels)
-        found.append(symbols)
-        _feed_both(weight_MN, rebuilt, at_i, at_j, (fed_MN, fed_NM), (strict_MM, strict_NN))
+    both = _BothSides(weight_MN, output_shares_MM, shares_NN)
+    found: list[np.ndarray] = []
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for begin, end in tiles.diagonal_groups:
+            firsts = [(tiles.first_row(d), tiles.diagonal_length(d)) for d in range(begin, end)]
+            at_i = np.concatenate([np.arange(first, first + length) for first, length in firsts])
+            at_j = np.repeat(np.arange(begin, end), [length for _, length in firsts]) - at_i
+            wanted = both.wanted(at_i, at_j)
+            weights = output_importance_M[at_i] * importance_N[at_j]
+            ends = np.cumsum(tiles.pieces(begin, end))[:-1]
+            pieces = zip(np.split(wanted, ends), np.split(weights, ends), strict=True)
+            done = list(pool.map(lambda piece: _piece(piece[0], piece[1], code, levels), pieces))
+            found += [symbols for symbols, _ in done]
+            both.feed(np.concatenate([rebuilt for _, rebuilt in done]), at_i, at_j)
+            both.feed_farther(begin, end, pool)
     return np.concatenate(found)
+
+
+class _BothSides:
+    """What was fed into each element of a weight (M, N) from those quantized before, negative.
+
+    Feeding each error into all later elements at once would read both matrices for every antidiagonal. So an error goes
+    at once only into elements up to three blocks on; those farther away take a whole block of errors, when all of it is
+    there: blocks are as high as wide, and it is complete two antidiagonals before the nearest of them are quantized, if
+    the three blocks were two; the third leaves room for antidiagonals that are quantized together.
+    """
+
+    def __init__(self, weight_MN: np.ndarray, output_shares_MM: np.ndarray, shares_NN: np.ndarray) -> None:
+        rows, columns = weight_MN.shape
+        self._weight_MN = weight_MN
+        self._shares = np.triu(output_shares_MM, 1), np.triu(shares_NN, 1)
+        self._fed_MN = np.zeros((rows, columns), np.float32)  # - sum F N_H over the columns before
+        self._fed_NM = np.zeros((columns, rows), np.float32)  # - sum N_G P over the rows before, transposed
+        self._errors_NM = np.zeros((columns, rows), np.float32)  # F, transposed
+        self._products_MN = np.zeros((rows, columns), np.float32)  # P = F N_H
+        # Where a side has few elements more antidiagonals are joined than there is room for.
+        self._lasts = [np.minimum(np.arange(_BLOCK, size + _BLOCK, _BLOCK), size) - 1 for size in (rows, columns)]
+        self._near = _NEAR_BLOCKS if min(rows, columns) >= 2 * _BLOCK else max(rows, columns)
+
+    def wanted(self, at_i: np.ndarray, at_j: np.ndarray) -> np.ndarray:
+        """Return u of some elements."""
+        return self._weight_MN[at_i, at_j] + (self._fed_MN[at_i, at_j] + self._fed_NM[at_j, at_i])
+
+    def feed(self, rebuilt: np.ndarray, at_i: np.ndarray, at_j: np.ndarray) -> None:
+        """Feed what is left over of some elements, in their order, into those near by."""
+        library = kernels.native()
+        shares_MM, shares_NN = self._shares
+        rows, columns = self._weight_MN.shape
+        if library is not None:
+            fed = (self._fed_MN, self._fed_NM, shares_MM, shares_NN, self._errors_NM, self._products_MN)
+            sizes = (len(at_i), rows, columns, _BLOCK, self._near)
+            arrays = map(kernels.pointer, (self._weight_MN, rebuilt, at_i, at_j, *fed))
+            library.bivlm_feed_both(*arrays, *map(ctypes.c_int64, sizes))
+            return
+        for i, j, q in zip(at_i.tolist(), at_j.tolist(), rebuilt, strict=True):
+            before = self._fed_MN[i, j]
+            error = self._weight_MN[i, j] + (before + self._fed_NM[j, i]) - q
+            self._errors_NM[j, i], self._products_MN[i, j] = error, error - before
+            later_j, later_i = (slice(at + 1, (at // _BLOCK + self._near) * _BLOCK) for at in (j, i))
+            self._fed_MN[i, later_j] -= error * shares_NN[j, later_j]
+            self._fed_NM[j, later_i] -= self._products_MN[i, j] * shares_MM[i, later_i]
+
+    def feed_farther(self, begin: int, end: int, pool: ThreadPoolExecutor) -> None:
+        """Feed the blocks whose last element lies on the antidiagonals from `begin` to `end` into all farther ones."""
+        lasts_i, lasts_j = self._lasts
+        complete = []
+        for row, last in enumerate(lasts_i):
+            first, stop = np.searchsorted(lasts_j, (begin - last, end - last))
+            complete += [(row * _BLOCK, column * _BLOCK) for column in range(first, stop)]
+        list(pool.map(lambda block: self._feed_block(*block), complete))
+
+    def _feed_block(self, top: int, left: int) -> None:
+        shares_MM, shares_NN = self._shares
+        rows, columns = slice(top, top + _BLOCK), slice(left, left + _BLOCK)
+        farther_i, farther_j = (slice(at + self._near * _BLOCK, None) for at in (top, left))
+        # Blocks of other rows feed other elements of `fed_MN`, blocks of other columns others of `fed_NM`.
+        kernels.feed_rows(self._fed_MN[rows, farther_j], self._errors_NM[columns, rows], shares_NN[columns, farther_j])
+        kernels.feed_rows(
+            self._fed_NM[columns, farther_i], self._products_MN[rows, columns], shares_MM[rows, farther_i]
+        )
 
 
 def _bands(
@@ -118,40 +185,9 @@ def _by_tile(symbols_NT: np.ndarray, groups: list[int]) -> list[np.ndarray]:
     return [symbols_NT[end - width : end].reshape(-1) for end, width in zip(ends, groups, strict=True)]
 
 
-def _pieces(
-    wanted: np.ndarray, weights: np.ndarray, lengths: list[int], code: TrellisCode, levels: np.ndarray
+def _piece(
+    wanted: np.ndarray, weights: np.ndarray, code: TrellisCode, levels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a group of antidiagonals in pieces; returns symbols and what they stand for, one after another."""
-    symbols, rebuilt, at = [], [], 0
-    for length in lengths:
-        piece = slice(at, at + length)
-        x_1T, weight_1T = wanted[None, piece], weights[None, piece] / weights[piece].mean()
-        found_1T, indices_1T = trellis.search(x_1T, code, levels, weight_1T)
-        symbols.append(found_1T[0])
-        rebuilt.append(levels[indices_1T[0]])
-        at += length
-    return np.concatenate(symbols), np.concatenate(rebuilt)
-
-
-def _feed_both(
-    weight_MN: np.ndarray,
-    rebuilt: np.ndarray,
-    at_i: np.ndarray,
-    at_j: np.ndarray,
-    fed: tuple[np.ndarray, np.ndarray],
-    strict: tuple[np.ndarray, np.ndarray],
-) -> None:
-    """Feed the errors of some elements, in their order, into later ones of their rows and columns."""
-    library = kernels.native()
-    (fed_MN, fed_NM), (strict_MM, strict_NN) = fed, strict
-    if library is not None:
-        at = kernels.pointer
-        arrays = (weight_MN, np.ascontiguousarray(rebuilt), at_i, at_j, fed_MN, fed_NM, strict_MM, strict_NN)
-        sizes = (len(at_i), *weight_MN.shape)
-        library.bivlm_feed_both(*map(at, arrays), *map(ctypes.c_int64, sizes))
-        return
-    for i, j, q in zip(at_i.tolist(), at_j.tolist(), rebuilt, strict=True):
-        error = weight_MN[i, j] - (fed_MN[i, j] + fed_NM[j, i]) - q
-        product = error + fed_MN[i, j]
-        fed_MN[i, j + 1 :] += error * strict_NN[j, j + 1 :]
-        fed_NM[j, i + 1 :] += product * strict_MM[i, i + 1 :]
+    """Quantize one tile; returns its symbols and what they stand for."""
+    symbols_1T, indices_1T = trellis.search(wanted[None], code, levels, weights[None] / weights.mean())
+    return symbols_1T[0], levels[indices_1T[0]]

@@ -17,7 +17,7 @@ from typing import Any
 from flows.cli.quiet import hide_loading_bars, quieten
 from flows.cli.terminal import run_command
 
-RECIPES = ("bivlm-paper", "bivlm-1bit", "bivlm")  # the last one's page shows all three
+RECIPES = ("bivlm-paper", "bivlm", "trellis-2bit")  # the last one's page shows all three
 QUESTIONS = 250
 _HEADINGS = {"perception": "per-\ncep-\ntion", "cognition": "cog-\nni-\ntion"}
 
@@ -52,7 +52,7 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         writable_folder(output / "prefect", "folder of the demo")
         questions = 4 * options.questions
-        print(f"{len(RECIPES)} compressions, each asked {questions:,} questions: about two minutes", file=sys.stderr)
+        print(f"{len(RECIPES)} compressions, each asked {questions:,} questions: about four minutes", file=sys.stderr)
         for number, recipe in enumerate(RECIPES, start=1):
             print(f"{number} of {len(RECIPES)}: {recipe}", file=sys.stderr)
             # A process of its own each, as `bivlm compress` is: none starts with the memory that another has left.
