@@ -76,7 +76,7 @@ def two_sided(
         at_i = np.concatenate([np.arange(first, first + length) for first, length in firsts])
         at_j = np.repeat(np.arange(begin, end), [length for _, length in firsts]) - at_i
         wanted = weight_MN[at_i, at_j] - (fed_MN[at_i, at_j] + fed_NM[at_j, at_i])
-        weights = output_importance_M[at_i] * importance_N[at_j]
+        weights = output_importance_M[at_i].astype(np.float64) * importance_N[at_j]
         symbols, rebuilt = _pieces(wanted, weights, tiles.pieces(begin, end), code, levels)
         found.append(symbols)
         _feed_both(weight_MN, rebuilt, at_i, at_j, (fed_MN, fed_NM), (strict_MM, strict_NN))
@@ -94,21 +94,22 @@ def _bands(
     flat_NT = running_NBT.reshape(columns, -1)
     errors_NT = np.empty_like(flat_NT)
     symbols_NBT = np.empty(running_NBT.shape, np.uint8)
-    begin = block = 0
+    ends = np.cumsum(groups)
+    begin = block = last = 0
     for width in groups:
         end = begin + width
+        if begin == last:  # a block ends with a tile, at its last column or just behind
+            block, last = begin, int(ends[min(np.searchsorted(ends, begin + _BLOCK), len(ends) - 1)])
         x_BT = running_NBT[begin:end].transpose(1, 0, 2).reshape(bands, -1)
         found_BT, indices_BT = trellis.search(x_BT, code, levels)
         symbols_NBT[begin:end] = found_BT.reshape(bands, width, rows).transpose(1, 0, 2)
         if shares_NN is not None:
             rebuilt_WT = levels[indices_BT.reshape(bands, width, rows).transpose(1, 0, 2)].reshape(width, -1)
-            last = min(columns, max(end, block + _BLOCK))
             for at in range(begin, end):
                 np.subtract(flat_NT[at], rebuilt_WT[at - begin], out=errors_NT[at])
                 kernels.feed_rows(flat_NT[at + 1 : last], shares_NN[at : at + 1, at + 1 : last], errors_NT[at : at + 1])
             if last == end:
                 kernels.feed_rows(flat_NT[end:], shares_NN[block:end, end:], errors_NT[block:end])
-                block = end
         begin = end
     return [np.concatenate(_by_tile(symbols_NBT[:, band], groups)) for band in range(bands)]
 
@@ -125,7 +126,7 @@ def _pieces(
     symbols, rebuilt, at = [], [], 0
     for length in lengths:
         piece = slice(at, at + length)
-        x_1T, weight_1T = wanted[None, piece], weights[None, piece] / weights[piece].mean()
+        x_1T, weight_1T = wanted[None, piece], (weights[None, piece] / weights[piece].mean()).astype(np.float32)
         found_1T, indices_1T = trellis.search(x_1T, code, levels, weight_1T)
         symbols.append(found_1T[0])
         rebuilt.append(levels[indices_1T[0]])
