@@ -1,10 +1,11 @@
 """Random rotations: signs and a Hadamard transform, which make the entries of a weight or of its inputs alike.
 
-An orthogonal R of any width: random signs, then the normalised Hadamard transform on the first p channels, then on the
-last p, p the largest power of two that is not above the width (QuIP#, arXiv 2402.04396, has the power of two; the
-overlap serves the others: with outlying channels of widths such as 3420 one block of a dividing power of two would
-leave them within it). A weight W (M, N) is stored as ``R_M W R_N^T``; with x rotated by R_N it gives the output
-rotated by R_M. Adding up runs in a fixed order of float32 additions, the same on every device.
+An orthogonal R of any width: random signs, then the normalised Hadamard transform on the first p channels, then signs
+and the transform on the last p, p the largest power of two that is not above the width (QuIP#, arXiv 2402.04396, has
+the power of two; the overlap serves the others: with outlying channels of widths such as 3420 one block of a dividing
+power of two would leave them within it). Without signs between, the second transform would undo much of the first:
+applied twice it is the identity. A weight W (M, N) is stored as ``R_M W R_N^T``; with x rotated by R_N it gives the
+output rotated by R_M. Adding up runs in a fixed order of float32 additions, the same on every device.
 """
 
 from __future__ import annotations
@@ -23,23 +24,26 @@ _TOGETHER = 1 << 22
 def rotate(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Return ``R x`` along the last dimension, a new float32 tensor (..., N); R is of width N and this seed."""
     width = x.shape[-1]
-    out = (x.to(torch.float32) * _signs(width, seed).to(x.device)).reshape(-1, width).contiguous()
+    first, second = (signs.to(x.device) for signs in _signs(width, seed))
+    out = (x.to(torch.float32) * first).reshape(-1, width).contiguous()
     part = _largest_power(width)
     _transform(out[:, :part])
     if part < width:
-        _transform(out[:, width - part :])
+        _transform(out[:, width - part :].mul_(second))
     return out.view(x.shape)
 
 
 def rotate_back(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Return ``R^T x``, the inverse of `rotate`, a new float32 tensor (..., N)."""
     width = x.shape[-1]
+    first, second = (signs.to(x.device) for signs in _signs(width, seed))
     out = x.to(torch.float32, copy=True).reshape(-1, width).contiguous()
     part = _largest_power(width)
     if part < width:
         _transform(out[:, width - part :])
+        out[:, width - part :].mul_(second)
     _transform(out[:, :part])
-    return out.mul_(_signs(width, seed).to(x.device)).view(x.shape)
+    return out.mul_(first).view(x.shape)
 
 
 def rotate_moment(moment_NN: torch.Tensor, seed: int) -> torch.Tensor:
@@ -53,11 +57,13 @@ def _largest_power(width: int) -> int:
 
 
 @cache
-def _signs(width: int, seed: int) -> torch.Tensor:
-    """Return `width` random signs, float32: bits of PCG64, whose stream numpy keeps."""
-    words = np.random.PCG64([seed, width]).random_raw(-(-width // 64))
-    bits = np.unpackbits(np.asarray(words, dtype="<u8").view(np.uint8), bitorder="little")[:width]
-    return torch.from_numpy(1 - 2 * bits.astype(np.float32))
+def _signs(width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random signs, float32, of all channels and of the last p: bits of PCG64, whose stream numpy keeps."""
+    both = width + _largest_power(width)
+    words = np.random.PCG64([seed, width]).random_raw(-(-both // 64))
+    bits = np.unpackbits(np.asarray(words, dtype="<u8").view(np.uint8), bitorder="little")[:both]
+    first, second = torch.from_numpy(1 - 2 * bits.astype(np.float32)).split([width, both - width])
+    return first, second
 
 
 def _transform(x_RN: torch.Tensor) -> None:

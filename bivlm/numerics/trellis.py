@@ -36,7 +36,9 @@ LEVELS = 16
 MAGNITUDES = LEVELS // 2
 PERIOD = 4  # steps, after which a pattern of bits begins again
 SHORTEST = 64  # of the sequences that bite their tail: they have more bits than a state, whatever their rate
-_UNIT = 4096.0  # of a path's cost in a variance: 16 variances are between the best path and those that are given up
+# Of a path's cost in a variance, times the rate: 64 variances at one bit are between the best path and those that are
+# given up. With 16 at half a bit, the best path from the state at the seam would be given up for others.
+_UNIT = 1024.0
 _SEAM_BITS = 5  # times the bits of a state, either side of the seam: the best path there depends on no more
 _TOGETHER = 1 << 24  # path costs of sequences that numpy searches at once
 _TOGETHER_READ = 1 << 20  # numbers whose bits are read or written at once
@@ -120,12 +122,12 @@ def search(
     `x_RT` is float32 and finite, `levels` (16,) are what the code's levels stand for now; `weights_RT` of squared
     errors, float32 with a mean of about 1.
     """
-    reach = float(np.float32(1 + float(np.abs(levels).max())))
+    reach, unit = float(np.float32(1 + float(np.abs(levels).max()))), _UNIT * code.rate
     steps = steps_of(code.rate, x_RT.shape[1])
     around = min(x_RT.shape[1] // 2, -(-round(_SEAM_BITS * code.state_bits / code.rate) // PERIOD) * PERIOD)
     if kernels.native() is not None:
-        return _search_native(x_RT, code, levels, weights_RT, steps, reach, around)
-    cost_RTS = _level_costs(x_RT, levels, reach, weights_RT)
+        return _search_native(x_RT, code, levels, weights_RT, steps, reach, unit, around)
+    cost_RTS = _level_costs(x_RT, levels, reach, unit, weights_RT)
     together = max(1, _TOGETHER // (x_RT.shape[1] << (code.state_bits - 1)))
     parts = [cost_RTS[at : at + together] for at in range(0, len(x_RT), together)]
     symbols_RT = np.concatenate([_search(part, steps, code, around) for part in parts])
@@ -139,6 +141,7 @@ def _search_native(
     weights_RT: np.ndarray | None,
     steps: np.ndarray,
     reach: float,
+    unit: float,
     around: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     library = kernels.native()
@@ -155,7 +158,7 @@ def _search_native(
         at(code.table),
         at(levels),
         ctypes.c_float(reach),
-        ctypes.c_float(_UNIT),
+        ctypes.c_float(unit),
         whole(around),
         at(symbols_RT),
         at(indices_RT),
@@ -165,10 +168,12 @@ def _search_native(
     return symbols_RT, indices_RT
 
 
-def _level_costs(x_RT: np.ndarray, levels: np.ndarray, reach: float, weights_RT: np.ndarray | None) -> np.ndarray:
+def _level_costs(
+    x_RT: np.ndarray, levels: np.ndarray, reach: float, unit: float, weights_RT: np.ndarray | None
+) -> np.ndarray:
     """Return what each level costs at each step, uint16 (R, T, 16)."""
     apart = np.clip(x_RT, np.float32(-reach), np.float32(reach))[:, :, None] - levels
-    cost = apart * apart * np.float32(_UNIT)
+    cost = apart * apart * np.float32(unit)
     if weights_RT is not None:
         cost = cost * weights_RT[:, :, None]
     return np.minimum(cost + np.float32(0.5), np.float32(65535)).astype(np.uint16)
@@ -190,7 +195,7 @@ def _search(cost_RTS: np.ndarray, steps: np.ndarray, code: TrellisCode, around: 
         inside = states % every == shared_R[:, None]
     cost_RS = np.where(inside, np.uint16(0), np.uint16(65535))
     chosen = walk.run(range(length), cost_RS)
-    ends = np.where(states % every == shared_R[:, None], cost_RS, 65535).argmin(1)
+    ends = cost_RS.reshape(rows, -1, every)[np.arange(rows), :, shared_R].argmin(1) * every + shared_R
     path = walk.back(range(length), chosen, ends)[-2::-1]
     return np.stack([(path[t] & ((1 << int(steps[t])) - 1)).astype(np.uint8) for t in range(length)], axis=1)
 

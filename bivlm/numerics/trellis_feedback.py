@@ -76,7 +76,7 @@ def two_sided(
             at_i = np.concatenate([np.arange(first, first + length) for first, length in firsts])
             at_j = np.repeat(np.arange(begin, end), [length for _, length in firsts]) - at_i
             wanted = both.wanted(at_i, at_j)
-            weights = output_importance_M[at_i] * importance_N[at_j]
+            weights = output_importance_M[at_i].astype(np.float64) * importance_N[at_j]
             ends = np.cumsum(tiles.pieces(begin, end))[:-1]
             pieces = zip(np.split(wanted, ends), np.split(weights, ends), strict=True)
             done = list(pool.map(lambda piece: _piece(piece[0], piece[1], code, levels), pieces))
@@ -161,21 +161,22 @@ def _bands(
     flat_NT = running_NBT.reshape(columns, -1)
     errors_NT = np.empty_like(flat_NT)
     symbols_NBT = np.empty(running_NBT.shape, np.uint8)
-    begin = block = 0
+    ends = np.cumsum(groups)
+    begin = block = last = 0
     for width in groups:
         end = begin + width
+        if begin == last:  # a block ends with a tile, at its last column or just behind
+            block, last = begin, int(ends[min(int(np.searchsorted(ends, begin + _BLOCK)), len(ends) - 1)])
         x_BT = running_NBT[begin:end].transpose(1, 0, 2).reshape(bands, -1)
         found_BT, indices_BT = trellis.search(x_BT, code, levels)
         symbols_NBT[begin:end] = found_BT.reshape(bands, width, rows).transpose(1, 0, 2)
         if shares_NN is not None:
             rebuilt_WT = levels[indices_BT.reshape(bands, width, rows).transpose(1, 0, 2)].reshape(width, -1)
-            last = min(columns, max(end, block + _BLOCK))
             for at in range(begin, end):
                 np.subtract(flat_NT[at], rebuilt_WT[at - begin], out=errors_NT[at])
                 kernels.feed_rows(flat_NT[at + 1 : last], shares_NN[at : at + 1, at + 1 : last], errors_NT[at : at + 1])
             if last == end:
                 kernels.feed_rows(flat_NT[end:], shares_NN[block:end, end:], errors_NT[block:end])
-                block = end
         begin = end
     return [np.concatenate(_by_tile(symbols_NBT[:, band], groups)) for band in range(bands)]
 
@@ -189,5 +190,6 @@ def _piece(
     wanted: np.ndarray, weights: np.ndarray, code: TrellisCode, levels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quantize one tile; returns its symbols and what they stand for."""
-    symbols_1T, indices_1T = trellis.search(wanted[None], code, levels, weights[None] / weights.mean())
+    weights_1T = (weights[None] / weights.mean()).astype(np.float32)
+    symbols_1T, indices_1T = trellis.search(wanted[None], code, levels, weights_1T)
     return symbols_1T[0], levels[indices_1T[0]]
