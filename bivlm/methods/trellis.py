@@ -139,7 +139,7 @@ class Trellis(Method[TrellisSettings]):
             return one_sided(weight_MN, shares_NN, layout.code, levels, threads), figures
         if inputs.gradient_moment_MM is None:
             # Nothing of the layer reaches the answer: no output counts more than another.
-            outputs = InverseFactor(torch.eye(len(weight_MN)), settings.damping, 0)
+            outputs = InverseFactor(torch.eye(len(weight_MN)), settings.output_damping, 0)
         else:
             outputs = _factor(inputs.gradient_moment_MM, layout, ROTATED_OUTPUTS, settings.output_damping)
         figures |= {"output_damping": outputs.damping}
@@ -164,7 +164,7 @@ def _factor(moment: torch.Tensor, layout: Layout, side: int, damping: float) -> 
 
 def _rotated(moment: torch.Tensor, layout: Layout, side: int) -> torch.Tensor:
     moment = moment.cpu()
-    return rotate_moment(moment, layout.seed) if layout.rotated & side else moment
+    return rotate_moment(moment, layout.seed_of(side)) if layout.rotated & side else moment
 
 
 @contextmanager

@@ -66,16 +66,20 @@ class Layout:
         """The trellis code."""
         return trellis_code(self.state_bits, self.rate)
 
+    def seed_of(self, side: int) -> int:
+        """Return the seed of a side's rotation: with one for both, a square weight like the identity would stay so."""
+        return self.seed + (2**32 if side == OUTPUTS else 0)
+
     def rotate(self, weight_MN: torch.Tensor) -> torch.Tensor:
         """Return ``R_M W R_N^T``, float32."""
-        weight_MN = rotate(weight_MN, self.seed) if self.rotated & INPUTS else weight_MN.to(torch.float32)
-        return rotate(weight_MN.T, self.seed).T if self.rotated & OUTPUTS else weight_MN
+        weight_MN = rotate(weight_MN, self.seed_of(INPUTS)) if self.rotated & INPUTS else weight_MN.to(torch.float32)
+        return rotate(weight_MN.T, self.seed_of(OUTPUTS)).T if self.rotated & OUTPUTS else weight_MN
 
     def rotate_back(self, weight_MN: torch.Tensor) -> torch.Tensor:
         """Return ``R_M^T W R_N``, float32: undo `rotate`."""
         if self.rotated & OUTPUTS:
-            weight_MN = rotate_back(weight_MN.T, self.seed).T
-        return rotate_back(weight_MN, self.seed) if self.rotated & INPUTS else weight_MN.contiguous()
+            weight_MN = rotate_back(weight_MN.T, self.seed_of(OUTPUTS)).T
+        return rotate_back(weight_MN, self.seed_of(INPUTS)) if self.rotated & INPUTS else weight_MN.contiguous()
 
 
 def packed_nbytes(shape: tuple[int, int], rate: float, sides: int) -> int:
