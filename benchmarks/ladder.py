@@ -108,7 +108,7 @@ def ladder(output: Path, rate: float, wanted: list[str], seeds: int, questions: 
     asked = ["--model", str(CHECKPOINT), "--questions", str(questions), "--workspace", str(output / "workspace")]
     command = [sys.executable, "-m", "flows.cli", "leaderboard", *asked, "--recipes", *files, "--output", str(board)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    entries = {entry["name"]: entry for entry in json.loads((board / "board.json").read_text())["entries"]}
+    entries = {entry["recipe"]: entry for entry in json.loads((board / "board.json").read_text())["entries"]}
     yield f"{'at ' + format(rate, 'g') + ' bits':<22}" + "".join(f"{column:>9}" for column in COLUMNS)
     for name, labels in names.items():
         found = [figures(board / label, entries[label]) for label in labels]
