@@ -208,14 +208,15 @@ static unsigned before(const Search *s, int bits, unsigned state, const uint8_t 
     return ((unsigned)from[state >> bits] << (s->state_bits - bits)) | (state >> bits);
 }
 
-/* Find the bits of `tiles` sequences of `length` numbers (unit variance), one after another in x, with as many weights of their squared errors, or NULL.
+/* Find the bits of `tiles` sequences of `length` numbers (unit variance), one after another in x, with as many weights of
+   their squared errors, or NULL.
 
    steps[length] are the bits of each step, of which the first has some; `around` is how many steps either side of the
-   seam choose the state there. symbols[tiles][length] are the new bits of each step, indices[tiles][length] the levels that they stand for. Returns 0,
-   or 1 without memory. */
-EXPORT int bivlm_trellis_search(const float *x, const float *weights, int64_t tiles, int64_t length, const uint8_t *steps, int64_t state_bits,
-                                const uint8_t *code, const float *levels, float reach, float unit, int64_t around,
-                                uint8_t *symbols, uint8_t *indices) {
+   seam choose the state there. symbols[tiles][length] are the new bits of each step, indices[tiles][length] the levels
+   that they stand for. Returns 0, or 1 without memory. */
+EXPORT int bivlm_trellis_search(const float *x, const float *weights, int64_t tiles, int64_t length,
+                                const uint8_t *steps, int64_t state_bits, const uint8_t *code, const float *levels,
+                                float reach, float unit, int64_t around, uint8_t *symbols, uint8_t *indices) {
     const unsigned states = 1u << state_bits, half = states / 2;
     int keep = 1, failed = 0;
     for (int64_t t = 0; t < length; t++)
@@ -237,7 +238,7 @@ EXPORT int bivlm_trellis_search(const float *x, const float *weights, int64_t ti
     for (int64_t tile = 0; tile < tiles && !failed; tile++) {
         const float *values = x + tile * length;
         uint8_t *found = symbols + tile * length;
-        for (int64_t t = 0; t < length; t++) 
+        for (int64_t t = 0; t < length; t++)
             level_costs(values[t], levels, reach, unit, weights ? weights[tile * length + t] : 1.0f,
                         costs + t * LEVELS);
         unsigned every = 1, shared = 0;
@@ -279,9 +280,9 @@ EXPORT int bivlm_trellis_search(const float *x, const float *weights, int64_t ti
 }
 
 /* Error feedback: rest[n][t] -= sum over b of shares[b][n] * errors[b][t], b in rising order; rows lie apart. */
-WIDEST static void feed_rows(float *restrict rest, int64_t rest_apart, const float *restrict shares, int64_t shares_apart,
-                             const float *restrict errors, int64_t errors_apart, int64_t count, int64_t block,
-                             int64_t length) {
+WIDEST static void feed_rows(float *restrict rest, int64_t rest_apart, const float *restrict shares,
+                             int64_t shares_apart, const float *restrict errors, int64_t errors_apart, int64_t count,
+                             int64_t block, int64_t length) {
     enum { TOGETHER = 64 };
     for (int64_t n = 0; n < count; n++) {
         int64_t t = 0;

@@ -13,8 +13,11 @@ which needs only elements with a smaller row, column, or both. Elements of one a
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from contextlib import contextmanager
+from itertools import groupby, product
+from typing import Any
 
 import numpy as np
 from more_itertools import divide
@@ -49,8 +52,21 @@ def one_sided(
         for _, same in groupby(tiles.bands, lambda band: band[1] - band[0])
         for part in divide(max(1, threads), list(same))
     ]
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        return np.concatenate([symbols for found in pool.map(some, filter(None, groups)) for symbols in found])
+    with _side_by_side(threads) as map_all:
+        return np.concatenate([symbols for found in map_all(some, filter(None, groups)) for symbols in found])
+
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+
+
+@contextmanager
+def _side_by_side(threads: int) -> Iterator[Map]:
+    """Yield ``map`` in as many threads."""
+    if threads <= 1:
+        yield map
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield pool.map
 
 
 def two_sided(
@@ -70,19 +86,17 @@ def two_sided(
     tiles = Tiles(weight_MN.shape, 2)
     both = _BothSides(weight_MN, output_shares_MM, shares_NN)
     found: list[np.ndarray] = []
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+    with _side_by_side(threads) as map_all:
         for begin, end in tiles.diagonal_groups:
             firsts = [(tiles.first_row(d), tiles.diagonal_length(d)) for d in range(begin, end)]
             at_i = np.concatenate([np.arange(first, first + length) for first, length in firsts])
             at_j = np.repeat(np.arange(begin, end), [length for _, length in firsts]) - at_i
             wanted = both.wanted(at_i, at_j)
             weights = output_importance_M[at_i].astype(np.float64) * importance_N[at_j]
-            ends = np.cumsum(tiles.pieces(begin, end))[:-1]
-            pieces = zip(np.split(wanted, ends), np.split(weights, ends), strict=True)
-            done = list(pool.map(lambda piece: _piece(piece[0], piece[1], code, levels), pieces))
-            found += [symbols for symbols, _ in done]
-            both.feed(np.concatenate([rebuilt for _, rebuilt in done]), at_i, at_j)
-            both.feed_farther(begin, end, pool)
+            symbols, rebuilt = _pieces(wanted, weights, tiles.pieces(begin, end), code, levels, map_all)
+            found.append(symbols)
+            both.feed(rebuilt, at_i, at_j)
+            both.feed_farther(begin, end, map_all)
     return np.concatenate(found)
 
 
@@ -98,13 +112,17 @@ class _BothSides:
     def __init__(self, weight_MN: np.ndarray, output_shares_MM: np.ndarray, shares_NN: np.ndarray) -> None:
         rows, columns = weight_MN.shape
         self._weight_MN = weight_MN
-        self._shares = np.triu(output_shares_MM, 1), np.triu(shares_NN, 1)
+        self._shares = output_shares_MM, shares_NN
         self._fed_MN = np.zeros((rows, columns), np.float32)  # - sum F N_H over the columns before
         self._fed_NM = np.zeros((columns, rows), np.float32)  # - sum N_G P over the rows before, transposed
         self._errors_NM = np.zeros((columns, rows), np.float32)  # F, transposed
         self._products_MN = np.zeros((rows, columns), np.float32)  # P = F N_H
+        # Blocks by the antidiagonal of their last element.
+        self._complete: dict[int, list[tuple[int, int]]] = {}
+        for top, left in product(range(0, rows, _BLOCK), range(0, columns, _BLOCK)):
+            last = min(top + _BLOCK, rows) + min(left + _BLOCK, columns) - 2
+            self._complete.setdefault(last, []).append((top, left))
         # Where a side has few elements more antidiagonals are joined than there is room for.
-        self._lasts = [np.minimum(np.arange(_BLOCK, size + _BLOCK, _BLOCK), size) - 1 for size in (rows, columns)]
         self._near = _NEAR_BLOCKS if min(rows, columns) >= 2 * _BLOCK else max(rows, columns)
 
     def wanted(self, at_i: np.ndarray, at_j: np.ndarray) -> np.ndarray:
@@ -130,17 +148,14 @@ class _BothSides:
             self._fed_MN[i, later_j] -= error * shares_NN[j, later_j]
             self._fed_NM[j, later_i] -= self._products_MN[i, j] * shares_MM[i, later_i]
 
-    def feed_farther(self, begin: int, end: int, pool: ThreadPoolExecutor) -> None:
+    def feed_farther(self, begin: int, end: int, map_all: Map) -> None:
         """Feed the blocks whose last element lies on the antidiagonals from `begin` to `end` into all farther ones."""
-        lasts_i, lasts_j = self._lasts
-        complete = []
-        for row, last in enumerate(lasts_i):
-            first, stop = np.searchsorted(lasts_j, (begin - last, end - last))
-            complete += [(row * _BLOCK, column * _BLOCK) for column in range(first, stop)]
-        list(pool.map(lambda block: self._feed_block(*block), complete))
+        for diagonal in range(begin, end):
+            list(map_all(self._feed_block, self._complete.get(diagonal, ())))
 
-    def _feed_block(self, top: int, left: int) -> None:
+    def _feed_block(self, corner: tuple[int, int]) -> None:
         shares_MM, shares_NN = self._shares
+        top, left = corner
         rows, columns = slice(top, top + _BLOCK), slice(left, left + _BLOCK)
         farther_i, farther_j = (slice(at + self._near * _BLOCK, None) for at in (top, left))
         # Blocks of other rows feed other elements of `fed_MN`, blocks of other columns others of `fed_NM`.
@@ -186,10 +201,17 @@ def _by_tile(symbols_NT: np.ndarray, groups: list[int]) -> list[np.ndarray]:
     return [symbols_NT[end - width : end].reshape(-1) for end, width in zip(ends, groups, strict=True)]
 
 
-def _piece(
-    wanted: np.ndarray, weights: np.ndarray, code: TrellisCode, levels: np.ndarray
+def _pieces(
+    wanted: np.ndarray, weights: np.ndarray, lengths: list[int], code: TrellisCode, levels: np.ndarray, map_all: Map
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize one tile; returns its symbols and what they stand for."""
-    weights_1T = (weights[None] / weights.mean()).astype(np.float32)
-    symbols_1T, indices_1T = trellis.search(wanted[None], code, levels, weights_1T)
-    return symbols_1T[0], levels[indices_1T[0]]
+    """Quantize the tiles of some antidiagonals; returns their symbols and what they stand for, one after another."""
+    tiles, at = [], 0
+    for length, same in groupby(lengths):
+        end = at + length * len(list(same))
+        weights_RT = weights[at:end].reshape(-1, length)
+        weights_RT = (weights_RT / weights_RT.mean(1, keepdims=True)).astype(np.float32)
+        tiles += list(zip(wanted[at:end].reshape(-1, 1, length), weights_RT[:, None], strict=True))
+        at = end
+    found = list(map_all(lambda tile: trellis.search(tile[0], code, levels, tile[1]), tiles))
+    symbols, indices = (np.concatenate([each[part][0] for each in found]) for part in (0, 1))
+    return symbols, levels[indices]
