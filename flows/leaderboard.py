@@ -158,10 +158,11 @@ def _check(recipes: Sequence[Recipe]) -> None:
                 f"recipe {recipe.name} asks {', '.join(recipe.evaluation)}, {names[0]} asks "
                 f"{', '.join(recipes[0].evaluation)}: everything on a board must be asked the same questions"
             )
-        if recipe.calibration.selection() != recipes[0].calibration.selection():
+        if recipe.calibration.held_out_selection() != recipes[0].calibration.held_out_selection():
             raise InputError(
-                f"recipe {recipe.name} has other calibration samples than {names[0]}: the divergence is measured on "
-                "samples held out of them, which must be the same for all"
+                f"recipe {recipe.name} has other held-out samples than {names[0]}: the divergence is measured on them, "
+                "which must be the same for all; expected one source, seed and number of them, and as many "
+                "calibration samples or 64 and more"
             )
 
 

@@ -1,7 +1,8 @@
 """Choose the samples: with and without an image by share, held-out ones apart, unusable ones replaced.
 
-Held-out samples are drawn after the calibration samples and share no image with them (without an image: no text), also
-where a source has several questions about one image.
+Held-out samples share no image with the calibration samples (without an image: no text), also where a source has
+several questions about one image. They are drawn after the first 64 calibration samples, so that recipes with more
+samples measure the divergence on the same ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from PIL import Image
 
 from bivlm.calibration.sources import Source, open_source, open_text_source
 from bivlm.errors import InputError
-from bivlm.recipe.calibration import CalibrationSettings
+from bivlm.recipe.calibration import FIRST_SAMPLES, CalibrationSettings
 from bivlm.sources.images import as_rgb
 from bivlm.sources.samples import CalibrationSample
 from bivlm.workspace.hashing import digest
@@ -29,7 +30,7 @@ def image_digest(image: Image.Image) -> str:
 
 
 class Draw:
-    """The samples that the settings request, made one at a time: first `samples`, then `held_out`.
+    """The samples that the settings request, made one at a time.
 
     Raises `InputError`, here or while they are drawn, as `open_source`, when a source has too few samples, and when
     more than half of what was drawn from it cannot be used.
@@ -42,19 +43,21 @@ class Draw:
         self._supplies = [_Supply(open_source(settings, images), images, settings, "with an image")]
         if texts:
             self._supplies.append(_Supply(open_text_source(settings), texts, settings, "without an image"))
-        self._seen: set[str] = set()
 
-    def samples(self) -> Iterator[CalibrationSample]:
-        """Yield the samples to calibrate on, those without an image spread evenly among the others."""
-        for supply in self._turns(self._settings.samples):
-            sample, identity = supply.take(frozenset())
-            self._seen.add(identity)
-            yield sample
+    def samples(self) -> Iterator[tuple[bool, CalibrationSample]]:
+        """Yield all samples in the order of their drawing, and whether each is held out.
 
-    def held_out(self) -> Iterator[CalibrationSample]:
-        """Yield the held-out samples; to be called when `samples` has ended."""
-        for supply in self._turns(self._settings.held_out):
-            yield supply.take(self._seen)[0]
+        Those without an image are spread evenly among the others.
+        """
+        settings = self._settings
+        turns = list(self._turns(settings.samples))
+        seen: dict[bool, set[str]] = {False: set(), True: set()}
+        first, rest = turns[:FIRST_SAMPLES], turns[FIRST_SAMPLES:]
+        for held_out, supplies in ((False, first), (True, self._turns(settings.held_out)), (False, rest)):
+            for supply in supplies:
+                sample, identity = supply.take(seen[not held_out])
+                seen[held_out].add(identity)
+                yield held_out, sample
 
     @property
     def skipped(self) -> int:

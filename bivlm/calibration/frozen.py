@@ -68,8 +68,7 @@ def freeze_samples(settings: CalibrationSettings, folder: str | Path) -> Calibra
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write(draw.samples(), partial, FROZEN, "")
-        _write(draw.held_out(), partial, HELD_OUT, "held-")
+        _write(draw.samples(), partial)
         revision, text_revision = draw.revisions
         record = {"skipped": draw.skipped, "revision": revision, "text_revision": text_revision}
         (partial / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -121,14 +120,15 @@ def _sample(row: Row) -> CalibrationSample:
     return CalibrationSample(image, row.text("user"), row.text("assistant"))
 
 
-def _write(samples: Iterable[CalibrationSample], folder: Path, file_name: str, prefix: str) -> None:
-    """Write the texts to a file and the images beside it."""
-    lines = []
-    for index, sample in enumerate(samples):
+def _write(samples: Iterable[tuple[bool, CalibrationSample]], folder: Path) -> None:
+    """Write the texts of both parts, of samples and whether they are held out, and the images beside them."""
+    lines: dict[bool, list[str]] = {False: [], True: []}
+    for held_out, sample in samples:
         line = {"image": None, "image_sha256": None, "user": sample.user, "assistant": sample.assistant}
         if sample.image is not None:
-            image, name = as_rgb(sample.image), f"{prefix}{index:05d}.png"
+            image, name = as_rgb(sample.image), f"{'held-' if held_out else ''}{len(lines[held_out]):05d}.png"
             line |= {"image": name, "image_sha256": image_digest(image)}
             image.save(folder / name, format="PNG")
-        lines.append(json.dumps(line, ensure_ascii=True) + "\n")
-    (folder / file_name).write_bytes("".join(lines).encode())
+        lines[held_out].append(json.dumps(line, ensure_ascii=True) + "\n")
+    for held_out, file_name in ((False, FROZEN), (True, HELD_OUT)):
+        (folder / file_name).write_bytes("".join(lines[held_out]).encode())

@@ -11,6 +11,7 @@ REFERENCE = "reference"
 HUB = "hf:"
 TEXT_SUFFIXES = (".jsonl", ".json")
 INSTRUCTION = "Describe the picture."
+FIRST_SAMPLES = 64  # drawn before the held-out ones
 
 
 class TokenWeights(BaseModel):
@@ -130,6 +131,10 @@ class CalibrationSettings(BaseModel):
         ):
             raise ValueError(f"expected {REFERENCE}, a {' or '.join(TEXT_SUFFIXES)} file, or {HUB}OWNER/NAME")
         return value
+
+    def held_out_selection(self) -> dict[str, Any]:
+        """Return what determines the held-out samples, ready for JSON."""
+        return self.selection() | {"samples": min(self.samples, FIRST_SAMPLES)}
 
     def selection(self) -> dict[str, Any]:
         """Return what determines the samples, ready for JSON; settings that are None are left out."""

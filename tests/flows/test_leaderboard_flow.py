@@ -92,7 +92,7 @@ def test_the_board_names_the_samples_of_its_kl_and_the_sets_on_which_the_model_i
     [
         ({"evaluation": []}, "recipe other: 'evaluation' is empty"),
         ({"evaluation": ["reference:open"]}, "everything on a board must be asked the same questions"),
-        ({"calibration": {"samples": 1}}, "recipe other has other calibration samples than plain"),
+        ({"calibration": {"samples": 1}}, "recipe other has other held-out samples than plain"),
         ({"name": "plain"}, "two are called 'plain'"),
     ],
 )
