@@ -80,6 +80,21 @@ def test_more_held_out_samples_leave_the_calibration_samples_as_they_are(source,
     assert _whole(few) == _whole(many)[:1]
 
 
+def test_more_samples_than_come_before_the_held_out_ones_leave_these_as_they_are(source, tmp_path, monkeypatch):
+    """So recipes with more samples are measured on the same; what is drawn later shares no image with them either."""
+    monkeypatch.setattr("bivlm.calibration.drawing.FIRST_SAMPLES", 2)
+    few, more = (freeze(tmp_path, source, n, 2, str(n)) for n in (2, 4))
+    assert _whole(parts(few)[1]) == _whole(parts(more)[1])
+    assert _whole(parts(few)[0]) == _whole(parts(more)[0])[:2]
+    assert sorted(user for user, _ in said(more)) == [f"Question {index}?" for index in range(6)]
+    lines = (source / "data.jsonl").read_text().splitlines()
+    again = [json.dumps(json.loads(line) | {"user": "Another?"}) for line in lines]
+    (source / "data.jsonl").write_text("\n".join(lines + again))
+    for seed in range(4):
+        calibrated, held_out = shown(freeze(tmp_path, source, 4, 2, f"shared {seed}", seed=seed))
+        assert not calibrated & held_out
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_held_out_samples_are_others(source, tmp_path, seed):
     users = [user for user, _ in said(freeze(tmp_path, source, 3, 3, seed=seed))]
