@@ -37,10 +37,14 @@ class Server:
                 start_new_session=True,
             )
         deadline = time.monotonic() + PATIENCE
-        while not self._answers():
-            assert self._process.poll() is None, f"the server ended: {self._log.read_text()[-2000:]}"
-            assert time.monotonic() < deadline, f"the server does not answer: {self._log.read_text()[-2000:]}"
-            time.sleep(0.05)
+        try:
+            while not self._answers():
+                assert self._process.poll() is None, f"the server ended: {self._log.read_text()[-2000:]}"
+                assert time.monotonic() < deadline, f"the server does not answer: {self._log.read_text()[-2000:]}"
+                time.sleep(0.05)
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def kill(self) -> None:
