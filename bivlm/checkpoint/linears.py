@@ -114,18 +114,16 @@ class Anatomy:
         return {linear.name: linear for linear in both}
 
     def leftovers(self, packed: Iterable[Linear]) -> dict[str, str]:
-        """Return what stays in floating point beside `packed`: parameters of the loaded model by their names on disk.
+        """Return norms, biases, embedding of tokens and head: parameters of the loaded model by their names on disk.
 
-        These are norms, biases, convolutions, the embedding of tokens and the head, each with its copies. Linear
-        layers that are not packed are none, nor is a parameter that is made from several tensors or holds none.
+        Copies are among them; what is `packed` is not, nor a parameter that is made from several tensors on disk.
         """
-        head = next((linear for linear in self.linears if linear.name == self.head), None)
-        fixed = [*packed, *(linear for linear in self.linears if linear is not head and linear.tied_to is None)]
-        fixed_names = {name for linear in fixed for name in (linear.disk_name, *linear.copies)}
-        found = {tensor.disk_name: tensor.name for tensor in self.left_alone if tensor.name is not None}
-        if head is not None:
-            found |= dict.fromkeys((head.disk_name, *head.copies), f"{head.holder}.weight")
-        return {disk_name: name for disk_name, name in sorted(found.items()) if disk_name not in fixed_names}
+        tables = [linear for linear in self.linears if linear.name == self.head]
+        tables += [] if self.tokens is None else [self.tokens]
+        found = {each.disk_name: each.name for each in self.left_alone if each.name and len(each.shape) < 2}
+        found |= {name: f"{table.holder}.weight" for table in tables for name in (table.disk_name, *table.copies)}
+        gone = {name for linear in packed for name in (linear.disk_name, *linear.copies)}
+        return {disk_name: name for disk_name, name in sorted(found.items()) if disk_name not in gone}
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:

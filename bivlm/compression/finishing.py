@@ -36,7 +36,7 @@ from bivlm.sources.samples import CalibrationSample
 Progress = Callable[[int, int], None]
 JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
 PATIENCE = 4  # judgements in a row without a better one, after which a rate is given up
-RATES = 3  # tried from the first weights, each only if no step at the one before helped
+RATES = 3  # tried from the first weights; without leftovers each only if no step at the one before helped
 SLOWER = 3.0  # by which the rate is divided
 VECTORS, TABLES = 1.0, 1.0  # rate of leftovers, norms and biases or embeddings and head, in units of that of the layers
 
@@ -53,7 +53,8 @@ class Leftover:
 class Finished:
     """Packed weights by layer, as long as they were, and the effect of tuning on samples that were not tuned on.
 
-    `kl_before` and `kl_after` are in nats per token, a mean over samples of the mean over each reply's tokens.
+    `kl_before` and `kl_after` are in nats per token, a mean over samples of the mean over each reply's tokens, or with
+    leftovers over all tokens.
     `steps` were taken, at first at `learning_rate`; 0 if none helped, and the weights are as they were. `leftovers` are
     tuned tensors by name on disk, of the stored dtype; there are none if no step was taken.
     """
@@ -85,7 +86,9 @@ def finish(
     part of these and judging by the others: as many as leave the smallest divergence there, at a third of the rate
     where that is too high for as many numbers as the format holds. Then as many steps are taken on all.
 
-    `leftovers` by name on disk are tuned, too; several names may be of one parameter, which moves as one.
+    `leftovers` by name on disk are tuned, too; several names may be of one parameter, which moves as one. They are many
+    numbers, and how far they should go depends on the damage: all rates are tried, and the best is taken. It is judged
+    over all tokens, as the report's divergence is: a mean over samples rests on few of them, those with short replies.
 
     Beside the model, the gradients of the packed layers' weights are in memory, and what the codec of one layer at a
     time needs; of a leftover its stored numbers, moves, gradient and Adam's two moments. At most `together` samples of
@@ -103,22 +106,25 @@ def finish(
     for each in kept:
         each.start()
     _restart(tuned)
-    before = best = answers.divergence(judging)
+    judge = answers.divergence_by_token if kept else answers.divergence
+    before = judge(judging)
     if not math.isfinite(before):
         raise not_finite(model, f"the divergence of its packed layers is {before} before the first step")
-    steps, every = 0, max(1, settings.steps // JUDGEMENTS)
+    best, steps, every = before, 0, max(1, settings.steps // JUDGEMENTS)
     for attempt in range(RATES):
-        rate = settings.learning_rate / SLOWER**attempt
-        for step in _descent(tuned, answers, tuning, settings, rate):
+        tried, lowest, found = settings.learning_rate / SLOWER**attempt, before, 0
+        for step in _descent(tuned, answers, tuning, settings, tried):
             report(step, 2 * settings.steps)
             if step % every == 0 or step == settings.steps:
-                judged = answers.divergence(judging)
-                if judged < best:
-                    best, steps = judged, step
-                if step - steps >= PATIENCE * every:
+                judged = judge(judging)
+                if judged < lowest:
+                    lowest, found = judged, step
+                if step - found >= PATIENCE * every:
                     break
         _restart(tuned)
-        if steps:
+        if lowest < best or not steps:
+            best, steps, rate = lowest, found, tried
+        if steps and not kept:
             break
     for step in itertools.islice(_descent(tuned, answers, range(len(conversations)), settings, rate), steps):
         report(settings.steps + step, 2 * settings.steps)
@@ -279,19 +285,30 @@ class _Answers:
             total += float(loss.detach())
         return total
 
+    @torch.no_grad()
+    def divergence_by_token(self, numbers: Sequence[int]) -> float:
+        """Return the mean KL over all tokens of some samples' replies."""
+        found = [divergence for some in self._portions(numbers) for divergence in self._by_token(some)]
+        return float(torch.cat(found).mean())
+
     def _sum(self, numbers: list[int]) -> torch.Tensor:
-        """Return the sum of the mean KL of each sample's reply; the samples go through the model together."""
+        """Return the sum of the mean KL of each sample's reply, added one by one: the order decides the last bits."""
+        first, *others = (divergence.mean() for divergence in self._by_token(numbers))
+        return sum(others, first)
+
+    def _by_token(self, numbers: list[int]) -> list[torch.Tensor]:
+        """Return the KL at each token of the reply, by sample; the samples go through the model together."""
         replies = [self._reply(number) for number in numbers]
         # Padding is on the left, so that a reply's places are counted from the end.
         from_end = [reply.inputs["input_ids"].shape[1] - reply.start + 1 for reply in replies]
         logits = self._model(**self._inputs(numbers), use_cache=False, logits_to_keep=max(from_end)).logits
-        loss = logits.new_zeros((), dtype=torch.float32)
+        found = []
         for row, (number, reply, end) in enumerate(zip(numbers, replies, from_end, strict=True)):
             first = logits.shape[1] - end
             other = torch.log_softmax(logits[row, first : first + reply.count].to(torch.float32), dim=-1)
             full = self._full_precision.of(number, reply).to(other.device, torch.float32)
-            loss = loss + kl_by_token(full, other).mean()
-        return loss
+            found.append(kl_by_token(full, other))
+        return found
 
     def _reply(self, number: int) -> Reply:
         if number not in self._replies:
