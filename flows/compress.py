@@ -184,16 +184,25 @@ def quantize(request: Request, publish: Callable[[], None]) -> tuple[CompressedM
     shards = packed.shards | {embedding.name: step for embedding, step in packed_embeddings}
     written = checkpoint.write_checkpoint(
         request.base,
-        [*request.linears, *(embedding.linear for embedding in request.embeddings)],
+        request.packed,
         shards,
         quantization_settings(request.recipe, [embedding.name for embedding in request.embeddings]),
         request.output,
         url,
+        packed.tuned,
     )
     if remote_code_allowed(request.base.model.folder):  # it came along, byte for byte
         trust([written.folder])
     model = CompressedModel(
-        request.base, request.recipe, samples, packed.layers, packed.shards, packed_embeddings, packed.between, written
+        request.base,
+        request.recipe,
+        samples,
+        packed.layers,
+        packed.shards,
+        packed_embeddings,
+        packed.between,
+        written,
+        packed.tuned,
     )
     report = earlier_report(written.folder, request.base, request.recipe) if written.step.reused else None
     if report is None:
@@ -214,7 +223,8 @@ def _pack_layers(request: Request, samples: StepResult, publish: Callable[[], No
     with started(request.runner) as workers:
         packed = pack_all(request.layers, url, publish, workers, inputs, recipe)
     if recipe.finish is not None:
-        packed = finish_all(packed, base, samples, recipe.finish, device, url)
+        leftovers = base.parts.leftovers(request.packed)
+        packed = finish_all(packed, base, samples, recipe.finish, device, url, leftovers)
         publish()
     return packed
 

@@ -81,12 +81,16 @@ def _work(checkpoint: Checkpoint, parts: Anatomy, recipe: Recipe, answers: int) 
     needs = {need for settings in recipe.components.values() for need in method(settings.method).needs(settings)}
     by_blocks = "inputs" in needs or recipe.budget is not None or recipe.search is not None
     parameters = sum(linear.size for linear in parts.linears if linear.tied_to is None)
+    tables = chosen_tables(parts, recipe.tables, chosen)
+    leftovers = parts.leftovers([*chosen, *(table for table, _ in tables)])
+    tuned = recipe.finish is not None and recipe.finish.leftovers
     return Work(
         layers=[(linear, recipe.components[linear.component]) for linear in chosen],
-        tables=[(table.size, settings.bits) for table, settings in chosen_tables(parts, recipe.tables, chosen)],
+        tables=[(table.size, settings.bits) for table, settings in tables],
         base_bytes=sum(file.stat().st_size for file in checkpoint.weight_files),
         parameters=parameters + sum(tensor.parameters for tensor in parts.left_alone),
         samples=recipe.calibration.samples if by_blocks else 0,
         finish=recipe.finish is not None,
+        leftovers=sum(checkpoint.entries[name].numel for name in leftovers) if tuned else 0,
         answers=answers,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,12 +28,14 @@ from tasks.runtime.steps import StepResult, check_that_workers_share, open_works
 class PackedLayers:
     """The layers with the steps that were done of them, and the shard of each by name.
 
-    `between` are steps that others refer to: calibration, and the shards before finishing.
+    `between` are steps that others refer to: calibration, and the shards before finishing. `tuned` is the step of
+    finishing, if there was one.
     """
 
     layers: list[Layer]
     shards: dict[str, StepResult]
     between: list[StepResult]
+    tuned: StepResult | None = None
 
 
 def pack_all(
@@ -91,11 +93,18 @@ def _needs_inputs(layers: Sequence[Layer]) -> bool:
 
 
 def finish_all(
-    packed: PackedLayers, base: Base, samples: StepResult, settings: FinishSettings, device: Device, workspace: str
+    packed: PackedLayers,
+    base: Base,
+    samples: StepResult,
+    settings: FinishSettings,
+    device: Device,
+    workspace: str,
+    leftovers: Mapping[str, str],
 ) -> PackedLayers:
-    """Return the same layers with shards that were tuned together."""
-    shards, tuning = finishing.finish_layers(base, packed.layers, packed.shards, samples, settings, device, workspace)
-    return PackedLayers(packed.layers, shards, [*packed.between, *packed.shards.values(), *tuning])
+    """Return the same layers with shards that were tuned together, and with `leftovers` if the settings say so."""
+    arguments = (base, packed.layers, packed.shards, samples, settings, device, workspace, leftovers)
+    shards, tuning = finishing.finish_layers(*arguments)
+    return PackedLayers(packed.layers, shards, [*packed.between, *packed.shards.values(), *tuning], tuning[-1])
 
 
 class Walk:

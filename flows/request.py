@@ -54,6 +54,11 @@ class Request:
         return 2 * sum(map(len, self.benchmarks.values()))
 
     @property
+    def packed(self) -> list[Linear]:
+        """The layers and embeddings that are packed."""
+        return [*self.linears, *(embedding.linear for embedding in self.embeddings)]
+
+    @property
     def needs_blocks(self) -> bool:
         """Whether the calibration samples run through the model's blocks."""
         return needs_calibration(self.layers, self.recipe)

@@ -27,6 +27,7 @@ from tasks.runtime.steps import StepResult, finish, open_workspace
 
 STAGE = "checkpoint"
 VERSION = 1
+LEFTOVERS_FILE = "leftovers.safetensors"  # output of the finishing step, see `tasks.finishing`
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,11 @@ def write_checkpoint(
     quantization_config: dict[str, Any],
     output: str,
     workspace: str,
+    tuned: StepResult | None = None,
 ) -> PackedCheckpoint:
     """Return the packed checkpoint, in `output` if it lies there already, else beside it.
+
+    `tuned` is the step of finishing; leftovers among its outputs go before the base's tensors.
 
     There it waits for `put_in_place`, so that a run which fails leaves no output that looks finished.
     """
@@ -105,13 +109,14 @@ def write_checkpoint(
     references = {name: done.record.outputs[binarization.FILE] for name, done in shards.items()}
     if base.modules:
         quantization_config = {**quantization_config, MODULES_KEY: base.modules}
-    identity = step_identity(
-        STAGE,
-        VERSION,
-        {"checkpoint": base.sha256, "shards": {name: shard.sha256 for name, shard in references.items()}},
-        quantization_config,
-        exact=True,
-    )
+    inputs: dict[str, Any] = {
+        "checkpoint": base.sha256,
+        "shards": {name: shard.sha256 for name, shard in references.items()},
+    }
+    leftovers = tuned.record.outputs.get(LEFTOVERS_FILE) if tuned is not None else None
+    if leftovers is not None:
+        inputs["leftovers"] = leftovers.sha256
+    identity = step_identity(STAGE, VERSION, inputs, quantization_config, exact=True)
     record = store.step(digest(identity))
     for folder in (place, waiting) if record is not None else ():
         files = _digests_at(folder, base)
@@ -120,7 +125,8 @@ def write_checkpoint(
             return PackedCheckpoint(str(folder), record.figures["sha256"], files, StepResult(record, reused=True))
     started = time.perf_counter()
     packed = {name: store.fetch(reference) for name, reference in references.items()}
-    write_packed_checkpoint(base.open(), packed, chosen, waiting, quantization_config)
+    replacing = store.fetch(leftovers) if leftovers is not None else None
+    write_packed_checkpoint(base.open(), packed, chosen, waiting, quantization_config, leftovers=replacing)
     digests = Checkpoint.open(waiting).digests()
     step = finish(store, identity, {}, {"sha256": digests.sha256}, time.perf_counter() - started)
     advance(STAGE)

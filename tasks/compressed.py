@@ -22,6 +22,7 @@ class CompressedModel:
         embeddings: those that were packed, each with the step of its packed bytes.
         between: steps that others refer to: of calibration, and of packing before finishing.
         checkpoint: the files.
+        tuned: the step of finishing, if there was one.
     """
 
     base: Base
@@ -32,3 +33,4 @@ class CompressedModel:
     embeddings: list[tuple[Embedding, StepResult]]
     between: list[StepResult]
     checkpoint: PackedCheckpoint
+    tuned: StepResult | None = None

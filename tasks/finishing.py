@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from prefect import task
 
 from bivlm.calibration.frozen import load_samples
-from bivlm.compression.finishing import FinishSettings, finish
+from bivlm.checkpoint.safetensors_file import file_order, outgoing_tensor, write_tensors
+from bivlm.compression.finishing import FinishSettings, Leftover, finish
 from bivlm.compression.layer import measure
 from bivlm.evaluation.divergence import StoredLogProbabilities, reference_logits
 from bivlm.evaluation.generation import default_batch_size, load_model
@@ -17,7 +18,7 @@ from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.workspace.hashing import step_identity
 from bivlm.workspace.steps import Workspace
 from tasks import binarization
-from tasks.checkpoint import Base
+from tasks.checkpoint import LEFTOVERS_FILE, Base
 from tasks.layers import Layer
 from tasks.runtime.device import Device, gpu_slot
 from tasks.runtime.policy import OVER_NETWORK, smaller_after_out_of_memory
@@ -40,8 +41,13 @@ def finish_layers(
     settings: FinishSettings,
     device: Device,
     workspace: str,
+    leftovers: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, StepResult], list[StepResult]]:
-    """Tune the packed layers; returns the new shard of every layer by name, and the steps in between."""
+    """Tune the packed layers; returns the new shard of every layer by name, and the steps in between, tuning last.
+
+    `leftovers` are names in the loaded model by name on disk (`Anatomy.leftovers`), for settings that tune them; if
+    that helps, the last step has them as `LEFTOVERS_FILE`, and their names on disk among its figures.
+    """
     store = open_workspace(workspace)
     inputs = {"checkpoint": base.sha256, "samples": frozen.record.figures["sha256"]}
     known = do_step(
@@ -52,6 +58,9 @@ def finish_layers(
     logits = known.record.outputs[LOGITS_FILE]
     packed = {name: done.record.outputs[binarization.FILE] for name, done in shards.items()}
     inputs |= {"logits": logits.sha256, "packed": {name: reference.sha256 for name, reference in packed.items()}}
+    kept = leftovers or {} if settings.leftovers else {}
+    if kept:
+        inputs["leftovers"] = sorted(kept)
     identity = step_identity(STAGE, VERSION, inputs, settings.model_dump(mode="json"), exact=False, device=device.kind)
 
     bar = Restartable(STAGE)
@@ -64,18 +73,25 @@ def finish_layers(
             model, processor = load_model(base.model.folder, device.place)
             samples = load_samples(store.fetch_folder(frozen.record.outputs, folder))
             tensors = {name: _read(store.fetch(reference)) for name, reference in packed.items()}
+            checkpoint = base.open()
+            stored = {disk_name: Leftover(name, checkpoint.read(disk_name)) for disk_name, name in kept.items()}
             with StoredLogProbabilities(store.fetch(logits), len(samples)) as full_precision:
                 arguments = (model, processor, tensors, samples, full_precision, settings, progress)
                 finished = smaller_after_out_of_memory(
-                    lambda size: finish(*arguments, together=size), min(default_batch_size(model), settings.batch)
+                    lambda size: finish(*arguments, leftovers=stored, together=size),
+                    min(default_batch_size(model), settings.batch),
                 )
         for name, tensor in finished.packed.items():
             (place / name).write_bytes(memoryview(tensor.numpy()))
+        if finished.leftovers:
+            tensors = [outgoing_tensor(name, values) for name, values in finished.leftovers.items()]
+            write_tensors(place / LEFTOVERS_FILE, file_order(tensors))
         return {
             "kl_before": finished.kl_before,
             "kl_after": finished.kl_after,
             "steps": finished.steps,
             "learning_rate": finished.learning_rate,
+            **({"leftovers": sorted(finished.leftovers)} if finished.leftovers else {}),
         }
 
     tuned = do_step(store, identity, tune)

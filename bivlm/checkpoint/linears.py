@@ -24,7 +24,7 @@ from bivlm.packing.container import read_header
 from bivlm.untrusted import in_a_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from transformers import PreTrainedModel
 
@@ -75,7 +75,8 @@ class Linear:
 class LeftAlone:
     """A tensor on disk that is no `Linear`'s weight, and what it is: `kind` is for people to read.
 
-    `component` is None for a tensor outside vision, adaptor and language.
+    `component` is None for a tensor outside vision, adaptor and language. `name` is the floating-point parameter of the
+    loaded model that has its numbers as they are, None if there is none.
     """
 
     disk_name: str
@@ -84,6 +85,7 @@ class LeftAlone:
     dtype: str
     parameters: int
     component: Component | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,18 @@ class Anatomy:
         """Everything that can be packed, by its name in the loaded model."""
         both = self.linears if self.tokens is None else [*self.linears, self.tokens]
         return {linear.name: linear for linear in both}
+
+    def leftovers(self, packed: Iterable[Linear]) -> dict[str, str]:
+        """Return norms, biases, embedding of tokens and head: parameters of the loaded model by their names on disk.
+
+        Copies are among them; what is `packed` is not, nor a parameter that is made from several tensors on disk.
+        """
+        tables = [linear for linear in self.linears if linear.name == self.head]
+        tables += [] if self.tokens is None else [self.tokens]
+        found = {each.disk_name: each.name for each in self.left_alone if each.name and len(each.shape) < 2}
+        found |= {name: f"{table.holder}.weight" for table in tables for name in (table.disk_name, *table.copies)}
+        gone = {name for linear in packed for name in (linear.disk_name, *linear.copies)}
+        return {disk_name: name for disk_name, name in sorted(found.items()) if disk_name not in gone}
 
 
 def linears(checkpoint: Checkpoint) -> list[Linear]:
@@ -165,6 +179,7 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     packable = {linear.disk_name for linear in found if linear.tied_to is None}
     if tokens is not None and tokens.name in checkpoint.packed:
         packable.add(tokens.disk_name)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     left = []
     for disk_name, entry in checkpoint.entries.items():
         if disk_name in packable:
@@ -173,7 +188,9 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         kind = _kind(model, members, goal)
         if tokens is not None and disk_name == tokens.disk_name:  # also where it lies under the name of a tied head
             kind = type(model.get_submodule(tokens.name)).__name__
-        left.append(_left_alone(entry, kind, members.component(goal.names[0]), copies))
+        tunable = not goal.converted and goal.names[0] in parameters and entry.is_floating and entry.numel
+        name = goal.names[0] if tunable else None
+        left.append(_left_alone(entry, kind, members.component(goal.names[0]), copies, name))
     head = names.get(model.get_output_embeddings())
     return Anatomy(found, left, tokens, head if head in {linear.name for linear in found} else None)
 
@@ -307,11 +324,13 @@ def _expert(
     return Linear(name, disk_name, component, shape, dtype, stacked_in=parameter)
 
 
-def _left_alone(entry: TensorEntry, kind: str, component: Component | None, copies: Mapping[str, str]) -> LeftAlone:
+def _left_alone(
+    entry: TensorEntry, kind: str, component: Component | None, copies: Mapping[str, str], name: str | None
+) -> LeftAlone:
     parameters = entry.numel if entry.is_floating and entry.name not in copies else 0
     if entry.name in copies:
         kind = f"{kind}, a copy of {copies[entry.name]}"
-    return LeftAlone(entry.name, kind, entry.shape, entry.dtype, parameters, component)
+    return LeftAlone(entry.name, kind, entry.shape, entry.dtype, parameters, component, name)
 
 
 def _kind(model: PreTrainedModel, members: Architecture, goal: LoadedName) -> str:

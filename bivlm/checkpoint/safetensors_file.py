@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -221,6 +222,18 @@ class OutgoingTensor:
     chunks: Callable[[], Iterable[bytes | memoryview]]
 
 
+def outgoing(entry: TensorEntry) -> OutgoingTensor:
+    """Return a tensor of a file as one to be written to another, byte for byte."""
+    return OutgoingTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, partial(tensor_chunks, entry))
+
+
+def outgoing_tensor(name: str, tensor: torch.Tensor) -> OutgoingTensor:
+    """Return a tensor in memory as one to be written; its dtype is one of the format's."""
+    dtype = next(key for key, (torch_name, _) in _DTYPES.items() if getattr(torch, torch_name) == tensor.dtype)
+    stored = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return OutgoingTensor(name, dtype, tuple(tensor.shape), stored.numel(), lambda: [stored.numpy().data])
+
+
 def file_order(tensors: Iterable[OutgoingTensor]) -> list[OutgoingTensor]:
     """Return wide dtypes first, then by name: every tensor begins at a multiple of its item size, as in the library."""
     return sorted(tensors, key=lambda tensor: (-_DTYPES[tensor.dtype][1], tensor.name))
@@ -228,6 +241,18 @@ def file_order(tensors: Iterable[OutgoingTensor]) -> list[OutgoingTensor]:
 
 def write_tensors(file: Path, tensors: Sequence[OutgoingTensor]) -> None:
     """Write a safetensors file of `tensors` in the order given, one at a time, and flush it to the disk.
+
+    Raises `InputError` as `file_chunks`.
+    """
+    with file.open("xb") as stream:
+        for chunk in file_chunks(tensors):
+            stream.write(chunk)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def file_chunks(tensors: Sequence[OutgoingTensor]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file of `tensors` in the order given, a few megabytes at a time.
 
     The same tensors give the same bytes. Raises `InputError` naming a tensor that yields another number of bytes than
     it announced.
@@ -239,15 +264,14 @@ def write_tensors(file: Path, tensors: Sequence[OutgoingTensor]) -> None:
     header = "{" + "".join(texts).removesuffix(",") + "}"
     encoded = header.encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
-    with file.open("xb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little"))
-        stream.write(encoded)
-        for tensor in tensors:
-            written = sum(stream.write(chunk) for chunk in tensor.chunks())
-            if written != tensor.nbytes:
-                raise InputError(f"{tensor.name}: {written} bytes came, {tensor.nbytes} were announced")
-        stream.flush()
-        os.fsync(stream.fileno())
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for tensor in tensors:
+        came = 0
+        for chunk in tensor.chunks():
+            came += len(chunk)
+            yield chunk
+        if came != tensor.nbytes:
+            raise InputError(f"{tensor.name}: {came} bytes came, {tensor.nbytes} were announced")
 
 
 def _check_hash(entry: TensorEntry, expected: str | None, found: hashlib._Hash) -> None:

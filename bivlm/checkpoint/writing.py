@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,15 @@ from bivlm.checkpoint.outputs import (
     settle,
 )
 from bivlm.checkpoint.reading import CONFIG, FORMAT, QUANT_METHOD, WEIGHTS, WEIGHTS_INDEX, Checkpoint
-from bivlm.checkpoint.safetensors_file import CHUNK_BYTES, OutgoingTensor, file_order, tensor_chunks, write_tensors
+from bivlm.checkpoint.safetensors_file import (
+    CHUNK_BYTES,
+    OutgoingTensor,
+    TensorEntry,
+    file_order,
+    outgoing,
+    read_entries,
+    write_tensors,
+)
 from bivlm.errors import InputError
 from bivlm.packing import open_packed
 from bivlm.workspace.places import base_place, output_folder, output_place, refuse_overlaps
@@ -40,6 +47,7 @@ def write_packed_checkpoint(
     output: str | Path,
     quantization_config: Mapping[str, Any],
     extra_files: Mapping[str, bytes] | None = None,
+    leftovers: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write the packed checkpoint to the folder `output` and return it.
@@ -49,17 +57,19 @@ def write_packed_checkpoint(
     disk, and the linear's `copies` are left out. All other tensors, tokenizer, processor, templates and licences are
     copied byte for byte; config.json gets the quantization config: `quantization_config`, the checkpoint's `modules` if
     it has any and, by linear, the lengths of the packed tensors.
-    `extra_files` are written beside them.
+    `extra_files` are written beside them. `leftovers` is a safetensors file of tuned tensors that replace those of the
+    base, which are of the same name on disk, shape and dtype and not packed.
 
     One tensor is in memory at a time. The folder is built beside `output` under a temporary name, compared with the
     model that is to be loaded from it, and put in its place by renaming: neither half a checkpoint nor one that does
     not load is ever seen, and an earlier output stays until then. The same input gives the same bytes. Of an earlier
     output only bivlm's own files go, see `bivlm.checkpoint.outputs`. Raises `InputError` as `check_output`, if a packed
-    weight is damaged or not its linear's, or if `from_pretrained` would refuse the result.
+    weight is damaged or not its linear's, a leftover is not the base's, or `from_pretrained` would refuse the result.
     """
     output = output_folder(output)
     check_output(checkpoint, output)
     _check_packed(packed, chosen)
+    tuned = _leftovers(leftovers, checkpoint, chosen) if leftovers is not None else {}
     settle(output)
     partial = fresh_partial(output)
     spool = partial / ".packed"
@@ -69,7 +79,8 @@ def write_packed_checkpoint(
         lengths = {name: file.stat().st_size for name, file in files.items()}
         by_disk_name = {linear.disk_name: files[linear.name] for linear in chosen}
         copies = {copy for linear in chosen for copy in linear.copies}
-        _write_weights(checkpoint, by_disk_name, copies, partial, max_shard_bytes)
+        kept = {**checkpoint.entries, **tuned}
+        _write_weights([kept[name] for name in kept if name not in copies], by_disk_name, partial, max_shard_bytes)
         shutil.rmtree(spool)
         _copy_files(checkpoint, partial)
         _write_config(checkpoint, quantization_config, lengths, partial)
@@ -133,26 +144,36 @@ def _spooled(linear: Linear, packed: Packed, spool: Path) -> Path:
     return file
 
 
-def _write_weights(
-    checkpoint: Checkpoint, packed: Mapping[str, Path], left_out: set[str], folder: Path, max_shard_bytes: int
-) -> None:
-    outgoing = [
-        _packed_tensor(name, packed[name])
-        if name in packed
-        else OutgoingTensor(name, entry.dtype, entry.shape, entry.nbytes, partial(tensor_chunks, entry))
-        for name, entry in checkpoint.entries.items()
-        if name not in left_out
+def _leftovers(file: Path, checkpoint: Checkpoint, chosen: Sequence[Linear]) -> dict[str, TensorEntry]:
+    """Return the tensors of a file that replace those of the base, by name, after a check."""
+    packed = {name for linear in chosen for name in (linear.disk_name, *linear.copies)}
+    tuned = {entry.name: entry for entry in read_entries(file)}
+    for name, entry in tuned.items():
+        replaced = checkpoint.entries.get(name)
+        if replaced is None or name in packed:
+            raise InputError(f"leftover {name}: expected a tensor that {checkpoint.folder} has and that is not packed")
+        if (entry.dtype, entry.shape) != (replaced.dtype, replaced.shape):
+            raise InputError(
+                f"leftover {name}: {entry.dtype} of shape {entry.shape}, expected {replaced.dtype} of shape "
+                f"{replaced.shape} as in {checkpoint.folder}"
+            )
+    return tuned
+
+
+def _write_weights(kept: Sequence[TensorEntry], packed: Mapping[str, Path], folder: Path, max_shard_bytes: int) -> None:
+    tensors = [
+        _packed_tensor(entry.name, packed[entry.name]) if entry.name in packed else outgoing(entry) for entry in kept
     ]
-    shards = list(constrained_batches(outgoing, max_shard_bytes, get_len=lambda tensor: tensor.nbytes, strict=False))
+    shards = list(constrained_batches(tensors, max_shard_bytes, get_len=lambda tensor: tensor.nbytes, strict=False))
     if len(shards) <= 1:
-        write_tensors(folder / WEIGHTS, file_order(outgoing))
+        write_tensors(folder / WEIGHTS, file_order(tensors))
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, file_order(shard))
         weight_map.update({tensor.name: file for tensor in shard})
-    total = sum(tensor.nbytes for tensor in outgoing)
+    total = sum(tensor.nbytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_new(folder, WEIGHTS_INDEX, _json_bytes(index))
 

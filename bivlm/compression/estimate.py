@@ -33,6 +33,7 @@ TOKENS = 1024  # of a sample, where they are not counted: an image of some hundr
 LIBRARIES = 0.9 * GIGA  # torch, transformers, Prefect and its temporary server, MLflow: measured, 0.85
 # The most of any method that looks at inputs: bytes per weight, and second moments held at once.
 _CALIBRATED_BYTES_A_WEIGHT, _MOMENTS = 28.0, 2.0
+_LEFTOVER_BYTES = 24.0
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -87,6 +88,7 @@ class Work:
         parameters: of the model.
         samples: for calibration; 0 where no method looks at inputs.
         finish: whether all layers are tuned together.
+        leftovers: numbers beside the layers that are tuned with them.
         answers: questions that are answered, by both models together.
     """
 
@@ -96,6 +98,7 @@ class Work:
     parameters: int
     samples: int = 0
     finish: bool = False
+    leftovers: int = 0
     answers: int = 0
 
 
@@ -113,8 +116,10 @@ def estimate(work: Work, workers: int, probes: Mapping[str, Probe] | None = None
         largest = max(weights * (bits + 0.6) / 8 for weights, bits in work.tables)
         stages.append(Needs("tables", 2 * largest + 0.3 * GIGA, disk=tables))
     if work.finish:
-        # The model in float32, the gradients of the packed weights, and what is made of one layer.
-        stages.append(Needs("finishing", 4.0 * work.parameters + 4.0 * sum(each.size for each, _ in work.layers)))
+        # The model in float32, the gradients of the packed weights, and what is made of one layer. Of a leftover its
+        # gradient, its move with a gradient and two moments, and its numbers as stored.
+        tuned = 4.0 * sum(each.size for each, _ in work.layers) + _LEFTOVER_BYTES * work.leftovers
+        stages.append(Needs("finishing", 4.0 * work.parameters + tuned))
     stages.append(Needs("checkpoint", 0.3 * GIGA, disk=output))
     if work.answers:
         stages.append(Needs("evaluation", 4.4 * work.parameters, gpu=2.4 * work.parameters))

@@ -36,19 +36,31 @@ from bivlm.sources.samples import CalibrationSample
 Progress = Callable[[int, int], None]
 JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
 PATIENCE = 4  # judgements in a row without a better one, after which a rate is given up
-RATES = 3  # tried from the first weights, each only if no step at the one before helped
+RATES = 3  # tried from the first weights; without leftovers each only if no step at the one before helped
 SLOWER = 3.0  # by which the rate is divided
+VECTORS, TABLES = 1.0, 1.0  # rate of leftovers, norms and biases or embeddings and head, in units of that of the layers
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A tensor that stays in floating point: its name in the loaded model, and its numbers as they are stored."""
+
+    name: str
+    stored: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Finished:
     """Packed weights by layer, as long as they were, and the effect of tuning on samples that were not tuned on.
 
-    `kl_before` and `kl_after` are in nats per token, a mean over samples of the mean over each reply's tokens.
-    `steps` were taken, at first at `learning_rate`; 0 if none helped, and the weights are as they were.
+    `kl_before` and `kl_after` are in nats per token, a mean over samples of the mean over each reply's tokens, or with
+    leftovers over all tokens.
+    `steps` were taken, at first at `learning_rate`; 0 if none helped, and the weights are as they were. `leftovers` are
+    tuned tensors by name on disk, of the stored dtype; there are none if no step was taken.
     """
 
     packed: dict[str, torch.Tensor]
+    leftovers: dict[str, torch.Tensor]
     kl_before: float
     kl_after: float
     steps: int
@@ -64,6 +76,7 @@ def finish(
     settings: FinishSettings,
     progress: Progress | None = None,
     *,
+    leftovers: Mapping[str, Leftover] | None = None,
     together: int | None = None,
 ) -> Finished:
     """Tune the numbers of `packed` (by the names of linear layers in `model`).
@@ -73,71 +86,106 @@ def finish(
     part of these and judging by the others: as many as leave the smallest divergence there, at a third of the rate
     where that is too high for as many numbers as the format holds. Then as many steps are taken on all.
 
+    `leftovers` by name on disk are tuned, too; several names may be of one parameter, which moves as one. They are many
+    numbers, and how far they should go depends on the damage: all rates are tried, and the best is taken. It is judged
+    over all tokens, as the report's divergence is: a mean over samples rests on few of them, those with short replies.
+
     Beside the model, the gradients of the packed layers' weights are in memory, and what the codec of one layer at a
-    time needs. At most `together` samples of a batch go through the model at once, all of them by default; with fewer
-    it takes less memory and longer. Raises `InputError` for a layer that the model does not have and for a single
-    sample, ArithmeticError if the divergence is or becomes NaN.
+    time needs; of a leftover its stored numbers, moves, gradient and Adam's two moments. At most `together` samples of
+    a batch go through the model at once, all of them by default; with fewer it takes less memory and longer. Raises
+    `InputError` for a layer or leftover that the model does not have and for a single sample, ArithmeticError if the
+    divergence is or becomes NaN.
     """
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
+    kept = _kept(model, leftovers or {})
+    tuned: list[_Tuned | _Kept] = [*layers, *kept]
     answers = _Answers(model, processor, samples, full_precision, together or settings.batch)
     model.requires_grad_(False)
     report = progress or (lambda done, total: None)
     tuning, judging = _split(len(samples), settings)
-    _restart(layers)
-    before = best = answers.divergence(judging)
+    for each in kept:
+        each.start()
+    _restart(tuned)
+    judge = answers.divergence_by_token if kept else answers.divergence
+    before = judge(judging)
     if not math.isfinite(before):
         raise not_finite(model, f"the divergence of its packed layers is {before} before the first step")
-    steps, every = 0, max(1, settings.steps // JUDGEMENTS)
+    best, steps, every = before, 0, max(1, settings.steps // JUDGEMENTS)
     for attempt in range(RATES):
-        rate = settings.learning_rate / SLOWER**attempt
-        for step in _descent(layers, answers, tuning, settings, rate):
+        tried, lowest, found = settings.learning_rate / SLOWER**attempt, before, 0
+        for step in _descent(tuned, answers, tuning, settings, tried):
             report(step, 2 * settings.steps)
             if step % every == 0 or step == settings.steps:
-                judged = answers.divergence(judging)
-                if judged < best:
-                    best, steps = judged, step
-                if step - steps >= PATIENCE * every:
+                judged = judge(judging)
+                if judged < lowest:
+                    lowest, found = judged, step
+                if step - found >= PATIENCE * every:
                     break
-        _restart(layers)
-        if steps:
+        _restart(tuned)
+        if lowest < best or not steps:
+            best, steps, rate = lowest, found, tried
+        if steps and not kept:
             break
-    for step in itertools.islice(_descent(layers, answers, range(len(samples)), settings, rate), steps):
+    for step in itertools.islice(_descent(tuned, answers, range(len(samples)), settings, rate), steps):
         report(settings.steps + step, 2 * settings.steps)
     report(2 * settings.steps, 2 * settings.steps)
-    return Finished({layer.name: layer.packed() for layer in layers}, before, best, steps, rate)
+    moved = {name: values for each in kept for name, values in each.stored().items()} if steps else {}
+    return Finished({layer.name: layer.packed() for layer in layers}, moved, before, best, steps, rate)
 
 
 def _descent(
-    layers: Sequence[_Tuned], answers: _Answers, numbers: Sequence[int], settings: FinishSettings, rate: float
+    tuned: Sequence[_Tuned | _Kept], answers: _Answers, numbers: Sequence[int], settings: FinishSettings, rate: float
 ) -> Iterator[int]:
     """Run steps of Adam on some of the samples, from what is placed in the model; yield the number of each, from 1."""
-    optimizer = torch.optim.Adam([move for layer in layers for move in layer.moves.values()], lr=rate)
+    groups = [{"params": list(each.moves.values()), "lr": rate * each.pace} for each in tuned if each.moves]
+    optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step, batch in enumerate(_order(numbers, settings), 1):
         loss = answers.divergence(batch, backward=True)
         if not math.isfinite(loss):
             raise ArithmeticError(f"finishing: the divergence is {loss} at step {step}; try a lower learning_rate")
-        for layer in layers:
-            layer.collect()
+        for each in tuned:
+            each.collect()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        for layer in layers:
-            layer.place()
+        for each in tuned:
+            each.place()
         yield step
 
 
 @torch.no_grad()
-def _restart(layers: Sequence[_Tuned]) -> None:
+def _restart(tuned: Sequence[_Tuned | _Kept]) -> None:
     """Put the first weights back into the model."""
-    for layer in layers:
-        for move in layer.moves.values():
+    for each in tuned:
+        for move in each.moves.values():
             move.zero_()
-        layer.place()
+        each.place()
+
+
+def _kept(model: PreTrainedModel, leftovers: Mapping[str, Leftover]) -> list[_Kept]:
+    """Return what moves: one for each parameter of the model, under all its names.
+
+    A parameter that is stored twice, in different dtypes, is left out: rounding would make two of it.
+    """
+    stored: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+    for disk_name, leftover in leftovers.items():
+        try:
+            parameter = model.get_parameter(leftover.name)
+        except AttributeError:
+            raise InputError(f"finishing: the model has no parameter called {leftover.name}") from None
+        stored.setdefault(parameter, {})[disk_name] = leftover.stored
+    return [
+        _Kept(parameter, copies)
+        for parameter, copies in stored.items()
+        if len({tensor.dtype for tensor in copies.values()}) == 1
+    ]
 
 
 class _Tuned:
     """A packed layer's numbers, each as its first value plus a move in units of its tensor's root mean square."""
+
+    pace = 1.0
 
     def __init__(self, model: PreTrainedModel, name: str, packed: torch.Tensor) -> None:
         try:
@@ -172,6 +220,42 @@ class _Tuned:
         return {key: values + self._units[key] * self.moves[key] for key, values in self._tunable.parameters.items()}
 
 
+class _Kept:
+    """A leftover: its first numbers plus a move in units of their root mean square, as they are stored.
+
+    It is rounded to the stored dtype whenever it is placed, which counts as no change in the gradient.
+    """
+
+    def __init__(self, parameter: nn.Parameter, copies: dict[str, torch.Tensor]) -> None:
+        self._parameter, self._names = parameter, list(copies)
+        self._first = next(iter(copies.values())).to(parameter.device)
+        self._unit = float(self._first.to(torch.float32).square().mean().sqrt())
+        self.pace = TABLES if self._first.ndim > 1 else VECTORS
+        self.moves = {"": nn.Parameter(torch.zeros(self._first.shape, device=parameter.device))}
+
+    def start(self) -> None:
+        """Let gradients reach the parameter."""
+        self._parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def place(self) -> None:
+        """Put the numbers as they would be stored now into the model."""
+        self._parameter.copy_(self._rounded())
+
+    def collect(self) -> None:
+        """Turn the gradient of the parameter into that of the move."""
+        gradient, self._parameter.grad = self._parameter.grad, None
+        self.moves[""].grad = None if gradient is None else gradient.to(torch.float32) * self._unit
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the tensor as it is stored, under each of its names on disk."""
+        return dict.fromkeys(self._names, self._rounded().cpu())
+
+    @torch.no_grad()
+    def _rounded(self) -> torch.Tensor:
+        return (self._first.to(torch.float32) + self._unit * self.moves[""]).to(self._first.dtype)
+
+
 class _Answers:
     """The model's answers to the samples, against those of full precision."""
 
@@ -201,19 +285,30 @@ class _Answers:
             total += float(loss.detach())
         return total
 
+    @torch.no_grad()
+    def divergence_by_token(self, numbers: Sequence[int]) -> float:
+        """Return the mean KL over all tokens of some samples' replies."""
+        found = [divergence for some in self._portions(numbers) for divergence in self._by_token(some)]
+        return float(torch.cat(found).mean())
+
     def _sum(self, numbers: list[int]) -> torch.Tensor:
-        """Return the sum of the mean KL of each sample's reply; the samples go through the model together."""
+        """Return the sum of the mean KL of each sample's reply, added one by one: the order decides the last bits."""
+        first, *others = (divergence.mean() for divergence in self._by_token(numbers))
+        return sum(others, first)
+
+    def _by_token(self, numbers: list[int]) -> list[torch.Tensor]:
+        """Return the KL at each token of the reply, by sample; the samples go through the model together."""
         replies = [self._reply(number) for number in numbers]
         # Padding is on the left, so that a reply's places are counted from the end.
         from_end = [reply.inputs["input_ids"].shape[1] - reply.start + 1 for reply in replies]
         logits = self._model(**self._inputs(numbers), use_cache=False, logits_to_keep=max(from_end)).logits
-        loss = logits.new_zeros((), dtype=torch.float32)
+        found = []
         for row, (number, reply, end) in enumerate(zip(numbers, replies, from_end, strict=True)):
             first = logits.shape[1] - end
             other = torch.log_softmax(logits[row, first : first + reply.count].to(torch.float32), dim=-1)
             full = self._full_precision.of(number, reply).to(other.device, torch.float32)
-            loss = loss + kl_by_token(full, other).mean()
-        return loss
+            found.append(kl_by_token(full, other))
+        return found
 
     def _reply(self, number: int) -> Reply:
         if number not in self._replies:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from bivlm.checkpoint.disk_names import packed_disk_names
 from bivlm.checkpoint.reading import LINEAGE, Checkpoint, digest_of_files, refuse_links_out_of
-from bivlm.checkpoint.safetensors_file import tensor_chunks
+from bivlm.checkpoint.safetensors_file import file_chunks, file_order, outgoing, tensor_chunks
 from bivlm.errors import InputError
 from bivlm.sources.models import cached_model
 from bivlm.untrusted import RECORD, parse_model, read_bytes, short
@@ -170,6 +170,7 @@ def verify_folder(lineage: Lineage, folder: str | Path) -> list[Finding]:
     return [
         _finding("packed files", _packed_files, lineage, Path(folder)),
         _finding("packed weights", _packed_tensors, lineage, Path(folder)),
+        *([_finding("leftovers", _leftovers, lineage, Path(folder))] if _tuned_leftovers(lineage) else []),
         _finding("recipe", _recipe, lineage),
         _finding("step keys", _keys, lineage),
         _finding("links", _links, lineage),
@@ -248,6 +249,33 @@ def _packed_tensors(lineage: Lineage, folder: Path) -> tuple[list[str], str]:
             if step is None or sha.hexdigest() not in {reference.sha256 for reference in step.outputs.values()}:
                 problems.append(f"{name} is not what its step made")
     return problems, f"{len(lineage.layers)} tensors are the outputs of their steps"
+
+
+def _tuned_leftovers(lineage: Lineage) -> str | None:
+    """Return the sha256 of the tuned leftovers that the checkpoint was made from; None if there are none."""
+    made = lineage.steps.get(lineage.checkpoint)
+    inputs = made.identity.get("inputs") if made is not None else None
+    found = inputs.get("leftovers") if isinstance(inputs, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _leftovers(lineage: Lineage, folder: Path) -> tuple[list[str], str]:
+    """Check that tensors which finishing has tuned are what its step made: written anew they give its file's sha256."""
+    expected = _tuned_leftovers(lineage)
+    makers = [each for each in lineage.steps.values() if expected in {out.sha256 for out in each.outputs.values()}]
+    named = makers[0].figures.get("leftovers") if makers else None
+    if not isinstance(named, list):
+        return [f"no step says which tensors are in the leftovers {expected}"], ""
+    entries = Checkpoint.open(folder).entries
+    names = [name for name in named if isinstance(name, str) and name in entries]
+    if missing := [name for name in named if name not in names]:
+        return [f"{short(missing[0])} was tuned, and is not in the checkpoint"], ""
+    sha = hashlib.sha256()
+    for chunk in file_chunks(file_order(outgoing(entries[name]) for name in names)):
+        sha.update(chunk)
+    same = sha.hexdigest() == expected
+    problems = [] if same else [f"{len(named)} tuned tensors are not what their step made (sha256 {expected})"]
+    return problems, f"{len(named)} tuned tensors are the output of their step"
 
 
 def _recipe(lineage: Lineage) -> tuple[list[str], str]:

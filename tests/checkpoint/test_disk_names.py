@@ -1,7 +1,9 @@
 """Where packed weights lie on disk is told by names and lengths as transformers would tell it, or not at all."""
 
 import pytest
+import torch
 from tiny_families import FAMILIES, PUBLISHED, make_published, make_tiny
+from transformers import AutoModelForImageTextToText
 
 from bivlm.checkpoint.disk_names import pair_names
 from bivlm.checkpoint.linears import anatomy
@@ -42,3 +44,14 @@ def test_the_longest_common_end_goes_first():
 )
 def test_what_names_leave_open_is_not_guessed(on_disk):
     assert pair_names({"x.a.0.fc": 8, "x.b.0.fc": 8}, on_disk) is None
+
+
+@pytest.mark.parametrize("build", PUBLISHED, ids=lambda build: build.__name__)
+def test_a_leftover_is_loaded_as_it_lies_on_disk(build, tmp_path):
+    make_published(build, tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    parts = anatomy(checkpoint)
+    found, model = parts.leftovers([]), AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert {parts.tokens.disk_name} < set(found) < set(checkpoint.entries)
+    for disk_name, name in found.items():
+        assert torch.equal(model.get_parameter(name), checkpoint.read(disk_name)), disk_name

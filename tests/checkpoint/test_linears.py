@@ -68,11 +68,27 @@ def test_what_is_left_alone_says_what_it_is(tiny_llava):
     assert kinds["language_model.model.layers.0.self_attn.q_proj.bias"] == "Linear.bias"
 
 
+def test_leftovers_are_norms_biases_embedding_and_head_by_their_names_on_disk(tiny_llava):
+    checkpoint = Checkpoint.open(tiny_llava)
+    parts = anatomy(checkpoint)
+    body = [linear for linear in parts.linears if linear.name != "lm_head"]
+    found = parts.leftovers(body)
+    assert found["language_model.model.embed_tokens.weight"] == "model.language_model.embed_tokens.weight"
+    assert found["language_model.lm_head.weight"] == "lm_head.weight"
+    assert found["vision_tower.embeddings.patch_embedding.bias"] == "model.vision_tower.embeddings.patch_embedding.bias"
+    tables = {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"}
+    assert set(found) == tables | {name for name, entry in checkpoint.entries.items() if len(entry.shape) == 1}
+    # Layers that are not packed are none, embedding and head are not where they are packed.
+    assert parts.leftovers([]) == found
+    assert set(parts.leftovers([parts.tokens, parts.packable["lm_head"]])) == set(found) - tables
+
+
 def test_a_tensor_that_the_model_does_not_have_is_left_alone(tmp_path):
     folder = make_tiny_llava(tmp_path / "llava")
     change_tensors(folder, lambda tensors: tensors.update({"rotary.inv_freq": torch.ones(2)}))
     kinds = {tensor.disk_name: tensor.kind for tensor in anatomy(Checkpoint.open(folder)).left_alone}
     assert kinds["rotary.inv_freq"] == "not used by the model"
+    assert "rotary.inv_freq" not in anatomy(Checkpoint.open(folder)).leftovers([])
 
 
 def test_a_linear_whose_weight_other_code_reads_is_left_alone(tmp_path):

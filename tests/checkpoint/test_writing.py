@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from raw_codec import pack_linears, pack_raw
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.outputs import fresh_partial
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.checkpoint.writing import write_packed_checkpoint
 from bivlm.errors import InputError
+from bivlm.evaluation.generation import load_model
 from bivlm.packing import container
 from bivlm.recipe.selection import select
 
@@ -102,6 +103,41 @@ def test_shards_stay_under_the_limit_and_hold_the_same_tensors(base, chosen, pac
     assert all(torch.equal(shards.read(name), tensor) for name, tensor in whole.items())
     index = json.loads((output / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+
+
+def test_leftovers_replace_tensors_and_the_rest_stays(base, chosen, packed, tmp_path):
+    plain = write_packed_checkpoint(base, packed, chosen, tmp_path / "plain", {})
+    before = load_file(plain / "model.safetensors")
+    name = "language_model.model.norm.weight"
+    save_file({name: before[name] + 1}, tmp_path / "leftovers")
+    output = write_packed_checkpoint(base, packed, chosen, tmp_path / "out", {}, leftovers=tmp_path / "leftovers")
+    after = load_file(output / "model.safetensors")
+    assert torch.equal(after.pop(name), before.pop(name) + 1)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[other], tensor) for other, tensor in before.items())
+    assert load_model(output, "cpu")[0].get_parameter("model.language_model.norm.weight")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("norm", lambda tensor: tensor.float(), r"norm\.weight: F32 of shape .*expected BF16 of shape"),
+        ("norm", lambda tensor: tensor[1:], r"norm\.weight: BF16 of shape \(63,\), expected BF16 of shape \(64,\)"),
+        ("norms", lambda tensor: tensor, r"norms\.weight: expected a tensor that .* has and that is not packed"),
+    ],
+)
+def test_leftovers_that_are_not_the_bases_are_refused(base, chosen, packed, tmp_path, name, change, message):
+    stored = base.read("language_model.model.norm.weight")
+    save_file({f"language_model.model.{name}.weight": change(stored).contiguous()}, tmp_path / "leftovers")
+    with pytest.raises(InputError, match=message):
+        write_packed_checkpoint(base, packed, chosen, tmp_path / "out", {}, leftovers=tmp_path / "leftovers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_weight_is_no_leftover(base, chosen, packed, tmp_path):
+    save_file({chosen[0].disk_name: base.read(chosen[0].disk_name)}, tmp_path / "leftovers")
+    with pytest.raises(InputError, match=rf"{chosen[0].disk_name}: expected a tensor that .* not packed"):
+        write_packed_checkpoint(base, packed, chosen, tmp_path / "out", {}, leftovers=tmp_path / "leftovers")
 
 
 def test_packed_weights_may_come_from_files(base, chosen, packed, tmp_path):

@@ -70,6 +70,8 @@ def test_finishing_and_evaluation_take_the_whole_model():
     work = replace(qwen_7b(), finish=True, answers=10)
     stages = by_stage(estimate.estimate(work, 1))
     assert stages["finishing"].memory > 4 * work.parameters
+    tuned = by_stage(estimate.estimate(replace(work, leftovers=10**9), 1))
+    assert tuned["finishing"].memory - stages["finishing"].memory > 18e9  # its numbers, gradient, move, two moments
     assert stages["evaluation"].memory > 4 * work.parameters
     assert stages["evaluation"].gpu > 2 * work.parameters
     assert not {"finishing", "evaluation"} & set(by_stage(estimate.estimate(qwen_7b(), 1)))

@@ -2,13 +2,21 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_llava import make_tiny_llava
 
-from bivlm.checkpoint.linears import linears
+from bivlm.checkpoint.linears import anatomy, linears
 from bivlm.checkpoint.reading import Checkpoint
-from bivlm.compression.finishing import finish
+from bivlm.compression.finishing import Leftover, finish
 from bivlm.errors import InputError
-from bivlm.evaluation.divergence import StoredLogProbabilities, kl_by_token, reference_logits, reply_log_probabilities
+from bivlm.evaluation.divergence import (
+    StoredLogProbabilities,
+    kl_by_token,
+    kl_divergence,
+    reference_logits,
+    reply_log_probabilities,
+    reply_logits,
+)
 from bivlm.evaluation.generation import load_model
 from bivlm.methods import method
 from bivlm.numerics.input_statistics import SiteStatistics
@@ -55,19 +63,35 @@ def packed_layers(folder, settings):
     return packed
 
 
-def run(place, packed, settings=SETTINGS):
+def run(place, packed, settings=SETTINGS, leftovers=None):
     folder, samples, logits = place
     model, processor = load_model(folder, "cpu")
     with StoredLogProbabilities(logits, len(samples)) as full_precision:
-        return finish(model, processor, packed, samples, full_precision, settings)
+        return finish(model, processor, packed, samples, full_precision, settings, leftovers=leftovers)
 
 
-def divergences(folder, packed, samples):
-    """KL(full || packed) of each sample, a mean over its reply's tokens, both models loaded anew."""
-    full, processor = load_model(folder, "cpu")
-    other, _ = load_model(folder, "cpu")
+def leftovers_of(folder, packed):
+    """What stays in floating point beside `packed`, as it is stored."""
+    checkpoint = Checkpoint.open(folder)
+    parts = anatomy(checkpoint)
+    names = parts.leftovers([parts.packable[name] for name in packed])
+    return {disk_name: Leftover(name, checkpoint.read(disk_name)) for disk_name, name in names.items()}
+
+
+def damaged(folder, packed, tuned=None):
+    """The model with its packed weights, and with `tuned` numbers by name in it."""
+    model, _ = load_model(folder, "cpu")
     for name, tensor in packed.items():
-        other.get_submodule(name).weight.data = unpack(tensor).float()
+        model.get_submodule(name).weight.data = unpack(tensor).float()
+    for name, tensor in (tuned or {}).items():
+        model.get_parameter(name).data = tensor.float()
+    return model
+
+
+def divergences(folder, packed, samples, tuned=None):
+    """KL(full || packed) of each conversation, a mean over its reply's tokens, both models loaded anew."""
+    full, processor = load_model(folder, "cpu")
+    other = damaged(folder, packed, tuned)
     found = []
     for sample in samples:
         reply = read_reply(full, processor, sample)
@@ -137,6 +161,97 @@ def test_weights_that_no_step_makes_better_stay_byte_for_byte(place):
     assert all(torch.equal(finished.packed[name], tensor) for name, tensor in packed.items())
 
 
+class TestLeftovers:
+    def test_they_lower_the_divergence_further_and_keep_dtype_and_shape(self, place):
+        folder = place[0]
+        packed = packed_layers(folder, METHODS[0])
+        leftovers = leftovers_of(folder, packed)
+        with_them, without = run(place, packed, leftovers=leftovers), run(place, packed)
+        assert with_them.kl_after < with_them.kl_before
+        assert with_them.leftovers.keys() == leftovers.keys()
+        for disk_name, tensor in with_them.leftovers.items():
+            assert (tensor.dtype, tensor.shape) == (torch.bfloat16, leftovers[disk_name].stored.shape)
+        tuned = {leftovers[disk_name].name: tensor for disk_name, tensor in with_them.leftovers.items()}
+        both = [
+            sum(divergences(folder, finished.packed, calibration_samples(8, 99), numbers))
+            for finished, numbers in ((with_them, tuned), (without, None))
+        ]
+        assert both[0] < 0.9 * both[1]
+
+    def test_they_are_judged_by_token_as_the_report_is(self, place, tmp_path):
+        folder, samples, _ = place
+        packed = packed_layers(folder, METHODS[0])
+        finished = run(place, packed, FinishSettings(steps=1, judging_share=0.9), leftovers_of(folder, packed))
+        judging = []  # all but one
+        for left_out in range(len(samples)):
+            model, (full, processor) = damaged(folder, packed), load_model(folder, "cpu")
+            judging = [each for number, each in enumerate(samples) if number != left_out]
+            file = reference_logits(full, processor, judging, tmp_path / "logits")
+            if kl_divergence(model, processor, judging, file).kl == pytest.approx(finished.kl_before, rel=1e-4):
+                return
+        pytest.fail(f"{finished.kl_before} is the divergence of no {len(judging)} samples")
+
+    def test_the_first_step_goes_against_the_gradient_by_the_rate(self, place):
+        """Adam's first step is the rate in the gradient's direction, here as autograd finds it in another model."""
+        folder, samples, logits = place
+        packed = packed_layers(folder, METHODS[0])
+        leftovers = leftovers_of(folder, packed)
+        settings = FinishSettings(steps=1, batch=len(samples), learning_rate=0.02)
+        finished = run(place, packed, settings, leftovers)
+        assert (finished.steps, finished.learning_rate) == (1, 0.02)
+        model, (_, processor) = damaged(folder, packed), load_model(folder, "cpu")
+        with StoredLogProbabilities(logits, len(samples)) as full:
+            for number, conversation in enumerate(samples):
+                reply = read_reply(model, processor, conversation)
+                other = torch.log_softmax(reply_logits(model, reply), dim=-1)
+                kl_by_token(full.of(number, reply), other).mean().backward()
+        compared = 0
+        for disk_name, leftover in leftovers.items():
+            gradient, before = model.get_parameter(leftover.name).grad, leftover.stored.float()
+            moved = finished.leftovers[disk_name].float() - before
+            if gradient is None:  # a norm after the layer that is read
+                gradient = torch.zeros_like(before)
+            assert not moved[gradient == 0].any()
+            unit = before.square().mean().sqrt()
+            large = unit * gradient.abs() > 1e-6  # far above what Adam adds to it
+            if not large.any():  # zeros have no unit, and a bias of the keys has no effect
+                continue
+            compared += int(large.sum())
+            expected = (before - 0.02 * unit * gradient.sign()).bfloat16().float() - before
+            apart = (moved - expected)[large].abs() / (0.02 * unit)
+            # But for the few that are rounded to the other side.
+            assert float((apart < 0.01).float().mean()) > 0.99 and float(apart.max()) < 1.01
+        assert compared > 10_000
+
+    def test_they_stay_where_no_step_helps(self, place):
+        packed = packed_layers(place[0], METHODS[0])
+        settings = FinishSettings(steps=2, batch=2, learning_rate=1.0)
+        finished = run(place, packed, settings, leftovers_of(place[0], packed))
+        assert (finished.steps, finished.leftovers) == (0, {})
+        assert all(torch.equal(finished.packed[name], tensor) for name, tensor in packed.items())
+
+    def test_a_tied_pair_moves_as_one_under_both_names(self, tmp_path):
+        folder = make_tiny_llava(tmp_path / "tied", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
+        weights = folder / "model.safetensors"
+        tensors = load_file(weights)
+        embedding, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+        save_file({**tensors, head: tensors[embedding].clone()}, weights, metadata={"format": "pt"})
+        model, processor = load_model(folder, "cpu")
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        samples = calibration_samples(4, 0)
+        place = folder, samples, reference_logits(model, processor, samples, tmp_path / "logits")
+        packed = packed_layers(folder, METHODS[0])
+        finished = run(place, packed, FinishSettings(steps=3, batch=4), leftovers_of(folder, packed))
+        assert finished.steps > 0
+        assert torch.equal(finished.leftovers[embedding], finished.leftovers[head])
+        assert not torch.equal(finished.leftovers[embedding], tensors[embedding])
+
+    def test_one_that_is_not_there_is_named(self, place):
+        packed = packed_layers(place[0], METHODS[0])
+        with pytest.raises(InputError, match=r"no parameter called model\.nothing"):
+            run(place, packed, leftovers={"nothing": Leftover("model.nothing", torch.ones(3))})
+
+
 def test_a_single_conversation_cannot_judge_itself(place, tmp_path):
     folder, samples, _ = place
     model, processor = load_model(folder, "cpu")
@@ -196,6 +311,17 @@ def test_a_recipe_asks_for_it_in_a_word_or_in_full():
     assert parse_recipe(recipe).finish is None
     assert parse_recipe({**recipe, "finish": "kl"}).finish == FinishSettings()
     assert parse_recipe({**recipe, "finish": {"objective": "kl", "steps": 5}}).finish.steps == 5
+    assert parse_recipe({**recipe, "finish": {"leftovers": True}}).finish.leftovers
     for wrong, said in [("mse", "finish.objective"), ({"step": 1}, "finish.step"), ({"steps": 0}, "finish.steps")]:
         with pytest.raises(InputError, match=said):
             parse_recipe({**recipe, "finish": wrong})
+
+
+def test_without_leftovers_a_recipe_is_written_as_before_there_were_any():
+    recipe = {"name": "r", "format": 1, "components": {"language": METHODS[0]}}
+    before = {"objective": "kl", "steps": 100, "batch": 8, "learning_rate": 0.01, "judging_share": 0.25, "seed": 0}
+    assert parse_recipe({**recipe, "finish": "kl"}).canonical()["finish"] == before
+    assert parse_recipe({**recipe, "finish": {"leftovers": False}}).canonical()["finish"] == before
+    tuned = parse_recipe({**recipe, "finish": {"leftovers": True}})
+    assert tuned.canonical()["finish"] == {**before, "leftovers": True}
+    assert parse_recipe(tuned.canonical()) == tuned

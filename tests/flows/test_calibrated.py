@@ -1,12 +1,17 @@
 """Compressions that look at what the model does: calibrated methods, a budget of bits, finishing."""
 
 import json
+import re
+import shutil
 
 import pytest
+import torch
 
+from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
+from bivlm.evaluation.generation import load_model
 from bivlm.reports.bits import bits_of
-from bivlm.reports.lineage import read_lineage, verify
+from bivlm.reports.lineage import Lineage, read_lineage, verify
 from bivlm.workspace.steps import Workspace
 
 CALIBRATED = {
@@ -147,3 +152,69 @@ def test_finishing_changes_numbers_and_nothing_else(new_compression, compressed,
     assert any(layer["error"] != plain[layer["name"]] for layer in compression.report()["layers"])
     (tuned,) = compression.steps("finish")
     assert tuned["figures"]["kl_after"] < tuned["figures"]["kl_before"]
+
+
+@pytest.fixture(scope="module")
+def with_leftovers(new_compression, tmp_path_factory):
+    """Norms, biases, embedding and head are tuned with the layers."""
+    compression = new_compression(tmp_path_factory.mktemp("leftovers"))
+    compression.recipe |= {"name": "leftovers", "finish": {"steps": 12, "batch": 3, "leftovers": True}}
+    compression.run(evaluate=False)
+    return compression
+
+
+@pytest.mark.slow
+def test_tuned_leftovers_take_no_bits_and_are_what_is_loaded(with_leftovers, compressed):
+    compression = with_leftovers
+    assert compression.results[0]["bits"] == compressed.results[0]["bits"]
+    (tuned,) = compression.steps("finish")
+    assert tuned["figures"]["kl_after"] < tuned["figures"]["kl_before"]
+    names = tuned["figures"]["leftovers"]
+    base, packed = Checkpoint.open(compression.model), Checkpoint.open(compression.output)
+    changed = {name for name in names if not torch.equal(base.read(name), packed.read(name))}
+    assert {"language_model.model.embed_tokens.weight", "language_model.model.norm.weight"} <= changed
+    kept = [name for name, entry in packed.entries.items() if entry.dtype != "U8" and name not in names]
+    assert kept and all(torch.equal(base.read(name), packed.read(name)) for name in kept)
+    model, _ = load_model(compression.output, "cpu")
+    expected = packed.read("language_model.model.embed_tokens.weight").float()
+    assert torch.equal(model.get_input_embeddings().weight, expected)
+    assert f"{len(names)} tensors that are not packed" in compression.report()["leftovers"]
+    assert f"{len(names)} tensors that are not packed" in (compression.output / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_lineage_of_tuned_leftovers_holds_until_a_bit_of_them_changes(with_leftovers, tmp_path):
+    found = findings(with_leftovers)
+    assert {state for state, _ in found.values()} == {"holds"}
+    assert found["leftovers"][1].endswith("tuned tensors are the output of their step")
+    copy = tmp_path / "packed"
+    shutil.copytree(with_leftovers.output, copy)
+    entry = Checkpoint.open(copy).entries["language_model.model.norm.weight"]
+    content = bytearray(entry.file.read_bytes())
+    content[entry.begin] ^= 1
+    entry.file.write_bytes(content)
+    # Whoever changes it writes the hashes of all files anew, too.
+    changed, record = Checkpoint.open(copy).digests(), json.loads((copy / "lineage.json").read_text())
+    record["packed"] = {"sha256": changed.sha256, "files": changed.files}
+    record["steps"][record["checkpoint"]]["figures"]["sha256"] = changed.sha256
+    (copy / "lineage.json").write_text(json.dumps(record))
+    found = {finding.subject: finding for finding in verify(read_lineage(copy), copy)}
+    assert {subject for subject, finding in found.items() if finding.state == "broken"} == {"leftovers"}
+    assert "tuned tensors are not what their step made" in found["leftovers"].detail
+
+
+@pytest.mark.slow
+def test_leftovers_that_no_step_made_or_that_are_not_there_are_broken_links(with_leftovers):
+    text = (with_leftovers.output / "lineage.json").read_text()
+    (tuned,) = with_leftovers.steps("finish")
+    for change, said in [
+        (lambda step: step["figures"].pop("leftovers"), "no step says which tensors are in the leftovers"),
+        (lambda step: step["figures"].update(leftovers=["x" * 500]), "xx.* was tuned, and is not in the checkpoint"),
+        (lambda step: step["figures"].update(leftovers=[[1]]), "was tuned, and is not in the checkpoint"),
+        (lambda step: step["figures"]["leftovers"].pop(), "are not what their step made"),
+    ]:
+        record = json.loads(text)
+        change(next(step for step in record["steps"].values() if step["identity"] == tuned["identity"]))
+        lineage = Lineage.model_validate(record)
+        found = {finding.subject: finding for finding in verify(lineage, with_leftovers.output)}
+        assert found["leftovers"].state == "broken" and re.search(said, found["leftovers"].detail)
