@@ -223,7 +223,8 @@ class OutgoingTensor:
 
 
 def outgoing(entry: TensorEntry) -> OutgoingTensor:
-    """Return a tensor of a file as one to be written to another, byte for byte."""
+    """Return a tensor of a file as one to be written to another, byte for byte; raises as `torch_dtype`."""
+    torch_dtype(entry)
     return OutgoingTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, partial(tensor_chunks, entry))
 
 
@@ -231,7 +232,7 @@ def outgoing_tensor(name: str, tensor: torch.Tensor) -> OutgoingTensor:
     """Return a tensor in memory as one to be written; its dtype is one of the format's."""
     dtype = next(key for key, (torch_name, _) in _DTYPES.items() if getattr(torch, torch_name) == tensor.dtype)
     stored = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return OutgoingTensor(name, dtype, tuple(tensor.shape), stored.numel(), lambda: [memoryview(stored.numpy())])
+    return OutgoingTensor(name, dtype, tuple(tensor.shape), stored.numel(), lambda: [stored.numpy().data])
 
 
 def file_order(tensors: Iterable[OutgoingTensor]) -> list[OutgoingTensor]:
