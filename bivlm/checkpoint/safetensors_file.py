@@ -223,7 +223,8 @@ class OutgoingTensor:
 
 
 def outgoing(entry: TensorEntry) -> OutgoingTensor:
-    """Return a tensor of a file as one to be written to another, byte for byte."""
+    """Return a tensor of a file as one to be written to another, byte for byte; raises as `torch_dtype`."""
+    torch_dtype(entry)
     return OutgoingTensor(entry.name, entry.dtype, entry.shape, entry.nbytes, partial(tensor_chunks, entry))
 
 

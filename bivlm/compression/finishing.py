@@ -38,7 +38,6 @@ JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
 PATIENCE = 4  # judgements in a row without a better one, after which a rate is given up
 RATES = 3  # tried from the first weights; without leftovers each only if no step at the one before helped
 SLOWER = 3.0  # by which the rate is divided
-VECTORS, TABLES = 1.0, 1.0  # rate of leftovers, norms and biases or embeddings and head, in units of that of the layers
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ def finish(
     where that is too high for as many numbers as the format holds. Then as many steps are taken on all.
 
     `leftovers` by name on disk are tuned, too; several names may be of one parameter, which moves as one. They are many
-    numbers, and how far they should go depends on the damage: all rates are tried, and the best is taken. It is judged
-    over all tokens, as the report's divergence is: a mean over samples rests on few of them, those with short replies.
+    numbers, and how far they should go depends on the damage: all rates are tried, and the best is taken.
 
     Beside the model, the gradients of the packed layers' weights are in memory, and what the codec of one layer at a
     time needs; of a leftover its stored numbers, moves, gradient and Adam's two moments. At most `together` samples of
@@ -106,8 +104,8 @@ def finish(
     for each in kept:
         each.start()
     _restart(tuned)
-    judge = answers.divergence_by_token if kept else answers.divergence
-    before = judge(judging)
+    judge = _Judge(answers, judging, by_token=bool(kept))
+    before = judge()
     if not math.isfinite(before):
         raise not_finite(model, f"the divergence of its packed layers is {before} before the first step")
     best, steps, every = before, 0, max(1, settings.steps // JUDGEMENTS)
@@ -116,7 +114,7 @@ def finish(
         for step in _descent(tuned, answers, tuning, settings, tried):
             report(step, 2 * settings.steps)
             if step % every == 0 or step == settings.steps:
-                judged = judge(judging)
+                judged = judge()
                 if judged < lowest:
                     lowest, found = judged, step
                 if step - found >= PATIENCE * every:
@@ -137,8 +135,7 @@ def _descent(
     tuned: Sequence[_Tuned | _Kept], answers: _Answers, numbers: Sequence[int], settings: FinishSettings, rate: float
 ) -> Iterator[int]:
     """Run steps of Adam on some of the samples, from what is placed in the model; yield the number of each, from 1."""
-    groups = [{"params": list(each.moves.values()), "lr": rate * each.pace} for each in tuned if each.moves]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam([move for each in tuned for move in each.moves.values()], lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for step, batch in enumerate(_order(numbers, settings), 1):
         loss = answers.divergence(batch, backward=True)
@@ -182,10 +179,27 @@ def _kept(model: PreTrainedModel, leftovers: Mapping[str, Leftover]) -> list[_Ke
     ]
 
 
+class _Judge:
+    """Gives the divergence on samples that are not tuned on: a mean over samples or, `by_token`, over all tokens.
+
+    By token it is what the report gives, and long replies decide. Short ones, such as answers to questions, must not
+    pay for that: it is infinite where the mean over samples is above the first.
+    """
+
+    def __init__(self, answers: _Answers, numbers: Sequence[int], *, by_token: bool) -> None:
+        self._answers, self._numbers, self._by_token = answers, numbers, by_token
+        self._first: float | None = None
+
+    def __call__(self) -> float:
+        if not self._by_token:
+            return self._answers.divergence(self._numbers)
+        by_token, by_sample = self._answers.two_means(self._numbers)
+        self._first = by_sample if self._first is None else self._first
+        return by_token if by_sample <= self._first else math.inf
+
+
 class _Tuned:
     """A packed layer's numbers, each as its first value plus a move in units of its tensor's root mean square."""
-
-    pace = 1.0
 
     def __init__(self, model: PreTrainedModel, name: str, packed: torch.Tensor) -> None:
         try:
@@ -230,7 +244,6 @@ class _Kept:
         self._parameter, self._names = parameter, list(copies)
         self._first = next(iter(copies.values())).to(parameter.device)
         self._unit = float(self._first.to(torch.float32).square().mean().sqrt())
-        self.pace = TABLES if self._first.ndim > 1 else VECTORS
         self.moves = {"": nn.Parameter(torch.zeros(self._first.shape, device=parameter.device))}
 
     def start(self) -> None:
@@ -286,10 +299,10 @@ class _Answers:
         return total
 
     @torch.no_grad()
-    def divergence_by_token(self, numbers: Sequence[int]) -> float:
-        """Return the mean KL over all tokens of some samples' replies."""
+    def two_means(self, numbers: Sequence[int]) -> tuple[float, float]:
+        """Return the mean KL on some samples over all tokens of their replies, and that over samples."""
         found = [divergence for some in self._portions(numbers) for divergence in self._by_token(some)]
-        return float(torch.cat(found).mean())
+        return float(torch.cat(found).mean()), float(torch.stack([each.mean() for each in found]).mean())
 
     def _sum(self, numbers: list[int]) -> torch.Tensor:
         """Return the sum of the mean KL of each sample's reply, added one by one: the order decides the last bits."""

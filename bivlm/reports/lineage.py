@@ -263,15 +263,15 @@ def _leftovers(lineage: Lineage, folder: Path) -> tuple[list[str], str]:
     """Check that tensors which finishing has tuned are what its step made: written anew they give its file's sha256."""
     expected = _tuned_leftovers(lineage)
     makers = [each for each in lineage.steps.values() if expected in {out.sha256 for out in each.outputs.values()}]
-    named = makers[0].figures.get("leftovers") if makers else None
-    if not isinstance(named, list):
+    said = makers[0].figures.get("leftovers") if makers else None
+    if not isinstance(said, list):
         return [f"no step says which tensors are in the leftovers {expected}"], ""
     entries = Checkpoint.open(folder).entries
-    names = [name for name in named if isinstance(name, str) and name in entries]
-    if missing := [name for name in named if name not in names]:
+    if missing := [name for name in said if not isinstance(name, str) or name not in entries]:
         return [f"{short(missing[0])} was tuned, and is not in the checkpoint"], ""
+    named = [str(name) for name in said]
     sha = hashlib.sha256()
-    for chunk in file_chunks(file_order(outgoing(entries[name]) for name in names)):
+    for chunk in file_chunks(file_order(outgoing(entries[name]) for name in named)):
         sha.update(chunk)
     same = sha.hexdigest() == expected
     problems = [] if same else [f"{len(named)} tuned tensors are not what their step made (sha256 {expected})"]

@@ -7,6 +7,7 @@ from tiny_llava import make_tiny_llava
 
 from bivlm.checkpoint.linears import anatomy, linears
 from bivlm.checkpoint.reading import Checkpoint
+from bivlm.compression import finishing
 from bivlm.compression.finishing import Leftover, finish
 from bivlm.errors import InputError
 from bivlm.evaluation.divergence import (
@@ -229,6 +230,14 @@ class TestLeftovers:
         finished = run(place, packed, settings, leftovers_of(place[0], packed))
         assert (finished.steps, finished.leftovers) == (0, {})
         assert all(torch.equal(finished.packed[name], tensor) for name, tensor in packed.items())
+
+    @pytest.mark.parametrize("by_sample", [1.0, 1.01], ids=["not above", "above"])
+    def test_they_stay_where_tokens_gain_and_short_replies_lose(self, place, monkeypatch, by_sample):
+        judged = iter([(1.0, 1.0), *((0.5, by_sample) for _ in range(100))])
+        monkeypatch.setattr(finishing._Answers, "two_means", lambda answers, numbers: next(judged))
+        packed = packed_layers(place[0], METHODS[0])
+        finished = run(place, packed, FinishSettings(steps=1, batch=2), leftovers_of(place[0], packed))
+        assert (finished.steps, finished.kl_after) == ((1, 0.5) if by_sample == 1.0 else (0, 1.0))
 
     def test_a_tied_pair_moves_as_one_under_both_names(self, tmp_path):
         folder = make_tiny_llava(tmp_path / "tied", text={"tie_word_embeddings": True}, tie_word_embeddings=True)
