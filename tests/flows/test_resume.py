@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 from bivlm.checkpoint.reading import Checkpoint
 from tests.servers import PATIENCE
 
@@ -27,8 +29,28 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(new_compression, compressed, tmp_path, counted):
+TRELLIS = {
+    "name": "trellis",
+    "components": {key: {"method": "trellis", "feedback": "both"} for key in ("vision", "adaptor", "language")},
+    "budget": {"bits": 2.3, "importance": "curvature", "least": 1.6},
+}
+
+
+@pytest.fixture
+def left_in_peace(new_compression, compressed, tmp_path, recipe):
+    """A compression by the recipe that nobody killed."""
+    if not recipe:
+        return compressed
+    peace = new_compression(tmp_path / "peace")
+    peace.recipe |= recipe
+    peace.run(evaluate=False)
+    return peace
+
+
+@pytest.mark.parametrize("recipe", [{}, pytest.param(TRELLIS, marks=pytest.mark.slow)], ids=["small", "trellis"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(new_compression, left_in_peace, tmp_path, counted, recipe):
     compression = new_compression(tmp_path)
+    compression.recipe |= recipe
     arguments = (compression.model, compression.recipe_file(), compression.output, compression.workspace, KILLED_AFTER)
     killed = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, arguments)], start_new_session=True, timeout=PATIENCE, env=os.environ
@@ -43,6 +65,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(new_compression, comp
     layers = len(Checkpoint.open(compression.output).packed)
     assert counted["statistics"] == counted["plan"] == []
     assert len(counted["pack"]) == layers - finished
-    assert compression.weights() == compressed.weights()
+    assert compression.weights() == left_in_peace.weights()
     (parent,) = compression.runs("compression")
     assert parent.info.status == "FINISHED"
