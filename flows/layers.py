@@ -85,6 +85,7 @@ def _gradient_sums(layers: Sequence[Layer], recipe: Recipe | None) -> dict[str, 
     return {
         "squares": by_squares or any("gradients" in layer.needs for layer in layers),
         "moments": any("moments" in layer.needs for layer in layers),
+        "traces": _by_curvature(recipe) and any(layer.feeds_back for layer in layers),
     }
 
 

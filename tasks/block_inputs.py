@@ -167,18 +167,19 @@ def run_block(
 
 @task(name="token-gradients", **OVER_NETWORK)
 def measure_gradients(
-    calibration: Calibration, blocks: dict[str, StepResult], *, squares: bool, moments: bool
+    calibration: Calibration, blocks: dict[str, StepResult], *, squares: bool, moments: bool, traces: bool
 ) -> StepResult:
     """Measure how much every token matters at every site, from the steps of all blocks, see `token_gradients`.
 
     With `squares` or `moments` also files of each unit's, named by ``figures["squares"]`` and ``figures["moments"]``
-    for each linear layer; ``figures["curvature"]`` has the sums of squares, ``figures["traces"]`` the moments' traces.
+    for each linear layer; ``figures["curvature"]`` has the sums of squares, with `traces` ``figures["traces"]`` those of
+    moments.
     """
     store = open_workspace(calibration.workspace)
     outputs = {name: done.record.outputs[OUTPUT_FILE] for name, done in blocks.items()}
     inputs = {"blocks": {name: reference.sha256 for name, reference in outputs.items()}}
-    # As it was before there were moments: earlier steps are still found.
-    part = {"squares": squares, **({"moments": True} if moments else {})}
+    # As it was before there were moments and traces: earlier steps are still found where they have what is needed.
+    part = {"squares": squares, **({"moments": True} if moments else {}), **({"traces": True} if traces else {})}
     identity = calibration.identity(GRADIENTS_STAGE, inputs, part)
 
     def run(place: Path) -> Figures:
@@ -196,7 +197,8 @@ def measure_gradients(
                         figures[kind] |= dict.fromkeys(tensors, file)
                 sums = {name: float(each.sum(dtype=torch.float64)) for name, each in found.squares.items()}
                 figures["curvature"] |= sums
-                figures["traces"] |= found.traces
+                if traces:
+                    figures["traces"] |= found.traces
         return figures
 
     return do_step(store, identity, run)

@@ -159,7 +159,8 @@ def test_curvature_draws_have_the_covariance_of_the_divergences_curvature():
 
 def test_gradients_are_those_of_the_whole_model(walk):
     blocks = {unit.name: walk.outputs[unit.name] for unit in walk.model.units if unit.name != "lm_head"}
-    found = {each.unit: each for each in token_gradients(walk.model, walk.samples, blocks, squares=True, seed=7)}
+    asked = {"squares": True, "moments": True, "seed": 7}
+    found = {each.unit: each for each in token_gradients(walk.model, walk.samples, blocks, **asked)}
     assert list(found) == list(reversed(blocks))
     model, taken, made = walk.whole(), {}, {}
     names = [name for unit in walk.model.units if unit.name in blocks for name in unit.linears]
@@ -171,7 +172,7 @@ def test_gradients_are_those_of_the_whole_model(walk):
                 made.__setitem__(name, output),
             )[0]
         )
-    squares = dict.fromkeys(names, 0.0)
+    squares, moments = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for number in range(len(walk.samples)):
         sample = walk.samples[number]
         taken.clear(), made.clear()
@@ -179,8 +180,10 @@ def test_gradients_are_those_of_the_whole_model(walk):
         predicting = logits[[place - 1 for place in reply_range(sample)]]
         draw = curvature_draw(predicting.detach(), 7 + number) / len(predicting) ** 0.5
         (predicting * draw).sum().backward()
-        rows = {name: output.grad.reshape(-1, output.shape[-1]).square() for name, output in made.items()}
+        slopes = {name: output.grad.reshape(-1, output.shape[-1]).double() for name, output in made.items()}
+        rows = {name: slope.square().float() for name, slope in slopes.items()}
         for name, square in rows.items():
+            moments[name] = moments[name] + slopes[name].T @ slopes[name]
             squares[name] = squares[name] + square.T @ taken[name].reshape(-1, taken[name].shape[-1]).square()
         for unit in walk.model.units[:-1]:
             if number == len(SAMPLES) - 1 and unit.component != "language":
@@ -193,6 +196,31 @@ def test_gradients_are_those_of_the_whole_model(walk):
     for unit in walk.model.units[:-1]:
         for name in unit.linears:
             assert torch.allclose(found[unit.name].squares[name], squares[name], rtol=1e-3, atol=1e-9), name
+            moment, trace = found[unit.name].moments[name], float(moments[name].trace())
+            assert moment.dtype == torch.float32 and torch.equal(moment, moment.T)
+            assert torch.allclose(moment.double(), moments[name], rtol=1e-3, atol=1e-4 * trace / len(moment)), name
+            assert found[unit.name].traces[name] == pytest.approx(trace, rel=1e-4), name
+
+
+def test_sums_of_gradients_that_are_not_asked_for_are_not_made(walk):
+    blocks = {unit.name: walk.outputs[unit.name] for unit in walk.model.units if unit.name != "lm_head"}
+    found = list(token_gradients(walk.model, walk.samples, blocks, moments=True))
+    assert not any(each.squares for each in found) and all(each.moments and each.traces for each in found)
+    plain = list(token_gradients(walk.model, walk.samples, blocks))
+    assert not any(each.squares or each.moments for each in plain)
+    assert [each.traces for each in plain] == [each.traces for each in found]
+
+
+def test_layers_that_no_answer_depends_on_have_no_sums(walk, monkeypatch):
+    """An expert that is never chosen."""
+    blocks = {unit.name: walk.outputs[unit.name] for unit in walk.model.units if unit.name != "lm_head"}
+    unit = walk.model.units[0]
+    silent = unit.linears[-1]
+    parent = walk.model._model.get_submodule(silent.rpartition(".")[0])
+    monkeypatch.setattr(parent, "forward", lambda x: torch.zeros_like(x))
+    asked = {"squares": True, "moments": True}
+    found = {each.unit: each for each in token_gradients(walk.model, walk.samples, blocks, **asked)}[unit.name]
+    assert silent not in found.squares and silent not in found.moments and silent not in found.traces
 
 
 def test_statistics_that_overflow_fail_by_name(walk):
@@ -202,12 +230,13 @@ def test_statistics_that_overflow_fail_by_name(walk):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_gradients_that_are_not_finite_fail_by_name(walk, monkeypatch, value):
+@pytest.mark.parametrize("sums", ["squares", "moments"])
+def test_gradients_that_are_not_finite_fail_by_name(walk, monkeypatch, value, sums):
     """The largest is finite itself and overflows when it is squared."""
     monkeypatch.setattr(gradients, "curvature_draw", lambda logits, _: torch.full_like(logits, value).cumsum(-1))
     blocks = {unit.name: walk.outputs[unit.name] for unit in walk.model.units if unit.name != "lm_head"}
     with pytest.raises(ArithmeticError, match=rf"^model {walk.folder}: the (squared )?gradients "):
-        list(token_gradients(walk.model, walk.samples, blocks, squares=True))
+        list(token_gradients(walk.model, walk.samples, blocks, **{sums: True}))
 
 
 def test_gradient_weights_are_drawn_to_the_mean_of_their_modality(tmp_path):

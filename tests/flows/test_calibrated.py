@@ -4,15 +4,21 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from dense_rotation import dense_rotation
+from safetensors.torch import load_file
 
+from bivlm.checkpoint.linears import linears
 from bivlm.checkpoint.reading import Checkpoint
 from bivlm.errors import InputError
 from bivlm.evaluation.generation import load_model
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.trellis import trellis_code
 from bivlm.reports.bits import bits_of
 from bivlm.reports.lineage import Lineage, read_lineage, verify
-from bivlm.workspace.steps import Workspace
+from bivlm.workspace.steps import Reference, Workspace
 
 CALIBRATED = {
     "vision": {"method": "bivlm", "groups": 2, "p_max": 0.05, "saliency": "gradient", "feedback": True},
@@ -218,3 +224,90 @@ def test_leftovers_that_no_step_made_or_that_are_not_there_are_broken_links(with
         lineage = Lineage.model_validate(record)
         found = {finding.subject: finding for finding in verify(lineage, with_leftovers.output)}
         assert found["leftovers"].state == "broken" and re.search(said, found["leftovers"].detail)
+
+
+def on_a_trellis(compression, **budget):
+    """The compression with errors fed to both sides and bits by curvature."""
+    components = {component: {"method": "trellis", "feedback": "both"} for component in CALIBRATED}
+    compression.recipe |= {"name": "trellis", "components": components}
+    compression.recipe["budget"] = {"bits": 2.3, "importance": "curvature", "least": 1.6} | budget
+    return compression
+
+
+def test_bits_on_a_trellis_go_where_the_divergence_is(new_compression, tmp_path):
+    compression = on_a_trellis(new_compression(tmp_path))
+    compression.run(evaluate=False)
+    assert {state for state, _ in findings(compression).values()} == {"holds"}
+    layers = compression.report()["layers"]
+    size = {layer["name"]: layer["shape"][0] * layer["shape"][1] for layer in layers}
+    stored = sum(layer["bits"]["stored"] * size[layer["name"]] for layer in layers) / sum(size.values())
+    assert 2.2 < stored <= 2.3
+    assert len({layer["rate"] for layer in layers}) > 1
+    assert min(layer["bits"]["stored"] for layer in layers) >= 1.6
+    found = sensitivities(compression)
+    assert found == pytest.approx(directly(compression), rel=2e-3)
+    assert set(found) == set(size) and min(found.values()) > 0
+    # What is predicted of the weights' errors is less than with as many bits for every layer.
+    errors = {rate: trellis_code(12, rate).error for rate in (1.75, 2.0)}
+    importance = allocation(compression)["importance"]
+    rates = {layer["name"]: layer["rate"] for layer in layers}
+    predicted = sum(importance[name] * trellis_code(12, rates[name]).error for name in size)
+    assert predicted < errors[2.0] * sum(importance.values())
+
+
+def allocation(compression):
+    (step,) = compression.steps("allocation")
+    return step["identity"]["inputs"]
+
+
+def sensitivities(compression):
+    """What the allocation multiplied the weights' mean squares by."""
+    checkpoint = Checkpoint.open(compression.model)
+    return {
+        linear.name: each / float(checkpoint.read(linear.disk_name).double().square().mean())
+        for linear in linears(checkpoint)
+        if (each := allocation(compression)["importance"].get(linear.name)) is not None
+    }
+
+
+def directly(compression):
+    """``sum_i 1 / U_Gii^2`` times ``sum_j 1 / U_Hjj^2``, in float64 with dense rotations, from what was measured."""
+    workspace = Workspace.open(compression.workspace)
+
+    def fetch(record, file):
+        return workspace.fetch(Reference(**record["outputs"][file]))
+
+    (gradients,) = compression.steps("token gradients")
+    found = {}
+    for block in compression.steps("block inputs"):
+        if block["identity"]["inputs"]["packed"]:
+            continue
+        for name, site in block["figures"]["site_of"].items():
+            inputs = SiteStatistics.load(fetch(block, block["figures"]["sites"][site]["file"])).second_moment_NN
+            if name in gradients["figures"]["moments"]:
+                file = fetch(gradients, gradients["figures"]["moments"][name])
+                outputs = load_file(file)[name]
+                assert gradients["figures"]["traces"][name] == pytest.approx(float(outputs.trace()), rel=1e-3)
+                found[name] = remains(outputs, 2**32, 0.5) * remains(inputs, 0, 0.01)
+    return found
+
+
+def remains(moment, seed, damping):
+    rotation = dense_rotation(len(moment), seed)
+    turned = rotation @ moment.double().numpy() @ rotation.T
+    damped = turned + damping * turned.trace() / len(turned) * np.eye(len(turned))
+    return (1 / np.linalg.cholesky(np.linalg.inv(damped)).diagonal() ** 2).sum()
+
+
+@pytest.mark.slow
+def test_gradients_measured_for_less_are_not_taken_for_a_budget(new_compression, tmp_path):
+    """The same calibration, once for token weights alone: that step has no traces."""
+    compression = calibrated(new_compression(tmp_path), tokens={"weights": "gradient"})
+    compression.recipe["components"] = dict.fromkeys(CALIBRATED, CALIBRATED["language"])
+    compression.run(evaluate=False)
+    (before,) = compression.steps("token gradients")
+    on_a_trellis(compression)
+    compression.recipe["components"] = {component: {"method": "trellis"} for component in CALIBRATED}
+    compression.run(evaluate=False, output=str(tmp_path / "other"))
+    assert not before["figures"]["traces"]
+    assert len(compression.steps("token gradients")) == 2

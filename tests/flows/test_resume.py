@@ -31,6 +31,24 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
+TRELLIS = {
+    "name": "trellis",
+    "components": {key: {"method": "trellis", "feedback": "both"} for key in ("vision", "adaptor", "language")},
+    "budget": {"bits": 2.3, "importance": "curvature", "least": 1.6},
+}
+
+
+@pytest.fixture
+def left_in_peace(new_compression, compressed, tmp_path, recipe):
+    """A compression by the recipe that nobody killed."""
+    if not recipe:
+        return compressed
+    peace = new_compression(tmp_path / "peace")
+    peace.recipe |= recipe
+    peace.run(evaluate=False)
+    return peace
+
+
 def kill(compression, function, after=0):
     """Run the compression until `function` was called `after` times; there is no output then."""
     arguments = (compression.model, compression.recipe_file(), compression.output, compression.workspace)
@@ -44,8 +62,10 @@ def kill(compression, function, after=0):
     assert not compression.output.exists()
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(new_compression, compressed, tmp_path, counted):
+@pytest.mark.parametrize("recipe", [{}, pytest.param(TRELLIS, marks=pytest.mark.slow)], ids=["small", "trellis"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(new_compression, left_in_peace, tmp_path, counted, recipe):
     compression = new_compression(tmp_path)
+    compression.recipe |= recipe
     kill(compression, "binarization.pack_layer", KILLED_AFTER)
     finished = len(compression.steps("pack"))
     assert finished >= 1
@@ -55,7 +75,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(new_compression, comp
     layers = len(Checkpoint.open(compression.output).packed)
     assert counted["statistics"] == counted["plan"] == []
     assert len(counted["pack"]) == layers - finished
-    assert compression.weights() == compressed.weights()
+    assert compression.weights() == left_in_peace.weights()
     (parent,) = compression.runs("compression")
     assert parent.info.status == "FINISHED"
 
