@@ -172,8 +172,8 @@ def measure_gradients(
     """Measure how much every token matters at every site, from the steps of all blocks, see `token_gradients`.
 
     With `squares` or `moments` also files of each unit's, named by ``figures["squares"]`` and ``figures["moments"]``
-    for each linear layer; ``figures["curvature"]`` has the sums of squares, with `traces` ``figures["traces"]`` those of
-    moments.
+    for each linear layer; ``figures["curvature"]`` has the sums of squares, and with `traces` ``figures["traces"]``
+    the traces of moments.
     """
     store = open_workspace(calibration.workspace)
     outputs = {name: done.record.outputs[OUTPUT_FILE] for name, done in blocks.items()}
