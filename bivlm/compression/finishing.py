@@ -94,15 +94,13 @@ def finish(
     `InputError` for a layer or leftover that the model does not have and for a single sample, ArithmeticError if the
     divergence is or becomes NaN.
     """
+    model.requires_grad_(False)
     layers = [_Tuned(model, name, tensor) for name, tensor in packed.items()]
     kept = _kept(model, leftovers or {})
     tuned: list[_Tuned | _Kept] = [*layers, *kept]
     answers = _Answers(model, processor, samples, full_precision, together or settings.batch)
-    model.requires_grad_(False)
     report = progress or (lambda done, total: None)
     tuning, judging = _split(len(samples), settings)
-    for each in kept:
-        each.start()
     _restart(tuned)
     judge = _Judge(answers, judging, by_token=bool(kept))
     before = judge()
@@ -241,14 +239,10 @@ class _Kept:
     """
 
     def __init__(self, parameter: nn.Parameter, copies: dict[str, torch.Tensor]) -> None:
-        self._parameter, self._names = parameter, list(copies)
+        self._parameter, self._names = parameter.requires_grad_(True), list(copies)
         self._first = next(iter(copies.values())).to(parameter.device)
         self._unit = float(self._first.to(torch.float32).square().mean().sqrt())
         self.moves = {"": nn.Parameter(torch.zeros(self._first.shape, device=parameter.device))}
-
-    def start(self) -> None:
-        """Let gradients reach the parameter."""
-        self._parameter.requires_grad_(True)
 
     @torch.no_grad()
     def place(self) -> None:
