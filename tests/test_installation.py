@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from benchmarks.core_size import build_wheel, install, installed
+from bivlm.numerics.trellis import RATES, STATE_BITS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"boto3", "datasets", "fastapi", "matplotlib", "mlflow", "pandas", "prefect", "psutil", "pyarrow", "sqlalchemy"}
@@ -27,9 +29,41 @@ print(processor.decode(answer, skip_special_tokens=True).strip() in sample.answe
 """
 
 
+# A layer packed and rebuilt, and whether by native code.
+PACKED = """
+import hashlib, torch
+from bivlm import kernels
+from bivlm.compression.layer import pack_layer
+from bivlm.methods import method
+from bivlm.numerics.input_statistics import SiteStatistics
+from bivlm.numerics.weight_statistics import LayerStatistics
+from bivlm.packing import unpack
+x, weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((200, 40), (24, 40)))
+inputs = SiteStatistics(x.T @ x / 200, x.mean(0), x.abs().mean(0), {"text": 200}, gradient_moment_MM=torch.eye(24))
+chosen = method("trellis")
+settings = chosen.Settings(method="trellis", rate=1.25, feedback="both")
+packed, _ = pack_layer(weight, chosen.plan(LayerStatistics.measure(weight, 0.0), settings), inputs=inputs)
+digests = [hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in (packed, unpack(packed))]
+print(kernels.native() is not None, *digests)
+"""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel_without_compiler(tmp_path_factory):
+    """A wheel built where there is none that works."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", "/bin/false")
+        return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def names_in(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
 
 
 def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -70,6 +104,35 @@ def test_a_command_says_what_to_install(arguments, tmp_path):
     (said,) = done.stderr.splitlines()
     assert said.startswith(f"bivlm {arguments[0]}: needs ")
     assert said.endswith(", which is not installed; pip install 'bivlm[pipeline]'")
+
+
+@pytest.mark.slow
+def test_native_code_is_in_the_wheel_where_it_could_be_built(wheel, wheel_without_compiler):
+    (native,) = [name for name in names_in(wheel) if name.startswith("bivlm/kernels/_native.")]
+    assert native.endswith(".so")
+    assert set(names_in(wheel)) - set(names_in(wheel_without_compiler)) >= {native}
+    assert not [name for name in names_in(wheel_without_compiler) if "_native." in name]
+    for each in (wheel, wheel_without_compiler):
+        codes = [name for name in names_in(each) if name.startswith("bivlm/numerics/trellis_codes/")]
+        assert len(codes) == len(RATES) * len(STATE_BITS)
+
+
+@pytest.mark.slow
+def test_an_installation_without_a_compiler_packs_the_same_bytes(wheel, wheel_without_compiler, tmp_path):
+    """Both wheels unpacked beside the packages of this environment: what differs is the native code alone."""
+    said = []
+    for each in (wheel, wheel_without_compiler):
+        folder = tmp_path / each.parent.name
+        with zipfile.ZipFile(each) as archive:
+            archive.extractall(folder)
+        code = f"import sys; sys.path.insert(0, {str(folder)!r}); import bivlm; print(bivlm.__file__)" + PACKED
+        done = run(tmp_path, sys.executable, "-c", code)
+        assert done.returncode == 0, done.stderr
+        place, last = done.stdout.splitlines()
+        assert Path(place).is_relative_to(folder)
+        said.append(last.split())
+    assert [native for native, *_ in said] == ["True", "False"]
+    assert said[0][1:] == said[1][1:]
 
 
 @pytest.mark.slow
