@@ -41,7 +41,7 @@ from tasks.runtime.steps import Figures, Identity, StepResult, do_step, open_wor
 STAGE = "block inputs"
 SAMPLES_STAGE = "model inputs"
 GRADIENTS_STAGE = "token gradients"
-VERSION = 1
+VERSION = 2
 SAMPLES_FILE = "samples.safetensors"
 OUTPUT_FILE = "output.safetensors"
 
@@ -173,13 +173,16 @@ def measure_gradients(
 
     With `squares` or `moments` also files of each unit's, named by ``figures["squares"]`` and ``figures["moments"]``
     for each linear layer; ``figures["curvature"]`` has the sums of squares, and with `traces` ``figures["traces"]``
-    the traces of moments.
+    the traces of moments. Both balance samples with and without an image.
     """
     store = open_workspace(calibration.workspace)
     outputs = {name: done.record.outputs[OUTPUT_FILE] for name, done in blocks.items()}
     inputs = {"blocks": {name: reference.sha256 for name, reference in outputs.items()}}
     # As it was before there were moments and traces: earlier steps are still found where they have what is needed.
     part = {"squares": squares, **({"moments": True} if moments else {}), **({"traces": True} if traces else {})}
+    balanced = moments or traces
+    if balanced:
+        part["balanced"] = True
     identity = calibration.identity(GRADIENTS_STAGE, inputs, part)
 
     def run(place: Path) -> Figures:
@@ -187,7 +190,8 @@ def measure_gradients(
         with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             opened = {name: SampleTensors(store.fetch(reference)) for name, reference in outputs.items()}
             samples = calibration.open_samples(store)
-            for found in token_gradients(model, samples, opened, squares=squares, moments=moments):
+            wanted = {"squares": squares, "moments": moments, "balanced": balanced}
+            for found in token_gradients(model, samples, opened, **wanted):
                 if any(found.norms):
                     write_samples(found.norms, place / _norms_file(found.unit))
                 for kind, tensors in (("squares", found.squares), ("moments", found.moments)):

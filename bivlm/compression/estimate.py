@@ -205,14 +205,14 @@ def _blocks(work: Work) -> Needs:
     hidden: dict[str, int] = {}
     for linear, settings in work.layers:
         block, name = _block_of(linear.name)
-        weights[block] += linear.size * linear.dtype.itemsize
+        weights[block] += 4.0 * linear.size  # float32 on the CPU
         moments[block][_SITES.get(name, name)] = 4.0 * linear.shape[1] ** 2
         if "moments" in method(settings.method).needs(settings):
             moments[block][f"{name}'s outputs"] = 4.0 * linear.shape[0] ** 2
         hidden[block] = max(hidden.get(block, 0), min(linear.shape))
     memory = max(weights[block] + sum(moments[block].values()) for block in weights)
     statistics = sum(number for sites in moments.values() for number in sites.values())
-    outputs = sum(2.0 * width * work.samples * TOKENS for width in hidden.values())
+    outputs = sum(4.0 * width * work.samples * TOKENS for width in hidden.values())
     return Needs("block inputs", 2 * memory + 0.3 * GIGA, gpu=2 * memory, disk=statistics + outputs)
 
 

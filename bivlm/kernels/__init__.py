@@ -9,23 +9,44 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import warnings
 from functools import cache
 
 import numpy as np
 
+from bivlm.errors import describe
+
 _SWITCH = "BIVLM_NATIVE"
+_INTERFACE = 2  # of native.c
+
+
+def switched_off() -> bool:
+    """Return whether the environment leaves native code out."""
+    return os.environ.get(_SWITCH) == "0"
 
 
 @cache
 def native() -> ctypes.CDLL | None:
-    """Return the native library, or None where it was not built or is switched off."""
+    """Return the native library, or None where it was not built or is switched off.
+
+    Warns of one that cannot be used.
+    """
     found = importlib.util.find_spec("bivlm.kernels._native")
-    if os.environ.get(_SWITCH) == "0" or found is None or found.origin is None:
+    if switched_off() or found is None or found.origin is None:
         return None
     try:
-        return ctypes.CDLL(found.origin)
-    except OSError:  # of another machine or C library
-        return None
+        library = ctypes.CDLL(found.origin)
+        interface = library.bivlm_interface()
+    except (OSError, AttributeError) as error:  # of another machine or C library, or of before there were numbers
+        interface = describe(error)
+    if interface == _INTERFACE:
+        return library
+    warnings.warn(
+        f"{found.origin}: expected native code with interface {_INTERFACE}, found {interface}; it runs without, which "
+        "takes longer. Install again to build it",
+        stacklevel=2,
+    )
+    return None
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:

@@ -24,8 +24,12 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/* Raised when a function changes: the Python side takes a library of its own number alone. */
+enum { INTERFACE = 2 };
 enum { LEVELS = 16, SHORTEST = 64 };
 #define SATURATED 65535u
+
+EXPORT int64_t bivlm_interface(void) { return INTERFACE; }
 
 static int with_avx2(void) {
 #ifdef X86
@@ -113,8 +117,8 @@ AVX2 static inline __m256i spread(const uint16_t *least, int bits) {
     if (bits == 1) {
         __m256i eight = _mm256_permute4x64_epi64(
             _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)least)), 0x50);
-        return _mm256_shuffle_epi8(eight, _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 0, 1, 0, 1, 2,
-                                                           3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7));
+        return _mm256_shuffle_epi8(eight, _mm256_setr_epi8(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 0, 1, 0, 1,
+                                                           2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7));
     }
     if (bits == 2) {
         int64_t four;
@@ -126,8 +130,8 @@ AVX2 static inline __m256i spread(const uint16_t *least, int bits) {
     int32_t two;
     memcpy(&two, least, 4);
     return _mm256_shuffle_epi8(_mm256_set1_epi32(two),
-                               _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 2,
-                                                3, 2, 3, 2, 3, 2, 3));
+                               _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3,
+                                                2, 3, 2, 3, 2, 3, 2, 3));
 }
 
 AVX2 static inline void add_some(const Search *s, int bits, const uint16_t *level_cost) {
@@ -143,7 +147,8 @@ AVX2 static inline void add_some(const Search *s, int bits, const uint16_t *leve
     for (unsigned i = 0; i < states; i += 32) {
         const __m256i index = _mm256_loadu_si256((const __m256i *)(code + i));
         const __m256i a = _mm256_shuffle_epi8(lows, index), b = _mm256_shuffle_epi8(highs, index);
-        const __m256i first = spread(s->least + (i >> bits), bits), second = spread(s->least + ((i + 16) >> bits), bits);
+        const __m256i first = spread(s->least + (i >> bits), bits);
+        const __m256i second = spread(s->least + ((i + 16) >> bits), bits);
         __m256i *at = (__m256i *)(s->cost + i);
         _mm256_storeu_si256(at, _mm256_adds_epu16(first, _mm256_unpacklo_epi8(a, b)));
         _mm256_storeu_si256(at + 1, _mm256_adds_epu16(second, _mm256_unpackhi_epi8(a, b)));
@@ -208,8 +213,8 @@ static unsigned before(const Search *s, int bits, unsigned state, const uint8_t 
     return ((unsigned)from[state >> bits] << (s->state_bits - bits)) | (state >> bits);
 }
 
-/* Find the bits of `tiles` sequences of `length` numbers (unit variance), one after another in x, with as many weights of
-   their squared errors, or NULL.
+/* Find the bits of `tiles` sequences of `length` numbers (unit variance), one after another in x, with as many weights
+   of their squared errors, or NULL.
 
    steps[length] are the bits of each step, of which the first has some; `around` is how many steps either side of the
    seam choose the state there. symbols[tiles][length] are the new bits of each step, indices[tiles][length] the levels
@@ -383,9 +388,16 @@ EXPORT void bivlm_feed_both(const float *weight, const float *rebuilt, const int
     }
 }
 
-/* The Hadamard transform of rows of `width` floats, a power of two, `stride` floats apart, times `factor`, in place. */
-WIDEST static void transform_row(float *restrict x, int64_t width, float factor) {
-    int64_t half = 1;
+/* Rotations, see bivlm/numerics/hadamard.py: signs and Hadamard transforms of the first and the last `part` floats of a
+   row, `part` a power of two. `second` are the signs of the last ones. */
+typedef struct {
+    int64_t width, part;
+    float factor; /* of a transform */
+    const float *first, *second;
+} Rotation;
+
+/* Steps of the transform from `half` on; two at once give the sums of one after the other. */
+WIDEST static void transform_from(float *restrict x, int64_t width, int64_t half, float factor) {
     for (; half < width && half < 8; half *= 2)
         for (int64_t at = 0; at < width; at += 2 * half)
             for (int64_t i = at; i < at + half; i++) {
@@ -393,7 +405,7 @@ WIDEST static void transform_row(float *restrict x, int64_t width, float factor)
                 x[i] = first + second;
                 x[i + half] = first - second;
             }
-    for (; 2 * half < width; half *= 4) /* two steps at once: the sums are those of one after the other */
+    for (; 2 * half < width; half *= 4)
         for (int64_t at = 0; at < width; at += 4 * half) {
             float *restrict p = x + at, *restrict q = p + half, *restrict r = q + half, *restrict s = r + half;
             for (int64_t i = 0; i < half; i++) {
@@ -415,21 +427,172 @@ WIDEST static void transform_row(float *restrict x, int64_t width, float factor)
     for (int64_t i = 0; i < width; i++) x[i] *= factor;
 }
 
-EXPORT void bivlm_hadamard(float *x, int64_t rows, int64_t width, int64_t stride, float factor) {
-    for (int64_t row = 0; row < rows; row++) transform_row(x + row * stride, width, factor);
+#ifdef X86
+/* One step within eight floats: each of `other`, plus or minus this. Sums of two do not depend on their order. */
+AVX2 static inline __m256 within(__m256 x, __m256 other, __m256 sign) {
+    return _mm256_add_ps(other, _mm256_xor_ps(x, sign));
 }
 
-/* The levels of all antidiagonals of a weight, one after another, row by row, as its transpose. */
-EXPORT void bivlm_diagonal_levels(const uint8_t *indices, const float *levels, int64_t rows, int64_t columns, float *out) {
-    for (int64_t d = 0; d < rows + columns - 1; d++) {
-        const int64_t first = d < columns ? 0 : d - columns + 1, last = d < rows ? d : rows - 1;
-        for (int64_t i = first; i <= last; i++) out[(d - i) * rows + i] = levels[*indices++ & (LEVELS - 1)];
+/* The first three steps. */
+AVX2 static void transform_eights(float *x, int64_t width) {
+    const float minus = -0.0f;
+    const __m256 ones = _mm256_setr_ps(0, minus, 0, minus, 0, minus, 0, minus);
+    const __m256 twos = _mm256_setr_ps(0, 0, minus, minus, 0, 0, minus, minus);
+    const __m256 fours = _mm256_setr_ps(0, 0, 0, 0, minus, minus, minus, minus);
+    for (int64_t i = 0; i < width; i += 8) {
+        __m256 eight = _mm256_loadu_ps(x + i);
+        eight = within(eight, _mm256_permute_ps(eight, 0xB1), ones);
+        eight = within(eight, _mm256_permute_ps(eight, 0x4E), twos);
+        eight = within(eight, _mm256_permute2f128_ps(eight, eight, 1), fours);
+        _mm256_storeu_ps(x + i, eight);
+    }
+}
+#endif
+
+static void transform_row(float *x, int64_t width, float factor) {
+    int64_t half = 1;
+#ifdef X86
+    if (width >= 8 && with_avx2()) {
+        transform_eights(x, width);
+        half = 8;
+    }
+#endif
+    transform_from(x, width, half, factor);
+}
+
+WIDEST static void change_signs(float *restrict x, const float *restrict signs, int64_t count) {
+    for (int64_t i = 0; i < count; i++) x[i] *= signs[i];
+}
+
+static void rotate_row(float *x, const Rotation *by) {
+    const int64_t rest = by->width - by->part;
+    change_signs(x, by->first, by->width);
+    transform_row(x, by->part, by->factor);
+    if (!rest) return;
+    change_signs(x + rest, by->second, by->part);
+    transform_row(x + rest, by->part, by->factor);
+}
+
+static void rotate_row_back(float *x, const Rotation *by) {
+    const int64_t rest = by->width - by->part;
+    if (rest) {
+        transform_row(x + rest, by->part, by->factor);
+        change_signs(x + rest, by->second, by->part);
+    }
+    transform_row(x, by->part, by->factor);
+    change_signs(x, by->first, by->width);
+}
+
+/* Rotate rows [rows][width] in place. */
+EXPORT void bivlm_rotate(float *x, int64_t rows, int64_t width, int64_t part, float factor, const float *first,
+                         const float *second, int64_t back) {
+    const Rotation by = {width, part, factor, first, second};
+    for (int64_t row = 0; row < rows; row++) (back ? rotate_row_back : rotate_row)(x + row * width, &by);
+}
+
+/* The weight that levels stand for, see bivlm/numerics/trellis_tiles.py: some columns at a time, each in one piece. */
+enum { STRIP = 16, AHEAD = 16 };
+
+static void look_up_plain(const uint8_t *indices, const float *levels, float *to, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = levels[indices[i] & (LEVELS - 1)];
+}
+
+static void store_columns_plain(const float *strip, int64_t apart, int64_t rows, int64_t count, float *out,
+                                int64_t columns, int64_t from) {
+    for (int64_t i = from; i < rows; i++)
+        for (int64_t c = 0; c < count; c++) out[i * columns + c] = strip[c * apart + i];
+}
+
+#ifdef X86
+AVX2 static void look_up_avx2(const uint8_t *indices, const float *levels, float *to, int64_t count) {
+    const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(indices + i)));
+        const __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
+        _mm256_storeu_ps(to + i, _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
+    }
+    look_up_plain(indices + i, levels, to + i, count - i);
+}
+
+/* Eight columns' eight rows as eight rows' eight columns. */
+AVX2 static inline void store_block(const float *strip, int64_t apart, float *out, int64_t columns) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(strip + i * apart);
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(out + i * columns, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(out + (i + 4) * columns, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
     }
 }
 
-/* The levels of a band's tiles, column by column, as some columns of the transpose of a weight. */
-EXPORT void bivlm_band_levels(const uint8_t *indices, const float *levels, int64_t rows, int64_t columns, float *out,
-                              int64_t stride) {
-    for (int64_t c = 0; c < columns; c++)
-        for (int64_t r = 0; r < rows; r++) out[c * stride + r] = levels[*indices++ & (LEVELS - 1)];
+AVX2 static int64_t store_columns_avx2(const float *strip, int64_t apart, int64_t rows, float *out, int64_t columns) {
+    int64_t i = 0;
+    for (; i + 8 <= rows; i += 8)
+        for (int64_t c = 0; c < STRIP; c += 8)
+            store_block(strip + c * apart + i, apart, out + i * columns + c, columns);
+    return i;
+}
+#endif
+
+/* out[rows][columns] of the levels' numbers in tiles' order: by bands, of which `ends` are the last rows (exclusive),
+   or without bands by antidiagonals. With `part` the outputs are rotated back. Returns 1 without memory. */
+EXPORT int bivlm_trellis_weight(const uint8_t *indices, const float *levels, int64_t rows, int64_t columns,
+                                const int64_t *ends, int64_t bands, int64_t part, float factor, const float *first,
+                                const float *second, float *out) {
+    const Rotation by = {rows, part, factor, first, second};
+    void (*look_up)(const uint8_t *, const float *, float *, int64_t) = look_up_plain;
+    int fast = 0;
+#ifdef X86
+    fast = with_avx2();
+    if (fast) look_up = look_up_avx2;
+#endif
+    const int64_t apart = (rows + 31) / 16 * 16; /* with a power of two a row's floats would share a place in caches */
+    float *strip = malloc(sizeof(float) * STRIP * (size_t)apart);
+    int64_t *begins = malloc(sizeof(int64_t) * (size_t)(rows + columns)); /* of antidiagonals */
+    if (!strip || !begins) {
+        free(strip), free(begins);
+        return 1;
+    }
+    for (int64_t d = 0, at = 0; d < rows + columns - 1; d++) {
+        begins[d] = at;
+        at += (d < rows ? d : rows - 1) - (d < columns ? 0 : d - columns + 1) + 1;
+    }
+    for (int64_t left = 0; left < columns; left += STRIP) {
+        const int64_t count = columns - left < STRIP ? columns - left : STRIP;
+        for (int64_t b = 0, begin = 0; b < bands; begin = ends[b++])
+            for (int64_t c = 0; c < count; c++)
+                look_up(indices + begin * columns + (left + c) * (ends[b] - begin), levels, strip + c * apart + begin,
+                        ends[b] - begin);
+        for (int64_t d = left; !bands && d < left + count + rows - 1; d++) {
+            const int64_t top = d < columns ? 0 : d - columns + 1;
+            const int64_t from = d - left - count + 1 > top ? d - left - count + 1 : top;
+            const int64_t to = d - left < rows - 1 ? d - left : rows - 1;
+            const uint8_t *level = indices + begins[d] - top;
+#if defined(__GNUC__)
+            if (d + AHEAD < rows + columns - 1) { /* each diagonal lies in a page of its own */
+                const int64_t before = d + AHEAD < columns ? 0 : d + AHEAD - columns + 1;
+                __builtin_prefetch(indices + begins[d + AHEAD] + to - before);
+            }
+#endif
+            for (int64_t i = from; i <= to; i++) strip[(d - i - left) * apart + i] = levels[level[i] & (LEVELS - 1)];
+        }
+        for (int64_t c = 0; part && c < count; c++) rotate_row_back(strip + c * apart, &by);
+        int64_t stored = 0;
+#ifdef X86
+        if (fast && count == STRIP) stored = store_columns_avx2(strip, apart, rows, out + left, columns);
+#endif
+        store_columns_plain(strip, apart, rows, count, out + left, columns, stored);
+    }
+    free(strip), free(begins);
+    return 0;
 }

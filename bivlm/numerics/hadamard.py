@@ -11,7 +11,9 @@ output rotated by R_M. Adding up runs in a fixed order of float32 additions, the
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,29 +23,56 @@ from bivlm import kernels
 _TOGETHER = 1 << 22
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """R of a width.
+
+    Attributes:
+        first: random signs of all channels, float32 (N,).
+        second: those of the last p, before the second transform.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+    def apply(self, x_RN: torch.Tensor, *, back: bool = False) -> torch.Tensor:
+        """Turn rows, float32 and in one piece, in place by R or back by R^T, and return them."""
+        rows, width = x_RN.shape
+        library = kernels.native()
+        if library is not None and x_RN.device.type == "cpu":
+            sizes = map(ctypes.c_int64, (rows, width))
+            library.bivlm_rotate(_at(x_RN), *sizes, *self.native_form(), ctypes.c_int64(back))
+            return x_RN
+        first, second = self.first.to(x_RN.device), self.second.to(x_RN.device)
+        part = len(second)
+        if not back:
+            _transform(x_RN.mul_(first)[:, :part])
+        if part < width:
+            last = x_RN[:, width - part :]
+            if back:
+                _transform(last)
+                last.mul_(second)
+            else:
+                _transform(last.mul_(second))
+        if back:
+            _transform(x_RN[:, :part])
+            x_RN.mul_(first)
+        return x_RN
+
+    def native_form(self) -> tuple[Any, ...]:
+        """Return p, the factor of a transform, and the addresses of the signs, as native functions take them."""
+        part = len(self.second)
+        return ctypes.c_int64(part), ctypes.c_float(part**-0.5), _at(self.first), _at(self.second)
+
+
 def rotate(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Return ``R x`` along the last dimension, a new float32 tensor (..., N); R is of width N and this seed."""
-    width = x.shape[-1]
-    first, second = (signs.to(x.device) for signs in _signs(width, seed))
-    out = (x.to(torch.float32) * first).reshape(-1, width).contiguous()
-    part = _largest_power(width)
-    _transform(out[:, :part])
-    if part < width:
-        _transform(out[:, width - part :].mul_(second))
-    return out.view(x.shape)
+    return rotation(x.shape[-1], seed).apply(_copied(x)).view(x.shape)
 
 
 def rotate_back(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Return ``R^T x``, the inverse of `rotate`, a new float32 tensor (..., N)."""
-    width = x.shape[-1]
-    first, second = (signs.to(x.device) for signs in _signs(width, seed))
-    out = x.to(torch.float32, copy=True).reshape(-1, width).contiguous()
-    part = _largest_power(width)
-    if part < width:
-        _transform(out[:, width - part :])
-        out[:, width - part :].mul_(second)
-    _transform(out[:, :part])
-    return out.mul_(first).view(x.shape)
+    return rotation(x.shape[-1], seed).apply(_copied(x), back=True).view(x.shape)
 
 
 def rotate_moment(moment_NN: torch.Tensor, seed: int) -> torch.Tensor:
@@ -52,28 +81,27 @@ def rotate_moment(moment_NN: torch.Tensor, seed: int) -> torch.Tensor:
     return rotate(half.T.contiguous(), seed)
 
 
-def _largest_power(width: int) -> int:
-    return 1 << (width.bit_length() - 1)
-
-
 @cache
-def _signs(width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random signs, float32, of all channels and of the last p: bits of PCG64, whose stream numpy keeps."""
-    both = width + _largest_power(width)
+def rotation(width: int, seed: int) -> Rotation:
+    """Return R of this width and seed: its signs are bits of PCG64, whose stream numpy keeps."""
+    both = width + (1 << (width.bit_length() - 1))
     words = np.random.PCG64([seed, width]).random_raw(-(-both // 64))
     bits = np.unpackbits(np.asarray(words, dtype="<u8").view(np.uint8), bitorder="little")[:both]
     first, second = torch.from_numpy(1 - 2 * bits.astype(np.float32)).split([width, both - width])
-    return first, second
+    return Rotation(first, second)
+
+
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).view(-1, x.shape[-1])
+
+
+def _at(x: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def _transform(x_RN: torch.Tensor) -> None:
     """Transform rows, their width a power of two, each in one piece, in place, and divide by its square root."""
-    rows, width = x_RN.shape
-    library = kernels.native()
-    if library is not None and x_RN.device.type == "cpu":
-        sizes = map(ctypes.c_int64, (rows, width, x_RN.stride(0)))
-        library.bivlm_hadamard(ctypes.c_void_p(x_RN.data_ptr()), *sizes, ctypes.c_float(width**-0.5))
-        return
+    width = x_RN.shape[1]
     for some in x_RN.split(max(1, _TOGETHER // width)):
         half = 1
         while half < width:

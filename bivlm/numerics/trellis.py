@@ -17,6 +17,7 @@ Tables are trained on a unit Gaussian by `benchmarks.trellis_codes` and are part
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -127,11 +128,23 @@ def search(
     around = min(x_RT.shape[1] // 2, -(-round(_SEAM_BITS * code.state_bits / code.rate) // PERIOD) * PERIOD)
     if kernels.native() is not None:
         return _search_native(x_RT, code, levels, weights_RT, steps, reach, unit, around)
+    warn_of_time()
     cost_RTS = _level_costs(x_RT, levels, reach, unit, weights_RT)
     together = max(1, _TOGETHER // (x_RT.shape[1] << (code.state_bits - 1)))
     parts = [cost_RTS[at : at + together] for at in range(0, len(x_RT), together)]
     symbols_RT = np.concatenate([_search(part, steps, code, around) for part in parts])
     return symbols_RT, level_indices(symbols_RT, code)
+
+
+@cache
+def warn_of_time() -> None:
+    """Warn once that the search is slow, unless the user asked for it."""
+    if not kernels.switched_off():
+        warnings.warn(
+            "without native code the trellis is searched 60 times as slowly; installing bivlm where there is a C "
+            "compiler builds it",
+            stacklevel=3,
+        )
 
 
 def _search_native(
@@ -279,20 +292,50 @@ def read(stream: np.ndarray, lengths: np.ndarray, code: TrellisCode) -> np.ndarr
             at(found),
         )
         return found
-    bits = np.unpackbits(stream)
+    pairs = stream.astype(np.uint16) << 8
+    pairs[:-1] |= stream[1:]
     firsts = np.cumsum(lengths) - lengths
     for length in np.unique(lengths).tolist():
         rows = np.flatnonzero(lengths == length)
-        steps = steps_of(code.rate, length)
         for some in np.array_split(rows, -(-len(rows) * length // _TOGETHER_READ)):
-            tile_bits = bits[begins[some, None] + np.arange(int(steps.sum()))]
-            symbols = np.zeros((len(some), length), np.uint8)
-            ends = np.cumsum(steps)
-            for place in range(int(steps.max())):
-                there = steps > place
-                symbols[:, there] |= tile_bits[:, ends[there] - 1 - place] << np.uint8(place)
-            found[firsts[some, None] + np.arange(length)] = level_indices(symbols, code)
+            first, levels_RT = firsts[some[0]], _read(pairs, begins[some], length, code)
+            if some[-1] - some[0] == len(some) - 1:
+                found[first : first + levels_RT.size] = levels_RT.reshape(-1)
+            else:
+                found[firsts[some, None] + np.arange(length)] = levels_RT
     return found
+
+
+def _read(pairs: np.ndarray, begins: np.ndarray, length: int, code: TrellisCode) -> np.ndarray:
+    """Return the levels (R, T) of sequences of one length, which begin at these bits; `pairs` has 16 bits at each byte.
+
+    A state is a window on the bits of its sequence, before the first of which the last ones stand. After 32 steps
+    windows lie in their bytes as before.
+    """
+    count = int(steps_of(code.rate, length).sum())
+    nbytes = -(-count // 8)
+    # Bytes of each sequence from its first bit on, 16 bits before them.
+    into = (begins & 7).astype(np.uint16)[:, None]
+    place = np.minimum((begins >> 3)[:, None] + np.arange(nbytes), len(pairs) - 1)
+    bytes_RB = np.zeros((len(begins), 2 + nbytes + 4), np.uint32)
+    bytes_RB[:, 2 : 2 + nbytes] = (pairs.take(place) << into) >> 8
+    if length >= SHORTEST:
+        over = 8 * nbytes - count
+        last = bytes_RB[:, nbytes - 1] << 16 | bytes_RB[:, nbytes] << 8 | bytes_RB[:, nbytes + 1]
+        last >>= over
+        bytes_RB[:, 0], bytes_RB[:, 1] = last >> 8 & 255, last & 255
+    words_RB = bytes_RB[:, :-3] << 24
+    for later in range(1, 4):
+        words_RB |= bytes_RB[:, later : bytes_RB.shape[1] - 3 + later] << (24 - 8 * later)
+    found_RT = np.empty((len(begins), length), np.uint8)
+    period = 8 * PERIOD
+    steps = steps_of(code.rate, min(period, length))
+    for t, end in enumerate(np.cumsum(steps).tolist()):
+        first = 16 + end - code.state_bits
+        some = words_RB[:, first >> 3 :: round(code.rate * PERIOD)][:, : -(-(length - t) // period)]
+        states = some >> (32 - code.state_bits - (first & 7)) & ((1 << code.state_bits) - 1)
+        found_RT[:, t::period] = code.table[0 if steps[t] else 1].take(states)
+    return found_RT
 
 
 def states_of(symbols_RT: np.ndarray, code: TrellisCode) -> np.ndarray:

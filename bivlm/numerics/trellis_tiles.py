@@ -15,8 +15,10 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
+import torch
 
 from bivlm import kernels
+from bivlm.numerics.hadamard import Rotation
 
 LONGEST = 256
 _JOINED = 128  # antidiagonals together have this many elements or more, if the weight has
@@ -108,20 +110,25 @@ class Tiles:
             at += len(part)
         return found
 
-    def transposed(self, stream: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        """Return the transpose, float32 (N, M), of the weight whose levels' numbers are those of all tiles in order."""
+    def weight(self, stream: np.ndarray, levels: np.ndarray, outputs: Rotation | None) -> np.ndarray:
+        """Return the weight, float32 (M, N), whose levels' numbers are those of all tiles in order.
+
+        `levels` is float32 (16,). The rows of the weight were rotated by `outputs`, and are rotated back.
+        """
         library = kernels.native()
         if library is None:
-            return np.ascontiguousarray(levels[self.matrix(stream)].T)
-        rows, columns = self.shape
-        found_NM = np.empty((columns, rows), np.float32)
+            weight_MN = torch.from_numpy(levels[self.matrix(stream)])
+            if outputs is not None:
+                weight_MN = outputs.apply(weight_MN.T.contiguous(), back=True).T.contiguous()
+            return weight_MN.numpy()
+        found_MN = np.empty(self.shape, np.float32)
         at, whole = kernels.pointer, ctypes.c_int64
-        if self.sides == 2:
-            library.bivlm_diagonal_levels(at(stream), at(levels), whole(rows), whole(columns), at(found_NM))
-            return found_NM
-        for begin, end in self.bands:
-            some = stream[begin * columns : end * columns]
-            sizes = whole(end - begin), whole(columns)
-            place = ctypes.c_void_p(found_NM.ctypes.data + begin * found_NM.itemsize)
-            library.bivlm_band_levels(at(some), at(levels), *sizes, place, whole(rows))
-        return found_NM
+        ends = np.array([end for _, end in self.bands] if self.sides == 1 else [], np.int64)
+        rotated = outputs.native_form() if outputs else (whole(0), ctypes.c_float(0), None, None)
+        sizes = map(whole, self.shape)
+        failed = library.bivlm_trellis_weight(
+            at(stream), at(levels), *sizes, at(ends), whole(len(ends)), *rotated, at(found_MN)
+        )
+        if failed:
+            raise MemoryError(f"no memory for a weight of {self.shape[0]} x {self.shape[1]}")
+        return found_MN

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bivlm.numerics.hadamard import rotate, rotate_back
+from bivlm.numerics.hadamard import rotate, rotate_back, rotation
 from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.numerics.trellis import (
     MAGNITUDES,
@@ -145,8 +145,13 @@ class TrellisCodec(Codec):
         layout, exponent = read_layout(packed, header)
         magnitudes = from_halves(section(packed, header, 1), exponent).cpu().numpy()
         levels = levels_of(magnitudes / np.float32(_scale(exponent)))
-        weight_NM = torch.from_numpy(_tiles(header.shape, layout.sides).transposed(_read(packed, header), levels))
-        return layout.rotate_back(weight_NM.to(packed.device).T).mul_(_scale(exponent)).to(header.dtype)
+        rows, columns = header.shape
+        outputs = rotation(rows, layout.seed_of(OUTPUTS)) if layout.rotated & OUTPUTS else None
+        found = _tiles(header.shape, layout.sides).weight(_read(packed, header), levels, outputs)
+        weight_MN = torch.from_numpy(found)
+        if layout.rotated & INPUTS:
+            rotation(columns, layout.seed_of(INPUTS)).apply(weight_MN, back=True)
+        return weight_MN.mul_(_scale(exponent)).to(header.dtype).to(packed.device)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return ``magnitudes`` (8,)."""

@@ -124,7 +124,7 @@ def test_vision_sees_images_alone(walk):
 
 def test_statistics_do_not_depend_on_the_dtype_they_are_added_up_in(walk, tmp_path):
     """A bfloat16 model: the sums are float32, so that 10,000 tokens count."""
-    model = BlockwiseModel(Checkpoint.open(make_tiny_llava(tmp_path)))
+    model = BlockwiseModel(Checkpoint.open(make_tiny_llava(tmp_path)), dtype=torch.bfloat16)
     unit = model.units[0]
     assert model.dtype == torch.bfloat16
     site = next(iter(run_unit(model, unit, walk.samples, {}, weigh=lambda _: uniform).sites.values()))
@@ -209,6 +209,22 @@ def test_sums_of_gradients_that_are_not_asked_for_are_not_made(walk):
     plain = list(token_gradients(walk.model, walk.samples, blocks))
     assert not any(each.squares or each.moments for each in plain)
     assert [each.traces for each in plain] == [each.traces for each in found]
+
+
+def test_balanced_samples_with_and_without_an_image_count_by_their_number(walk):
+    blocks = {unit.name: walk.outputs[unit.name] for unit in walk.model.units if unit.name != "lm_head"}
+    plain, balanced = (
+        next(iter(token_gradients(walk.model, walk.samples, blocks, balanced=balanced))).norms
+        for balanced in (False, True)
+    )
+    # The gradient at the last linear layer's output is that at the model's last block.
+    site = next(site for site in plain[0] if site.endswith("down_proj"))
+    before, after = ([float(sample[site].double().square().sum()) for sample in each] for each in (plain, balanced))
+    *with_image, without = range(len(SAMPLES))
+    assert sum(after) == pytest.approx(sum(before))
+    assert sum(after[number] for number in with_image) / len(with_image) == pytest.approx(after[without])
+    factors = [after[number] / before[number] for number in with_image]
+    assert factors == pytest.approx([factors[0]] * len(with_image)) and factors[0] != pytest.approx(1)
 
 
 def test_layers_that_no_answer_depends_on_have_no_sums(walk, monkeypatch):

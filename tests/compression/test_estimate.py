@@ -59,7 +59,7 @@ def test_a_packed_7b_with_4_bit_tables_is_under_three_gigabytes():
 def test_methods_that_look_at_inputs_hold_a_block_with_its_second_moments():
     work = replace(qwen_7b(GPTQ), samples=64)
     stages = by_stage(estimate.estimate(work, 1))
-    block = 2 * (2 * 3584**2 + 2 * 512 * 3584 + 3 * 3584 * 18944)
+    block = 4 * (2 * 3584**2 + 2 * 512 * 3584 + 3 * 3584 * 18944)
     moments = 4 * (3 * 3584**2 + 18944**2)
     assert stages["block inputs"].memory == pytest.approx(2 * (block + moments) + 0.3e9)
     assert stages["layers"].memory == 28 * 3584 * 18944 + 2 * 4 * 18944**2

@@ -86,13 +86,15 @@ def test_any_bits_are_rebuilt_in_the_bytes_announced(rows, columns, layout, dtyp
 
 
 @pytest.mark.skipif(kernels.native() is None, reason="the native code was not built")
-@pytest.mark.parametrize("sides", [1, 2])
-@pytest.mark.parametrize("shape", [(300, 70), (1, 700), (700, 1), (127, 129)])
-def test_native_code_rebuilds_the_bytes_that_numpy_and_torch_rebuild(shape, sides, monkeypatch):
-    tensor = packed(shape, trellis.Layout(12, 1.25, sides, 3, 1))
+@pytest.mark.parametrize("shape", [(300, 70), (1, 700), (700, 1), (127, 129), (8, 16), (257, 33)])
+@given(layout=LAYOUTS)
+@settings(max_examples=20, deadline=None)
+def test_native_code_rebuilds_the_bytes_that_numpy_and_torch_rebuild(shape, layout):
+    tensor = packed(shape, layout)
     native = unpack(tensor)
-    monkeypatch.setattr(kernels, "native", lambda: None)
-    assert unpack(tensor).numpy().tobytes() == native.numpy().tobytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "native", lambda: None)
+        assert unpack(tensor).numpy().tobytes() == native.numpy().tobytes()
 
 
 @pytest.mark.parametrize("layout", [PLAIN, trellis.Layout(14, 0.75, 2, 3, 2**32 - 1)])

@@ -20,10 +20,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
-from bivlm.calibration.blocks.encoded import SampleTensors, model_inputs, outputs_at, reply_range
+from bivlm.calibration.blocks.encoded import SampleTensors, has_image, model_inputs, outputs_at, reply_range
 from bivlm.calibration.blocks.model import BlockwiseModel, Step
 from bivlm.calibration.blocks.sites import Weigh
 from bivlm.calibration.blocks.units import Unit
@@ -58,9 +59,13 @@ def token_gradients(
     *,
     squares: bool = False,
     moments: bool = False,
+    balanced: bool = False,
     seed: int = 0,
 ) -> Iterator[UnitGradients]:
     """Yield gradients unit by unit, from the last to the first.
+
+    With `balanced` samples with and without an image count by their number: where the model is less sure of texts, a
+    text's gradients may be hundreds of times an image's, and the vision model would count for nothing.
 
     `outputs` holds the outputs of all units up to the last block of the language model. In memory are, for every
     sample, the gradient of one unit's output and those of adaptors that wait for their turn. Raises ArithmeticError
@@ -74,6 +79,8 @@ def token_gradients(
         for number in range(len(samples)):
             given = outputs_at({name: outputs[name] for name in [*adaptors, last.name]}, number)
             slopes[last.name][number] = _answer_slope(step, samples[number], given, last.name, seed + number)
+    if balanced:
+        slopes[last.name] = _balance(slopes[last.name], [has_image(samples[number]) for number in range(len(samples))])
     for unit in reversed(units):
         found = _backward(model, unit, samples, outputs, slopes, _Wanted(squares, moments))
         _check_finite(model, found)
@@ -126,6 +133,18 @@ def _answer_slope(
     predicting = step({**model_inputs(sample), **places}, {**given, last: leaf})[0].to(torch.float32)
     draw = curvature_draw(predicting.detach(), seed) / math.sqrt(len(predicting))
     return torch.autograd.grad(predicting, leaf, draw)[0].cpu()
+
+
+def _balance(slopes: list[torch.Tensor | None], with_image: list[bool]) -> list[torch.Tensor | None]:
+    """Scale samples with and without an image, so that the squares of either kind have the mean of all."""
+    squares = [float(slope.to(torch.float64).square().sum()) if slope is not None else 0.0 for slope in slopes]
+    means = {
+        kind: fmean(square for square, own in zip(squares, with_image, strict=True) if own == kind)
+        for kind in set(with_image)
+    }
+    mean = fmean(squares)
+    factors = {kind: math.sqrt(mean / own) if own else 0.0 for kind, own in means.items()}
+    return [None if slope is None else slope * factors[kind] for slope, kind in zip(slopes, with_image, strict=True)]
 
 
 def curvature_draw(logits_TV: torch.Tensor, seed: int) -> torch.Tensor:
