@@ -16,7 +16,7 @@ from bivlm.checkpoint.reading import REPORT
 from bivlm.checkpoint.remote_code import remote_code_allowed, trust
 from bivlm.compression.model import quantization_settings
 from bivlm.errors import GateNotPassed
-from bivlm.recipe.loading import load_recipe, parse_recipe
+from bivlm.recipe.loading import read_recipe
 from bivlm.workspace.environment import peak_bytes, reset_peak
 from bivlm.workspace.garbage import in_use
 from bivlm.workspace.locks import one_at_a_time, one_machine_at_a_time
@@ -96,7 +96,7 @@ def compress_flow(
     one of its bounds is not kept, and `InputError` for anything the caller can correct.
     """
     chosen_runner = parse_runner(runner, workers)
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
+    chosen = read_recipe(recipe)
     refuse_what_cannot_be_decided(chosen, evaluate)
     benchmarks = chosen.evaluation if evaluate else ()
     request = prepare(model, chosen, output, revision, workspace, benchmarks, questions, chosen_runner, trigger)

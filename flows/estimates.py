@@ -15,7 +15,7 @@ from bivlm.compression.estimate import LIBRARIES, Machine, Work, check_fits, est
 from bivlm.errors import InputError
 from bivlm.evaluation.benchmark import load_benchmark
 from bivlm.methods import method
-from bivlm.recipe.loading import Recipe, load_recipe
+from bivlm.recipe.loading import Recipe, read_recipe
 from bivlm.recipe.selection import select
 from bivlm.sources.models import resolve_model
 from bivlm.workspace.places import check_places, output_folder, output_place
@@ -37,7 +37,7 @@ def refuse_what_cannot_fit(
 
 def estimate_compression(
     model: str,
-    recipe: str,
+    recipe: str | dict[str, Any],
     output: str,
     *,
     revision: str | None = None,
@@ -53,7 +53,7 @@ def estimate_compression(
     "memory" is the largest of the stages' with the libraries, "refused" the reason why it cannot be done here, or None.
     A model on the hub is downloaded; nothing else is written.
     """
-    chosen_recipe, chosen_runner = load_recipe(recipe), parse_runner(runner, workers)
+    chosen_recipe, chosen_runner = read_recipe(recipe), parse_runner(runner, workers)
     names: Sequence[str] = chosen_recipe.evaluation if evaluate else ()
     check_places([output_place(output_folder(output))], [model], workspace, chosen_recipe.data())
     checkpoint = Checkpoint.open(resolve_model(model, revision).folder, chosen_recipe.modules)

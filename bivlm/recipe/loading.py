@@ -37,11 +37,14 @@ __all__ = [
     "Component",
     "Recipe",
     "TokenWeights",
+    "default_recipe",
     "load_recipe",
     "parse_recipe",
+    "read_recipe",
     "shipped_recipes",
 ]
 
+CALIBRATED, WEIGHTS_ALONE = "trellis-2bit", "trellis-2bit-weights"
 _PROBLEMS = 20  # listed in a message
 
 
@@ -150,6 +153,14 @@ class Recipe(BaseModel):
             raise ValueError("expected a list of names")
         return tuple(value)
 
+    def calibrated_on(self, source: str) -> Recipe:
+        """Return the recipe with its samples, as many as before, from `source` alone.
+
+        Raises `InputError` for a source that is none.
+        """
+        drawn = self.calibration.model_dump(include={"samples", "held_out", "seed", "tokens", "inputs"})
+        return parse_recipe(self.canonical() | {"calibration": drawn | {"source": source}}, f"recipe {self.name}")
+
     def data(self) -> list[str]:
         """Return the folders, files and ids of the hub that calibration and evaluation read."""
         drawn = self.calibration
@@ -173,6 +184,11 @@ def shipped_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def default_recipe(calibration: str | None) -> str:
+    """Return the name of the recipe to take where none was: without samples one that looks at the weights alone."""
+    return CALIBRATED if calibration else WEIGHTS_ALONE
+
+
 def load_recipe(name_or_file: str | Path) -> Recipe:
     """Read a shipped recipe by name or any recipe by file.
 
@@ -192,6 +208,11 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
         raise InputError(f"recipe {short(str(name_or_file))}: no such file, and not one of {', '.join(shipped)}")
     source = f"recipe {path}"
     return parse_recipe(parse_yaml(read_bytes(path, MAX_YAML_BYTES), source), source)
+
+
+def read_recipe(recipe: str | dict[str, Any]) -> Recipe:
+    """Return a recipe that is given by name, by file, or itself."""
+    return load_recipe(recipe) if isinstance(recipe, str) else parse_recipe(recipe)
 
 
 def parse_recipe(data: Any, source: str = "recipe") -> Recipe:

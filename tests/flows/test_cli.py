@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from bivlm.compression.model import compress_model
+from bivlm.recipe import loading
 from bivlm.recipe.loading import parse_recipe
 from bivlm.reports.bits import bits_of
 from flows.cli import main as cli
@@ -105,6 +106,21 @@ def test_compress_needs_no_more_than_model_recipe_and_output(new_compression, tm
     out = capsys.readouterr().out
     assert f"{compression.report()['bits']['linears']['stored']:.3f}" in out
     assert "mlflow ui --backend-store-uri sqlite:///" in out
+
+
+@pytest.mark.parametrize("calibration", [None, "reference"])
+def test_compress_says_which_recipe_it_takes_by_default(calibration, new_compression, tmp_path, capsys, monkeypatch):
+    compression = new_compression(tmp_path)
+    monkeypatch.setattr(loading, "CALIBRATED", str(compression.recipe_file()))
+    arguments = ["--model", str(compression.model), "--output", str(compression.output), "--no-evaluate"]
+    arguments += ["--workspace", str(compression.workspace)]
+    assert cli.main(["compress", *arguments, *(["--calibration", calibration] if calibration else [])]) == 0
+    taken, looked_at = "trellis-2bit-weights", "the weights alone"
+    if calibration:
+        taken, looked_at = str(compression.recipe_file()), "samples of reference"
+    assert f"recipe: {taken}, which looks at {looked_at}\n" in capsys.readouterr().err
+    lineage = json.loads((compression.output / "lineage.json").read_text())
+    assert lineage["recipe"]["calibration"]["source"] == "reference"
 
 
 def bad_recipe(change):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bivlm.errors import InputError
-from bivlm.recipe.loading import load_recipe, parse_recipe, shipped_recipes
+from bivlm.recipe.loading import default_recipe, load_recipe, parse_recipe, shipped_recipes
 
 VALID = {
     "name": "mine",
@@ -138,6 +138,25 @@ def test_a_shipped_recipe_bears_its_name_and_is_canonical(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert parse_recipe(recipe.canonical()) == recipe
+
+
+@pytest.mark.parametrize("source", ["reference", "/data/mine", "hf:maker/images"])
+def test_samples_are_taken_from_elsewhere_as_many_as_before(source):
+    drawn = {"source": "hf:maker/others", "split": "train", "samples": 7, "seed": 3, "inputs": "quantized"}
+    other = parse_recipe(VALID | {"calibration": drawn}).calibrated_on(source)
+    kept = {"samples": 7, "seed": 3, "inputs": "quantized"}
+    assert other == parse_recipe(VALID | {"calibration": kept | {"source": source}})
+
+
+def test_samples_from_nowhere_are_refused():
+    with pytest.raises(InputError, match=r"(?s)recipe bivlm .*calibration\.source: .*expected hf:OWNER/NAME"):
+        load_recipe("bivlm").calibrated_on("hf:")
+
+
+def test_the_default_looks_at_samples_if_there_are_any():
+    with_samples, without = (load_recipe(default_recipe(source)) for source in ("/data/mine", None))
+    assert {each.feedback for each in with_samples.components.values()} == {"both"}
+    assert {each.feedback for each in without.components.values()} == {"none"}
 
 
 def test_a_name_that_is_neither_shipped_nor_a_file_is_refused_with_those_that_are():

@@ -15,7 +15,18 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     compress = commands.add_parser("compress", help="compress a model, evaluate it and record everything in MLflow")
     compress.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID", help="the full-precision checkpoint")
     compress.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub; sha256 of a folder")
-    compress.add_argument("--recipe", required=True, metavar="R", help="name of a shipped recipe, or a YAML file")
+    compress.add_argument(
+        "--recipe",
+        metavar="R",
+        help="name of a shipped recipe, or a YAML file (default: trellis-2bit; without --calibration "
+        "trellis-2bit-weights, which sees the weights alone)",
+    )
+    compress.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        help="samples like those that the model will see, in place of the recipe's: a folder, a .jsonl file, "
+        "hf:OWNER/NAME, or reference",
+    )
     compress.add_argument("--output", required=True, metavar="DIR", help="folder for the packed checkpoint")
     compress.add_argument(
         "--workspace",
@@ -38,14 +49,20 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _compress(options: argparse.Namespace) -> int:
-    from bivlm.recipe.loading import load_recipe
+    from bivlm.recipe.loading import default_recipe, load_recipe
     from flows.runners import parse_runner
 
-    load_recipe(options.recipe)  # a mistake fails before anything is started
+    name = options.recipe or default_recipe(options.calibration)
+    recipe = load_recipe(name)  # a mistake fails before anything is started
+    if options.calibration:
+        recipe = recipe.calibrated_on(options.calibration)
+    if options.recipe is None:
+        samples = f"samples of {options.calibration}" if options.calibration else "the weights alone"
+        print(f"recipe: {name}, which looks at {samples}", file=sys.stderr)
     parse_runner(options.runner, options.workers)
     asked = {
         "model": options.model,
-        "recipe": options.recipe,
+        "recipe": recipe.canonical() if options.calibration else name,
         "output": options.output,
         "revision": options.revision,
         "workspace": options.workspace,
