@@ -25,6 +25,7 @@ from bivlm.reference import CHECKPOINT
 SETS = [f"reference:{name}" for name in ("perception", "cognition", "choice", "open")]
 LEAST = {2.0: 1.5, 1.5: 1.0, 1.25: 1.0, 1.0: 0.75}
 SAMPLES = 512
+HELD_OUT = 256  # of which four fifths are questions, with replies of a few tokens
 TEXT = {"text_share": 0.25, "text_source": "reference"}
 COLUMNS = ("bits", "error", "outputs", "KL", "short", "long", "accuracy", "±", "seconds")
 
@@ -50,6 +51,7 @@ def rows(rate: float) -> dict[str, dict[str, Any]]:
         "... equal rates": {"method": both},
         "... 64 samples": {"method": both, "budget": budget, "calibration": {"samples": 64}},
         "... a quarter text": {"method": both, "budget": budget, "calibration": TEXT},
+        "... leftovers tuned": {"method": both, "budget": budget, "finish": {"leftovers": True, "steps": 45}},
         "... quantized inputs": {"method": both, "budget": budget, "calibration": {"inputs": "quantized"}},
         "2^14 states": {"method": both | {"state_bits": 14}, "budget": budget},
         "2^16 states": {"method": both | {"state_bits": 16}, "budget": budget},
@@ -64,7 +66,8 @@ def recipe(name: str, row: dict[str, Any], seed: int) -> dict[str, Any]:
         "name": name,
         "format": 1,
         "components": dict.fromkeys(("vision", "adaptor", "language"), settings),
-        "calibration": {"source": "reference", "samples": SAMPLES, "seed": 0} | row.get("calibration", {}),
+        "calibration": {"source": "reference", "samples": SAMPLES, "held_out": HELD_OUT, "seed": 0}
+        | row.get("calibration", {}),
         "evaluation": SETS,
         **({"budget": row["budget"]} if "budget" in row else {}),
         **({"finish": row["finish"]} if "finish" in row else {}),

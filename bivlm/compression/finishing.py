@@ -38,6 +38,7 @@ JUDGEMENTS = 10  # of the weights, on the way from the first step to the last
 PATIENCE = 4  # judgements in a row without a better one, after which a rate is given up
 RATES = 3  # tried from the first weights; without leftovers each only if no step at the one before helped
 SLOWER = 3.0  # by which the rate is divided
+TABLES = 0.1  # of the rate, for embedding and head: a step moves each of their many numbers
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class _Tuned:
 
 
 class _Kept:
-    """A leftover: its first numbers plus a move in units of their root mean square, as they are stored.
+    """A leftover: its first numbers plus a move in units of their root mean square, of tables a tenth of it.
 
     It is rounded to the stored dtype whenever it is placed, which counts as no change in the gradient.
     """
@@ -241,7 +242,9 @@ class _Kept:
     def __init__(self, parameter: nn.Parameter, copies: dict[str, torch.Tensor]) -> None:
         self._parameter, self._names = parameter.requires_grad_(True), list(copies)
         self._first = next(iter(copies.values())).to(parameter.device)
-        self._unit = float(self._first.to(torch.float32).square().mean().sqrt())
+        self._unit = float(self._first.to(torch.float32).square().mean().sqrt()) * (
+            TABLES if parameter.dim() > 1 else 1
+        )
         self.moves = {"": nn.Parameter(torch.zeros(self._first.shape, device=parameter.device))}
 
     @torch.no_grad()
