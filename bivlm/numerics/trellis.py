@@ -69,15 +69,19 @@ class TrellisCode:
         return pattern(self.rate)
 
 
+@cache
 def pattern(rate: float) -> tuple[int, ...]:
     """Return the bits of each of four steps, the first step with some."""
     ends = [-(-step * round(rate * PERIOD) // PERIOD) for step in range(PERIOD + 1)]
     return tuple(end - begin for begin, end in pairwise(ends))
 
 
+@cache
 def steps_of(rate: float, length: int) -> np.ndarray:
-    """Return the bits of every step of a sequence, uint8 (length,)."""
-    return np.resize(np.array(pattern(rate), np.uint8), length)
+    """Return the bits of every step of a sequence, uint8 (length,), not to be written to."""
+    steps = np.resize(np.array(pattern(rate), np.uint8), length)
+    steps.flags.writeable = False
+    return steps
 
 
 def bits_of(rate: float, lengths: np.ndarray) -> np.ndarray:

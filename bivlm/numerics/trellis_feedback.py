@@ -16,7 +16,7 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import groupby, product
+from itertools import groupby, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def two_sided(
             at_j = np.repeat(np.arange(begin, end), [length for _, length in firsts]) - at_i
             wanted = both.wanted(at_i, at_j)
             weights = output_importance_M[at_i].astype(np.float64) * importance_N[at_j]
-            symbols, rebuilt = _pieces(wanted, weights, tiles.pieces(begin, end), code, levels, map_all)
+            symbols, rebuilt = _pieces(wanted, weights, tiles.pieces(begin, end), code, levels, map_all, threads)
             found.append(symbols)
             both.feed(rebuilt, at_i, at_j)
             both.feed_farther(begin, end, map_all)
@@ -117,6 +117,8 @@ class _BothSides:
         self._fed_NM = np.zeros((columns, rows), np.float32)  # - sum N_G P over the rows before, transposed
         self._errors_NM = np.zeros((columns, rows), np.float32)  # F, transposed
         self._products_MN = np.zeros((rows, columns), np.float32)  # P = F N_H
+        fed = (self._fed_MN, self._fed_NM, *self._shares, self._errors_NM, self._products_MN)
+        self._weight_at, *self._fed_at = map(kernels.pointer, (weight_MN, *fed))
         # Blocks by the antidiagonal of their last element.
         self._complete: dict[int, list[tuple[int, int]]] = {}
         for top, left in product(range(0, rows, _BLOCK), range(0, columns, _BLOCK)):
@@ -135,10 +137,9 @@ class _BothSides:
         shares_MM, shares_NN = self._shares
         rows, columns = self._weight_MN.shape
         if library is not None:
-            fed = (self._fed_MN, self._fed_NM, shares_MM, shares_NN, self._errors_NM, self._products_MN)
             sizes = (len(at_i), rows, columns, _BLOCK, self._near)
-            arrays = map(kernels.pointer, (self._weight_MN, rebuilt, at_i, at_j, *fed))
-            library.bivlm_feed_both(*arrays, *map(ctypes.c_int64, sizes))
+            arrays = map(kernels.pointer, (rebuilt, at_i, at_j))
+            library.bivlm_feed_both(self._weight_at, *arrays, *self._fed_at, *map(ctypes.c_int64, sizes))
             return
         for i, j, q in zip(at_i.tolist(), at_j.tolist(), rebuilt, strict=True):
             before = self._fed_MN[i, j]
@@ -202,16 +203,23 @@ def _by_tile(symbols_NT: np.ndarray, groups: list[int]) -> list[np.ndarray]:
 
 
 def _pieces(
-    wanted: np.ndarray, weights: np.ndarray, lengths: list[int], code: TrellisCode, levels: np.ndarray, map_all: Map
+    wanted: np.ndarray,
+    weights: np.ndarray,
+    lengths: list[int],
+    code: TrellisCode,
+    levels: np.ndarray,
+    map_all: Map,
+    threads: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quantize the tiles of some antidiagonals; returns their symbols and what they stand for, one after another."""
-    tiles, at = [], 0
+    parts, at = [], 0
     for length, same in groupby(lengths):
-        end = at + length * len(list(same))
-        weights_RT = weights[at:end].reshape(-1, length)
+        count = len(list(same))
+        tiles_RT, weights_RT = (each[at : at + length * count].reshape(count, length) for each in (wanted, weights))
         weights_RT = (weights_RT / weights_RT.mean(1, keepdims=True)).astype(np.float32)
-        tiles += list(zip(wanted[at:end].reshape(-1, 1, length), weights_RT[:, None], strict=True))
-        at = end
-    found = list(map_all(lambda tile: trellis.search(tile[0], code, levels, tile[1]), tiles))
-    symbols, indices = (np.concatenate([each[part][0] for each in found]) for part in (0, 1))
+        cuts = [count * part // threads for part in range(threads + 1)]
+        parts += [(tiles_RT[begin:end], weights_RT[begin:end]) for begin, end in pairwise(cuts) if begin < end]
+        at += length * count
+    found = list(map_all(lambda part: trellis.search(part[0], code, levels, part[1]), parts))
+    symbols, indices = (np.concatenate([each[which].reshape(-1) for each in found]) for which in (0, 1))
     return symbols, levels[indices]

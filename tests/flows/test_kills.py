@@ -67,6 +67,13 @@ def assert_as_if_left_in_peace(compression, compressed, workspace: str, client: 
     assert_nothing_is_there_twice(client)
 
 
+def on_a_trellis(compression):
+    settings = {"method": "trellis", "feedback": "both"}
+    compression.recipe["components"] = dict.fromkeys(("vision", "adaptor", "language"), settings)
+    compression.recipe["budget"] = {"bits": 2.0, "importance": "curvature", "least": 1.5}
+    return compression
+
+
 @pytest.fixture(scope="module")
 def seconds_of_a_run(new_compression, tmp_path_factory):
     """How long the work takes on this machine, from "ready" on."""
@@ -85,6 +92,21 @@ def test_killed_on_a_folder(new_compression, compressed, tmp_path, seconds_of_a_
     hits = kill_again_and_again(compression, workspace, compression.workspace, seed, 0.7 * seconds_of_a_run)
     print(f"{hits} of {KILLS} kills found it at work")
     assert_as_if_left_in_peace(compression, compressed, workspace, compression.client)
+
+
+def test_killed_with_feedback_from_all_blocks(new_compression, tmp_path):
+    left_alone = on_a_trellis(new_compression(tmp_path / "left alone"))
+    run = Running(left_alone, str(left_alone.workspace), left_alone.place / "log")
+    begun = time.perf_counter()
+    assert run.end() == DONE, run.errors()
+    seconds = time.perf_counter() - begun
+    compression = on_a_trellis(new_compression(tmp_path / "killed"))
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}, {seconds:.1f} s a run")
+    workspace = str(compression.workspace)
+    hits = kill_again_and_again(compression, workspace, compression.workspace, seed, 0.7 * seconds)
+    print(f"{hits} of {KILLS} kills found it at work")
+    assert_as_if_left_in_peace(compression, left_alone, workspace, compression.client)
 
 
 def test_killed_on_s3(new_compression, compressed, tmp_path, seconds_of_a_run, s3_server, s3_files, monkeypatch):  # noqa: F811
