@@ -51,7 +51,11 @@ def rows(rate: float) -> dict[str, dict[str, Any]]:
         "... equal rates": {"method": both},
         "... 64 samples": {"method": both, "budget": budget, "calibration": {"samples": 64}},
         "... a quarter text": {"method": both, "budget": budget, "calibration": TEXT},
-        "... leftovers tuned": {"method": both, "budget": budget, "finish": {"leftovers": True, "steps": 45}},
+        "... leftovers tuned": {
+            "method": both,
+            "budget": budget,
+            "finish": {"leftovers": True, "steps": 45, "judging_share": 0.125},
+        },
         "... quantized inputs": {"method": both, "budget": budget, "calibration": {"inputs": "quantized"}},
         "2^14 states": {"method": both | {"state_bits": 14}, "budget": budget},
         "2^16 states": {"method": both | {"state_bits": 16}, "budget": budget},
