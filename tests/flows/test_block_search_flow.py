@@ -95,7 +95,7 @@ def test_the_outputs_that_were_searched_on_are_those_of_the_packed_model(searche
     samples = tensors(encoded, "samples.safetensors")
     (last,) = [step for step in compression.steps(STAGE) if LAST in step["figures"]["units"]]
     outputs = tensors(last, f"{LAST}.safetensors")
-    model, found = AutoModelForImageTextToText.from_pretrained(compression.output).eval(), []
+    model, found = AutoModelForImageTextToText.from_pretrained(compression.output, dtype=torch.float32).eval(), []
     model.get_submodule(LAST).register_forward_hook(lambda _module, _arguments, output: found.append(output))
     for number in range(len(outputs)):
         with torch.no_grad():

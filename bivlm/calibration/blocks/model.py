@@ -282,7 +282,7 @@ def _outside(name: str) -> Callable[..., torch.Tensor]:
     return refuse
 
 
-def _frame(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+def _frame(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Return the model with its buffers and without its parameters, which are on the meta device.
 
     Its dtype is the checkpoint's by default.
