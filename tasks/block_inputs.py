@@ -178,11 +178,7 @@ def measure_gradients(
     store = open_workspace(calibration.workspace)
     outputs = {name: done.record.outputs[OUTPUT_FILE] for name, done in blocks.items()}
     inputs = {"blocks": {name: reference.sha256 for name, reference in outputs.items()}}
-    # As it was before there were moments and traces: earlier steps are still found where they have what is needed.
-    part = {"squares": squares, **({"moments": True} if moments else {}), **({"traces": True} if traces else {})}
-    balanced = moments or traces
-    if balanced:
-        part["balanced"] = True
+    part = {"squares": squares, "moments": moments, "traces": traces}
     identity = calibration.identity(GRADIENTS_STAGE, inputs, part)
 
     def run(place: Path) -> Figures:
@@ -190,7 +186,7 @@ def measure_gradients(
         with gpu_slot(calibration.device), held_model(calibration.base, calibration.device) as model:
             opened = {name: SampleTensors(store.fetch(reference)) for name, reference in outputs.items()}
             samples = calibration.open_samples(store)
-            wanted = {"squares": squares, "moments": moments, "balanced": balanced}
+            wanted = {"squares": squares, "moments": moments, "balanced": moments or traces}
             for found in token_gradients(model, samples, opened, **wanted):
                 if any(found.norms):
                     write_samples(found.norms, place / _norms_file(found.unit))

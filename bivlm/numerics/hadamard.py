@@ -41,28 +41,27 @@ class Rotation:
         library = kernels.native()
         if library is not None and x_RN.device.type == "cpu":
             sizes = map(ctypes.c_int64, (rows, width))
-            library.bivlm_rotate(_at(x_RN), *sizes, *self.native_form(), ctypes.c_int64(back))
+            library.bivlm_rotate(kernels.pointer(x_RN.numpy()), *sizes, *self.native_form(), ctypes.c_int64(back))
             return x_RN
         first, second = self.first.to(x_RN.device), self.second.to(x_RN.device)
         part = len(second)
+        last = x_RN[:, width - part :] if part < width else None
         if not back:
             _transform(x_RN.mul_(first)[:, :part])
-        if part < width:
-            last = x_RN[:, width - part :]
-            if back:
-                _transform(last)
-                last.mul_(second)
-            else:
+            if last is not None:
                 _transform(last.mul_(second))
-        if back:
-            _transform(x_RN[:, :part])
-            x_RN.mul_(first)
-        return x_RN
+            return x_RN
+        if last is not None:
+            _transform(last)
+            last.mul_(second)
+        _transform(x_RN[:, :part])
+        return x_RN.mul_(first)
 
     def native_form(self) -> tuple[Any, ...]:
         """Return p, the factor of a transform, and the addresses of the signs, as native functions take them."""
         part = len(self.second)
-        return ctypes.c_int64(part), ctypes.c_float(part**-0.5), _at(self.first), _at(self.second)
+        signs = (kernels.pointer(each.numpy()) for each in (self.first, self.second))
+        return ctypes.c_int64(part), ctypes.c_float(part**-0.5), *signs
 
 
 def rotate(x: torch.Tensor, seed: int) -> torch.Tensor:
@@ -93,10 +92,6 @@ def rotation(width: int, seed: int) -> Rotation:
 
 def _copied(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).view(-1, x.shape[-1])
-
-
-def _at(x: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
 
 
 def _transform(x_RN: torch.Tensor) -> None:

@@ -147,11 +147,12 @@ class TrellisCodec(Codec):
         levels = levels_of(magnitudes / np.float32(_scale(exponent)))
         rows, columns = header.shape
         outputs = rotation(rows, layout.seed_of(OUTPUTS)) if layout.rotated & OUTPUTS else None
-        found = _tiles(header.shape, layout.sides).weight(_read(packed, header), levels, outputs)
-        weight_MN = torch.from_numpy(found)
+        weight_MN = torch.from_numpy(_tiles(header.shape, layout.sides).weight(_read(packed, header), levels, outputs))
         if layout.rotated & INPUTS:
             rotation(columns, layout.seed_of(INPUTS)).apply(weight_MN, back=True)
-        return weight_MN.mul_(_scale(exponent)).to(header.dtype).to(packed.device)
+        if (scale := _scale(exponent)) != 1:
+            weight_MN.mul_(scale)
+        return weight_MN.to(header.dtype).to(packed.device)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return ``magnitudes`` (8,)."""

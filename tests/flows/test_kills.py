@@ -25,17 +25,27 @@ def steps_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "steps").glob("*.json")}
 
 
-def kill_again_and_again(compression, workspace: str, folder: Path, seed: int, seconds: float) -> int:
-    """Kill it `KILLS` times within its first `seconds`, then let it end; returns how many kills found it at work.
+def seconds_to_the_end(compression) -> float:
+    """Let it end; returns how long the work takes on this machine, from "ready" on."""
+    run = Running(compression, str(compression.workspace), compression.place / "log")
+    begun = time.perf_counter()
+    assert run.end() == DONE, run.errors()
+    return time.perf_counter() - begun
+
+
+def kill_again_and_again(compression, workspace: str, folder: Path, seconds: float) -> None:
+    """Kill it `KILLS` times within most of the `seconds` of a run, then let it end.
 
     `folder` holds the workspace's files. A step is done twice if its record is ever another one than it was.
     """
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}, {seconds:.1f} s a run")
     moments = random.Random(seed)
     recorded: dict[str, bytes] = {}
     hits = 0
     for _ in range(KILLS):
         run = Running(compression, workspace, compression.place / "log")
-        time.sleep(moments.uniform(0, seconds))
+        time.sleep(moments.uniform(0, 0.7 * seconds))
         hits += run.kill()
         now = steps_in(folder)
         assert {name: now[name] for name in recorded} == recorded
@@ -44,7 +54,7 @@ def kill_again_and_again(compression, workspace: str, folder: Path, seed: int, s
     assert run.end() == DONE, run.errors()
     now = steps_in(folder)
     assert {name: now[name] for name in recorded} == recorded
-    return hits
+    print(f"{hits} of {KILLS} kills found it at work")
 
 
 def assert_nothing_is_there_twice(client: MlflowClient) -> None:
@@ -76,36 +86,22 @@ def on_a_trellis(compression):
 
 @pytest.fixture(scope="module")
 def seconds_of_a_run(new_compression, tmp_path_factory):
-    """How long the work takes on this machine, from "ready" on."""
-    compression = new_compression(tmp_path_factory.mktemp("timed"))
-    run = Running(compression, str(compression.workspace), compression.place / "log")
-    begun = time.perf_counter()
-    assert run.end() == DONE, run.errors()
-    return time.perf_counter() - begun
+    return seconds_to_the_end(new_compression(tmp_path_factory.mktemp("timed")))
 
 
 def test_killed_on_a_folder(new_compression, compressed, tmp_path, seconds_of_a_run):
     compression = new_compression(tmp_path)
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}, {seconds_of_a_run:.1f} s a run")
     workspace = str(compression.workspace)
-    hits = kill_again_and_again(compression, workspace, compression.workspace, seed, 0.7 * seconds_of_a_run)
-    print(f"{hits} of {KILLS} kills found it at work")
+    kill_again_and_again(compression, workspace, compression.workspace, seconds_of_a_run)
     assert_as_if_left_in_peace(compression, compressed, workspace, compression.client)
 
 
 def test_killed_with_feedback_from_all_blocks(new_compression, tmp_path):
     left_alone = on_a_trellis(new_compression(tmp_path / "left alone"))
-    run = Running(left_alone, str(left_alone.workspace), left_alone.place / "log")
-    begun = time.perf_counter()
-    assert run.end() == DONE, run.errors()
-    seconds = time.perf_counter() - begun
+    seconds = seconds_to_the_end(left_alone)
     compression = on_a_trellis(new_compression(tmp_path / "killed"))
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}, {seconds:.1f} s a run")
     workspace = str(compression.workspace)
-    hits = kill_again_and_again(compression, workspace, compression.workspace, seed, 0.7 * seconds)
-    print(f"{hits} of {KILLS} kills found it at work")
+    kill_again_and_again(compression, workspace, compression.workspace, seconds)
     assert_as_if_left_in_peace(compression, left_alone, workspace, compression.client)
 
 
@@ -113,10 +109,7 @@ def test_killed_on_s3(new_compression, compressed, tmp_path, seconds_of_a_run, s
     """Files and signatures are checked by a real server; every attempt is a machine without local copies."""
     compression = new_compression(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{compression.workspace / 'mlflow.db'}")
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}, {seconds_of_a_run:.1f} s a run")
-    hits = kill_again_and_again(compression, "s3://bivlm/work", s3_files / "work", seed, 0.7 * seconds_of_a_run)
-    print(f"{hits} of {KILLS} kills found it at work")
+    kill_again_and_again(compression, "s3://bivlm/work", s3_files / "work", seconds_of_a_run)
     open_workspace.cache_clear()
     assert_as_if_left_in_peace(compression, compressed, "s3://bivlm/work", compression.client)
     stored = [path for path in s3_files.rglob("*") if path.is_file()]

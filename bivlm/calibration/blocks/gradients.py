@@ -75,12 +75,15 @@ def token_gradients(
     slopes: dict[str, list[torch.Tensor | None]] = {unit.name: [None] * len(samples) for unit in units}
     last = units[-1]
     adaptors = [unit.name for unit in units if unit.component == "adaptor"]
+    with_image = []
     with model.at_end() as step:
         for number in range(len(samples)):
+            sample = samples[number]
+            with_image.append(has_image(sample))
             given = outputs_at({name: outputs[name] for name in [*adaptors, last.name]}, number)
-            slopes[last.name][number] = _answer_slope(step, samples[number], given, last.name, seed + number)
+            slopes[last.name][number] = _answer_slope(step, sample, given, last.name, seed + number)
     if balanced:
-        slopes[last.name] = _balance(slopes[last.name], [has_image(samples[number]) for number in range(len(samples))])
+        _balance([slope for slope in slopes[last.name] if slope is not None], with_image)
     for unit in reversed(units):
         found = _backward(model, unit, samples, outputs, slopes, _Wanted(squares, moments))
         _check_finite(model, found)
@@ -135,16 +138,15 @@ def _answer_slope(
     return torch.autograd.grad(predicting, leaf, draw)[0].cpu()
 
 
-def _balance(slopes: list[torch.Tensor | None], with_image: list[bool]) -> list[torch.Tensor | None]:
-    """Scale samples with and without an image, so that the squares of either kind have the mean of all."""
-    squares = [float(slope.to(torch.float64).square().sum()) if slope is not None else 0.0 for slope in slopes]
-    means = {
-        kind: fmean(square for square, own in zip(squares, with_image, strict=True) if own == kind)
-        for kind in set(with_image)
-    }
+def _balance(slopes: list[torch.Tensor], with_image: list[bool]) -> None:
+    """Scale samples with and without an image in place, so that the squares of either kind have the mean of all."""
+    squares = [float(slope.to(torch.float64).square().sum()) for slope in slopes]
     mean = fmean(squares)
-    factors = {kind: math.sqrt(mean / own) if own else 0.0 for kind, own in means.items()}
-    return [None if slope is None else slope * factors[kind] for slope, kind in zip(slopes, with_image, strict=True)]
+    for kind in set(with_image):
+        own = [number for number, image in enumerate(with_image) if image == kind]
+        if before := fmean(squares[number] for number in own):
+            for number in own:
+                slopes[number].mul_(math.sqrt(mean / before))
 
 
 def curvature_draw(logits_TV: torch.Tensor, seed: int) -> torch.Tensor:
