@@ -124,17 +124,19 @@ class TestSearch:
         # Free ends are worth the bits of a state, and an error falls by four with a bit per number.
         assert least < excess < least * 1.05 * 4 ** (state_bits / length)
 
+    # Around the seam of a short sequence its two ends overlap; a whole tile is long enough for the best seam.
     @pytest.mark.slow
     @pytest.mark.parametrize("rate", [1.0, 2.0])
-    def test_hardly_any_seam_is_better_than_the_one_found(self, rate):
+    @pytest.mark.parametrize(("length", "sequences", "bound"), [(64, 12, 1.1), (256, 4, 1.01)])
+    def test_hardly_any_seam_is_better_than_the_one_found(self, rate, length, sequences, bound):
         code, kept, lost = trellis_code(12, rate), 0.0, 0.0
         seams = np.arange(1 << 12 - code.pattern[0])
         begin = np.where(np.arange(1 << 12) % len(seams) == seams[:, None], 0, np.inf)
-        for x in gaussian(2, 64, seed=10):
+        for x in gaussian(sequences, length, seed=10):
             ends = best_error(x, code, begin).reshape(len(seams), -1, len(seams)).min(1)
             kept += ends.diagonal().min()
             lost += squared_error(x[None], searched(x[None], code), code)[0]
-        assert kept - 1e-6 <= lost < 1.05 * kept
+        assert kept - 1e-6 <= lost < bound * kept
 
     def test_weights_count(self):
         code, x = trellis_code(12, 1.5), gaussian(4, 90, seed=3)
