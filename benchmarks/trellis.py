@@ -1,9 +1,9 @@
 """Error and speed of the trellis: ``python -m benchmarks.trellis [--size 2048]``.
 
-First the mean squared error of every shipped code on a unit Gaussian, in sequences of 256. Then, with and without
-native code, each in a process of its own, millions of weights a second of CPU time in one thread: quantizing a square
-layer with feedback to its inputs and to both sides, reading the levels of its bits, and rebuilding the weight, not
-rotated and rotated on both sides. The best of three; without native code a smaller layer.
+First the mean squared error of every shipped code on a Gaussian, relative to its variance, in sequences of 256. Then,
+with and without native code, each in a process of its own, millions of weights a second of CPU time in one thread:
+quantizing a square layer, reading the levels of its bits, and rebuilding the weight. The best of three; without native
+code a smaller layer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +25,13 @@ from bivlm.methods.base import LayerPlan
 from bivlm.numerics import trellis
 from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.numerics.trellis import RATES, STATE_BITS, levels_of, trellis_code
-from bivlm.packing import container, unpack
-from bivlm.packing.trellis import level_indices
+from bivlm.numerics.trellis_tiles import Tiles
+from bivlm.packing import unpack
 
 LENGTH, SEQUENCES = 256, 400
 SMALL = 256  # columns and rows of the layer without native code
 REPEATS = 3
+T = TypeVar("T")
 
 
 def errors() -> None:
@@ -42,7 +44,8 @@ def errors() -> None:
             code = trellis_code(state_bits, rate)
             x = np.random.default_rng(0).standard_normal((SEQUENCES, LENGTH), dtype=np.float32)
             levels = levels_of(code.magnitudes)
-            found.append(float(np.square(x - levels[trellis.search(x, code, levels)[1]]).mean()))
+            error = np.square(x - levels[trellis.search(x, code, levels)[1]]).mean() / np.square(x).mean()
+            found.append(float(error))
         print(f"2^{state_bits} states " + "".join(f"{error:8.4f}" for error in found), flush=True)
     print(f"{'Shannon':<12}" + "".join(f"{4.0**-rate:8.4f}" for rate in RATES))
 
@@ -55,29 +58,33 @@ def speeds(size: int) -> None:
     inputs = SiteStatistics(x.T @ x, torch.zeros(size), torch.zeros(size), {"text": 2 * size}, None, s.T @ s)
     chosen = method("trellis")
     print(f"{'native code' if kernels.native() else 'numpy alone'}, {size} x {size}, M weights/s")
-    for feedback in ("none", "inputs", "both"):
-        settings = chosen.Settings.model_validate({"method": "trellis", "feedback": feedback})
+    packed = {}
+    for feedback, rotate in (("none", "none"), ("none", "both"), ("inputs", "both"), ("both", "both")):
+        settings = chosen.Settings.model_validate({"method": "trellis", "feedback": feedback, "rotate": rotate})
         parameters = settings.model_dump(mode="json", exclude={"method"})
         plan = LayerPlan(method="trellis", version=chosen.version, shape=(size, size), parameters=parameters)
-        _say(f"quantizing, feedback {feedback}", size, lambda plan=plan: chosen.quantize(weight, plan, inputs))
-    for rotate in ("none", "both"):
-        settings = chosen.Settings.model_validate({"method": "trellis", "feedback": "none", "rotate": rotate})
-        parameters = settings.model_dump(mode="json", exclude={"method"})
-        plan = LayerPlan(method="trellis", version=chosen.version, shape=(size, size), parameters=parameters)
-        packed = chosen.quantize(weight, plan).packed
-        header = container.read_header(packed)
-        if rotate == "none":
-            _say("reading levels", size, lambda packed=packed, header=header: level_indices(packed, header))
-        _say(f"rebuilding, rotated: {rotate}", size, lambda packed=packed: unpack(packed, check=False))
+        made = _say(
+            f"quantizing, feedback {feedback}, rotated {rotate}",
+            size,
+            lambda plan=plan: chosen.quantize(weight, plan, inputs),
+        )
+        packed[f"feedback {feedback}, rotated {rotate}"] = made.packed
+    code, lengths = trellis_code(12, 2.0), Tiles((size, size), 1).lengths
+    stream = np.random.default_rng(0).integers(0, 256, size * size // 4, dtype=np.uint8)
+    _say("reading levels", size, lambda: trellis.read(stream, lengths, code))
+    for name, each in packed.items():
+        _say(f"rebuilding, {name}", size, lambda each=each: unpack(each, check=False))
 
 
-def _say(what: str, size: int, work: Callable[[], object]) -> None:
+def _say(what: str, size: int, work: Callable[[], T]) -> T:
+    """Print the speed of the best of some runs; return what the last one made."""
     seconds = []
     for _ in range(REPEATS):
         started = time.process_time()
-        work()
+        made = work()
         seconds.append(time.process_time() - started)
-    print(f"  {what:<32}{size * size / min(seconds) / 1e6:>10.2f}", flush=True)
+    print(f"  {what:<45}{size * size / min(seconds) / 1e6:>10.2f}", flush=True)
+    return made
 
 
 def main() -> None:

@@ -491,28 +491,56 @@ EXPORT void bivlm_rotate(float *x, int64_t rows, int64_t width, int64_t part, fl
 }
 
 /* The weight that levels stand for, see bivlm/numerics/trellis_tiles.py: some columns at a time, each in one piece. */
-enum { STRIP = 16, AHEAD = 16 };
+enum { STRIP = 128 };
 
 static void look_up_plain(const uint8_t *indices, const float *levels, float *to, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] = levels[indices[i] & (LEVELS - 1)];
 }
 
-static void store_columns_plain(const float *strip, int64_t apart, int64_t rows, int64_t count, float *out,
-                                int64_t columns, int64_t from) {
-    for (int64_t i = from; i < rows; i++)
-        for (int64_t c = 0; c < count; c++) out[i * columns + c] = strip[c * apart + i];
+/* Rows i to `rows` and columns c to `columns` of a strip, whose column 0 is the weight's column `left`. */
+static void look_up_corner(const uint8_t *const *diagonal, const float *levels, int64_t left, int64_t i, int64_t rows,
+                           int64_t c, int64_t columns, float *strip, int64_t apart) {
+    for (; i < rows; i++)
+        for (int64_t k = c; k < columns; k++)
+            strip[k * apart + i] = levels[diagonal[left + k + i][i] & (LEVELS - 1)];
+}
+
+static void store_corner(const float *strip, int64_t apart, int64_t i, int64_t rows, int64_t c, int64_t columns,
+                         float *out, int64_t out_apart) {
+    for (; i < rows; i++)
+        for (int64_t k = c; k < columns; k++) out[i * out_apart + k] = strip[k * apart + i];
 }
 
 #ifdef X86
+AVX2 static inline __m256 eight_levels(__m128i indices, const float *levels) {
+    const __m256i index = _mm256_cvtepu8_epi32(indices);
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
 AVX2 static void look_up_avx2(const uint8_t *indices, const float *levels, float *to, int64_t count) {
-    const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8);
     int64_t i = 0;
-    for (; i + 8 <= count; i += 8) {
-        const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(indices + i)));
-        const __m256 a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
-        _mm256_storeu_ps(to + i, _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
-    }
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(to + i, eight_levels(_mm_loadl_epi64((const __m128i *)(indices + i)), levels));
     look_up_plain(indices + i, levels, to + i, count - i);
+}
+
+/* Sixteen rows from i on of sixteen columns; `diagonal` is that of row 0 and the first of them. Byte k of a column is
+   that of the diagonal k further on: each time that `by` doubles, the vectors are right in one more bit of k. */
+AVX2 static void look_up_block(const uint8_t *const *diagonal, int64_t i, const float *levels, float *to,
+                               int64_t apart) {
+    const __m128i row = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m128i column[31];
+    for (int k = 0; k < 31; k++) column[k] = _mm_loadu_si128((const __m128i *)(diagonal[i + k] + i));
+    for (int by = 1, count = 31 - by; by < 16; by *= 2, count -= by) {
+        const __m128i bit = _mm_set1_epi8((char)by), there = _mm_cmpeq_epi8(_mm_and_si128(row, bit), bit);
+        for (int k = 0; k < count; k++) column[k] = _mm_blendv_epi8(column[k], column[k + by], there);
+    }
+    for (int k = 0; k < 16; k++) {
+        _mm256_storeu_ps(to + k * apart + i, eight_levels(column[k], levels));
+        _mm256_storeu_ps(to + k * apart + i + 8, eight_levels(_mm_srli_si128(column[k], 8), levels));
+    }
 }
 
 /* Eight columns' eight rows as eight rows' eight columns. */
@@ -534,15 +562,40 @@ AVX2 static inline void store_block(const float *strip, int64_t apart, float *ou
         _mm256_storeu_ps(out + (i + 4) * columns, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
     }
 }
-
-AVX2 static int64_t store_columns_avx2(const float *strip, int64_t apart, int64_t rows, float *out, int64_t columns) {
-    int64_t i = 0;
-    for (; i + 8 <= rows; i += 8)
-        for (int64_t c = 0; c < STRIP; c += 8)
-            store_block(strip + c * apart + i, apart, out + i * columns + c, columns);
-    return i;
-}
 #endif
+
+/* A strip's columns of a weight in antidiagonals: `diagonal` is where row 0 of each would be, `end` the last one's. */
+static void look_up_diagonals(const uint8_t *const *diagonal, int64_t diagonals, const uint8_t *end,
+                              const float *levels, int64_t left, int64_t rows, int64_t count, float *strip,
+                              int64_t apart) {
+    int64_t i = 0;
+#ifdef X86
+    for (; with_avx2() && i + 16 <= rows; i += 16) {
+        /* Each diagonal lies in a page of its own. */
+        const int64_t next = left + count + i + 32;
+        for (int64_t d = next; d < next + 16 && d < diagonals; d++) __builtin_prefetch(diagonal[d] + i + 32);
+        int64_t c = 0;
+        for (; c + 16 <= count && diagonal[left + c + i + 30] + i + 16 <= end; c += 16)
+            look_up_block(diagonal + left + c, i, levels, strip + c * apart, apart);
+        look_up_corner(diagonal, levels, left, i, i + 16, c, count, strip, apart);
+    }
+#else
+    (void)diagonals, (void)end;
+#endif
+    look_up_corner(diagonal, levels, left, i, rows, 0, count, strip, apart);
+}
+
+static void store_strip(const float *strip, int64_t apart, int64_t rows, int64_t count, float *out, int64_t columns) {
+    int64_t i = 0;
+#ifdef X86
+    for (; with_avx2() && i + 8 <= rows; i += 8) {
+        int64_t c = 0;
+        for (; c + 8 <= count; c += 8) store_block(strip + c * apart + i, apart, out + i * columns + c, columns);
+        store_corner(strip, apart, i, i + 8, c, count, out, columns);
+    }
+#endif
+    store_corner(strip, apart, i, rows, 0, count, out, columns);
+}
 
 /* out[rows][columns] of the levels' numbers in tiles' order: by bands, of which `ends` are the last rows (exclusive),
    or without bands by antidiagonals. With `part` the outputs are rotated back. Returns 1 without memory. */
@@ -551,48 +604,33 @@ EXPORT int bivlm_trellis_weight(const uint8_t *indices, const float *levels, int
                                 const float *second, float *out) {
     const Rotation by = {rows, part, factor, first, second};
     void (*look_up)(const uint8_t *, const float *, float *, int64_t) = look_up_plain;
-    int fast = 0;
 #ifdef X86
-    fast = with_avx2();
-    if (fast) look_up = look_up_avx2;
+    if (with_avx2()) look_up = look_up_avx2;
 #endif
     const int64_t apart = (rows + 31) / 16 * 16; /* with a power of two a row's floats would share a place in caches */
+    const int64_t diagonals = bands ? 0 : rows + columns - 1;
     float *strip = malloc(sizeof(float) * STRIP * (size_t)apart);
-    int64_t *begins = malloc(sizeof(int64_t) * (size_t)(rows + columns)); /* of antidiagonals */
-    if (!strip || !begins) {
-        free(strip), free(begins);
+    const uint8_t **diagonal = malloc(sizeof(*diagonal) * (size_t)(diagonals + 1)); /* where row 0 of each would be */
+    if (!strip || !diagonal) {
+        free(strip), free(diagonal);
         return 1;
     }
-    for (int64_t d = 0, at = 0; d < rows + columns - 1; d++) {
-        begins[d] = at;
-        at += (d < rows ? d : rows - 1) - (d < columns ? 0 : d - columns + 1) + 1;
+    for (int64_t d = 0, at = 0; d < diagonals; d++) {
+        const int64_t top = d < columns ? 0 : d - columns + 1;
+        diagonal[d] = indices + (at - top);
+        at += (d < rows ? d : rows - 1) - top + 1;
     }
     for (int64_t left = 0; left < columns; left += STRIP) {
         const int64_t count = columns - left < STRIP ? columns - left : STRIP;
+        if (!bands)
+            look_up_diagonals(diagonal, diagonals, indices + rows * columns, levels, left, rows, count, strip, apart);
         for (int64_t b = 0, begin = 0; b < bands; begin = ends[b++])
             for (int64_t c = 0; c < count; c++)
                 look_up(indices + begin * columns + (left + c) * (ends[b] - begin), levels, strip + c * apart + begin,
                         ends[b] - begin);
-        for (int64_t d = left; !bands && d < left + count + rows - 1; d++) {
-            const int64_t top = d < columns ? 0 : d - columns + 1;
-            const int64_t from = d - left - count + 1 > top ? d - left - count + 1 : top;
-            const int64_t to = d - left < rows - 1 ? d - left : rows - 1;
-            const uint8_t *level = indices + begins[d] - top;
-#if defined(__GNUC__)
-            if (d + AHEAD < rows + columns - 1) { /* each diagonal lies in a page of its own */
-                const int64_t before = d + AHEAD < columns ? 0 : d + AHEAD - columns + 1;
-                __builtin_prefetch(indices + begins[d + AHEAD] + to - before);
-            }
-#endif
-            for (int64_t i = from; i <= to; i++) strip[(d - i - left) * apart + i] = levels[level[i] & (LEVELS - 1)];
-        }
         for (int64_t c = 0; part && c < count; c++) rotate_row_back(strip + c * apart, &by);
-        int64_t stored = 0;
-#ifdef X86
-        if (fast && count == STRIP) stored = store_columns_avx2(strip, apart, rows, out + left, columns);
-#endif
-        store_columns_plain(strip, apart, rows, count, out + left, columns, stored);
+        store_strip(strip, apart, rows, count, out + left, columns);
     }
-    free(strip), free(begins);
+    free(strip), free(diagonal);
     return 0;
 }
