@@ -4,7 +4,7 @@ Every row is a recipe that differs from another row's in one thing. Each is comp
 rotations, on the reference model, by ``bivlm leaderboard``; all figures are of the packed checkpoints. A killed run
 resumes. Means over seeds of: stored bits per weight, the error of weights and of layers' outputs, the divergence from
 full precision (nats per token; of short and long replies apart), the accuracy with the half width of its interval over
-questions, and the seconds that compressing took.
+questions, and the seconds that compressing took. The row with text is judged on held-out samples of its own mixture.
 """
 
 from __future__ import annotations
@@ -100,28 +100,37 @@ def figures(folder: Path, entry: dict[str, Any]) -> dict[str, float]:
 
 def ladder(output: Path, rate: float, wanted: list[str], seeds: int, questions: int) -> Iterator[str]:
     """Compress what is missing, and yield the lines of the table."""
-    chosen = {name: row for name, row in rows(rate).items() if not wanted or name in wanted}
     output.mkdir(parents=True, exist_ok=True)
-    names: dict[str, list[str]] = {}
-    files = []
-    for number, (name, row) in enumerate(chosen.items()):
+    labels: dict[str, list[str]] = {}
+    boards: dict[str, list[str]] = {}
+    for number, (name, row) in enumerate(rows(rate).items()):
+        if wanted and name not in wanted:
+            continue
+        board = f"board-{rate:g}" + ("-texts" if row.get("calibration") == TEXT else "")
         for seed in range(seeds if row["method"]["method"] == "trellis" else 1):
             label = f"{rate:g}-{number:02d}-{seed}"
-            file = output / f"{label}.yaml"
-            file.write_text(yaml.safe_dump(recipe(label, row, seed)))
-            files.append(str(file))
-            names.setdefault(name, []).append(label)
-    board = output / f"board-{rate:g}"
-    asked = ["--model", str(CHECKPOINT), "--questions", str(questions), "--workspace", str(output / "workspace")]
-    command = [sys.executable, "-m", "flows.cli", "leaderboard", *asked, "--recipes", *files, "--output", str(board)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    entries = {entry["recipe"]: entry for entry in json.loads((board / "board.json").read_text())["entries"]}
+            (output / f"{label}.yaml").write_text(yaml.safe_dump(recipe(label, row, seed)))
+            labels.setdefault(name, []).append(label)
+            boards.setdefault(board, []).append(label)
+    found = {
+        label: figures for board, some in boards.items() for label, figures in _measured(output, board, some, questions)
+    }
     yield f"{'at ' + format(rate, 'g') + ' bits':<22}" + "".join(f"{column:>9}" for column in COLUMNS)
-    for name, labels in names.items():
-        found = [figures(board / label, entries[label]) for label in labels]
-        means = {column: fmean(each[column] for each in found) for column in COLUMNS}
+    for name, some in labels.items():
+        means = {column: fmean(found[label][column] for label in some) for column in COLUMNS}
         digits = {"bits": 3, "accuracy": 1, "±": 1, "seconds": 0}
         yield f"{name:<22}" + "".join(f"{means[column]:9.{digits.get(column, 4)}f}" for column in COLUMNS)
+
+
+def _measured(output: Path, board: str, labels: list[str], questions: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the labels of a board's recipes and their figures, once all are compressed."""
+    files = [str(output / f"{label}.yaml") for label in labels]
+    asked = ["--model", str(CHECKPOINT), "--questions", str(questions), "--workspace", str(output / "workspace")]
+    command = [sys.executable, "-m", "flows.cli", "leaderboard", *asked, "--recipes", *files]
+    subprocess.run([*command, "--output", str(output / board)], check=True, stdout=subprocess.DEVNULL)
+    for entry in json.loads((output / board / "board.json").read_text())["entries"]:
+        if entry["recipe"] in labels:
+            yield entry["recipe"], figures(output / board / entry["recipe"], entry)
 
 
 def main() -> None:
