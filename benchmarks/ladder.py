@@ -4,12 +4,14 @@ Every row is a recipe that differs from another row's in one thing. Each is comp
 rotations, on the reference model, by ``bivlm leaderboard``; all figures are of the packed checkpoints. A killed run
 resumes. Means over seeds of: stored bits per weight, the error of weights and of layers' outputs, the divergence from
 full precision (nats per token; of short and long replies apart), the accuracy with the half width of its interval over
-questions, and the seconds that compressing took. The row with text is judged on held-out samples of its own mixture.
+questions, and the seconds that compressing took; also as ``ladder.csv`` in the folder. The row with text is judged on
+held-out samples of its own mixture.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -98,8 +100,10 @@ def figures(folder: Path, entry: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def ladder(output: Path, rate: float, wanted: list[str], seeds: int, questions: int) -> Iterator[str]:
-    """Compress what is missing, and yield the lines of the table."""
+def ladder(
+    output: Path, rate: float, wanted: list[str], seeds: int, questions: int
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Compress what is missing, and yield the name and the figures of each row."""
     output.mkdir(parents=True, exist_ok=True)
     labels: dict[str, list[str]] = {}
     boards: dict[str, list[str]] = {}
@@ -115,11 +119,10 @@ def ladder(output: Path, rate: float, wanted: list[str], seeds: int, questions: 
     found = {
         label: figures for board, some in boards.items() for label, figures in _measured(output, board, some, questions)
     }
-    yield f"{'at ' + format(rate, 'g') + ' bits':<22}" + "".join(f"{column:>9}" for column in COLUMNS)
+    digits = {"bits": 3, "accuracy": 1, "±": 1, "seconds": 0}
     for name, some in labels.items():
         means = {column: fmean(found[label][column] for label in some) for column in COLUMNS}
-        digits = {"bits": 3, "accuracy": 1, "±": 1, "seconds": 0}
-        yield f"{name:<22}" + "".join(f"{means[column]:9.{digits.get(column, 4)}f}" for column in COLUMNS)
+        yield name, {column: f"{mean:.{digits.get(column, 4)}f}" for column, mean in means.items()}
 
 
 def _measured(output: Path, board: str, labels: list[str], questions: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -142,9 +145,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=250, help="of each set")
     given = parser.parse_args()
+    table = []
     for rate in given.rates:
-        for line in ladder(given.output, rate, given.rows, given.seeds, given.questions):
-            print(line, flush=True)
+        print(f"{f'at {rate:g} bits':<22}" + "".join(f"{column:>9}" for column in COLUMNS))
+        for name, means in ladder(given.output, rate, given.rows, given.seeds, given.questions):
+            print(f"{name:<22}" + "".join(f"{means[column]:>9}" for column in COLUMNS), flush=True)
+            table.append({"rate": f"{rate:g}", "recipe": name} | means)
+    with (given.output / "ladder.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
 
 
 if __name__ == "__main__":

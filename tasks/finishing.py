@@ -10,7 +10,7 @@ from prefect import task
 
 from bivlm.calibration.frozen import load_samples
 from bivlm.checkpoint.safetensors_file import file_order, outgoing_tensor, write_tensors
-from bivlm.compression.finishing import FinishSettings, Leftover, finish
+from bivlm.compression.finishing import Finished, FinishSettings, Leftover, finish
 from bivlm.compression.layer import measure
 from bivlm.evaluation.divergence import StoredLogProbabilities, reference_logits
 from bivlm.evaluation.generation import default_batch_size, load_model
@@ -81,22 +81,27 @@ def finish_layers(
                     lambda size: finish(*arguments, leftovers=stored, together=size),
                     min(default_batch_size(model), settings.batch),
                 )
-        for name, tensor in finished.packed.items():
-            (place / name).write_bytes(memoryview(tensor.numpy()))
-        if finished.leftovers:
-            tensors = [outgoing_tensor(name, values) for name, values in finished.leftovers.items()]
-            write_tensors(place / LEFTOVERS_FILE, file_order(tensors))
-        return {
-            "kl_before": finished.kl_before,
-            "kl_after": finished.kl_after,
-            "steps": finished.steps,
-            "learning_rate": finished.learning_rate,
-            **({"leftovers": sorted(finished.leftovers)} if finished.leftovers else {}),
-        }
+        return _write(finished, place)
 
     tuned = do_step(store, identity, tune)
     bar.reach(settings.steps)
     return {layer.name: _measured(layer, shards[layer.name], tuned, store) for layer in layers}, [known, tuned]
+
+
+def _write(finished: Finished, place: Path) -> Figures:
+    """Write the tuned layers and leftovers; return the step's figures."""
+    for name, tensor in finished.packed.items():
+        (place / name).write_bytes(memoryview(tensor.numpy()))
+    if finished.leftovers:
+        tensors = [outgoing_tensor(name, values) for name, values in finished.leftovers.items()]
+        write_tensors(place / LEFTOVERS_FILE, file_order(tensors))
+    return {
+        "kl_before": finished.kl_before,
+        "kl_after": finished.kl_after,
+        "steps": finished.steps,
+        "learning_rate": finished.learning_rate,
+        **({"leftovers": sorted(finished.leftovers)} if finished.leftovers else {}),
+    }
 
 
 def _write_logits(base: Base, frozen: StepResult, device: Device, store: Workspace, file: Path) -> Figures:

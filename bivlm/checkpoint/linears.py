@@ -140,9 +140,7 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
     both are on disk, see `tied_tensors`. Raises `InputError` for an unknown architecture, a checkpoint quantized by
     another method, and a Linear whose weight is missing on disk, there twice, or not of the config's shape.
     """
-    quantized_by = (checkpoint.quantization or {}).get("quant_method", QUANT_METHOD)
-    if quantized_by != QUANT_METHOD:
-        raise InputError(f"checkpoint {checkpoint.folder}: quantized by {quantized_by}; expected full precision")
+    _check_full_precision(checkpoint)
     model = skeleton(checkpoint)
     members = members_of(model, checkpoint.modules)
     loaded = loaded_names(model, checkpoint.entries)
@@ -193,6 +191,12 @@ def anatomy(checkpoint: Checkpoint) -> Anatomy:
         left.append(_left_alone(entry, kind, members.component(goal.names[0]), copies, name))
     head = names.get(model.get_output_embeddings())
     return Anatomy(found, left, tokens, head if head in {linear.name for linear in found} else None)
+
+
+def _check_full_precision(checkpoint: Checkpoint) -> None:
+    quantized_by = (checkpoint.quantization or {}).get("quant_method", QUANT_METHOD)
+    if quantized_by != QUANT_METHOD:
+        raise InputError(f"checkpoint {checkpoint.folder}: quantized by {quantized_by}; expected full precision")
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -107,17 +107,11 @@ def finish(
     before = judge()
     if not math.isfinite(before):
         raise not_finite(model, f"the divergence of its packed layers is {before} before the first step")
-    best, steps, every = before, 0, max(1, settings.steps // JUDGEMENTS)
+    best, steps = before, 0
     for attempt in range(RATES):
-        tried, lowest, found = settings.learning_rate / SLOWER**attempt, before, 0
-        for step in _descent(tuned, answers, tuning, settings, tried):
-            report(step, 2 * settings.steps)
-            if step % every == 0 or step == settings.steps:
-                judged = judge()
-                if judged < lowest:
-                    lowest, found = judged, step
-                if step - found >= PATIENCE * every:
-                    break
+        tried = settings.learning_rate / SLOWER**attempt
+        descent = _descent(tuned, answers, tuning, settings, tried)
+        lowest, found = _lowest(descent, judge, before, settings.steps, report)
         _restart(tuned)
         if lowest < best or not steps:
             best, steps, rate = lowest, found, tried
@@ -128,6 +122,20 @@ def finish(
     report(2 * settings.steps, 2 * settings.steps)
     moved = {name: values for each in kept for name, values in each.stored().items()} if steps else {}
     return Finished({layer.name: layer.packed() for layer in layers}, moved, before, best, steps, rate)
+
+
+def _lowest(descent: Iterator[int], judge: _Judge, before: float, steps: int, report: Progress) -> tuple[float, int]:
+    """Return the smallest divergence on the way down and after how many steps it was; stop where it only rises."""
+    lowest, found, every = before, 0, max(1, steps // JUDGEMENTS)
+    for step in descent:
+        report(step, 2 * steps)
+        if step % every == 0 or step == steps:
+            judged = judge()
+            if judged < lowest:
+                lowest, found = judged, step
+            if step - found >= PATIENCE * every:
+                break
+    return lowest, found
 
 
 def _descent(

@@ -86,7 +86,9 @@ def test_any_bits_are_rebuilt_in_the_bytes_announced(rows, columns, layout, dtyp
 
 
 @pytest.mark.skipif(kernels.native() is None, reason="the native code was not built")
-@pytest.mark.parametrize("shape", [(300, 70), (1, 700), (700, 1), (127, 129), (8, 16), (257, 33), (100, 300), (16, 272)])
+@pytest.mark.parametrize(
+    "shape", [(300, 70), (1, 700), (700, 1), (127, 129), (8, 16), (257, 33), (100, 300), (16, 272)]
+)
 @given(layout=LAYOUTS)
 @settings(max_examples=20, deadline=None)
 def test_native_code_rebuilds_the_bytes_that_numpy_and_torch_rebuild(shape, layout):
