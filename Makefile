@@ -10,7 +10,7 @@ SERVERS ?= .servers
 install: $(STAMP)
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
-$(STAMP): pyproject.toml constraints.txt bivlm/kernels/native.c
+$(STAMP): pyproject.toml constraints.txt $(wildcard bivlm/kernels/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say which: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)

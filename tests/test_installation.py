@@ -115,6 +115,7 @@ def test_native_code_is_in_the_wheel_where_it_could_be_built(wheel, wheel_withou
     for each in (wheel, wheel_without_compiler):
         codes = [name for name in names_in(each) if name.startswith("bivlm/numerics/trellis_codes/")]
         assert len(codes) == len(RATES) * len(STATE_BITS)
+        assert "bivlm/numerics/trellis_windows.json" in names_in(each)
 
 
 @pytest.mark.slow

@@ -12,11 +12,16 @@ import torch
 from torch import nn
 
 from bivlm.errors import InputError
-from bivlm.packing import open_packed, unpack, unpack_rows
+from bivlm.packing import open_packed, product, unpack, unpack_rows
+
+MOST_TOKENS = 15  # that are multiplied straight from the bytes: for more, rebuilding a weight pays
 
 
 class PackedLinear(nn.Module):
     """``y = x W^T + b`` with W in its packed bytes; every call rebuilds W in the layer's dtype, uses it and drops it.
+
+    With `straight`, a few tokens without gradients are multiplied straight from the bytes (`bivlm.packing.product`): in
+    float32, then rounded to the layer's dtype.
 
     Attributes:
         weight: uint8 (bytes,), the packed weight, see `bivlm.packing`. A parameter, so that it is saved, moved and
@@ -24,9 +29,11 @@ class PackedLinear(nn.Module):
         bias: (M,) or None.
         name: the module's name in the model, for messages.
         of_dtype: an empty buffer that carries the layer's dtype.
+        straight: whether this machine can do so and should.
     """
 
     of_dtype: torch.Tensor
+    straight = False
 
     def __init__(
         self,
@@ -91,8 +98,16 @@ class PackedLinear(nn.Module):
                 "checkpoint with dequantize 'load'"
             )
         shape = (self.out_features, self.in_features)
+        if self.straight and self._is_a_few_tokens(x):
+            y = _product(x.reshape(-1, self.in_features), self.weight, *shape, f"{self.name}.weight")
+            return (y if self.bias is None else y + self.bias).to(self.dtype).view(*x.shape[:-1], self.out_features)
         weight = _rebuilt(self.weight, *shape, self.dtype, f"{self.name}.weight")
         return nn.functional.linear(x, weight, self.bias)
+
+    def _is_a_few_tokens(self, x: torch.Tensor) -> bool:
+        if x.dtype != self.dtype or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        return 0 < x.numel() <= MOST_TOKENS * self.in_features and not (torch.is_grad_enabled() and x.requires_grad)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """Return an ordinary layer with W and this layer's bias in `dtype` (by default this layer's)."""
@@ -198,6 +213,16 @@ def _rebuilt(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, 
 @_rebuilt.register_fake
 def _(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: str) -> torch.Tensor:
     return packed.new_empty(rows, columns, dtype=dtype)
+
+
+@torch.library.custom_op("bivlm::product", mutates_args=())
+def _product(x_TN: torch.Tensor, packed: torch.Tensor, rows: int, columns: int, name: str) -> torch.Tensor:
+    return product(packed.data, x_TN.to(torch.float32), name)
+
+
+@_product.register_fake
+def _(x_TN: torch.Tensor, packed: torch.Tensor, rows: int, columns: int, name: str) -> torch.Tensor:
+    return x_TN.new_empty(x_TN.shape[0], rows, dtype=torch.float32)
 
 
 @torch.library.custom_op("bivlm::rebuilt_rows", mutates_args=())

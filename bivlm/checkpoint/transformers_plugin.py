@@ -1,12 +1,14 @@
 """Load packed checkpoints with `from_pretrained`.
 
 Importing this module registers ``quant_method: bivlm`` with transformers. Nothing has to be passed: the checkpoint's
-config selects it. Two ways to use the packed weights:
+config selects it. Three ways to use the packed weights:
 
 - ``dequantize: load`` (as written): rebuild them once, layer by layer, into ordinary linear layers. The result is an
   ordinary model; saving it writes the rebuilt weights and no quantization config.
 - ``dequantize: forward``: keep the packed bytes and rebuild a weight each time its layer is called. Saving it writes
   the packed bytes again.
+- ``dequantize: packed``: the same, and multiply a few tokens straight from the bytes where this machine can, in
+  float32: on a CPU with AVX2, a trellis with tables by windows.
 
 The checkpoint's way is overridden with ``from_pretrained(folder, quantization_config=BiVLMConfig(dequantize=...))``.
 
@@ -35,20 +37,20 @@ from bivlm.checkpoint.packed_modules import PackedEmbedding, PackedLinear
 from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD, Checkpoint, check_quantization
 from bivlm.checkpoint.safetensors_file import TensorEntry, read_entries
 from bivlm.errors import InputError
-from bivlm.packing import unpack
+from bivlm.packing import multiplies, unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Dequantize = Literal["load", "forward"]
+Dequantize = Literal["load", "forward", "packed"]
 
 
 @register_quantization_config(QUANT_METHOD)
 class BiVLMConfig(QuantizationConfigMixin):
     """The quantization config of a packed checkpoint.
 
-    `when` is "load" or "forward", written ``dequantize`` in config.json; `packed` holds the byte length of every
-    packed weight by the linear's name in the loaded model. Keys it does not know are kept.
+    `when` is "load", "forward" or "packed", written ``dequantize`` in config.json; `packed` holds the byte length of
+    every packed weight by the linear's name in the loaded model. Keys it does not know are kept.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class BiVLMConfig(QuantizationConfigMixin):
         **further: Any,
     ):
         if dequantize not in get_args(Dequantize):
-            raise InputError(f"quantization_config: dequantize {dequantize!r}, expected 'load' or 'forward'")
+            ways = ", ".join(map(repr, get_args(Dequantize)))
+            raise InputError(f"quantization_config: dequantize {dequantize!r}, expected one of {ways}")
         self.quant_method = quant_method  # type: ignore[assignment]  # theirs lists only the built-in ones
         self.format = format
         self.when = dequantize
@@ -128,8 +131,8 @@ class BiVLMQuantizer(HfQuantizer):
         experts = self._experts(model)
         if experts and not self.quantization_config.dequantize:
             raise InputError(
-                f"quantization_config: dequantize 'forward': expected 'load', since experts ({experts[0]} and "
-                f"{len(experts) - 1} more) are rebuilt before transformers stacks them"
+                f"quantization_config: dequantize {self.quantization_config.when!r}: expected 'load', since experts "
+                f"({experts[0]} and {len(experts) - 1} more) are rebuilt before transformers stacks them"
             )
         packed = {}
         for name, nbytes in self.quantization_config.packed.items():
@@ -182,6 +185,7 @@ class BiVLMQuantizer(HfQuantizer):
                 module.verify()
             if isinstance(module, PackedLinear):
                 module.trim_bias()
+                module.straight = self.quantization_config.when == "packed" and multiplies(module.weight.data)
         if self.quantization_config.dequantize:
             return self._dequantize(model)
         if any(isinstance(table, _PACKED) for table in _tables(model)):

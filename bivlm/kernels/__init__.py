@@ -1,7 +1,8 @@
-"""Native code, and what runs in its place where it was not built: `native.c`, plain C called through ctypes.
+"""Native code, and what runs in its place where it was not built: `native.c` and others, plain C called through ctypes.
 
-Every function here gives the same bytes either way: floating-point sums have a fixed order in both. The extension is
-optional at installation; ``BIVLM_NATIVE=0`` in the environment leaves it out.
+Every function here gives the same bytes either way: floating-point sums have a fixed order in both. Products with
+packed weights are there natively or not at all. The extension is optional at installation; ``BIVLM_NATIVE=0`` in the
+environment leaves it out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from bivlm.errors import describe
 
 _SWITCH = "BIVLM_NATIVE"
-_INTERFACE = 2  # of native.c
+_INTERFACE = 3  # of native.c
 
 
 def switched_off() -> bool:

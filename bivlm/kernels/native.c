@@ -3,30 +3,11 @@
    Sums run in a fixed order and products are not fused into them (-ffp-contract=off), so that every compiler, thread
    count and instruction set gives the same floats. Build flags are in pyproject.toml. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define X86 1
-#define AVX2 __attribute__((target("avx2")))
-#if defined(__linux__) && !defined(__clang__)
-#define WIDEST __attribute__((target_clones("avx2", "default")))
-#endif
-#endif
-#ifndef WIDEST
-#define WIDEST
-#endif
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
+#include "native.h"
 
 /* Raised when a function changes: the Python side takes a library of its own number alone. */
-enum { INTERFACE = 2 };
-enum { LEVELS = 16, SHORTEST = 64 };
+enum { INTERFACE = 3 };
+enum { LEVELS = 16 };
 #define SATURATED 65535u
 
 EXPORT int64_t bivlm_interface(void) { return INTERFACE; }
@@ -315,15 +296,6 @@ EXPORT void bivlm_feed_rows(float *rest, int64_t rest_apart, const float *shares
 }
 
 /* Read tiles: levels[sum of lengths], the level of every number. Eight bytes behind the stream's end are read. */
-static inline uint64_t word(const uint8_t *stream, int64_t bit) {
-    uint64_t bytes;
-    memcpy(&bytes, stream + (bit >> 3), 8);
-#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-    bytes = __builtin_bswap64(bytes);
-#endif
-    return bytes << (bit & 7);
-}
-
 EXPORT void bivlm_trellis_read(const uint8_t *stream, const int64_t *begins, const int64_t *lengths, int64_t tiles,
                                const uint8_t *pattern, int64_t state_bits, const uint8_t *code, uint8_t *levels) {
     enum { TOGETHER = 12 }; /* steps of up to 3 bits whose windows lie in one word, wherever in a byte it begins */

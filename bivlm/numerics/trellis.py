@@ -11,19 +11,21 @@ first state; one of fewer than 64 numbers begins at state 0 instead. The search 
 free path around it, then the best path that begins and ends there. Path costs are integers, 16 bits: every machine
 finds the same path.
 
-Tables are trained on a unit Gaussian by `benchmarks.trellis_codes` and are part of the format.
+Tables are trained on a unit Gaussian by `benchmarks.trellis_codes` and `.trellis_windows`, and are part of the format.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from itertools import pairwise
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -35,6 +37,14 @@ StateBits = Literal[12, 14, 16]
 STATE_BITS: tuple[int, ...] = get_args(StateBits)
 LEVELS = 16
 MAGNITUDES = LEVELS // 2
+TableKind = Literal["free", "windows"]
+WINDOW_STATE_BITS = 12
+WINDOWS = (0, 4, 8)  # where windows of four bits lie in a state of 12
+# How many of 32 places, from zero on, are a magnitude's: the shares of the states that free tables give them.
+_MAGNITUDE_OF_PLACE = np.repeat(np.arange(MAGNITUDES, dtype=np.uint8), (7, 6, 6, 5, 4, 2, 1, 1))
+INDEX_OF_PLACE = np.concatenate([_MAGNITUDE_OF_PLACE[::-1] + np.uint8(MAGNITUDES), _MAGNITUDE_OF_PLACE])
+PLACES = len(INDEX_OF_PLACE)
+WINDOW_CODES = Path(__file__).with_name("trellis_windows.json")
 PERIOD = 4  # steps, after which a pattern of bits begins again
 SHORTEST = 64  # of the sequences that bite their tail: they have more bits than a state, whatever their rate
 # Of a path's cost in a variance, times the rate: 64 variances at one bit are between the best path and those that are
@@ -55,6 +65,9 @@ class TrellisCode:
         table: uint8 (2, 2^L), the level of a state after a step with bits, and after one without.
         magnitudes: float32 (8,), rising, of a unit Gaussian.
         error: mean squared error on a unit Gaussian, in sequences of 256.
+        windows: of tables by windows, uint8 (2, 3, 16): the level of a state of 12 bits is the one at a place among 64,
+            from the lowest level on, and the place is the exclusive or of what these say of the state's three windows
+            of four bits. So a processor looks up many at once, in registers. Empty for free tables.
     """
 
     state_bits: int
@@ -62,6 +75,7 @@ class TrellisCode:
     table: np.ndarray
     magnitudes: np.ndarray
     error: float
+    windows: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
 
     @property
     def pattern(self) -> tuple[int, ...]:
@@ -90,10 +104,14 @@ def bits_of(rate: float, lengths: np.ndarray) -> np.ndarray:
 
 
 @cache
-def trellis_code(state_bits: int, rate: float) -> TrellisCode:
+def trellis_code(state_bits: int, rate: float, tables: TableKind = "free") -> TrellisCode:
     """Return the code of this many states and this rate; raises `InputError` if there is none."""
     if rate not in RATES or state_bits not in STATE_BITS:
         raise InputError(f"trellis code of {state_bits} state bits, rate {rate}: expected {STATE_BITS} and {RATES}")
+    if tables == "windows":
+        if state_bits != WINDOW_STATE_BITS:
+            raise InputError(f"trellis code of {state_bits} state bits: expected {WINDOW_STATE_BITS} with windows")
+        return from_json(json.loads(WINDOW_CODES.read_text())[str(rate)], rate)
     file = resources.files("bivlm.numerics") / "trellis_codes" / f"{state_bits}-{rate}.bin"
     return from_bytes(file.read_bytes(), state_bits, rate)
 
@@ -112,6 +130,30 @@ def to_bytes(code: TrellisCode) -> bytes:
     table = code.table[: 1 + (0 in code.pattern)].reshape(-1, 2)
     numbers = np.array([code.error, *code.magnitudes], "<f4")
     return numbers.tobytes() + (table[:, 0] | table[:, 1] << 4).astype(np.uint8).tobytes()
+
+
+def of_windows(windows: np.ndarray, magnitudes: np.ndarray, rate: float, error: float) -> TrellisCode:
+    """Return the code of 2^12 states with these tables by windows, uint8 (2, 3, 16), and magnitudes, float32 (8,)."""
+    states = np.arange(1 << WINDOW_STATE_BITS)
+    place = np.bitwise_xor.reduce([windows[:, k, states >> at & 15] for k, at in enumerate(WINDOWS)])
+    return TrellisCode(WINDOW_STATE_BITS, rate, INDEX_OF_PLACE[place], magnitudes, error, windows)
+
+
+def from_json(content: dict[str, Any], rate: float) -> TrellisCode:
+    """Return the code of its error, magnitudes and tables by windows, two hexadecimal digits for each place."""
+    kinds = np.array([[[*bytes.fromhex(table)] for table in kind] for kind in content["tables"]], np.uint8)
+    windows = np.ascontiguousarray(np.broadcast_to(kinds, (2, *kinds.shape[1:])))
+    magnitudes = np.array([float.fromhex(each) for each in content["magnitudes"]], np.float32)
+    return of_windows(windows, magnitudes, rate, content["error"])
+
+
+def to_json(code: TrellisCode) -> dict[str, Any]:
+    """Return what `from_json` reads; the second tables only where some step reads them."""
+    return {
+        "error": round(code.error, 5),
+        "magnitudes": [float(each).hex() for each in code.magnitudes],
+        "tables": [[table.tobytes().hex() for table in kind] for kind in code.windows[: 1 + (0 in code.pattern)]],
+    }
 
 
 def levels_of(magnitudes: np.ndarray) -> np.ndarray:

@@ -71,6 +71,17 @@ class Codec(ABC):
         """Return the rebuilt rows (m, N) of these numbers, int64 (m,); by default taken from the whole weight."""
         return self.unpack(packed, header)[rows_m]
 
+    def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
+        """Return whether this machine can multiply by this weight straight from its bytes, see `product`."""
+        return False
+
+    def product(self, packed: torch.Tensor, header: Header, x_TN: torch.Tensor) -> torch.Tensor:
+        """Return ``x W^T``, float32 (T, M), straight from the packed bytes, for a codec that `multiplies`.
+
+        x is float32 (T, N) on the CPU, and so are levels and sums: W is not rounded to `header.dtype`.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return scales and levels, and the weight as a function of them; rounded to `header.dtype` it is what `unpack`
@@ -122,6 +133,18 @@ def unpack_rows(packed: torch.Tensor, rows_m: torch.Tensor, name: str = "packed 
     """Rebuild some rows (m, N) of a weight, by their numbers, int64 (m,), on the device of `packed`; no checksum."""
     codec, header = open_packed(packed, name, check=False)
     return codec.rows(packed, header, rows_m)
+
+
+def multiplies(packed: torch.Tensor, name: str = "packed weight") -> bool:
+    """Return whether this machine can multiply by this weight straight from its bytes; no checksum."""
+    codec, header = open_packed(packed, name, check=False)
+    return codec.multiplies(packed, header)
+
+
+def product(packed: torch.Tensor, x_TN: torch.Tensor, name: str = "packed weight") -> torch.Tensor:
+    """Return ``x W^T``, float32 (T, M), of float32 x (T, N), of a weight that `multiplies`; no checksum."""
+    codec, header = open_packed(packed, name, check=False)
+    return codec.product(packed, header, x_TN)
 
 
 def format_bits(packed: Bytes, name: str = "packed weight") -> FormatBits:

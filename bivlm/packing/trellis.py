@@ -3,7 +3,8 @@
 Sections of the packed weight:
 
 0. parameters: bits of a state (uint8), quarters of a bit per step (uint8), sides of the feedback (uint8: 1 or 2), which
-   sides are rotated (uint8: 1 inputs, 2 outputs, 3 both), exponent (int16), two bytes of zero, seed (uint32).
+   sides are rotated (uint8: 1 inputs, 2 outputs, 3 both), exponent (int16), kind of the trellis's tables (uint16:
+   0 free, 1 by windows), seed (uint32).
 1. float16 (8,): magnitudes of the levels, times 2^exponent.
 2. the bits of all tiles, the first of a byte the highest one.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from bivlm.numerics.trellis import (
     PERIOD,
     RATES,
     STATE_BITS,
+    WINDOW_STATE_BITS,
+    TableKind,
     TrellisCode,
     bits_of,
     levels_of,
@@ -37,6 +40,7 @@ from bivlm.numerics.trellis import (
     trellis_code,
     write,
 )
+from bivlm.numerics.trellis_product import can_multiply, product
 from bivlm.numerics.trellis_tiles import Tiles
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
@@ -46,6 +50,7 @@ from bivlm.packing.lookup import lookup
 NAME = "trellis"
 INPUTS, OUTPUTS = 1, 2
 _PARAMETERS = struct.Struct("<BBBBhHI")
+_TABLES: tuple[TableKind, ...] = get_args(TableKind)  # as they are numbered
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,12 @@ class Layout:
     sides: int
     rotated: int
     seed: int
+    tables: TableKind = "free"
 
     @property
     def code(self) -> TrellisCode:
         """The trellis code."""
-        return trellis_code(self.state_bits, self.rate)
+        return trellis_code(self.state_bits, self.rate, self.tables)
 
     def seed_of(self, side: int) -> int:
         """Return the seed of a side's rotation: with one for both, a square weight like the identity would stay so."""
@@ -106,7 +112,16 @@ def pack(
     `symbols` are the new bits of every step of every tile, uint8, in the order of the stream; `magnitudes` float32
     (8,) as `stored_magnitudes` gives them.
     """
-    fields = (layout.state_bits, round(PERIOD * layout.rate), layout.sides, layout.rotated, exponent, 0, layout.seed)
+    tables = _TABLES.index(layout.tables)
+    fields = (
+        layout.state_bits,
+        round(PERIOD * layout.rate),
+        layout.sides,
+        layout.rotated,
+        exponent,
+        tables,
+        layout.seed,
+    )
     stream = write(symbols, _tiles(shape, layout.sides).lengths, layout.rate)
     head = np.frombuffer(_PARAMETERS.pack(*fields), np.uint8)
     return container.write(NAME, shape, dtype, [head, to_halves(magnitudes, exponent), stream])
@@ -118,7 +133,7 @@ class TrellisCodec(Codec):
     name = NAME
 
     def check(self, contents: Contents) -> float:
-        state_bits, quarters, sides, rotated, exponent, zero, _ = contents.parameters(_PARAMETERS)
+        state_bits, quarters, sides, rotated, exponent, tables, _ = contents.parameters(_PARAMETERS)
         rate = quarters / PERIOD
         contents.require(
             state_bits in STATE_BITS, f"damaged parameters: {state_bits} state bits, expected {STATE_BITS}"
@@ -127,7 +142,7 @@ class TrellisCodec(Codec):
         contents.inside("sides", sides, range(1, 3))
         contents.inside("rotated", rotated, range(4))
         contents.inside("exponent", exponent, EXPONENTS)
-        contents.inside("reserved", zero, range(1))
+        contents.inside("tables", tables, range(2 if state_bits == WINDOW_STATE_BITS else 1))
         # No list of tiles is made for a shape that the bits are too few for.
         contents.lengths({"parameters": _PARAMETERS.size, "magnitudes": 2 * MAGNITUDES, "bits": None})
         contents.require(rate * contents.size <= 8 * len(contents.section(2)), "too few bits for its shape")
@@ -153,6 +168,23 @@ class TrellisCodec(Codec):
         if (scale := _scale(exponent)) != 1:
             weight_MN.mul_(scale)
         return weight_MN.to(header.dtype).to(packed.device)
+
+    def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
+        return packed.device.type == "cpu" and can_multiply(read_layout(packed, header)[0].code)
+
+    def product(self, packed: torch.Tensor, header: Header, x_TN: torch.Tensor) -> torch.Tensor:
+        layout, exponent = read_layout(packed, header)
+        rows, columns = header.shape
+        x_TN = x_TN.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        if layout.rotated & INPUTS:
+            rotation(columns, layout.seed_of(INPUTS)).apply(x_TN)
+        magnitudes = from_halves(section(packed, header, 1), exponent).numpy() / np.float32(_scale(exponent))
+        tiles, threads = _tiles(header.shape, layout.sides), torch.get_num_threads()
+        stream = as_array(section(packed, header, 2))
+        y_TM = torch.from_numpy(product(stream, layout.code, tiles, magnitudes, x_TN.numpy(), threads))
+        if layout.rotated & OUTPUTS:
+            rotation(rows, layout.seed_of(OUTPUTS)).apply(y_TM, back=True)
+        return y_TM.mul_(_scale(exponent))
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return ``magnitudes`` (8,)."""
@@ -184,8 +216,8 @@ class TrellisCodec(Codec):
 
 def read_layout(packed: ArrayT, header: Header) -> tuple[Layout, int]:
     """Return the layout of a packed weight and the exponent of its magnitudes."""
-    state_bits, quarters, sides, rotated, exponent, _, seed = container.fields(packed, header, _PARAMETERS)
-    return Layout(state_bits, quarters / PERIOD, sides, rotated, seed), exponent
+    state_bits, quarters, sides, rotated, exponent, tables, seed = container.fields(packed, header, _PARAMETERS)
+    return Layout(state_bits, quarters / PERIOD, sides, rotated, seed, _TABLES[tables]), exponent
 
 
 def level_indices(packed: torch.Tensor, header: Header) -> torch.Tensor:

@@ -255,7 +255,7 @@ class TestWhatIsRefused:
 
     def test_an_unknown_way_to_dequantize_is_named(self, packed_llava):
         change_quantization(packed_llava, lambda config: config.update(dequantize="never"))
-        with pytest.raises(InputError, match="dequantize 'never', expected 'load' or 'forward'"):
+        with pytest.raises(InputError, match="dequantize 'never', expected one of 'load', 'forward', 'packed'"):
             load(packed_llava)
 
     def test_a_packed_layer_that_the_model_does_not_have_is_named(self, packed_llava):

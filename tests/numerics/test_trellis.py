@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 from importlib import resources
 
 import numpy as np
@@ -13,11 +14,14 @@ from bivlm import kernels
 from bivlm.errors import InputError
 from bivlm.numerics import trellis
 from bivlm.numerics.trellis import (
+    PLACES,
     RATES,
     SHORTEST,
     STATE_BITS,
+    WINDOW_CODES,
     bits_of,
     from_bytes,
+    from_json,
     level_indices,
     levels_of,
     pattern,
@@ -26,6 +30,7 @@ from bivlm.numerics.trellis import (
     states_of,
     steps_of,
     to_bytes,
+    to_json,
     trellis_code,
     write,
 )
@@ -185,6 +190,44 @@ def test_a_gaussian_costs_little_more_than_shannons_bound(state_bits, rate, boun
     x, code = gaussian(400, 256, seed=7), trellis_code(state_bits, rate)
     found = squared_error(x, searched(x, code), code).mean() / 256
     assert shannon < found < bound
+
+
+class TestWindows:
+    """Codes whose tables are by windows of four bits."""
+
+    @pytest.mark.parametrize("rate", RATES)
+    def test_a_code_is_its_json_and_its_error_is_the_one_measured(self, rate):
+        code = trellis_code(12, rate, "windows")
+        content = json.loads(WINDOW_CODES.read_text())[str(rate)]
+        assert to_json(code) == to_json(from_json(content, rate)) == content
+        assert len(content["tables"]) == (2 if rate < 1 else 1)
+        assert (np.diff(code.magnitudes) > 0).all() and code.magnitudes[0] > 0
+        x = gaussian(160, 256, seed=8)
+        found = squared_error(x, searched(x, code), code).mean() / 256
+        assert found == pytest.approx(code.error, rel=0.03)
+
+    @pytest.mark.parametrize("rate", RATES)
+    def test_they_err_no_more_than_free_tables(self, rate):
+        assert trellis_code(12, rate, "windows").error < 1.015 * trellis_code(12, rate).error
+
+    @pytest.mark.parametrize("rate", [0.5, 2.0, 2.75])
+    def test_a_level_is_at_the_place_that_the_windows_of_its_state_say(self, rate):
+        code = trellis_code(12, rate, "windows")
+        rising = np.concatenate([-code.magnitudes[::-1], code.magnitudes])
+        shares = [1, 1, 2, 4, 5, 6, 6, 7]
+        places = np.repeat(rising, [*shares, *shares[::-1]])
+        assert len(places) == PLACES
+        for state in np.random.default_rng(0).integers(0, 1 << 12, 200).tolist():
+            text = f"{state:012b}"
+            for kind in (0, 1):
+                oldest, middle, newest = (int(text[at : at + 4], 2) for at in (0, 4, 8))
+                tables = code.windows[kind].tolist()
+                place = tables[0][newest] ^ tables[1][middle] ^ tables[2][oldest]
+                assert levels_of(code.magnitudes)[code.table[kind, state]] == places[place]
+
+    def test_more_states_have_none(self):
+        with pytest.raises(InputError, match="14 state bits: expected 12 with windows"):
+            trellis_code(14, 2.0, "windows")
 
 
 class TestCodes:

@@ -18,8 +18,8 @@ from bivlm.numerics.trellis_tiles import Tiles
 from bivlm.packing import container, format_bits, open_packed, trellis, unpack
 
 LAYOUTS = st.builds(
-    trellis.Layout,
-    state_bits=st.sampled_from(STATE_BITS),
+    lambda kind, **rest: trellis.Layout(state_bits=kind[0], tables=kind[1], **rest),
+    kind=st.sampled_from([(12, "windows"), *((state_bits, "free") for state_bits in STATE_BITS)]),
     rate=st.sampled_from(RATES),
     sides=st.integers(1, 2),
     rotated=st.integers(0, 3),
@@ -140,7 +140,15 @@ def test_levels_and_layout_are_read_back():
 
 
 def parameters(**changes):
-    fields = {"state_bits": 12, "quarters": 8, "sides": 1, "rotated": 3, "exponent": -3, "zero": 0, "seed": 7} | changes
+    fields = {
+        "state_bits": 12,
+        "quarters": 8,
+        "sides": 1,
+        "rotated": 3,
+        "exponent": -3,
+        "tables": 0,
+        "seed": 7,
+    } | changes
     return struct.pack("<BBBBhHI", *fields.values())
 
 
@@ -158,7 +166,8 @@ BITS = bytes(-(-2 * 70 * 9 // 8))
         (0, parameters(sides=3), "sides 3, expected 1 to 2"),
         (0, parameters(rotated=4), "rotated 4, expected 0 to 3"),
         (0, parameters(exponent=128), "exponent 128, expected -159 to 127"),
-        (0, parameters(zero=1), "reserved 1, expected 0"),
+        (0, parameters(tables=2), "tables 2, expected 0 to 1"),
+        (0, parameters(tables=1, state_bits=14), "tables 1, expected 0"),
         (0, parameters()[:-1], "11 bytes of parameters, expected 12"),
         (0, parameters(quarters=9), "too few bits for its shape"),
         (0, parameters(quarters=7), "158 bytes of bits, expected 139"),

@@ -1,0 +1,121 @@
+"""Products with a weight on a trellis with tables by windows, straight from its bits (`kernels/native.c`).
+
+Sums are float32. A weight is cut into parts, one sum each, by its shape alone: so however many threads there are, the
+numbers are the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+
+from bivlm import kernels
+from bivlm.numerics.trellis import INDEX_OF_PLACE, PERIOD, TrellisCode, bits_of
+from bivlm.numerics.trellis_tiles import Tiles
+
+_BESIDE, _BEHIND = 32, 16  # zeros beside the inputs, and room behind the outputs
+_PARTS, _PART = 8, 1 << 19  # at most so many parts, of so many weights or more
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bands, or groups of antidiagonals: where each begins and the last one ends, and the bit of the first."""
+
+    begins: np.ndarray
+    bit: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a weight's tiles at a rate."""
+
+    tiles: Tiles
+    rate: float
+
+    @cached_property
+    def all(self) -> list[Part]:
+        """All parts, of nearly as many weights each."""
+        tiles = self.tiles
+        if tiles.sides == 1:
+            groups = tiles.bands
+            counts = [len(tiles.column_groups)] * len(groups)
+        else:
+            groups = tiles.diagonal_groups
+            counts = [len(tiles.pieces(begin, end)) for begin, end in groups]
+        first = np.concatenate([[0], np.cumsum(counts)])
+        bits = np.concatenate([[0], np.cumsum(bits_of(self.rate, tiles.lengths))])
+        numbers = np.concatenate([[0], np.cumsum(tiles.lengths)])[first]
+        parts = max(1, min(_PARTS, int(numbers[-1]) // _PART))
+        cuts = np.unique(np.searchsorted(numbers, np.arange(parts) * numbers[-1] / parts))
+        ends = [*cuts[1:].tolist(), len(groups)]
+        return [
+            Part(np.array([*(groups[at][0] for at in range(begin, end)), groups[end - 1][1]]), int(bits[first[begin]]))
+            for begin, end in zip(cuts.tolist(), ends, strict=True)
+        ]
+
+
+@cache
+def parts_of(tiles: Tiles, rate: float) -> Parts:
+    """Return the parts of a shape's tiles."""
+    return Parts(tiles, rate)
+
+
+def can_multiply(code: TrellisCode) -> bool:
+    """Return whether this machine has native code for products with weights of this code."""
+    library = kernels.native()
+    return library is not None and code.windows.size > 0 and bool(library.bivlm_can_multiply())
+
+
+def product(
+    stream: np.ndarray,
+    code: TrellisCode,
+    tiles: Tiles,
+    magnitudes: np.ndarray,
+    x_TN: np.ndarray,
+    threads: int = 1,
+    *,
+    widest: bool = True,
+) -> np.ndarray:
+    """Return ``x W^T``, float32 (T, M), of the weight W (M, N) in the bits of all tiles, uint8; x is float32 (T, N).
+
+    Only where `can_multiply`. Without `widest` AVX-512 is left out.
+    """
+    library = kernels.native()
+    assert library is not None
+    rows, columns = tiles.shape
+    inputs_TN = np.zeros((len(x_TN), columns + 2 * _BESIDE), np.float32)
+    inputs_TN[:, _BESIDE:-_BESIDE] = x_TN if tiles.sides == 1 else x_TN[:, ::-1]
+    magnitudes = np.ascontiguousarray(magnitudes, np.float32)
+    parts = parts_of(tiles, code.rate).all
+    found_PTM = np.zeros((len(parts), len(x_TN), rows + _BEHIND), np.float32)
+    at, whole = kernels.pointer, ctypes.c_int64
+
+    def one(number: int) -> int:
+        part = parts[number]
+        return library.bivlm_trellis_product(
+            at(stream),
+            *map(whole, (stream.size, part.bit, round(PERIOD * code.rate))),
+            at(code.windows),
+            at(INDEX_OF_PLACE),
+            at(magnitudes),
+            *map(whole, (rows, columns, tiles.sides)),
+            at(part.begins),
+            whole(len(part.begins) - 1),
+            at(inputs_TN),
+            at(found_PTM[number]),
+            *map(whole, (len(x_TN), inputs_TN.shape[1], found_PTM.shape[2], widest)),
+        )
+
+    numbers = range(len(parts))
+    if any(map(one, numbers) if threads == 1 or len(parts) == 1 else _pool(threads).map(one, numbers)):
+        raise MemoryError(f"no memory for a product with a weight of {rows} x {columns}")
+    return np.ascontiguousarray(found_PTM.sum(0)[:, :rows])
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "bivlm-product")
