@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.trellis_codes import LENGTH, first_magnitudes
 from bivlm.numerics import trellis
 from bivlm.numerics.trellis import (
     INDEX_OF_PLACE,
@@ -30,8 +31,6 @@ from bivlm.numerics.trellis import (
     of_windows,
     pattern,
 )
-
-LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,7 @@ def first_code(rate: float, rng: np.random.Generator) -> TrellisCode:
     for each in windows:
         each[0] = (window & (1 << bits) - 1) << up ^ rng.integers(0, PLACES, 16)[window >> bits]
         each[-1] = (window >> 4 - bits) << up ^ rng.integers(0, PLACES, 16)[window & rest]
-    return of_windows(windows, first_magnitudes(), rate, 1.0)
-
-
-def first_magnitudes() -> np.ndarray:
-    """Return the means of eight groups of a Gaussian's magnitudes, of least squared error."""
-    numbers = np.sort(np.abs(np.random.default_rng(0).standard_normal(1 << 19)))
-    magnitudes = np.quantile(numbers, (np.arange(MAGNITUDES) + 0.5) / MAGNITUDES)
-    for _ in range(200):
-        groups = np.split(numbers, np.searchsorted(numbers, (magnitudes[1:] + magnitudes[:-1]) / 2))
-        magnitudes = np.array([group.mean() for group in groups])
-    return magnitudes.astype(np.float32)
+    return of_windows(windows, first_magnitudes(np.random.default_rng(0)).astype(np.float32), rate, 1.0)
 
 
 def measured(code: TrellisCode, x_RT: np.ndarray) -> Trained:

@@ -99,7 +99,7 @@ class PackedLinear(nn.Module):
             )
         shape = (self.out_features, self.in_features)
         if self.straight and self._is_a_few_tokens(x):
-            y = _product(x.reshape(-1, self.in_features), self.weight, *shape, f"{self.name}.weight")
+            y = _product(x.reshape(-1, self.in_features), self.weight, self.out_features, f"{self.name}.weight")
             return (y if self.bias is None else y + self.bias).to(self.dtype).view(*x.shape[:-1], self.out_features)
         weight = _rebuilt(self.weight, *shape, self.dtype, f"{self.name}.weight")
         return nn.functional.linear(x, weight, self.bias)
@@ -216,12 +216,12 @@ def _(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: s
 
 
 @torch.library.custom_op("bivlm::product", mutates_args=())
-def _product(x_TN: torch.Tensor, packed: torch.Tensor, rows: int, columns: int, name: str) -> torch.Tensor:
+def _product(x_TN: torch.Tensor, packed: torch.Tensor, rows: int, name: str) -> torch.Tensor:
     return product(packed.data, x_TN.to(torch.float32), name)
 
 
 @_product.register_fake
-def _(x_TN: torch.Tensor, packed: torch.Tensor, rows: int, columns: int, name: str) -> torch.Tensor:
+def _(x_TN: torch.Tensor, packed: torch.Tensor, rows: int, name: str) -> torch.Tensor:
     return x_TN.new_empty(x_TN.shape[0], rows, dtype=torch.float32)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import numpy as np
 
@@ -29,39 +29,25 @@ class Part:
     bit: int
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a weight's tiles at a rate."""
-
-    tiles: Tiles
-    rate: float
-
-    @cached_property
-    def all(self) -> list[Part]:
-        """All parts, of nearly as many weights each."""
-        tiles = self.tiles
-        if tiles.sides == 1:
-            groups = tiles.bands
-            counts = [len(tiles.column_groups)] * len(groups)
-        else:
-            groups = tiles.diagonal_groups
-            counts = [len(tiles.pieces(begin, end)) for begin, end in groups]
-        first = np.concatenate([[0], np.cumsum(counts)])
-        bits = np.concatenate([[0], np.cumsum(bits_of(self.rate, tiles.lengths))])
-        numbers = np.concatenate([[0], np.cumsum(tiles.lengths)])[first]
-        parts = max(1, min(_PARTS, int(numbers[-1]) // _PART))
-        cuts = np.unique(np.searchsorted(numbers, np.arange(parts) * numbers[-1] / parts))
-        ends = [*cuts[1:].tolist(), len(groups)]
-        return [
-            Part(np.array([*(groups[at][0] for at in range(begin, end)), groups[end - 1][1]]), int(bits[first[begin]]))
-            for begin, end in zip(cuts.tolist(), ends, strict=True)
-        ]
-
-
 @cache
-def parts_of(tiles: Tiles, rate: float) -> Parts:
-    """Return the parts of a shape's tiles."""
-    return Parts(tiles, rate)
+def parts_of(tiles: Tiles, rate: float) -> list[Part]:
+    """Return the parts of a shape's tiles, of nearly as many weights each."""
+    if tiles.sides == 1:
+        groups = tiles.bands
+        counts = [len(tiles.column_groups)] * len(groups)
+    else:
+        groups = tiles.diagonal_groups
+        counts = [len(tiles.pieces(begin, end)) for begin, end in groups]
+    first = np.concatenate([[0], np.cumsum(counts)])
+    bits = np.concatenate([[0], np.cumsum(bits_of(rate, tiles.lengths))])
+    numbers = np.concatenate([[0], np.cumsum(tiles.lengths)])[first]
+    parts = max(1, min(_PARTS, int(numbers[-1]) // _PART))
+    cuts = np.unique(np.searchsorted(numbers, np.arange(parts) * numbers[-1] / parts))
+    ends = [*cuts[1:].tolist(), len(groups)]
+    return [
+        Part(np.array([*(groups[at][0] for at in range(begin, end)), groups[end - 1][1]]), int(bits[first[begin]]))
+        for begin, end in zip(cuts.tolist(), ends, strict=True)
+    ]
 
 
 def can_multiply(code: TrellisCode) -> bool:
@@ -90,7 +76,7 @@ def product(
     inputs_TN = np.zeros((len(x_TN), columns + 2 * _BESIDE), np.float32)
     inputs_TN[:, _BESIDE:-_BESIDE] = x_TN if tiles.sides == 1 else x_TN[:, ::-1]
     magnitudes = np.ascontiguousarray(magnitudes, np.float32)
-    parts = parts_of(tiles, code.rate).all
+    parts = parts_of(tiles, code.rate)
     found_PTM = np.zeros((len(parts), len(x_TN), rows + _BEHIND), np.float32)
     at, whole = kernels.pointer, ctypes.c_int64
 

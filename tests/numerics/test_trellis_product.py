@@ -71,7 +71,7 @@ def test_a_product_is_that_of_the_weight(rows, columns, sides, rate, tokens, wid
 @pytest.mark.parametrize("sides", [1, 2])
 def test_parts_are_all_tiles_once_and_the_same_for_any_number_of_threads(sides):
     tiles, code, x = Tiles((1900, 1300), sides), trained(1.75), inputs(2, 1300)
-    parts = parts_of(tiles, 1.75).all
+    parts = parts_of(tiles, 1.75)
     assert len(parts) > 2
     groups = tiles.bands if sides == 1 else tiles.diagonal_groups
     assert [begin for part in parts for begin in part.begins[:-1].tolist()] == [begin for begin, _ in groups]
