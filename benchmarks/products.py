@@ -1,6 +1,6 @@
 """Speed of products straight from packed bytes, as ratios to torch: ``python -m benchmarks.products [--tokens 1 8]``.
 
-The linear layers of one decoder layer of Qwen2.5-7B, each of random bits of a trellis with tables by windows, in
+The linear layers of one decoder layer of Qwen2.5-7B, each of random bits of a trellis of 2^12 states, in
 float32, beside `torch.nn.Linear` in bfloat16 and float32: interleaved, medians of several runs of CPU and of wall time.
 """
 
@@ -26,7 +26,7 @@ RUNS = 7
 
 def packed_weight(shape: tuple[int, int], rate: float, sides: int) -> torch.Tensor:
     """Return a packed weight of random bits, rotated on both sides."""
-    layout = Layout(12, rate, sides, INPUTS | OUTPUTS, 0, "windows")
+    layout = Layout(12, rate, sides, INPUTS | OUTPUTS, 0)
     steps = np.concatenate([steps_of(rate, length) for length in Tiles(shape, sides).lengths.tolist()])
     symbols = np.random.default_rng(0).integers(0, 8, len(steps), dtype=np.uint8) & ((1 << steps) - 1)
     magnitudes = stored_magnitudes(layout.code.magnitudes / shape[1] ** 0.5, 0)

@@ -1,4 +1,4 @@
-"""Train the tables of the trellis on a unit Gaussian: ``python -m benchmarks.trellis_codes [--state-bits 12 14 16]``.
+"""Train the free tables of the trellis on a unit Gaussian: ``python -m benchmarks.trellis_codes [--state-bits 14 16]``.
 
 Where paths part and where they meet again, their levels should lie far apart (Ungerboeck, "Channel coding with
 multilevel/phase signals", 1982). So a state's place in the order of all levels begins with bits that differ between the
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bivlm.numerics import trellis
-from bivlm.numerics.trellis import MAGNITUDES, RATES, STATE_BITS, TrellisCode, levels_of, pattern
+from bivlm.numerics.trellis import FREE_STATE_BITS, MAGNITUDES, RATES, TrellisCode, levels_of, pattern
 
 LENGTH = 256
 SPREAD_BITS = 3  # of a state's place that are spread between neighbours on the trellis
@@ -97,7 +97,7 @@ def run(code: TrellisCode, rng: np.random.Generator, sequences: int) -> tuple[np
 def main() -> None:
     """Train and write the codes that are asked for; print their errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--state-bits", type=int, nargs="+", choices=STATE_BITS, default=list(STATE_BITS))
+    parser.add_argument("--state-bits", type=int, nargs="+", choices=FREE_STATE_BITS, default=list(FREE_STATE_BITS))
     parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--sequences", type=int, default=4000)

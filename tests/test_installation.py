@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.core_size import build_wheel, install, installed
-from bivlm.numerics.trellis import RATES, STATE_BITS
+from bivlm.numerics.trellis import FREE_STATE_BITS, RATES
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"boto3", "datasets", "fastapi", "matplotlib", "mlflow", "pandas", "prefect", "psutil", "pyarrow", "sqlalchemy"}
@@ -114,7 +114,7 @@ def test_native_code_is_in_the_wheel_where_it_could_be_built(wheel, wheel_withou
     assert not [name for name in names_in(wheel_without_compiler) if "_native." in name]
     for each in (wheel, wheel_without_compiler):
         codes = [name for name in names_in(each) if name.startswith("bivlm/numerics/trellis_codes/")]
-        assert len(codes) == len(RATES) * len(STATE_BITS)
+        assert len(codes) == len(RATES) * len(FREE_STATE_BITS)
         assert "bivlm/numerics/trellis_windows.json" in names_in(each)
 
 

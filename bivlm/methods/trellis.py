@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from bivlm.errors import InputError
 from bivlm.methods.base import INPUTS, MOMENTS, WEIGHTS, CurvePoint, LayerPlan, Method, MethodSettings, Need, Quantized
@@ -23,7 +23,7 @@ from bivlm.numerics.error_feedback import InverseFactor, inverse_factor, left_ov
 from bivlm.numerics.hadamard import rotate_moment
 from bivlm.numerics.half_scales import exponent_of
 from bivlm.numerics.input_statistics import SiteStatistics
-from bivlm.numerics.trellis import RATES, WINDOW_STATE_BITS, StateBits, TableKind, levels_of, trellis_code
+from bivlm.numerics.trellis import RATES, StateBits, levels_of, trellis_code
 from bivlm.numerics.trellis_feedback import one_sided, two_sided
 from bivlm.numerics.weight_statistics import LayerStatistics
 from bivlm.packing import trellis as packing
@@ -39,8 +39,8 @@ class TrellisSettings(MethodSettings):
 
     Attributes:
         rate: bits per weight.
-        state_bits: of the trellis; more of them err less and take four or sixteen times as long.
-        tables: of levels by state: free ones, or, of 2^12 states, by windows, which processors read fast.
+        state_bits: of the trellis; more of them err less and take four or sixteen times as long, and no processor
+            multiplies with their bits as they are.
         feedback: where errors are fed: nowhere, into later inputs, or into later inputs and outputs.
         rotate: which sides are rotated.
         damping: share of the mean diagonal of the inputs' second moment that is added to it.
@@ -52,7 +52,6 @@ class TrellisSettings(MethodSettings):
     method: Literal["trellis"]
     rate: float = 2.0
     state_bits: StateBits = 12
-    tables: TableKind = "free"
     feedback: Literal["none", "inputs", "both"] = "inputs"
     rotate: Literal["none", "inputs", "outputs", "both"] = "both"
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
@@ -66,18 +65,12 @@ class TrellisSettings(MethodSettings):
             raise ValueError(f"expected one of {', '.join(f'{rate:g}' for rate in RATES)}")
         return value
 
-    @model_validator(mode="after")
-    def _has_windows(self) -> Self:
-        if self.tables == "windows" and self.state_bits != WINDOW_STATE_BITS:
-            raise ValueError(f"tables by windows: {self.state_bits} state bits, expected {WINDOW_STATE_BITS}")
-        return self
-
 
 class Trellis(Method[TrellisSettings]):
     """The method `trellis`."""
 
     name: ClassVar[str] = "trellis"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     Settings = TrellisSettings
     bytes_a_weight: ClassVar[float] = 26.0
 
@@ -90,7 +83,7 @@ class Trellis(Method[TrellisSettings]):
         for rate in RATES:
             chosen = settings.model_copy(update={"rate": rate})
             stored = 8 * packing.packed_nbytes(statistics.shape, rate, sides) / statistics.size
-            error = trellis_code(settings.state_bits, rate, settings.tables).error
+            error = trellis_code(settings.state_bits, rate).error
             points.append(CurvePoint(chosen.model_dump(mode="json"), stored, error))
         return points
 
@@ -161,7 +154,7 @@ class Trellis(Method[TrellisSettings]):
 
 def _layout(settings: TrellisSettings) -> Layout:
     sides = 2 if settings.feedback == "both" else 1
-    return Layout(settings.state_bits, settings.rate, sides, _ROTATED[settings.rotate], settings.seed, settings.tables)
+    return Layout(settings.state_bits, settings.rate, sides, _ROTATED[settings.rotate], settings.seed)
 
 
 def _factor(moment: torch.Tensor, layout: Layout, side: int, damping: float) -> InverseFactor:

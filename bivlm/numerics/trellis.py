@@ -11,7 +11,9 @@ first state; one of fewer than 64 numbers begins at state 0 instead. The search 
 free path around it, then the best path that begins and ends there. Path costs are integers, 16 bits: every machine
 finds the same path.
 
-Tables are trained on a unit Gaussian by `benchmarks.trellis_codes` and `.trellis_windows`, and are part of the format.
+Tables are trained on a unit Gaussian and are part of the format. Those of 2^12 states are by windows of four bits,
+which a processor looks up in its registers (`benchmarks.trellis_windows`); those of more states are free
+(`benchmarks.trellis_codes`).
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ StateBits = Literal[12, 14, 16]
 STATE_BITS: tuple[int, ...] = get_args(StateBits)
 LEVELS = 16
 MAGNITUDES = LEVELS // 2
-TableKind = Literal["free", "windows"]
 WINDOW_STATE_BITS = 12
+FREE_STATE_BITS = tuple(bits for bits in STATE_BITS if bits != WINDOW_STATE_BITS)
 WINDOWS = (0, 4, 8)  # where windows of four bits lie in a state of 12
 # How many of 32 places, from zero on, are a magnitude's: the shares of the states that free tables give them.
 _MAGNITUDE_OF_PLACE = np.repeat(np.arange(MAGNITUDES, dtype=np.uint8), (7, 6, 6, 5, 4, 2, 1, 1))
@@ -67,7 +69,7 @@ class TrellisCode:
         error: mean squared error on a unit Gaussian, in sequences of 256.
         windows: of tables by windows, uint8 (2, 3, 16): the level of a state of 12 bits is the one at a place among 64,
             from the lowest level on, and the place is the exclusive or of what these say of the state's three windows
-            of four bits. So a processor looks up many at once, in registers. Empty for free tables.
+            of four bits. Empty for free tables.
     """
 
     state_bits: int
@@ -104,13 +106,11 @@ def bits_of(rate: float, lengths: np.ndarray) -> np.ndarray:
 
 
 @cache
-def trellis_code(state_bits: int, rate: float, tables: TableKind = "free") -> TrellisCode:
+def trellis_code(state_bits: int, rate: float) -> TrellisCode:
     """Return the code of this many states and this rate; raises `InputError` if there is none."""
     if rate not in RATES or state_bits not in STATE_BITS:
         raise InputError(f"trellis code of {state_bits} state bits, rate {rate}: expected {STATE_BITS} and {RATES}")
-    if tables == "windows":
-        if state_bits != WINDOW_STATE_BITS:
-            raise InputError(f"trellis code of {state_bits} state bits: expected {WINDOW_STATE_BITS} with windows")
+    if state_bits == WINDOW_STATE_BITS:
         return from_json(json.loads(WINDOW_CODES.read_text())[str(rate)], rate)
     file = resources.files("bivlm.numerics") / "trellis_codes" / f"{state_bits}-{rate}.bin"
     return from_bytes(file.read_bytes(), state_bits, rate)
@@ -166,8 +166,8 @@ def search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the best paths for R sequences of unit variance: the new bits and the level of each step, uint8 (R, T).
 
-    `x_RT` is float32 and finite, `levels` (16,) are what the code's levels stand for now; `weights_RT` of squared
-    errors, float32 with a mean of about 1.
+    `x_RT` is float32 and finite; numbers further than one beyond all levels count as if they were there. `levels` (16,)
+    are what the code's levels stand for now; `weights_RT` of squared errors, float32 with a mean of about 1.
     """
     reach, unit = float(np.float32(1 + float(np.abs(levels).max()))), _UNIT * code.rate
     steps = steps_of(code.rate, x_RT.shape[1])

@@ -1,4 +1,4 @@
-"""Products with a weight on a trellis with tables by windows, straight from its bits (`kernels/native.c`).
+"""Products with a weight on a trellis of 2^12 states, straight from its bits (`kernels/trellis_product.c`).
 
 Sums are float32. A weight is cut into parts, one sum each, by its shape alone: so however many threads there are, the
 numbers are the same.

@@ -3,8 +3,7 @@
 Sections of the packed weight:
 
 0. parameters: bits of a state (uint8), quarters of a bit per step (uint8), sides of the feedback (uint8: 1 or 2), which
-   sides are rotated (uint8: 1 inputs, 2 outputs, 3 both), exponent (int16), kind of the trellis's tables (uint16:
-   0 free, 1 by windows), seed (uint32).
+   sides are rotated (uint8: 1 inputs, 2 outputs, 3 both), exponent (int16), seed (uint32).
 1. float16 (8,): magnitudes of the levels, times 2^exponent.
 2. the bits of all tiles, the first of a byte the highest one.
 
@@ -19,7 +18,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +30,6 @@ from bivlm.numerics.trellis import (
     PERIOD,
     RATES,
     STATE_BITS,
-    WINDOW_STATE_BITS,
-    TableKind,
     TrellisCode,
     bits_of,
     levels_of,
@@ -49,8 +46,7 @@ from bivlm.packing.lookup import lookup
 
 NAME = "trellis"
 INPUTS, OUTPUTS = 1, 2
-_PARAMETERS = struct.Struct("<BBBBhHI")
-_TABLES: tuple[TableKind, ...] = get_args(TableKind)  # as they are numbered
+_PARAMETERS = struct.Struct("<BBBBhI")
 
 
 @dataclass(frozen=True)
@@ -65,12 +61,11 @@ class Layout:
     sides: int
     rotated: int
     seed: int
-    tables: TableKind = "free"
 
     @property
     def code(self) -> TrellisCode:
         """The trellis code."""
-        return trellis_code(self.state_bits, self.rate, self.tables)
+        return trellis_code(self.state_bits, self.rate)
 
     def seed_of(self, side: int) -> int:
         """Return the seed of a side's rotation: with one for both, a square weight like the identity would stay so."""
@@ -112,14 +107,12 @@ def pack(
     `symbols` are the new bits of every step of every tile, uint8, in the order of the stream; `magnitudes` float32
     (8,) as `stored_magnitudes` gives them.
     """
-    tables = _TABLES.index(layout.tables)
     fields = (
         layout.state_bits,
         round(PERIOD * layout.rate),
         layout.sides,
         layout.rotated,
         exponent,
-        tables,
         layout.seed,
     )
     stream = write(symbols, _tiles(shape, layout.sides).lengths, layout.rate)
@@ -133,7 +126,7 @@ class TrellisCodec(Codec):
     name = NAME
 
     def check(self, contents: Contents) -> float:
-        state_bits, quarters, sides, rotated, exponent, tables, _ = contents.parameters(_PARAMETERS)
+        state_bits, quarters, sides, rotated, exponent, _ = contents.parameters(_PARAMETERS)
         rate = quarters / PERIOD
         contents.require(
             state_bits in STATE_BITS, f"damaged parameters: {state_bits} state bits, expected {STATE_BITS}"
@@ -142,7 +135,6 @@ class TrellisCodec(Codec):
         contents.inside("sides", sides, range(1, 3))
         contents.inside("rotated", rotated, range(4))
         contents.inside("exponent", exponent, EXPONENTS)
-        contents.inside("tables", tables, range(2 if state_bits == WINDOW_STATE_BITS else 1))
         # No list of tiles is made for a shape that the bits are too few for.
         contents.lengths({"parameters": _PARAMETERS.size, "magnitudes": 2 * MAGNITUDES, "bits": None})
         contents.require(rate * contents.size <= 8 * len(contents.section(2)), "too few bits for its shape")
@@ -216,8 +208,8 @@ class TrellisCodec(Codec):
 
 def read_layout(packed: ArrayT, header: Header) -> tuple[Layout, int]:
     """Return the layout of a packed weight and the exponent of its magnitudes."""
-    state_bits, quarters, sides, rotated, exponent, tables, seed = container.fields(packed, header, _PARAMETERS)
-    return Layout(state_bits, quarters / PERIOD, sides, rotated, seed, _TABLES[tables]), exponent
+    state_bits, quarters, sides, rotated, exponent, seed = container.fields(packed, header, _PARAMETERS)
+    return Layout(state_bits, quarters / PERIOD, sides, rotated, seed), exponent
 
 
 def level_indices(packed: torch.Tensor, header: Header) -> torch.Tensor:

@@ -13,7 +13,7 @@ from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 from bivlm.compression.model import pack_layer
 from bivlm.packing import multiplies, product, unpack
 
-TRELLIS = {"method": "trellis", "rate": 2.0, "tables": "windows", "feedback": "none"}
+TRELLIS = {"method": "trellis", "rate": 2.0, "feedback": "none"}
 
 
 def packed_weight(shape=(96, 200), dtype=torch.bfloat16, **settings):
@@ -85,10 +85,8 @@ def test_it_is_an_operator_that_torch_can_compile():
 
 def test_a_model_answers_as_the_ordinary_one_and_is_saved_with_the_same_bytes(tmp_path):
     inputs = make_tiny(llava, tmp_path / "base")
-    recipe = tmp_path / "windows.yaml"
-    recipe.write_text(
-        "name: windows\nformat: 1\ncomponents: {language: {method: trellis, feedback: none, tables: windows}}\n"
-    )
+    recipe = tmp_path / "trellis.yaml"
+    recipe.write_text("name: trellis\nformat: 1\ncomponents: {language: {method: trellis, feedback: none}}\n")
     compress_model(tmp_path / "base", recipe, tmp_path / "packed")
     models = {
         way: AutoModelForImageTextToText.from_pretrained(

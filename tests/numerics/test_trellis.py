@@ -14,6 +14,7 @@ from bivlm import kernels
 from bivlm.errors import InputError
 from bivlm.numerics import trellis
 from bivlm.numerics.trellis import (
+    FREE_STATE_BITS,
     PLACES,
     RATES,
     SHORTEST,
@@ -36,6 +37,7 @@ from bivlm.numerics.trellis import (
 )
 
 CODES = [(state_bits, rate) for state_bits in STATE_BITS for rate in RATES]
+FREE_CODES = [(state_bits, rate) for state_bits, rate in CODES if state_bits in FREE_STATE_BITS]
 needs_native = pytest.mark.skipif(kernels.native() is None, reason="the native code was not built")
 
 
@@ -106,7 +108,8 @@ class TestSearch:
         steps = [range(1 << bits) for bits in steps_of(rate, length).tolist()]
         every = np.array(list(itertools.product(*steps)), np.uint8)
         levels = rebuilt(every, code)
-        for x in gaussian(20, length, seed=1):
+        reach = 1 + code.magnitudes[-1]  # further numbers count as if they were there
+        for x in np.clip(gaussian(20, length, seed=1), -reach, reach):
             least = np.square(x - levels).sum(1).min()
             found = squared_error(x[None], searched(x[None], code), code)[0]
             assert least - 1e-6 <= found <= least + what_units_cost(length, rate)
@@ -166,12 +169,14 @@ class TestSearch:
         assert squared_error(x, twice, code)[0] == pytest.approx(squared_error(x, searched(x, code), code)[0], rel=0.02)
 
     @pytest.mark.parametrize("length", [1, 2, 3, 63, 64])
-    def test_numbers_beyond_all_levels_keep_their_sign(self, length):
+    def test_numbers_beyond_all_levels_count_as_one_beyond_them(self, length):
         code = trellis_code(12, 3.0)
-        x = np.full((2, length), 1e30, np.float32)
+        x = np.full((2, length), 1 + code.magnitudes[-1], np.float32)
         x[1] *= -1
-        found = rebuilt(searched(x, code), code)
-        assert (found[0] > 0.1).all() and (found[1] < -0.1).all()
+        found = searched(x, code)
+        assert np.array_equal(found, searched(x * np.float32(1e30), code))
+        kept = np.sign(rebuilt(found, code)) == np.sign(x)
+        assert kept.mean() > 0.9
 
     def test_sequences_do_not_see_each_other(self):
         code, x = trellis_code(12, 1.25), gaussian(5, 80, seed=6)
@@ -197,7 +202,7 @@ class TestWindows:
 
     @pytest.mark.parametrize("rate", RATES)
     def test_a_code_is_its_json_and_its_error_is_the_one_measured(self, rate):
-        code = trellis_code(12, rate, "windows")
+        code = trellis_code(12, rate)
         content = json.loads(WINDOW_CODES.read_text())[str(rate)]
         assert to_json(code) == to_json(from_json(content, rate)) == content
         assert len(content["tables"]) == (2 if rate < 1 else 1)
@@ -206,13 +211,9 @@ class TestWindows:
         found = squared_error(x, searched(x, code), code).mean() / 256
         assert found == pytest.approx(code.error, rel=0.03)
 
-    @pytest.mark.parametrize("rate", RATES)
-    def test_they_err_no_more_than_free_tables(self, rate):
-        assert trellis_code(12, rate, "windows").error < 1.015 * trellis_code(12, rate).error
-
     @pytest.mark.parametrize("rate", [0.5, 2.0, 2.75])
     def test_a_level_is_at_the_place_that_the_windows_of_its_state_say(self, rate):
-        code = trellis_code(12, rate, "windows")
+        code = trellis_code(12, rate)
         rising = np.concatenate([-code.magnitudes[::-1], code.magnitudes])
         shares = [1, 1, 2, 4, 5, 6, 6, 7]
         places = np.repeat(rising, [*shares, *shares[::-1]])
@@ -225,13 +226,9 @@ class TestWindows:
                 place = tables[0][newest] ^ tables[1][middle] ^ tables[2][oldest]
                 assert levels_of(code.magnitudes)[code.table[kind, state]] == places[place]
 
-    def test_more_states_have_none(self):
-        with pytest.raises(InputError, match="14 state bits: expected 12 with windows"):
-            trellis_code(14, 2.0, "windows")
-
 
 class TestCodes:
-    @pytest.mark.parametrize(("state_bits", "rate"), CODES)
+    @pytest.mark.parametrize(("state_bits", "rate"), FREE_CODES)
     def test_a_file_is_a_code_and_its_error_is_the_one_measured(self, state_bits, rate):
         content = (resources.files("bivlm.numerics") / "trellis_codes" / f"{state_bits}-{rate}.bin").read_bytes()
         code = trellis_code(state_bits, rate)
@@ -240,7 +237,7 @@ class TestCodes:
         assert to_bytes(code) == to_bytes(from_bytes(content, state_bits, rate)) == content
         assert (np.diff(code.magnitudes) > 0).all() and code.magnitudes[0] > 0
         assert np.bincount(code.table.ravel(), minlength=16).min() > 0
-        count = {12: 160, 14: 60, 16: 16}[state_bits]
+        count = {14: 60, 16: 16}[state_bits]
         x = gaussian(count, 256, seed=8)
         found = squared_error(x, searched(x, code), code).mean() / 256
         assert found == pytest.approx(code.error, rel=0.05 if state_bits == 16 else 0.03)
@@ -254,7 +251,7 @@ class TestCodes:
 
     def test_no_file_is_of_another_code(self):
         names = {file.name for file in (resources.files("bivlm.numerics") / "trellis_codes").iterdir()}
-        assert names == {f"{state_bits}-{rate}.bin" for state_bits, rate in CODES}
+        assert names == {f"{state_bits}-{rate}.bin" for state_bits, rate in FREE_CODES}
 
     def test_codes_are_part_of_the_format(self):
         found = {}
@@ -372,17 +369,17 @@ def check_alike(values, weights, further, code, scale):
 
 
 CODE_HASHES = {
-    (12, 0.5): "6168ba0f334ff0b9",
-    (12, 0.75): "41632dfda4c39b22",
-    (12, 1.0): "b4b3746022dce01c",
-    (12, 1.25): "03d778621f6dd8fc",
-    (12, 1.5): "c44d2e5eba7f6c88",
-    (12, 1.75): "10ac744880f5ef64",
-    (12, 2.0): "fec184f2b1fbf913",
-    (12, 2.25): "5749058e6c80d1bb",
-    (12, 2.5): "d9c3bd7fe945f4bd",
-    (12, 2.75): "e478e452b751d35f",
-    (12, 3.0): "199752459e08c795",
+    (12, 0.5): "41cabbd11179a4d4",
+    (12, 0.75): "846658374210d6f1",
+    (12, 1.0): "6e3a3632667d5596",
+    (12, 1.25): "8e2eae25afc6c73b",
+    (12, 1.5): "aaf6fdf59d76698f",
+    (12, 1.75): "96888ab6cac01099",
+    (12, 2.0): "a07498c84082d743",
+    (12, 2.25): "8273fc13d417b448",
+    (12, 2.5): "2acb64f97f53b45c",
+    (12, 2.75): "07fd215f6333ce30",
+    (12, 3.0): "6b686fe658503079",
     (14, 0.5): "791251553d4229f8",
     (14, 0.75): "9cb6e165659542db",
     (14, 1.0): "493cf351e9ecec4c",

@@ -13,7 +13,7 @@ from bivlm.numerics.trellis_product import can_multiply, parts_of, product
 from bivlm.numerics.trellis_tiles import Tiles
 
 pytestmark = pytest.mark.skipif(
-    not can_multiply(trellis_code(12, 2.0, "windows")),
+    not can_multiply(trellis_code(12, 2.0)),
     reason="the native code was not built, or this processor has no AVX2",
 )
 
@@ -33,7 +33,7 @@ def some_code(rate, seed):
 
 
 def trained(rate):
-    return trellis_code(12, rate, "windows")
+    return trellis_code(12, rate)
 
 
 def expected(stream, code, tiles, x):
@@ -103,4 +103,4 @@ def test_nothing_is_read_beside_the_bits(sides, shape, rate):
 
 
 def test_free_tables_have_no_product():
-    assert not can_multiply(trellis_code(12, 2.0))
+    assert not can_multiply(trellis_code(14, 2.0))
