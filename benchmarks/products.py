@@ -1,7 +1,8 @@
 """Speed of products straight from packed bytes, as ratios to torch: ``python -m benchmarks.products [--tokens 1 8]``.
 
-The linear layers of one decoder layer of Qwen2.5-7B, each of random bits of a trellis of 2^12 states, in
-float32, beside `torch.nn.Linear` in bfloat16 and float32: interleaved, medians of several runs of CPU and of wall time.
+The linear layers of one decoder layer of Qwen2.5-7B, each of random bits: quantile groups without and with 1 % of
+salient weights, grouped integers, and a trellis of 2^12 states. They are multiplied in float32, beside
+`torch.nn.Linear` in bfloat16 and float32: interleaved, medians of several runs of CPU and of wall time.
 """
 
 from __future__ import annotations
@@ -15,22 +16,59 @@ from statistics import median
 import numpy as np
 import torch
 
-from bivlm.numerics.trellis import RATES, steps_of
+from bivlm.numerics.trellis import steps_of
 from bivlm.numerics.trellis_tiles import Tiles
-from bivlm.packing import product
-from bivlm.packing.trellis import INPUTS, OUTPUTS, Layout, pack, stored_magnitudes
+from bivlm.numerics.uniform_grid import round_to_nearest
+from bivlm.packing import grouped, product, quantile, side_table, trellis
 
 LAYER = {(3584, 3584): 2, (512, 3584): 2, (18944, 3584): 2, (3584, 18944): 1}
 RUNS = 7
+SALIENT = 0.01
 
 
-def packed_weight(shape: tuple[int, int], rate: float, sides: int) -> torch.Tensor:
+def in_quantile_groups(shape: tuple[int, int], groups: int, share: float) -> torch.Tensor:
+    """Return a packed weight of random groups and signs, and of this share of salient weights of two bits."""
+    rng, size = np.random.default_rng(0), shape[0] * shape[1]
+    positions = np.flatnonzero(rng.random(size, dtype=np.float32) < share)
+    return quantile.pack(
+        shape,
+        torch.bfloat16,
+        quantile.ready(torch.from_numpy(rng.integers(0, 2 * groups, shape, dtype=np.uint8))),
+        group_scales_K=np.linspace(0.5, 2.0, groups),
+        salient_bits=2,
+        positions_S=positions,
+        levels_S=rng.integers(0, 4, len(positions)),
+        centres_L=np.linspace(-3, 3, 4),
+        row_scales_M=np.ones(shape[0]),
+    )
+
+
+def in_grouped_integers(shape: tuple[int, int], bits: int) -> torch.Tensor:
+    """Return a packed Gaussian weight in groups of 128."""
+    return grouped.pack(round_to_nearest(torch.randn(shape), bits, 128), torch.bfloat16)
+
+
+def on_a_trellis(shape: tuple[int, int], rate: float, sides: int) -> torch.Tensor:
     """Return a packed weight of random bits, rotated on both sides."""
-    layout = Layout(12, rate, sides, INPUTS | OUTPUTS, 0)
+    layout = trellis.Layout(12, rate, sides, trellis.INPUTS | trellis.OUTPUTS, 0)
     steps = np.concatenate([steps_of(rate, length) for length in Tiles(shape, sides).lengths.tolist()])
     symbols = np.random.default_rng(0).integers(0, 8, len(steps), dtype=np.uint8) & ((1 << steps) - 1)
-    magnitudes = stored_magnitudes(layout.code.magnitudes / shape[1] ** 0.5, 0)
-    return pack(symbols.astype(np.uint8), magnitudes, layout, shape, exponent=0, dtype=torch.bfloat16)
+    magnitudes = trellis.stored_magnitudes(layout.code.magnitudes / shape[1] ** 0.5, 0)
+    return trellis.pack(symbols.astype(np.uint8), magnitudes, layout, shape, exponent=0, dtype=torch.bfloat16)
+
+
+KINDS: dict[str, Callable[[tuple[int, int]], torch.Tensor]] = {
+    **{f"{groups} groups": partial(in_quantile_groups, groups=groups, share=0.0) for groups in (1, 2, 3, 5)},
+    "2 groups, salient weights": partial(in_quantile_groups, groups=2, share=SALIENT),
+    **{f"{bits} bits in groups of 128": partial(in_grouped_integers, bits=bits) for bits in (2, 3, 4, 8)},
+    **{
+        f"trellis {rate}, feedback to {'inputs' if sides == 1 else 'both'}": partial(
+            on_a_trellis, rate=rate, sides=sides
+        )
+        for rate in (1.5, 2.0, 3.0)
+        for sides in (1, 2)
+    },
+}
 
 
 def torch_products(shape: tuple[int, int], tokens: int) -> dict[str, Callable[[], object]]:
@@ -43,16 +81,15 @@ def torch_products(shape: tuple[int, int], tokens: int) -> dict[str, Callable[[]
     return works
 
 
-def packed_products(
-    shape: tuple[int, int], tokens: int, kinds: list[tuple[float, int]]
-) -> dict[str, Callable[[], object]]:
-    """Return products of a packed weight of each rate and number of sides, by name."""
-    return {
-        f"{rate} bits, feedback to {'inputs' if sides == 1 else 'both'}": partial(
-            product, packed_weight(shape, rate, sides), torch.randn(tokens, shape[1])
-        )
-        for rate, sides in kinds
-    }
+def packed_products(shape: tuple[int, int], tokens: int, kinds: list[str]) -> dict[str, Callable[[], object]]:
+    """Return products of a packed weight of each kind, by name; raises ValueError where this machine has none."""
+    works: dict[str, Callable[[], object]] = {}
+    for kind in kinds:
+        packed = KINDS[kind](shape)
+        if (beside := side_table(packed)) is None:
+            raise ValueError(f"{kind}: no product straight from the bytes: no native code, or no AVX2")
+        works[kind] = partial(product, packed, beside, torch.randn(tokens, shape[1]))
+    return works
 
 
 def measured(works: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
@@ -70,15 +107,13 @@ def main() -> None:
     """Print a table for every number of tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rates", type=float, nargs="+", choices=RATES, default=[1.5, 2.0, 3.0])
-    parser.add_argument("--sides", type=int, nargs="+", choices=(1, 2), default=[1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     given = parser.parse_args()
     torch.set_grad_enabled(False)
-    kinds = [(rate, sides) for rate in given.rates for sides in given.sides]
     for tokens in given.tokens:
         totals: dict[str, np.ndarray] = {}
         for shape, count in LAYER.items():
-            works = torch_products(shape, tokens) | packed_products(shape, tokens, kinds)
+            works = torch_products(shape, tokens) | packed_products(shape, tokens, given.kinds)
             for name, seconds in measured(works).items():
                 totals[name] = totals.get(name, np.zeros(2)) + count * np.array(seconds)
         base = totals["torch bfloat16"]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bivlm.errors import InputError
-from bivlm.packing import open_packed, product, unpack, unpack_rows
+from bivlm.packing import open_packed, product, side_table, unpack, unpack_rows
 
 MOST_TOKENS = 15  # that are multiplied straight from the bytes: for more, rebuilding a weight pays
 
@@ -20,8 +20,8 @@ MOST_TOKENS = 15  # that are multiplied straight from the bytes: for more, rebui
 class PackedLinear(nn.Module):
     """``y = x W^T + b`` with W in its packed bytes; every call rebuilds W in the layer's dtype, uses it and drops it.
 
-    With `straight`, a few tokens without gradients are multiplied straight from the bytes (`bivlm.packing.product`): in
-    float32, then rounded to the layer's dtype.
+    After `go_straight`, a few tokens without gradients are multiplied straight from the bytes, in float32, then rounded
+    to the layer's dtype (`bivlm.packing.product`).
 
     Attributes:
         weight: uint8 (bytes,), the packed weight, see `bivlm.packing`. A parameter, so that it is saved, moved and
@@ -29,11 +29,11 @@ class PackedLinear(nn.Module):
         bias: (M,) or None.
         name: the module's name in the model, for messages.
         of_dtype: an empty buffer that carries the layer's dtype.
-        straight: whether this machine can do so and should.
+        side_table: uint8 (bytes,), a buffer beside the bytes for products straight from them, or None.
     """
 
     of_dtype: torch.Tensor
-    straight = False
+    side_table: torch.Tensor | None
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class PackedLinear(nn.Module):
         self.out_features = out_features
         self.name = name
         self.register_buffer("of_dtype", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("side_table", None, persistent=False)
         empty = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -98,11 +99,16 @@ class PackedLinear(nn.Module):
                 "checkpoint with dequantize 'load'"
             )
         shape = (self.out_features, self.in_features)
-        if self.straight and self._is_a_few_tokens(x):
-            y = _product(x.reshape(-1, self.in_features), self.weight, self.out_features, f"{self.name}.weight")
+        if self.side_table is not None and self._is_a_few_tokens(x):
+            rows_x = x.reshape(-1, self.in_features)
+            y = _product(rows_x, self.weight, self.side_table, self.out_features, f"{self.name}.weight")
             return (y if self.bias is None else y + self.bias).to(self.dtype).view(*x.shape[:-1], self.out_features)
         weight = _rebuilt(self.weight, *shape, self.dtype, f"{self.name}.weight")
         return nn.functional.linear(x, weight, self.bias)
+
+    def go_straight(self) -> None:
+        """Multiply straight from the bytes from now on, where this machine can."""
+        self.side_table = side_table(self.weight.data, f"{self.name}.weight")
 
     def _is_a_few_tokens(self, x: torch.Tensor) -> bool:
         if x.dtype != self.dtype or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -216,12 +222,12 @@ def _(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: s
 
 
 @torch.library.custom_op("bivlm::product", mutates_args=())
-def _product(x_TN: torch.Tensor, packed: torch.Tensor, rows: int, name: str) -> torch.Tensor:
-    return product(packed.data, x_TN.to(torch.float32), name)
+def _product(x_TN: torch.Tensor, packed: torch.Tensor, side: torch.Tensor, rows: int, name: str) -> torch.Tensor:
+    return product(packed.data, side, x_TN.to(torch.float32), name)
 
 
 @_product.register_fake
-def _(x_TN: torch.Tensor, packed: torch.Tensor, rows: int, name: str) -> torch.Tensor:
+def _(x_TN: torch.Tensor, packed: torch.Tensor, side: torch.Tensor, rows: int, name: str) -> torch.Tensor:
     return x_TN.new_empty(x_TN.shape[0], rows, dtype=torch.float32)
 
 

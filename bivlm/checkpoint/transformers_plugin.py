@@ -8,7 +8,7 @@ config selects it. Three ways to use the packed weights:
 - ``dequantize: forward``: keep the packed bytes and rebuild a weight each time its layer is called. Saving it writes
   the packed bytes again.
 - ``dequantize: packed``: the same, and multiply a few tokens straight from the bytes where this machine can, in
-  float32: on a CPU with AVX2, a trellis of 2^12 states.
+  float32: on a CPU with AVX2, weights of one to five groups, of grouped integers, and on a trellis of 2^12 states.
 
 The checkpoint's way is overridden with ``from_pretrained(folder, quantization_config=BiVLMConfig(dequantize=...))``.
 
@@ -37,7 +37,7 @@ from bivlm.checkpoint.packed_modules import PackedEmbedding, PackedLinear
 from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD, Checkpoint, check_quantization
 from bivlm.checkpoint.safetensors_file import TensorEntry, read_entries
 from bivlm.errors import InputError
-from bivlm.packing import multiplies, unpack
+from bivlm.packing import unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,7 +185,8 @@ class BiVLMQuantizer(HfQuantizer):
                 module.verify()
             if isinstance(module, PackedLinear):
                 module.trim_bias()
-                module.straight = self.quantization_config.when == "packed" and multiplies(module.weight.data)
+                if self.quantization_config.when == "packed":
+                    module.go_straight()
         if self.quantization_config.dequantize:
             return self._dequantize(model)
         if any(isinstance(table, _PACKED) for table in _tables(model)):

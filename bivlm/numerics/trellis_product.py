@@ -7,7 +7,6 @@ numbers are the same.
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -96,12 +95,6 @@ def product(
             *map(whole, (len(x_TN), inputs_TN.shape[1], found_PTM.shape[2], widest)),
         )
 
-    numbers = range(len(parts))
-    if any(map(one, numbers) if threads == 1 or len(parts) == 1 else _pool(threads).map(one, numbers)):
+    if any(kernels.in_threads(one, range(len(parts)), threads=threads)):
         raise MemoryError(f"no memory for a product with a weight of {rows} x {columns}")
     return np.ascontiguousarray(found_PTM.sum(0)[:, :rows])
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "bivlm-product")

@@ -75,7 +75,13 @@ class Codec(ABC):
         """Return whether this machine can multiply by this weight straight from its bytes, see `product`."""
         return False
 
-    def product(self, packed: torch.Tensor, header: Header, x_TN: torch.Tensor) -> torch.Tensor:
+    def side_table(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
+        """Return what `product` reads beside the packed bytes, uint8 (bytes,): made once, small, and stored nowhere."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def product(
+        self, packed: torch.Tensor, header: Header, side_table: torch.Tensor, x_TN: torch.Tensor
+    ) -> torch.Tensor:
         """Return ``x W^T``, float32 (T, M), straight from the packed bytes, for a codec that `multiplies`.
 
         x is float32 (T, N) on the CPU, and so are levels and sums: W is not rounded to `header.dtype`.
@@ -135,16 +141,18 @@ def unpack_rows(packed: torch.Tensor, rows_m: torch.Tensor, name: str = "packed 
     return codec.rows(packed, header, rows_m)
 
 
-def multiplies(packed: torch.Tensor, name: str = "packed weight") -> bool:
-    """Return whether this machine can multiply by this weight straight from its bytes; no checksum."""
+def side_table(packed: torch.Tensor, name: str = "packed weight") -> torch.Tensor | None:
+    """Return what `product` reads beside the bytes, uint8 (bytes,); None if it cannot be had here. No checksum."""
     codec, header = open_packed(packed, name, check=False)
-    return codec.multiplies(packed, header)
+    return codec.side_table(packed, header) if codec.multiplies(packed, header) else None
 
 
-def product(packed: torch.Tensor, x_TN: torch.Tensor, name: str = "packed weight") -> torch.Tensor:
-    """Return ``x W^T``, float32 (T, M), of float32 x (T, N), of a weight that `multiplies`; no checksum."""
+def product(
+    packed: torch.Tensor, side_table: torch.Tensor, x_TN: torch.Tensor, name: str = "packed weight"
+) -> torch.Tensor:
+    """Return ``x W^T``, float32 (T, M), of float32 x (T, N), of a weight that has a `side_table`; no checksum."""
     codec, header = open_packed(packed, name, check=False)
-    return codec.product(packed, header, x_TN)
+    return codec.product(packed, header, side_table, x_TN)
 
 
 def format_bits(packed: Bytes, name: str = "packed weight") -> FormatBits:

@@ -29,6 +29,7 @@ from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_h
 from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
+from bivlm.packing.plane_product import Groups, can_multiply, product
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,
@@ -191,6 +192,27 @@ class GroupedCodec(Codec):
         if stored.channels:
             weight_mN.mul_(from_halves(section(packed, header, 4), stored.channel_exponent))
         return weight_mN.to(header.dtype)
+
+    def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
+        stored = _read_parameters(packed, header)
+        # A row of one group has words that end after it, with inputs of zero.
+        width = stored.width if stored.width < header.shape[1] else 0
+        return packed.device.type == "cpu" and can_multiply(1 << stored.bits, width)
+
+    def side_table(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
+        """Return the zero points, a byte each."""
+        return _zeros(packed, header, _read_parameters(packed, header)).to(torch.uint8).view(-1)
+
+    def product(
+        self, packed: torch.Tensor, header: Header, side_table: torch.Tensor, x_TN: torch.Tensor
+    ) -> torch.Tensor:
+        stored = _read_parameters(packed, header)
+        if stored.channels:
+            x_TN = x_TN * from_halves(section(packed, header, 4), stored.channel_exponent)
+        groups = Groups(stored.width, as_array(section(packed, header, 1)), as_array(side_table))
+        codes, threads = as_array(section(packed, header, 3)), torch.get_num_threads()
+        y_TM = product(codes, 1 << stored.bits, header.shape, x_TN.numpy(), groups, threads=threads)
+        return torch.from_numpy(y_TM).mul_(2.0**stored.exponent)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return ``scales`` (M, G) and, if there are any, ``channel_scales`` (N,); zero points are integers."""

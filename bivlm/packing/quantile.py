@@ -31,6 +31,7 @@ from bivlm.packing import Codec, FormatBits, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.lookup import lookup
+from bivlm.packing.plane_product import MOST_COLUMNS, Levels, Salient, can_multiply, product
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,
@@ -177,6 +178,51 @@ class QuantileCodec(Codec):
             rebuilt = row_scales[positions // header.shape[1]] * centres[levels]
             weight_MN.view(-1)[positions] = rebuilt.to(header.dtype)
         return weight_MN
+
+    def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
+        stored = _read_parameters(packed, header)
+        sparse = stored.mode == _SPARSE and stored.salient
+        return (
+            packed.device.type == "cpu"
+            and can_multiply(stored.alphabet)
+            and not (sparse and header.shape[1] > MOST_COLUMNS)
+        )
+
+    def side_table(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
+        """Return of sparse salient weights where each row's and level's begin, uint32, and their columns, uint16."""
+        stored = _read_parameters(packed, header)
+        if stored.mode != _SPARSE or not stored.salient:
+            return super().side_table(packed, header)
+        rows, columns = header.shape
+        positions_S, levels_S = (each.numpy() for each in _sparse_salient(packed, header, stored))
+        row_S, column_S = positions_S // columns, positions_S % columns
+        lists_S = row_S * len(stored.centres_L) + levels_S
+        order_S = np.argsort(lists_S, kind="stable")
+        begins = np.zeros(rows * len(stored.centres_L) + 1, "<u4")
+        np.cumsum(np.bincount(lists_S, minlength=len(begins) - 1), out=begins[1:])
+        sections = (begins, column_S[order_S].astype("<u2"))
+        return torch.from_numpy(np.concatenate([each.view(np.uint8) for each in sections]))
+
+    def product(
+        self, packed: torch.Tensor, header: Header, side_table: torch.Tensor, x_TN: torch.Tensor
+    ) -> torch.Tensor:
+        stored = _read_parameters(packed, header)
+        table = np.zeros(stored.alphabet, np.float32)
+        table[: 2 * stored.groups : 2] = stored.group_scales_K
+        table[1 : 2 * stored.groups : 2] = -stored.group_scales_K
+        levels, salient = Levels(table), None
+        row_scales = as_array(section(packed, header, 1))
+        if stored.salient and stored.mode == _ALPHABET:
+            by_row = np.concatenate([np.zeros(2 * stored.groups, np.float32), stored.centres_L])
+            levels = Levels(table, by_row, row_scales)
+        elif stored.salient:
+            levels = Levels(table, None, row_scales)
+            marks = (np.arange(len(stored.centres_L)) % (2 * stored.groups)).astype(np.uint8)
+            begins, columns = np.split(as_array(side_table), [4 * (header.shape[0] * len(marks) + 1)])
+            salient = Salient(stored.centres_L, marks, begins.view("<u4"), columns.view("<u2"))
+        symbols, threads = as_array(section(packed, header, 2)), torch.get_num_threads()
+        y_TM = product(symbols, stored.alphabet, header.shape, x_TN.numpy(), levels, salient, threads=threads)
+        return torch.from_numpy(y_TM).mul_(2.0**stored.exponent)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return parameters ``group_scales`` (K,) and, if S > 0, ``row_scales`` (M,) and ``centres`` (2^N_b,)."""

@@ -164,7 +164,9 @@ class TrellisCodec(Codec):
     def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
         return packed.device.type == "cpu" and can_multiply(read_layout(packed, header)[0].code)
 
-    def product(self, packed: torch.Tensor, header: Header, x_TN: torch.Tensor) -> torch.Tensor:
+    def product(
+        self, packed: torch.Tensor, header: Header, side_table: torch.Tensor, x_TN: torch.Tensor
+    ) -> torch.Tensor:
         layout, exponent = read_layout(packed, header)
         rows, columns = header.shape
         x_TN = x_TN.to(torch.float32, memory_format=torch.contiguous_format, copy=True)

@@ -11,7 +11,7 @@ from bivlm import compress_model
 from bivlm.checkpoint.packed_modules import MOST_TOKENS, PackedLinear
 from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 from bivlm.compression.model import pack_layer
-from bivlm.packing import multiplies, product, unpack
+from bivlm.packing import product, side_table, unpack
 
 TRELLIS = {"method": "trellis", "rate": 2.0, "feedback": "none"}
 
@@ -22,7 +22,7 @@ def packed_weight(shape=(96, 200), dtype=torch.bfloat16, **settings):
 
 
 needs_kernel = pytest.mark.skipif(
-    not multiplies(packed_weight()), reason="the native code was not built, or this processor has no AVX2"
+    side_table(packed_weight()) is None, reason="the native code was not built, or this processor has no AVX2"
 )
 pytestmark = [needs_kernel, pytest.mark.filterwarnings("ignore:You passed `quantization_config`")]
 
@@ -33,7 +33,8 @@ def layer(dtype=torch.bfloat16, bias=True):
     linear = nn.Linear(200, 96, bias=bias, dtype=dtype)
     found = PackedLinear.replacing(linear, packed.numel(), "tower.fc1")
     found.weight.data.copy_(packed)
-    found.bias, found.straight = linear.bias, True
+    found.bias = linear.bias
+    found.go_straight()
     return found
 
 
@@ -46,7 +47,7 @@ def test_a_product_is_that_of_the_unrounded_weight(rotate, rate, scale):
     x = torch.randn(4, 300)
     before = x.clone()
     expected = x.double() @ unpack(packed).double().T
-    torch.testing.assert_close(product(packed, x).double(), expected, rtol=1e-4, atol=3e-5 * scale)
+    torch.testing.assert_close(product(packed, side_table(packed), x).double(), expected, rtol=1e-4, atol=3e-5 * scale)
     assert torch.equal(x, before)
 
 
@@ -56,7 +57,7 @@ def test_a_few_tokens_are_rounded_once(dtype, bias):
     chosen, x = layer(dtype, bias), torch.randn(3, 5, 200).to(dtype)
     with torch.no_grad():
         y = chosen(x)
-    unrounded = product(chosen.weight.data, x.reshape(-1, 200).float())
+    unrounded = product(chosen.weight.data, chosen.side_table, x.reshape(-1, 200).float())
     unrounded = unrounded + chosen.bias.float() if bias else unrounded
     assert y.dtype == dtype and torch.equal(y, unrounded.to(dtype).view(3, 5, 96))
 
@@ -78,7 +79,7 @@ def test_the_rest_rebuilds_the_weight(case, monkeypatch):
 
 def test_it_is_an_operator_that_torch_can_compile():
     chosen, x = layer(torch.float32), torch.randn(2, 200)
-    torch.library.opcheck(torch.ops.bivlm.product.default, (x, chosen.weight.data, 96, "weight"))
+    torch.library.opcheck(torch.ops.bivlm.product.default, (x, chosen.weight.data, chosen.side_table, 96, "weight"))
     with torch.no_grad():
         assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(x), chosen(x))
 
@@ -95,7 +96,7 @@ def test_a_model_answers_as_the_ordinary_one_and_is_saved_with_the_same_bytes(tm
         for way in ("load", "packed")
     }
     layers = [module for module in models["packed"].modules() if isinstance(module, PackedLinear)]
-    assert layers and all(module.straight for module in layers)
+    assert layers and all(module.side_table is not None for module in layers)
     step = {"input_ids": inputs["input_ids"][:, :4]}  # no image: a few tokens
     with torch.no_grad():
         dense, straight = (

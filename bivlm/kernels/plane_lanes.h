@@ -1,0 +1,130 @@
+/* The kernel of `plane_product.c` for one width of vectors: included once for each, with these defined.
+
+   W        floats of a vector
+   ROWS(T)  rows that are multiplied by T tokens together
+   TARGET   the instructions that may be used
+   NAME(x)  what x is called for this width
+   V, I     vectors of floats and of 32-bit integers; and functions on them */
+
+/* The symbols of W words, and what of them is still to come. */
+typedef struct {
+    I low, high;
+} NAME(Words);
+
+TARGET static inline __attribute__((always_inline)) NAME(Words)
+    NAME(words_at)(const int kind, const Rows *rows, int r, int64_t block) {
+    NAME(Words) words = {SET_I(0), SET_I(0)};
+    if (kind == THREE) words.high = SHIFT_LEFT(SHORTS(rows->planes[1][r] + 2 * W * block), 2);
+    if (kind <= EIGHT) {
+        words.low = LOAD_I(rows->planes[0][r] + 4 * W * block);
+        return words;
+    }
+    words.low = BYTES(rows->planes[0][r] + W * block);
+    int above = 8;
+    for (int plane = 1; plane < 3 && PLANE_BITS(kind, plane); plane++) {
+        const int bits = PLANE_BITS(kind, plane);
+        const I part = AND(FIELDS(bits, rows->planes[plane][r] + W * bits / 8 * block), SET_I((1 << bits) - 1));
+        words.low = OR(words.low, SHIFT_LEFT(part, above));
+        above += bits;
+    }
+    return words;
+}
+
+/* The next symbol of each word; above it there are bits of the others. */
+TARGET static inline __attribute__((always_inline)) I NAME(next)(const int kind, NAME(Words) *words) {
+    const I low = words->low, high = words->high;
+    switch (kind) {
+    case ONE: words->low = SHIFT_RIGHT(low, 1); return low;
+    case TWO: words->low = SHIFT_RIGHT(low, 2); return low;
+    case FOUR: words->low = SHIFT_RIGHT(low, 4); return low;
+    case EIGHT: words->low = SHIFT_RIGHT(low, 8); return low;
+    case THREE:
+        words->low = SHIFT_RIGHT(low, 2), words->high = SHIFT_RIGHT(high, 1);
+        return CHOOSE(SET_I(3), low, high);
+    default: /* division by what 65536 / RECIPROCAL is, near enough below 2^13 */
+        words->low = HIGH_PRODUCT(low, SET_I(RECIPROCAL(kind)));
+        return SUBTRACT(low, LOW_PRODUCT(words->low, SET_I(BASE(kind))));
+    }
+}
+
+TARGET static inline __attribute__((always_inline)) V NAME(level)(const int kind, const int coded, const V *table,
+                                                                 I symbol) {
+    if (coded && (kind == EIGHT || (kind == FOUR && W == 8)))
+        return FLOATS(AND(symbol, SET_I(kind == FOUR ? 15 : 255)));
+    return LOOK_UP(kind == FOUR || kind >= BASE_10, table, symbol);
+}
+
+/* y[row][token] of some rows and tokens. Of coded weights a block's sum is scaled, group by group. */
+TARGET static inline __attribute__((always_inline)) void NAME(rows_by)(const int kind, const int coded,
+                                                                      const int first, const int R, const int T,
+                                                                      const PlaneProduct *by, const Rows *rows,
+                                                                      int64_t token, float *y) {
+    V total[MOST][MOST], table[MOST][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        for (int t = 0; t < T; t++) total[r][t] = ZERO;
+        table[r][0] = LOAD(rows->tables[first + r]), table[r][1] = LOAD(rows->tables[first + r] + 16 - W);
+    }
+    const int64_t in_apart = by->blocks * STEPS(kind) * W;
+    const float *x = by->inputs + token * in_apart;
+    for (int64_t block = 0; block < by->blocks; block++, x += STEPS(kind) * W) {
+        NAME(Words) words[MOST];
+        V sum[MOST][MOST];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            words[r] = NAME(words_at)(kind, rows, first + r, block);
+            for (int t = 0; t < T; t++) sum[r][t] = coded ? ZERO : total[r][t];
+        }
+        for (int step = 0; step < STEPS(kind); step++) {
+            V level[MOST];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) level[r] = NAME(level)(kind, coded, table[r], NAME(next)(kind, words + r));
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const V input = LOAD(x + t * in_apart + step * W);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sum[r][t] = FMA(level[r], input, sum[r][t]);
+            }
+        }
+        if (coded) {
+            const I group = LOAD_I(by->group + W * block);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const V scale = PERMUTE(LOAD(rows->scales[first + r] + by->first_group[block]), group);
+                const V offset = PERMUTE(LOAD(rows->offsets[first + r] + by->first_group[block]), group);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) {
+                    const V inputs = LOAD(by->sums + ((token + t) * by->blocks + block) * W);
+                    total[r][t] = FMA(scale, sum[r][t], FMA(offset, inputs, total[r][t]));
+                }
+            }
+        } else
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+                for (int t = 0; t < T; t++) total[r][t] = sum[r][t];
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) y[(first + r) * T + t] = SUM(total[r][t]);
+}
+
+/* The same of all rows, ROWS(T) at a time, for any kind. */
+#define KIND(kind, coded, T)                                                                                        \
+    case kind:                                                                                                      \
+        for (int r = 0; r < MOST; r += ROWS(T)) NAME(rows_by)(kind, coded, r, ROWS(T), T, by, rows, token, y);      \
+        break;
+#define TOKENS(T)                                                                                               \
+    TARGET static void NAME(times_##T)(const PlaneProduct *by, const Rows *rows, int64_t token, float *y) {     \
+        if (by->scales)                                                                                         \
+            switch (by->kind) { KIND(TWO, 1, T) KIND(THREE, 1, T) KIND(FOUR, 1, T) KIND(EIGHT, 1, T) }          \
+        else                                                                                                    \
+            switch (by->kind) {                                                                                 \
+                KIND(ONE, 0, T) KIND(TWO, 0, T) KIND(THREE, 0, T) KIND(FOUR, 0, T)              \
+                KIND(BASE_6, 0, T) KIND(BASE_10, 0, T) KIND(BASE_12, 0, T) KIND(BASE_14, 0, T)                  \
+            }                                                                                                   \
+    }
+TOKENS(1)
+TOKENS(2)
+TOKENS(4)
+#undef TOKENS
+#undef KIND

@@ -1,0 +1,291 @@
+/* Products with a weight whose symbols lie in planes (`bivlm.packing.radix`), straight from them.
+
+   A word's symbols are made one after another, those of as many words at once as a vector has lanes; the inputs lie in
+   that order. A symbol stands for an entry of its row's table or, in coded weights, for its number, of which a group
+   has a scale and a zero point: sums of numbers and inputs are scaled block by block. Rows and tokens are taken some at
+   a time, so that inputs are read for several rows and symbols made for several tokens. Each sum has one order,
+   whatever the number of tokens, rows and threads. */
+
+#include "native.h"
+
+/* Bits of a symbol; or words are numbers of some base, whose digits are symbols. */
+enum { ONE = 1, TWO = 2, THREE = 3, FOUR = 4, EIGHT = 8, BASE_6 = 16, BASE_10 = 20, BASE_12 = 22, BASE_14 = 24 };
+enum { MOST = 4, SALIENT_TOKENS = 8 };
+
+#define BASE(kind) ((kind) - 10)
+#define RECIPROCAL(kind) ((65536 + BASE(kind) - 1) / BASE(kind))
+/* Digits of a word, or the symbols in as many bits as a lane holds. */
+#define STEPS(kind) \
+    ((kind) == BASE_14 ? 2 : (kind) >= BASE_10 ? 3 : (kind) == BASE_6 ? 5 : (kind) == THREE ? 16 : 32 / (kind))
+/* Of a word's digits eight bits lie in the first plane, and as many in the others. */
+#define PLANE_BITS(kind, plane) \
+    ((plane) == 1 ? (kind) == BASE_6 ? 4 : (kind) == BASE_14 ? 0 : 2 : (kind) == BASE_6 || (kind) == BASE_12)
+
+/* A product, which `bivlm.packing.plane_product` fills in. */
+typedef struct {
+    int64_t kind, lanes, tokens, blocks; /* lanes are those of the vectors that the inputs' order is for */
+    const uint8_t *planes[3];
+    int64_t readable[3], row_bytes[3]; /* from the beginning of each plane on, and of a row */
+    const float *inputs;               /* [tokens][blocks][steps][lanes] */
+    const float *table, *by_row;       /* [16], and what is added to it, times the row's scale; or NULL */
+    const uint8_t *row_scales;         /* float16 [rows], or NULL */
+    const uint8_t *scales, *zeros;     /* of coded weights, float16 and uint8 [rows][groups]; else NULL */
+    int64_t groups;
+    const float *sums;                  /* of the inputs of a word, [tokens][blocks][lanes] */
+    const int32_t *first_group, *group; /* of each block, and of its words from there on, [blocks][lanes] */
+    int64_t levels;                     /* of salient weights */
+    const uint32_t *begins;             /* of columns, [rows][levels] and one more; or NULL */
+    const uint16_t *columns;
+    const float *centres;               /* [levels], times the row's scale */
+    const uint8_t *marks;               /* [levels], the symbols at their places */
+    const float *plain;                 /* inputs, [columns][plain_apart] */
+    int64_t plain_apart;
+    float *outputs; /* [tokens][out_apart] */
+    int64_t out_apart;
+} PlaneProduct;
+
+/* Of some rows: where their planes, their tables (16 levels), scales, and scales times negative zero points are. */
+typedef struct {
+    const uint8_t *planes[3][MOST];
+    const float *tables[MOST], *scales[MOST], *offsets[MOST];
+} Rows;
+
+#ifdef X86
+#define JOIN(x, y) x##_##y
+#define ZERO SET(0.0f)
+
+#define W 8
+#define ROWS(T) ((T) == 1 ? 4 : 2)
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define NAME(x) JOIN(x, 8)
+#define V __m256
+#define I __m256i
+#define SET _mm256_set1_ps
+#define LOAD _mm256_loadu_ps
+#define FMA _mm256_fmadd_ps
+#define PERMUTE _mm256_permutevar8x32_ps
+#define FLOATS _mm256_cvtepi32_ps
+#define SET_I _mm256_set1_epi32
+#define LOAD_I(at) _mm256_loadu_si256((const __m256i *)(at))
+#define BYTES(at) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(at)))
+#define SHORTS(at) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(at)))
+#define SHIFT_RIGHT _mm256_srli_epi32
+#define SHIFT_LEFT _mm256_slli_epi32
+#define FIELDS(bits, at) fields_8(bits, at)
+#define AND _mm256_and_si256
+#define OR _mm256_or_si256
+#define CHOOSE(mask, yes, no) _mm256_or_si256(_mm256_and_si256(mask, yes), _mm256_andnot_si256(mask, no))
+#define SUBTRACT _mm256_sub_epi32
+#define HIGH_PRODUCT _mm256_mulhi_epu16
+#define LOW_PRODUCT _mm256_mullo_epi16
+#define LOOK_UP(sixteen, table, symbol) look_up_8(sixteen, table, symbol)
+#define SUM sum_8
+
+TARGET static inline __m256 look_up_8(const int sixteen, const __m256 *table, __m256i symbol) {
+    const __m256 low = _mm256_permutevar8x32_ps(table[0], symbol);
+    if (!sixteen) return low;
+    const __m256 high = _mm256_permutevar8x32_ps(table[1], symbol);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(symbol, 28)));
+}
+
+static inline int32_t bytes_at(const uint8_t *at, const int count) {
+    const uint32_t two = count > 1 ? at[0] | (uint32_t)at[1] << 8 : at[0];
+    return (int32_t)(count > 2 ? two | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24 : two);
+}
+
+/* Eight fields of some bits, each in a lane, with bits above it. */
+TARGET static inline __attribute__((always_inline)) __m256i fields_8(const int bits, const uint8_t *at) {
+    const __m256i places = _mm256_mullo_epi16(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
+    return _mm256_srlv_epi32(_mm256_set1_epi32(bytes_at(at, bits)), places);
+}
+
+TARGET static inline float sum_8(__m256 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+#include "plane_lanes.h"
+#undef W
+#undef ROWS
+#undef TARGET
+#undef NAME
+#undef V
+#undef I
+#undef SET
+#undef LOAD
+#undef FMA
+#undef PERMUTE
+#undef FLOATS
+#undef SET_I
+#undef LOAD_I
+#undef BYTES
+#undef SHORTS
+#undef SHIFT_RIGHT
+#undef SHIFT_LEFT
+#undef FIELDS
+#undef AND
+#undef OR
+#undef CHOOSE
+#undef SUBTRACT
+#undef HIGH_PRODUCT
+#undef LOW_PRODUCT
+#undef LOOK_UP
+#undef SUM
+
+#define W 16
+#define ROWS(T) 4
+#define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw")))
+#define NAME(x) JOIN(x, 16)
+#define V __m512
+#define I __m512i
+#define SET _mm512_set1_ps
+#define LOAD _mm512_loadu_ps
+#define FMA _mm512_fmadd_ps
+#define PERMUTE(v, at) _mm512_permutexvar_ps(at, v)
+#define FLOATS _mm512_cvtepi32_ps
+#define SET_I _mm512_set1_epi32
+#define LOAD_I(at) _mm512_loadu_si512(at)
+#define BYTES(at) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(at)))
+#define SHORTS(at) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(at)))
+#define SHIFT_RIGHT _mm512_srli_epi32
+#define SHIFT_LEFT _mm512_slli_epi32
+#define FIELDS(bits, at) fields_16(bits, at)
+#define AND _mm512_and_si512
+#define OR _mm512_or_si512
+#define CHOOSE(mask, yes, no) _mm512_ternarylogic_epi32(mask, yes, no, 0xCA)
+#define SUBTRACT _mm512_sub_epi32
+#define HIGH_PRODUCT _mm512_mulhi_epu16
+#define LOW_PRODUCT _mm512_mullo_epi16
+#define LOOK_UP(sixteen, table, symbol) _mm512_permutexvar_ps(symbol, (table)[0])
+#define SUM _mm512_reduce_add_ps
+
+TARGET static inline __attribute__((always_inline)) __m512i fields_16(const int bits, const uint8_t *at) {
+    if (bits == 4) return _mm512_inserti64x4(_mm512_castsi256_si512(fields_8(4, at)), fields_8(4, at + 4), 1);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_srlv_epi32(_mm512_set1_epi32(bytes_at(at, 2 * bits)), bits == 2 ? _mm512_add_epi32(lanes, lanes) : lanes);
+}
+
+#include "plane_lanes.h"
+
+/* A float16 of an array whose address may be odd. */
+__attribute__((target("f16c"))) static inline float half_at(const uint8_t *halves, int64_t number) {
+    uint16_t half;
+    memcpy(&half, halves + 2 * number, sizeof half);
+    return _cvtsh_ss(half);
+}
+
+/* Scales, and scales times negative zero points, of a row's groups. */
+__attribute__((target("f16c"))) static void read_groups(const uint8_t *halves, const uint8_t *zeros, int64_t groups,
+                                                         float *scales, float *offsets) {
+    for (int64_t group = 0; group < groups; group++) {
+        scales[group] = half_at(halves, group);
+        offsets[group] = -scales[group] * zeros[group];
+    }
+}
+
+/* Where a row of a plane lies: in a copy, where reading whole vectors would leave the plane. */
+static const uint8_t *row_of(const uint8_t *plane, int64_t readable, int64_t row_bytes, int64_t row, int64_t taken,
+                             uint8_t *copy) {
+    if (row * row_bytes + taken <= readable) return plane + row * row_bytes;
+    memcpy(copy, plane + row * row_bytes, (size_t)row_bytes);
+    return copy;
+}
+
+/* What salient weights add to a row: of each level the columns' inputs are added up. */
+__attribute__((target("f16c"))) static void add_salient(const PlaneProduct *by, int64_t row) {
+    const float row_scale = half_at(by->row_scales, row);
+    const uint32_t *begins = by->begins + row * by->levels;
+    float *y = by->outputs + row;
+    for (int64_t level = 0; level < by->levels; level++) {
+        const uint16_t *at = by->columns + begins[level], *end = by->columns + begins[level + 1];
+        const float difference = row_scale * by->centres[level] - by->table[by->marks[level]];
+        if (by->plain_apart == 1) {
+            float sum[4] = {0, 0, 0, 0};
+            for (; end - at >= 4; at += 4)
+                for (int k = 0; k < 4; k++) sum[k] += by->plain[at[k]];
+            for (; at < end; at++) sum[0] += by->plain[*at];
+            y[0] += difference * ((sum[0] + sum[1]) + (sum[2] + sum[3]));
+            continue;
+        }
+        for (int64_t token = 0; token < by->tokens; token += SALIENT_TOKENS) {
+            float sum[SALIENT_TOKENS] = {0};
+            for (const uint16_t *each = at; each < end; each++)
+                for (int k = 0; k < SALIENT_TOKENS; k++) sum[k] += by->plain[*each * by->plain_apart + token + k];
+            for (int k = 0; k < SALIENT_TOKENS && token + k < by->tokens; k++)
+                y[(token + k) * by->out_apart] += difference * sum[k];
+        }
+    }
+}
+
+/* Four rows of all tokens, some at a time. */
+static void multiply(const PlaneProduct *by, const Rows *rows, int64_t row, int64_t some) {
+    for (int64_t token = 0, taken; token < by->tokens; token += taken) {
+        float y[MOST * MOST];
+        taken = by->tokens - token >= 4 ? 4 : by->tokens - token >= 2 ? 2 : 1;
+        if (by->lanes == 16)
+            (taken == 4 ? times_4_16 : taken == 2 ? times_2_16 : times_1_16)(by, rows, token, y);
+        else
+            (taken == 4 ? times_4_8 : taken == 2 ? times_2_8 : times_1_8)(by, rows, token, y);
+        for (int64_t r = 0; r < some; r++)
+            for (int64_t t = 0; t < taken; t++) by->outputs[(token + t) * by->out_apart + row + r] = y[r * taken + t];
+    }
+}
+#endif
+
+/* How many floats a vector has: the inputs' order depends on it. 0 where products are not there. */
+EXPORT int bivlm_plane_lanes(void) {
+#ifdef X86
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
+    return __builtin_cpu_supports("avx512bw") ? 16 : 8;
+#else
+    return 0;
+#endif
+}
+
+/* The outputs from row `first` to `last`. Returns 1 without memory; only where there are lanes. */
+EXPORT int bivlm_plane_product(const PlaneProduct *by, int64_t first, int64_t last) {
+#ifdef X86
+    int64_t taken[3], all_taken = 0; /* what blocks take of a row of each plane */
+    for (int plane = 0; plane < 3; plane++) {
+        const int bits = by->kind > EIGHT ? plane ? PLANE_BITS(by->kind, plane) : 8
+                         : plane          ? plane == 1 && by->kind == THREE ? 16 : 0
+                                          : 32;
+        all_taken += taken[plane] = by->blocks * by->lanes * bits / 8;
+    }
+    const int64_t groups_apart = by->groups + 16;
+    float *numbers = calloc((size_t)(2 * MOST * groups_apart), sizeof(float));
+    uint8_t *copies = calloc(MOST, (size_t)all_taken);
+    if (!numbers || !copies) {
+        free(numbers), free(copies);
+        return 1;
+    }
+    float tables[MOST][16];
+    for (int64_t row = first; row < last; row += MOST) {
+        Rows rows;
+        for (int r = 0; r < MOST; r++) {
+            const int64_t number = row + r < last ? row + r : row;
+            uint8_t *copy = copies + r * all_taken;
+            for (int plane = 0; plane < 3; copy += taken[plane++])
+                rows.planes[plane][r] = row_of(by->planes[plane], by->readable[plane], by->row_bytes[plane], number,
+                                               taken[plane], copy);
+            const float scale = by->by_row ? half_at(by->row_scales, number) : 0.0f;
+            for (int k = 0; k < 16; k++) tables[r][k] = by->table[k] + (by->by_row ? scale * by->by_row[k] : 0.0f);
+            rows.tables[r] = tables[r];
+            float *scales = numbers + 2 * r * groups_apart;
+            rows.scales[r] = scales, rows.offsets[r] = scales + groups_apart;
+            if (by->scales)
+                read_groups(by->scales + 2 * number * by->groups, by->zeros + number * by->groups, by->groups, scales,
+                            scales + groups_apart);
+        }
+        const int64_t some = last - row < MOST ? last - row : MOST;
+        multiply(by, &rows, row, some);
+        for (int64_t number = row; by->begins && number < row + some; number++) add_salient(by, number);
+    }
+    free(numbers), free(copies);
+    return 0;
+#else
+    (void)by, (void)first, (void)last;
+    return 1;
+#endif
+}

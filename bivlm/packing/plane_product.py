@@ -1,0 +1,181 @@
+"""Products with a weight whose symbols lie in planes, straight from them (`kernels/plane_product.c`).
+
+Sums are float32. Each has an order of its own: it is the same however many threads, rows and tokens there are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+
+from bivlm import kernels
+from bivlm.packing.radix import planes_of, radix
+
+# What the kernel calls an alphabet: the bits of a symbol, or its size and ten, where words are numbers in that base;
+# and the symbols of a word, or of 32 bits.
+_BITS = {2: (1, 32), 4: (2, 16), 8: (3, 16), 16: (4, 8), 256: (8, 4)}
+_KINDS = _BITS | {base: (base + 10, radix(base).per_word) for base in (6, 10, 12, 14)}
+_PLANES = 3
+_OF_PLANES = {"planes": ctypes.c_void_p, "readable": ctypes.c_int64, "row_bytes": ctypes.c_int64}
+_PART = 1 << 18  # weights of a thread's part, or more
+_TOGETHER = 4  # rows
+_SALIENT_TOKENS = 8
+MOST_COLUMNS = 1 << 16  # where there are salient weights
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What symbols stand for, float32 (alphabet,): `table`, and beside it, if given, each row's scale times `by_row`.
+
+    `row_scales` are float16 (M,), as bytes.
+    """
+
+    table: np.ndarray
+    by_row: np.ndarray | None = None
+    row_scales: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A scale and a zero point of each `width` columns of a row, float16 (M, G) as bytes, and uint8 (M, G)."""
+
+    width: int
+    scales: np.ndarray
+    zeros: np.ndarray
+
+
+@dataclass(frozen=True)
+class Salient:
+    """Weights beside the symbols: their row's scale times one of `centres`, float32 (L,).
+
+    Attributes:
+        centres: float32 (L,).
+        marks: uint8 (L,), the symbol at the place of a weight with each level.
+        begins: uint32 (M L + 1), where each row's and level's columns begin.
+        columns: uint16 (S,).
+    """
+
+    centres: np.ndarray
+    marks: np.ndarray
+    begins: np.ndarray
+    columns: np.ndarray
+
+
+@cache
+def lanes() -> int:
+    """Return how many floats this machine's vectors have, 16 or 8; 0 where products are not there."""
+    library = kernels.native()
+    return 0 if library is None else library.bivlm_plane_lanes()
+
+
+def can_multiply(alphabet: int, width: int = 0) -> bool:
+    """Return whether this machine multiplies by a weight of this alphabet, in groups of `width` columns, if any."""
+    return lanes() > 0 and alphabet in _KINDS and width % _KINDS[alphabet][1] == 0
+
+
+class _Product(ctypes.Structure):
+    """`PlaneProduct` of `kernels/plane_product.c`."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_int64) for name in ("kind", "lanes", "tokens", "blocks")),
+        *((name, kind * _PLANES) for name, kind in _OF_PLANES.items()),
+        *((name, ctypes.c_void_p) for name in ("inputs", "table", "by_row", "row_scales", "scales", "zeros")),
+        ("groups", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("sums", "first_group", "group")),
+        ("levels", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("begins", "columns", "centres", "marks", "plain")),
+        ("plain_apart", ctypes.c_int64),
+        ("outputs", ctypes.c_void_p),
+        ("out_apart", ctypes.c_int64),
+    ]
+
+
+def product(
+    symbols: np.ndarray,
+    alphabet: int,
+    shape: tuple[int, int],
+    x_TN: np.ndarray,
+    means: Levels | Groups,
+    salient: Salient | None = None,
+    *,
+    threads: int = 1,
+) -> np.ndarray:
+    """Return ``x W^T``, float32 (T, M), of the weight W (M, N) in the bytes of all planes; x is float32 (T, N).
+
+    `salient` weights take their rows' scales from `means`.
+    """
+    library = kernels.native()
+    assert library is not None
+    (rows, columns), tokens = shape, len(x_TN)
+    (kind, steps), width = _KINDS[alphabet], lanes()
+    ordered, sums = _ordered(x_TN, steps, width)
+    y_TM = np.empty((tokens, rows), np.float32)
+    job = _Product(kind, width, tokens, ordered.shape[1], out_apart=rows)
+    for number, plane in enumerate(planes_of(symbols, alphabet, *shape)):
+        job.planes[number], job.row_bytes[number] = plane.ctypes.data, plane.shape[1]
+        job.readable[number] = symbols.ctypes.data + symbols.nbytes - plane.ctypes.data
+    arrays = {"inputs": ordered, "outputs": y_TM}
+    if isinstance(means, Groups):
+        first_group, group, job.groups = _group_places(columns, means.width, steps, width)
+        arrays |= {"table": _sixteen(np.arange(alphabet)), "scales": means.scales, "zeros": means.zeros}
+        arrays |= {"sums": sums, "first_group": first_group, "group": group}
+    else:
+        arrays |= {"table": _sixteen(means.table)}
+        if means.row_scales is not None:
+            arrays |= {"row_scales": means.row_scales}
+        if means.by_row is not None:
+            arrays |= {"by_row": _sixteen(means.by_row)}
+    if salient is not None:
+        plain_NT = _plain(x_TN)
+        job.levels, job.plain_apart = len(salient.centres), plain_NT.shape[1]
+        arrays |= {"begins": salient.begins, "columns": salient.columns, "plain": plain_NT}
+        arrays |= {"centres": salient.centres, "marks": salient.marks}
+    for name, array in arrays.items():
+        setattr(job, name, kernels.pointer(array))
+
+    def part(begin: int, end: int) -> int:
+        return library.bivlm_plane_product(ctypes.byref(job), ctypes.c_int64(begin), ctypes.c_int64(end))
+
+    parts = max(1, min(threads, rows * columns // _PART))
+    cuts = [*range(0, rows, -(-rows // parts // _TOGETHER) * _TOGETHER), rows]
+    if any(kernels.in_threads(part, cuts[:-1], cuts[1:], threads=threads)):
+        raise MemoryError(f"no memory for a product with a weight of {rows} x {columns}")
+    return y_TM
+
+
+def _sixteen(numbers: np.ndarray) -> np.ndarray:
+    """Return them again and again: where a symbol has fewer than four bits, those above it belong to others."""
+    return np.resize(numbers, 16).astype(np.float32)
+
+
+def _ordered(x_TN: np.ndarray, steps: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return inputs as words are read: (T, blocks, steps, lanes), zeros at the end; and their sums over steps."""
+    tokens, columns = x_TN.shape
+    blocks = -(-columns // (steps * width))
+    padded = np.zeros((tokens, blocks * width * steps), np.float32)
+    padded[:, :columns] = x_TN
+    ordered = np.ascontiguousarray(padded.reshape(tokens, blocks, width, steps).swapaxes(2, 3))
+    return ordered, ordered.sum(2)
+
+
+@cache
+def _group_places(columns: int, width: int, steps: int, lanes: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the first group of each block, those of its words from there on, int32, and how many groups there are."""
+    blocks = -(-columns // (steps * lanes))
+    groups = -(-columns // width)
+    group = np.minimum(np.arange(blocks * lanes, dtype=np.int32).reshape(blocks, lanes) * steps // width, groups - 1)
+    return np.ascontiguousarray(group[:, 0]), group - group[:, :1], groups
+
+
+def _plain(x_TN: np.ndarray) -> np.ndarray:
+    """Return inputs column by column, (N, T), with zeros in place of tokens that are not there if there are several."""
+    tokens, columns = x_TN.shape
+    if tokens == 1:
+        return np.ascontiguousarray(x_TN.reshape(columns, 1))
+    plain_NT = np.zeros((columns, -(-tokens // _SALIENT_TOKENS) * _SALIENT_TOKENS), np.float32)
+    plain_NT[:, :tokens] = x_TN.T
+    return plain_NT
