@@ -27,7 +27,7 @@ from bivlm.reference import CHECKPOINT
 SETS = [f"reference:{name}" for name in ("perception", "cognition", "choice", "open")]
 LEAST = {2.0: 1.5, 1.5: 1.0, 1.25: 1.0, 1.0: 0.75}
 SAMPLES = 512
-HELD_OUT = 256  # of which four fifths are questions, with replies of a few tokens
+HELD_OUT = 1024  # of which four fifths are questions, with replies of a few tokens
 TEXT = {"text_share": 0.25, "text_source": "reference"}
 COLUMNS = ("bits", "error", "outputs", "KL", "short", "long", "accuracy", "±", "seconds")
 
