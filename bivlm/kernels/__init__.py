@@ -22,7 +22,8 @@ from bivlm.errors import describe
 
 _SWITCH = "BIVLM_NATIVE"
 T = TypeVar("T")
-_INTERFACE = 4  # of native.c
+_PART, _TOGETHER = 1 << 18, 4  # numbers, rows
+_INTERFACE = 5  # of native.c
 
 
 def switched_off() -> bool:
@@ -66,6 +67,16 @@ def in_threads(function: Callable[..., T], *arguments: Sequence[int], threads: i
     if threads == 1 or len(arguments[0]) == 1:
         return list(map(function, *arguments))
     return list(_pool(threads).map(function, *arguments))
+
+
+def in_parts(function: Callable[[int, int], T], rows: int, numbers: int, threads: int) -> list[T]:
+    """Return what `in_threads` does of the first row and the end of as many parts as are worth a thread.
+
+    A part has a multiple of four rows, except the last.
+    """
+    parts = max(1, min(threads, numbers // _PART))
+    cuts = [*range(0, rows, -(-rows // parts // _TOGETHER) * _TOGETHER), rows]
+    return in_threads(function, cuts[:-1], cuts[1:], threads=threads)
 
 
 @cache

@@ -21,8 +21,6 @@ _BITS = {2: (1, 32), 4: (2, 16), 8: (3, 16), 16: (4, 8), 256: (8, 4)}
 _KINDS = _BITS | {base: (base + 10, radix(base).per_word) for base in (6, 10, 12, 14)}
 _PLANES = 3
 _OF_PLANES = {"planes": ctypes.c_void_p, "readable": ctypes.c_int64, "row_bytes": ctypes.c_int64}
-_PART = 1 << 18  # weights of a thread's part, or more
-_TOGETHER = 4  # rows
 _SALIENT_TOKENS = 8
 MOST_COLUMNS = 1 << 16  # where there are salient weights
 
@@ -140,9 +138,7 @@ def product(
     def part(begin: int, end: int) -> int:
         return library.bivlm_plane_product(ctypes.byref(job), ctypes.c_int64(begin), ctypes.c_int64(end))
 
-    parts = max(1, min(threads, rows * columns // _PART))
-    cuts = [*range(0, rows, -(-rows // parts // _TOGETHER) * _TOGETHER), rows]
-    if any(kernels.in_threads(part, cuts[:-1], cuts[1:], threads=threads)):
+    if any(kernels.in_parts(part, rows, rows * columns, threads)):
         raise MemoryError(f"no memory for a product with a weight of {rows} x {columns}")
     return y_TM
 

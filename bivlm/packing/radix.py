@@ -7,14 +7,17 @@ any row. Rebuilding is one table look-up per word.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from bivlm.packing.container import ArrayT
+from bivlm import kernels
+from bivlm.packing.container import ArrayT, as_array
 from bivlm.packing.contents import Contents
 
 _LARGEST_TABLE = 1 << 16
@@ -88,6 +91,8 @@ def unpack_values(planes: list[torch.Tensor], table_SV: torch.Tensor, columns: i
     code = radix(len(table_SV))
     rows, words = planes[0].shape[0], code.row_words(columns)
     word_table = table_SV[_word_symbols(code.symbols, code.per_word, code.bits).to(table_SV.device)].contiguous()
+    if planes[0].device.type == "cpu" and (library := kernels.native()) is not None:
+        return _look_up_native(library, planes, word_table, code, columns)
     out = torch.empty(rows, words * code.per_word, dtype=table_SV.dtype, device=planes[0].device)
     step = max(1, CHUNK_SYMBOLS // max(1, out.shape[1]))
     for begin in range(0, rows, step):
@@ -97,9 +102,48 @@ def unpack_values(planes: list[torch.Tensor], table_SV: torch.Tensor, columns: i
     return out if out.shape[1] == columns else out[:, :columns].contiguous()
 
 
+def _look_up_native(
+    library: ctypes.CDLL, planes: list[torch.Tensor], word_table: torch.Tensor, code: Radix, columns: int
+) -> torch.Tensor:
+    out, whole = torch.empty(len(planes[0]), columns, dtype=word_table.dtype), ctypes.c_int64
+    arrays = [np.ascontiguousarray(plane.numpy()) for plane in planes]
+
+    def part(begin: int, end: int) -> None:
+        library.bivlm_look_up_words(
+            *_described(arrays, code),
+            *map(whole, (begin, end, columns, code.per_word)),
+            ctypes.c_void_p(word_table.data_ptr()),
+            whole(word_table.element_size()),
+            ctypes.c_void_p(out.data_ptr()),
+        )
+
+    kernels.in_parts(part, len(out), out.numel(), torch.get_num_threads())
+    return out
+
+
+def _described(planes: Sequence[np.ndarray], code: Radix) -> tuple[Any, Any, Any, ctypes.c_int64]:
+    """Return where planes lie, the bytes of a row and the bits of a word in each, and how many they are."""
+    count, whole = len(planes), ctypes.c_int64
+    return (
+        (ctypes.c_void_p * count)(*(plane.ctypes.data for plane in planes)),
+        (whole * count)(*(plane.shape[1] for plane in planes)),
+        (whole * count)(*code.planes),
+        whole(count),
+    )
+
+
 def symbols_at(planes: Sequence[ArrayT], alphabet: int, columns: int, positions_S: ArrayT) -> ArrayT:
     """Return the symbols, int64 (S,), at flat row-major `positions_S` of a packed (M, columns) matrix."""
     code = radix(alphabet)
+    library = kernels.native()
+    if library is not None and (isinstance(positions_S, np.ndarray) or positions_S.device.type == "cpu"):
+        arrays = [np.ascontiguousarray(as_array(plane)) for plane in planes]
+        positions, whole = np.ascontiguousarray(as_array(positions_S), np.int64), ctypes.c_int64
+        found = np.empty(len(positions), np.int64)
+        numbers = map(whole, (columns, code.per_word, code.symbols))
+        at = kernels.pointer
+        library.bivlm_symbols_at(*_described(arrays, code), *numbers, at(positions), whole(len(found)), at(found))
+        return found if isinstance(positions_S, np.ndarray) else torch.from_numpy(found)
     step = CHUNK_SYMBOLS >> 2
     chunks = [
         _symbols_at(planes, code, columns, positions_S[begin : begin + step])

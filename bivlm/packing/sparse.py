@@ -7,10 +7,13 @@ unpack without a loop over the positions.
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import torch
 
-from bivlm.packing.container import ArrayT
+from bivlm import kernels
+from bivlm.packing.container import ArrayT, as_array
 from bivlm.packing.contents import Contents
 
 
@@ -39,6 +42,13 @@ def pack_positions(positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarra
 
 def unpack_positions(unary: ArrayT, remainders: ArrayT, count: int, k: int) -> ArrayT:
     """Undo `pack_positions`: int64 (count,), ascending; an array if the streams are, else on their device."""
+    library = kernels.native()
+    if library is not None and (isinstance(unary, np.ndarray) or unary.device.type == "cpu"):
+        positions, streams = np.empty(count, np.int64), [as_array(stream) for stream in (unary, remainders)]
+        at, whole = kernels.pointer, ctypes.c_int64
+        described = [each for stream in streams for each in (at(stream), whole(len(stream)))]
+        library.bivlm_positions(*described, whole(count), whole(k), at(positions))
+        return positions if isinstance(unary, np.ndarray) else torch.from_numpy(positions)
     if isinstance(unary, np.ndarray):
         ends = np.flatnonzero(np.unpackbits(unary, bitorder="little"))[:count]
         return np.cumsum((_gaps(ends) << k) + unpack_small(remainders, count, k) + 1) - 1
