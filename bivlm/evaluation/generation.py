@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -27,6 +28,9 @@ from bivlm.sources.images import decode_image
 from bivlm.sources.samples import VqaSample
 from bivlm.untrusted import in_a_line
 
+if TYPE_CHECKING:
+    from bivlm.checkpoint.transformers_plugin import Dequantize
+
 Progress = Callable[[int, int], None]
 
 WINDOW = 4  # batches that are drawn together, so that questions of one length meet
@@ -35,14 +39,19 @@ BATCH_SMALL, BATCH_LARGE = 64, 8
 
 
 def load_model(
-    folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    dequantize: Dequantize | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return the model and processor of a checkpoint folder, packed or not, ready to answer.
 
     `device` is the GPU if there is one, else the CPU. `dtype` is what the model computes in: by default the
     checkpoint's ("auto") on a GPU and float32 on a CPU, where bf16 is slower and less exact. The weights are the stored
     ones whatever it is, since float32 holds every bf16 and fp16 number; they then take four bytes each in memory.
-    Raises `InputError` when the folder holds no checkpoint, or one that lacks weights or the processor.
+    `dequantize` is how packed weights are used, "load", "forward" or "packed" (`bivlm.checkpoint.transformers_plugin`);
+    by default as the checkpoint says. Raises `InputError` when the folder holds no checkpoint, one that lacks weights
+    or the processor, or, with `dequantize`, one that is not packed.
 
     >>> import bivlm
     >>> from bivlm.reference import CHECKPOINT, questions
@@ -52,16 +61,26 @@ def load_model(
     (['yes'], ('yes',))
     """
     folder = Path(folder)
-    Checkpoint.open(folder)  # says which file is missing or damaged; transformers does not
+    packed = Checkpoint.open(folder).packed  # says which file is missing or damaged; transformers does not
+    given: dict[str, Any] = {}
+    if dequantize is not None:
+        from bivlm.checkpoint.transformers_plugin import BiVLMConfig
+
+        if not packed:
+            raise InputError(f"model {folder}: dequantize {dequantize!r}: expected a packed checkpoint")
+        given["quantization_config"] = BiVLMConfig(dequantize=dequantize)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     processor = load_processor(folder)
     # A pair because of output_loading_info, which the return type of transformers leaves out.
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, trust_remote_code=remote_code_allowed(folder)
-    )
+    with warnings.catch_warnings():
+        # That the checkpoint's own way is overridden is what was asked for.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=remote_code_allowed(folder), **given
+        )
     model, loading = loaded
     if loading["missing_keys"]:  # transformers warns, and leaves random numbers in them
         missing = ", ".join(sorted(loading["missing_keys"]))
@@ -121,12 +140,17 @@ def answer(
 
 @torch.inference_mode()
 def answer_batch(
-    model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[VqaSample], max_new_tokens: int
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    samples: Sequence[VqaSample],
+    max_new_tokens: int,
+    streamer: Any = None,
 ) -> list[str]:
     """Return the model's greedy answers, without special tokens and white space around.
 
-    All samples have equally many images. Raises `InputError` naming the question when its text holds the image
-    placeholder, ArithmeticError naming the model when it gives NaN or infinity.
+    All samples have equally many images. A `streamer`, as `generate` takes it, is told of every token. Raises
+    `InputError` naming the question when its text holds the image placeholder, ArithmeticError naming the model when it
+    gives NaN or infinity.
     """
     inputs = encode(
         processor,
@@ -139,6 +163,7 @@ def answer_batch(
         **inputs,
         generation_config=greedy(model, processor, max_new_tokens),
         logits_processor=LogitsProcessorList([watch]),
+        streamer=streamer,
     )
     watch.check(model)
     texts = processor.tokenizer.batch_decode(produced[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

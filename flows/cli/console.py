@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.table import Column, Table
 from flows.cli.stacking import show
 
 if TYPE_CHECKING:
+    from bivlm.evaluation.asking import Asked
     from bivlm.reports.lineage import Finding, Lineage
 
 
@@ -93,6 +95,29 @@ def print_evaluation(record: dict[str, Any]) -> None:
         print(f"questions: {source['data_set']}, {source['split']}, revision {source['revision'] or 'of the folder'}")
     _warn_at_chance(record.get("at_chance", []))
     print(f"outcomes: {record['outcomes']}")
+
+
+def print_asked(found: Mapping[str, Asked]) -> None:
+    """Print answers of checkpoints, by name, and what each took."""
+    names = [Path(name).name for name in found]
+    headings = names if len(set(names)) == len(names) else list(found)
+    table = Table("", *map(escape, headings), box=box.SIMPLE, pad_edge=False)
+    for column in table.columns[1:]:
+        column.overflow = "fold"
+    rows = {
+        "answer": lambda asked: asked.answer,
+        "tokens": lambda asked: str(asked.tokens),
+        "tokens a second": lambda asked: _figure(asked.tokens_a_second, ".1f"),
+        "first token": lambda asked: f"{asked.first:.2f} s",
+        "loading": lambda asked: f"{asked.loading:.1f} s",
+        "memory at most": lambda asked: _size(asked.memory),
+        "of it for libraries": lambda asked: _size(asked.before),
+        "packed weights": lambda asked: asked.dequantize or "none",
+        "computed in": lambda asked: f"{asked.dtype}, {asked.device}, {asked.threads} threads",
+    }
+    for name, shown in rows.items():
+        _row(table, name, *map(shown, found.values()))
+    show(table)
 
 
 def print_estimate(found: dict[str, Any]) -> None:
