@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,24 +142,34 @@ def _high_water(pid: int) -> int:
 
 def write_checkpoint(folder: Path, layers: int) -> int:
     """A random Qwen2.5-VL of the 7B model's shapes and names on disk; returns the number of its parameters."""
+    return _write(folder, config_of(layers), _disk_name)
+
+
+def config_of(layers: int) -> Qwen2_5_VLConfig:
+    """Return the config of a model of Qwen2.5-VL-7B's shapes with so many language layers."""
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
     text = {**TEXT, "vocab_size": 152064, "num_hidden_layers": layers, "rope_parameters": rope}
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
     config.architectures, config.dtype = ["Qwen2_5_VLForConditionalGeneration"], torch.bfloat16
-    return _write(folder, config, _disk_name)
+    return config
 
 
 def _write(folder: Path, config: PretrainedConfig, disk_name: Callable[[str], str] = str) -> int:
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    pool = (0.02 * torch.randn(POOL, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     tensors = [
-        OutgoingTensor(disk_name(name), "BF16", tuple(each.shape), 2 * each.numel(), _drawn(pool, name, each.numel()))
+        OutgoingTensor(disk_name(name), "BF16", tuple(each.shape), 2 * each.numel(), drawn(name, each.numel()))
         for name, each in model.state_dict().items()
     ]
+    write_tensors_of(folder, config, tensors)
+    return sum(each.numel() for each in model.parameters())
+
+
+def write_tensors_of(folder: Path, config: PretrainedConfig, tensors: list[OutgoingTensor]) -> None:
+    """Write a checkpoint of these tensors, in shards."""
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
     shards = list(constrained_batches(tensors, SHARD_BYTES, get_len=lambda tensor: tensor.nbytes, strict=False))
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
@@ -166,7 +177,6 @@ def _write(folder: Path, config: PretrainedConfig, disk_name: Callable[[str], st
         write_tensors(folder / file, file_order(shard))
         weight_map |= {tensor.name: file for tensor in shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return sum(each.numel() for each in model.parameters())
 
 
 def _disk_name(name: str) -> str:
@@ -174,8 +184,14 @@ def _disk_name(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
-def _drawn(pool: torch.Tensor, name: str, count: int) -> Callable[[], Iterator[bytes]]:
-    """A function that gives the bytes of `count` numbers of the pool, from a place that depends on the name."""
+@cache
+def _pool() -> torch.Tensor:
+    return (0.02 * torch.randn(POOL, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+
+
+def drawn(name: str, count: int) -> Callable[[], Iterator[bytes]]:
+    """A function that gives the bytes of `count` random bfloat16 numbers, which depend on the name."""
+    pool = _pool()
 
     def chunks() -> Iterator[bytes]:
         left, begin = count, sum(name.encode()) * 7919 % (POOL // 2)

@@ -14,14 +14,14 @@ from torch import nn
 from bivlm.errors import InputError
 from bivlm.packing import open_packed, product, side_table, unpack, unpack_rows
 
-MOST_TOKENS = 15  # that are multiplied straight from the bytes: for more, rebuilding a weight pays
+MOST_TOKENS = 256  # that are multiplied straight from the bytes: for more, rebuilding a weight pays
 
 
 class PackedLinear(nn.Module):
     """``y = x W^T + b`` with W in its packed bytes; every call rebuilds W in the layer's dtype, uses it and drops it.
 
-    After `go_straight`, a few tokens without gradients are multiplied straight from the bytes, in float32, then rounded
-    to the layer's dtype (`bivlm.packing.product`).
+    After `go_straight`, up to `MOST_TOKENS` without gradients are multiplied straight from the bytes, in float32, and
+    rounded to the layer's dtype (`bivlm.packing.product`).
 
     Attributes:
         weight: uint8 (bytes,), the packed weight, see `bivlm.packing`. A parameter, so that it is saved, moved and

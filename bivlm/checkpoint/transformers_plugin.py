@@ -7,7 +7,7 @@ config selects it. Three ways to use the packed weights:
   ordinary model; saving it writes the rebuilt weights and no quantization config.
 - ``dequantize: forward``: keep the packed bytes and rebuild a weight each time its layer is called. Saving it writes
   the packed bytes again.
-- ``dequantize: packed``: the same, and multiply a few tokens straight from the bytes where this machine can, in
+- ``dequantize: packed``: the same, and multiply up to 256 tokens straight from the bytes where this machine can, in
   float32: on a CPU with AVX2, weights of one to five groups, of grouped integers, and on a trellis of 2^12 states.
 
 The checkpoint's way is overridden with ``from_pretrained(folder, quantization_config=BiVLMConfig(dequantize=...))``.
