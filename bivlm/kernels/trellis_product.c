@@ -32,12 +32,12 @@ typedef struct {
     int quarters;
     uint8_t nibbles[2 * 3 * 16]; /* places, of which bit 4 lies in bit 7, and bit 5 in bit 6, see `levels_of_places` */
     uint8_t wide_nibbles[2 * 3 * 16]; /* places as they are */
-    uint8_t of_place[64];           /* the level of each place: the number of its magnitude, and NEGATIVE */
+    uint8_t of_place[64];           /* the level of each place, and NEGATIVE */
     const float *magnitudes; /* [8] */
     const float *inputs;     /* [tokens][in_apart] */
     float *outputs;          /* [tokens][out_apart] */
     int64_t tokens, in_apart, out_apart, levels_apart;
-    uint8_t *levels;                     /* [LINES][levels_apart], the number of the magnitude, and NEGATIVE */
+    uint8_t *levels;                     /* [LINES][levels_apart], the number of each, whose bit 3 is its sign, and NEGATIVE */
     int lines, constant;                 /* how many lines there are, and whether a line has one input for all rows */
     int64_t first[LINES], last[LINES];   /* rows of each, the last one exclusive */
     int64_t at[LINES];                   /* place of its input, from which the rows count unless it is constant */
@@ -55,7 +55,7 @@ static void product_tables(Product *by, int quarters, const uint8_t *nibbles, co
         by->wide_nibbles[k] = place;
         by->nibbles[k] = (uint8_t)((place & 15) | (place >> 4 & 1) << 7 | (place >> 5 & 1) << 6);
     }
-    for (int k = 0; k < 64; k++) by->of_place[k] = (uint8_t)((of_place[k] & 7) | (of_place[k] & 8 ? NEGATIVE : 0));
+    for (int k = 0; k < 64; k++) by->of_place[k] = (uint8_t)(of_place[k] | (of_place[k] & 8 ? NEGATIVE : 0));
     for (int bit = 0; bit < 8; bit++)
         for (int k = 0; k < 8; k++) {
             const int at = ((bit + (k < 4 ? 0 : 4 * quarters)) & 7) + quarters * (k & 3) + 8;
@@ -174,7 +174,7 @@ FMA static inline __attribute__((always_inline)) void levels_at(const Product *b
 }
 
 /* The same, a whole tile at once. */
-#define WIDE __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vbmi")))
+#define WIDE __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vbmi")))
 WIDE static inline __m512i joined(const __m256i *two) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(two[0]), two[1], 1);
 }
@@ -221,6 +221,65 @@ WIDE static inline __attribute__((always_inline)) void wide_levels_at(const Prod
     }
 }
 
+/* The same at two bits a step, where a byte is four of them: of each step the newest window is four bits of the byte, or
+   of it and the one before, and the others are those of two and of four steps earlier, so that what tables say of them
+   is made once for the bytes and moved on by one. */
+WIDE static inline __m512i bytes_from(const uint8_t *stream, int64_t bit) {
+    const __m512i here = _mm512_loadu_si512(stream + (bit >> 3));
+    const int by = (int)(bit & 7);
+    if (!by) return here;
+    const __m512i next = _mm512_loadu_si512(stream + (bit >> 3) + 1);
+    const __m128i left = _mm_cvtsi32_si128(by), right = _mm_cvtsi32_si128(8 - by);
+    const __m512i kept = _mm512_set1_epi8((char)(255 << by));
+    return _mm512_ternarylogic_epi32(kept, _mm512_sll_epi16(here, left), _mm512_srl_epi16(next, right), 0xCA);
+}
+
+WIDE static void two_bit_levels(const Product *by, const uint8_t *stream, int64_t bit, int64_t length, uint8_t *levels) {
+    const uint64_t seam = length < SHORTEST ? 0 : word(stream, bit + 2 * length - STATE_BITS) >> (64 - STATE_BITS);
+    const __m512i low = _mm512_set1_epi8(15), bytes = bytes_from(stream, bit);
+    const __m512i before = _mm512_setr_epi64(
+        0x0605040302010063, 0x0E0D0C0B0A090807, 0x161514131211100F, 0x1E1D1C1B1A191817, 0x262524232221201F,
+        0x2E2D2C2B2A292827, 0x363534333231302F, 0x3E3D3C3B3A393837);
+    const uint8_t *tables = by->wide_nibbles;
+#define TABLE(k) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(tables + 16 * k)))
+#define MOVED_ON(v, first) _mm512_mask_mov_epi8(_mm512_permutexvar_epi8(before, v), 1, _mm512_set1_epi8((char)(first)))
+#define SAID(k, of) _mm512_shuffle_epi8(table[k], of)
+#define SAID_BEFORE(k, down) tables[16 * k + (seam >> (down) & 15)]
+#define ALL(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
+    const __m512i table[3] = {TABLE(0), TABLE(1), TABLE(2)};
+    /* The windows that end with each of a byte's four steps. */
+    const __m512i last_byte = MOVED_ON(bytes, seam);
+    const __m512i first = _mm512_and_si512(
+        low, _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), _mm512_srli_epi16(bytes, 6), _mm512_slli_epi16(last_byte, 2), 0xCA));
+    const __m512i second = _mm512_and_si512(low, _mm512_srli_epi16(bytes, 4));
+    const __m512i third = _mm512_and_si512(low, _mm512_srli_epi16(bytes, 2)), fourth = _mm512_and_si512(low, bytes);
+    const __m512i place[4] = {
+        _mm512_xor_si512(SAID(0, first), MOVED_ON(_mm512_xor_si512(SAID(1, third), SAID(2, first)),
+                                                  SAID_BEFORE(1, 2) ^ SAID_BEFORE(2, 6))),
+        _mm512_xor_si512(SAID(0, second), MOVED_ON(_mm512_xor_si512(SAID(1, fourth), SAID(2, second)),
+                                                   SAID_BEFORE(1, 0) ^ SAID_BEFORE(2, 4))),
+        ALL(SAID(0, third), SAID(1, first), MOVED_ON(SAID(2, third), SAID_BEFORE(2, 2))),
+        ALL(SAID(0, fourth), SAID(1, second), MOVED_ON(SAID(2, fourth), SAID_BEFORE(2, 0)))};
+#undef TABLE
+#undef MOVED_ON
+#undef SAID
+#undef SAID_BEFORE
+#undef ALL
+    const __m512i of_place = _mm512_loadu_si512(by->of_place);
+    __m512i found[4];
+    for (int p = 0; p < 4; p++) found[p] = _mm512_permutexvar_epi8(place[p], of_place);
+    /* Sixteen bytes' steps lie in a quarter of each: four by four into their order. */
+    const __m512i a = _mm512_unpacklo_epi8(found[0], found[1]), b = _mm512_unpacklo_epi8(found[2], found[3]);
+    const __m512i c = _mm512_unpackhi_epi8(found[0], found[1]), d = _mm512_unpackhi_epi8(found[2], found[3]);
+    const __m512i parts[4] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b), _mm512_unpacklo_epi16(c, d),
+                              _mm512_unpackhi_epi16(c, d)};
+#define QUARTER(k) \
+    for (int part = 0; part < 4; part++) \
+        _mm_storeu_si128((__m128i *)(levels + 64 * (k) + 16 * part), _mm512_extracti32x4_epi32(parts[part], k));
+    QUARTER(0) QUARTER(1) QUARTER(2) QUARTER(3)
+#undef QUARTER
+}
+
 /* The levels of a tile's steps, and up to 127 more: by a function for every rate, with constant shifts. */
 #define EVERY_RATE(AT) AT(2) AT(3) AT(4) AT(5) AT(6) AT(7) AT(8) AT(9) AT(10) AT(11) AT(12)
 #define AT(quarters) case quarters: levels_at(by, stream, bit, length, quarters, levels); break;
@@ -230,6 +289,10 @@ FMA static void read_levels(const Product *by, const uint8_t *stream, int64_t bi
 #undef AT
 #define AT(quarters) case quarters: wide_levels_at(by, stream, bit, length, quarters, levels); break;
 WIDE static void read_levels_wide(const Product *by, const uint8_t *stream, int64_t bit, int64_t length, uint8_t *levels) {
+    if (by->quarters == 8) {
+        two_bit_levels(by, stream, bit, length, levels);
+        return;
+    }
     switch (by->quarters) { EVERY_RATE(AT) }
 }
 #undef AT
@@ -273,17 +336,16 @@ FMA static void add_lines(const Product *by, int64_t first, int64_t last) {
 #define INPUT(k) _mm512_castsi512_ps(_mm512_alignr_epi32(next, here, LINES - 1 - (k)))
 
 WIDE static void add_lines_wide(const Product *by, int64_t first, int64_t last) {
-    const __m512 magnitudes = _mm512_castps256_ps512(_mm256_loadu_ps(by->magnitudes));
-    const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+    const __m256 magnitudes = _mm256_loadu_ps(by->magnitudes);
+    const __m512 levels = _mm512_insertf32x8(_mm512_castps256_ps512(magnitudes),
+                                             _mm256_xor_ps(magnitudes, _mm256_set1_ps(-0.0f)), 1);
     for (int64_t i = first; i < last; i += 16) {
         const __mmask16 lanes = (__mmask16)(last - i < 16 ? (1 << (last - i)) - 1 : 65535);
         __m512 level[LINES];
 #pragma GCC unroll 8
         for (int k = 0; k < LINES; k++) {
             const __m128i some = _mm_loadu_si128((const __m128i *)(by->levels + k * by->levels_apart + i));
-            const __m512i number = _mm512_cvtepi8_epi32(some);
-            const __m512i magnitude = _mm512_castps_si512(_mm512_permutexvar_ps(number, magnitudes));
-            level[k] = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, number, sign, 0x78));
+            level[k] = _mm512_permutexvar_ps(_mm512_cvtepi8_epi32(some), levels);
         }
         for (int64_t token = 0; token < by->tokens; token++) {
             const float *x = by->inputs + token * by->in_apart;
