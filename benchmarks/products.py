@@ -2,15 +2,17 @@
 
 The linear layers of one decoder layer of Qwen2.5-7B, each of random bits: quantile groups without and with 1 % of
 salient weights, grouped integers, and a trellis of 2^12 states. They are multiplied in float32, beside
-`torch.nn.Linear` in bfloat16 and float32: interleaved, medians of several runs of CPU and of wall time.
+`torch.nn.Linear` in bfloat16 and float32: interleaved, medians of several runs of CPU and of wall time. Every run takes
+another copy of the weight, of so many that none is still in a cache, as in a model that is much larger than those.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from statistics import median
 
 import numpy as np
@@ -24,6 +26,7 @@ from bivlm.packing import grouped, product, quantile, side_table, trellis
 LAYER = {(3584, 3584): 2, (512, 3584): 2, (18944, 3584): 2, (3584, 18944): 1}
 RUNS = 7
 SALIENT = 0.01
+COLD = 1 << 28  # bytes of copies
 
 
 def in_quantile_groups(shape: tuple[int, int], groups: int, share: float) -> torch.Tensor:
@@ -75,9 +78,10 @@ def torch_products(shape: tuple[int, int], tokens: int) -> dict[str, Callable[[]
     """Return products of an ordinary layer in two dtypes, by name."""
     works: dict[str, Callable[[], object]] = {}
     for dtype in (torch.bfloat16, torch.float32):
-        linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
         x_TN = torch.randn(tokens, shape[1], dtype=dtype)
-        works[f"torch {str(dtype).removeprefix('torch.')}"] = partial(linear, x_TN)
+        weights = _copies(torch.randn(shape, dtype=dtype))
+        name = f"torch {str(dtype).removeprefix('torch.')}"
+        works[name] = lambda x_TN=x_TN, weights=weights: torch.nn.functional.linear(x_TN, next(weights))
     return works
 
 
@@ -88,8 +92,15 @@ def packed_products(shape: tuple[int, int], tokens: int, kinds: list[str]) -> di
         packed = KINDS[kind](shape)
         if (beside := side_table(packed)) is None:
             raise ValueError(f"{kind}: no product straight from the bytes: no native code, or no AVX2")
-        works[kind] = partial(product, packed, beside, torch.randn(tokens, shape[1]))
+        x_TN, pairs = torch.randn(tokens, shape[1]), zip(_copies(packed), _copies(beside), strict=True)
+        works[kind] = lambda x_TN=x_TN, pairs=pairs: product(*next(pairs), x_TN)
     return works
+
+
+def _copies(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Return copies without end, one after the other."""
+    count = min(RUNS, -(-COLD // max(1, weight.nbytes)))
+    return cycle([weight.clone() for _ in range(count)])
 
 
 def measured(works: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:

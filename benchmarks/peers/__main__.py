@@ -23,6 +23,7 @@ from bivlm.reports.leaderboard.entries import Entry, mean_accuracy
 
 ROOT = Path(__file__).parents[2]
 BOARD, PEERS, PAGE = (ROOT / "docs" / name for name in ("leaderboard.csv", "peers.csv", "leaderboard.md"))
+FIGURE = ROOT / "docs" / "leaderboard.svg"
 RECIPE = "gptq-w2g64"  # whose linears, calibration samples and benchmarks are those of all
 QUESTIONS = 250  # of each set, as on the board
 
@@ -60,7 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=ROOT / ".peers", help="for environments and results")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations, in the place of all")
+    parser.add_argument(
+        "--board", type=Path, help="run none: of this folder, which `bivlm leaderboard` wrote, make the page's table"
+    )
     options = parser.parse_args(arguments)
+    if options.board:
+        BOARD.write_text(
+            table.with_board(table.read_rows(BOARD), table.read_rows(options.board / "board.csv", ["kind"]))
+        )
+        FIGURE.write_bytes((options.board / "board.svg").read_bytes())
+        return _write_page()
     known = {each.name: each for each in _configurations()}
     if unknown := set(options.only or ()) - set(known):
         parser.error(f"--only: {', '.join(sorted(unknown))}; expected names among {', '.join(known)}")
@@ -74,7 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows[each.name] = _row(each, bench, options.folder)
         print(", ".join(f"{key} {value}" for key, value in rows[each.name].items()), flush=True)
         PEERS.write_text(table.as_csv(row for row in rows.values() if row["recipe"] in known))
-    lines = table.table(ours, table.read_rows(PEERS, table.COLUMNS), shipped_recipes(), QUESTIONS)
+    return _write_page()
+
+
+def _write_page() -> int:
+    ours, peers = table.read_rows(BOARD), table.read_rows(PEERS, table.COLUMNS)
+    lines = table.table(ours, peers, shipped_recipes(), QUESTIONS)
     PAGE.write_text(table.with_table(PAGE.read_text(), lines))
     return 0
 

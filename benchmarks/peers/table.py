@@ -50,7 +50,7 @@ def row_of(entry: Entry, package: str, version: str, quantized: int, quantized_b
         "accuracy": f"{accuracy:.1f}",
         "interval": f"{max(accuracy - low, high - accuracy):.1f}",
         **{name: f"{entry.accuracy[f'reference:{name}'].accuracy:.1f}" for name in SETS},
-        "kl": f"{entry.kl:.3f}",
+        "kl": _kl(entry.kl),
         "error": f"{entry.relative_error:.4f}",
         "error_over_shannon": f"{entry.relative_error / shannon_bound(entry.bits.stored):.2f}",
         "quantized_linears": str(quantized),
@@ -60,10 +60,55 @@ def row_of(entry: Entry, package: str, version: str, quantized: int, quantized_b
 
 def as_csv(rows: Iterable[Row]) -> str:
     """Return ``docs/peers.csv``, by rising stored bits."""
+    return _written(COLUMNS, sorted(rows, key=lambda row: (float(row["stored_bits"]), row["recipe"])))
+
+
+def with_board(ours: Sequence[Row], measured: Sequence[Row]) -> str:
+    """Return ``docs/leaderboard.csv`` with rows of recipes that are not finished as ``board.csv`` has them.
+
+    `measured` are the rows of that file; rows of `ours` that are finished stay.
+    """
+    columns = list(ours[0])
+    rows = [row for row in measured if row["kind"] in ("full precision", "recipe", "chance")]
+    found = [dict.fromkeys(columns, "") | _of_board(row) for row in rows]
+    return _written(columns, [*found[:-1], *(row for row in ours if row["finishing"] == "yes"), found[-1]])
+
+
+def _of_board(row: Row) -> dict[str, str]:
+    name = row["recipe"] or row["kind"]
+    values = {"recipe": name, "finishing": "no" if row["recipe"] else ""}
+    accuracy = float(row["accuracy"])
+    values |= {"accuracy": f"{accuracy:.1f}"} | {each: f"{float(row[f'reference:{each}']):.1f}" for each in SETS}
+    if row["kind"] == "chance":
+        return values
+    interval = max(accuracy - float(row["accuracy_low"]), float(row["accuracy_high"]) - accuracy)
+    values |= {"interval": f"{interval:.1f}"}
+    bits = {"claimed_bits": "claimed_bits", "stored_bits": "stored_bits"}
+    values |= {key: f"{float(row[column]):.3f}" for key, column in bits.items()}
+    values |= {"model_bits": f"{float(row['model_bits']):.2f}"}
+    if row["kind"] == "full precision":
+        return values | {"kl": "0", "error": "0"}
+    fronts = "".join(_FRONTS[loss] for loss in _FRONTS if row[f"front_{loss}"] == "1")
+    return values | {
+        "kl": _kl(float(row["kl"])),
+        "rank_accuracy": row["rank_accuracy"],
+        "rank_kl": row["rank_kl"],
+        "error": f"{float(row['relative_error']):.4f}",
+        "error_over_shannon": f"{float(row['times_shannon']):.2f}",
+        "front": fronts,
+    }
+
+
+def _kl(divergence: float) -> str:
+    """Return it with three digits or, where they would make recipes alike that are not, with four."""
+    return f"{divergence:.{3 if divergence >= 0.01 else 4}f}"
+
+
+def _written(columns: Sequence[str], rows: Iterable[Row]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: (float(row["stored_bits"]), row["recipe"])))
+    writer.writerows(rows)
     return text.getvalue()
 
 

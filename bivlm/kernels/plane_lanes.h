@@ -73,6 +73,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(rows_by)(const int
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             words[r] = NAME(words_at)(kind, rows, first + r, block);
+            if (T == 1) _mm_prefetch((const char *)rows->planes[0][first + r] + 4 * W * block + AHEAD, _MM_HINT_T0);
             for (int t = 0; t < T; t++) sum[r][t] = coded ? ZERO : total[r][t];
         }
         for (int step = 0; step < STEPS(kind); step++) {

@@ -11,6 +11,7 @@
 /* Bits of a symbol; or words are numbers of some base, whose digits are symbols. */
 enum { ONE = 1, TWO = 2, THREE = 3, FOUR = 4, EIGHT = 8, BASE_6 = 16, BASE_10 = 20, BASE_12 = 22, BASE_14 = 24 };
 enum { MOST = 4, SALIENT_TOKENS = 8 };
+enum { AHEAD = 8192 }; /* bytes of a row that memory is asked for before they are read */
 
 #define BASE(kind) ((kind) - 10)
 #define RECIPROCAL(kind) ((65536 + BASE(kind) - 1) / BASE(kind))

@@ -15,7 +15,8 @@ enum {
     STATE_BITS = 12,
     LINES = 8,
     NEGATIVE = 128,
-    BESIDE = 32
+    BESIDE = 32,
+    AHEAD = 4096 /* bytes that memory is asked for before they are read */
 };
 
 /* An antidiagonal or column: its number, its first row that is not there yet, and how many rows are still to come. */
@@ -453,6 +454,8 @@ EXPORT int bivlm_trellis_product(const uint8_t *stream, int64_t nbytes, int64_t 
                 read_last_levels(&by, stream, nbytes, bit, length, levels);
             else
                 (wide ? read_levels_wide : read_levels)(&by, stream, bit, length, levels);
+            for (int64_t ahead = 0; ahead < length * quarters / 32; ahead += 64)
+                _mm_prefetch((const char *)stream + (bit >> 3) + AHEAD + ahead, _MM_HINT_T0);
             bit += (length * quarters + 3) / 4;
             for (int64_t taken = 0, some; taken < length; taken += some) {
                 some = line.left < length - taken ? line.left : length - taken;

@@ -12,7 +12,18 @@ from benchmarks.peers import environments
 from benchmarks.peers.__main__ import BOARD, PAGE, PEERS, QUESTIONS, _configurations
 from benchmarks.peers.exchange import read_samples, write_samples
 from benchmarks.peers.stored import model_bits, stored_bits, tensor_bytes
-from benchmarks.peers.table import COLUMNS, HEADING, MARK, SETS, as_csv, read_rows, row_of, table, with_table
+from benchmarks.peers.table import (
+    COLUMNS,
+    HEADING,
+    MARK,
+    SETS,
+    as_csv,
+    read_rows,
+    row_of,
+    table,
+    with_board,
+    with_table,
+)
 from bivlm.checkpoint.linears import Linear
 from bivlm.errors import InputError
 from bivlm.recipe.loading import shipped_recipes
@@ -175,6 +186,30 @@ def test_without_peers_the_ranks_and_fronts_are_those_that_the_board_wrote():
     for name in shipped_recipes():
         expected = (f"{rows[name]['rank_accuracy']}/{rows[name]['rank_kl']}", rows[name]["front"])
         assert (found[f"`{name}`"][4], found[f"`{name}`"][6]) == expected, name
+
+
+def test_a_new_board_takes_the_place_of_the_old_one_and_leaves_finished_rows():
+    old = read_rows(BOARD)
+    head = [*old[0]]
+    measured = [
+        {"kind": "full precision", "recipe": "", "accuracy": "97.7", "accuracy_low": "96", "accuracy_high": "98.5"},
+        {"kind": "recipe", "recipe": "bivlm", "accuracy": "87.24", "accuracy_low": "85", "accuracy_high": "89.8"},
+        {"kind": "failed", "recipe": "gptq-w2g64", "accuracy": ""},
+        {"kind": "chance", "recipe": "", "accuracy": "37.75"},
+    ]
+    for row in measured:
+        row |= {"claimed_bits": "1.0684", "stored_bits": "2.1644", "model_bits": "3.631", "kl": "0.00214"}
+        row |= {"relative_error": "0.10631", "times_shannon": "2.131", "rank_accuracy": "1", "rank_kl": "2"}
+        row |= {f"front_{each}": "1" for each in ("accuracy", "relative_error")} | {"front_kl": ""}
+        row |= {f"reference:{each}": "50" for each in SETS}
+    new = list(csv.DictReader(with_board(old, measured).splitlines()))
+    assert [*new[0]] == head
+    finished = [row for row in old if row["finishing"] == "yes"]
+    assert [row["recipe"] for row in new] == ["full precision", "bivlm", *(row["recipe"] for row in finished), "chance"]
+    assert new[2:-1] == finished
+    said = [new[1][key] for key in ("stored_bits", "accuracy", "interval", "kl", "error", "front", "finishing")]
+    assert said == ["2.164", "87.2", "2.6", "0.0021", "0.1063", "AE", "no"]
+    assert (new[-1]["accuracy"], new[-1]["stored_bits"], new[-1]["perception"]) == ("37.8", "", "50.0")
 
 
 def test_every_row_of_peers_is_of_a_configuration_and_a_pinned_version():
