@@ -1,4 +1,8 @@
-"""AutoRound: signed gradient descent on rounding and clipping, block by block."""
+"""AutoRound: signed gradient descent on rounding and clipping, block by block.
+
+It leaves the projector's two layers at 16 bits. It tunes the vision tower's layers alone, not by block, at batch size
+1. Its loader needs the block names corrected, or the language model's layers get random weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""HQQ: half-quadratic splitting for the zero points, without calibration samples."""
+"""HQQ: half-quadratic splitting for the zero points, without calibration samples.
+
+It needs the device of every module, and its loader makes no head.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""llm-compressor: GPTQ in one pass with its own observers of the weights' range."""
+"""llm-compressor: GPTQ in one pass with its own observers of the weights' range.
+
+Its sequential pipeline fails on the vision tower; `basic` works. Its own decompressor reads the checkpoint,
+`from_pretrained` does not.
+"""
 
 from __future__ import annotations
 
