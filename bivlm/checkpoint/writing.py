@@ -38,6 +38,7 @@ from bivlm.workspace.places import base_place, output_folder, output_place, refu
 from bivlm.workspace.stores.folder import flush_folder
 
 Packed = Callable[[], torch.Tensor] | Path
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 def write_packed_checkpoint(
@@ -48,7 +49,7 @@ def write_packed_checkpoint(
     quantization_config: Mapping[str, Any],
     extra_files: Mapping[str, bytes] | None = None,
     leftovers: Path | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write the packed checkpoint to the folder `output` and return it.
 
@@ -80,10 +81,15 @@ def write_packed_checkpoint(
         by_disk_name = {linear.disk_name: files[linear.name] for linear in chosen}
         copies = {copy for linear in chosen for copy in linear.copies}
         kept = {**checkpoint.entries, **tuned}
-        _write_weights([kept[name] for name in kept if name not in copies], by_disk_name, partial, max_shard_bytes)
+        tensors = [
+            _packed_tensor(name, by_disk_name[name]) if name in by_disk_name else outgoing(entry)
+            for name, entry in kept.items()
+            if name not in copies
+        ]
+        write_weights(tensors, partial, max_shard_bytes)
         shutil.rmtree(spool)
-        _copy_files(checkpoint, partial)
-        _write_config(checkpoint, quantization_config, lengths, partial)
+        copy_files(checkpoint, partial)
+        write_config(_packed_config(checkpoint, quantization_config, lengths), partial)
         for name, content in (extra_files or {}).items():
             _write_new(partial, name, content)
         list_files(partial, (file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file()))
@@ -160,10 +166,8 @@ def _leftovers(file: Path, checkpoint: Checkpoint, chosen: Sequence[Linear]) -> 
     return tuned
 
 
-def _write_weights(kept: Sequence[TensorEntry], packed: Mapping[str, Path], folder: Path, max_shard_bytes: int) -> None:
-    tensors = [
-        _packed_tensor(entry.name, packed[entry.name]) if entry.name in packed else outgoing(entry) for entry in kept
-    ]
+def write_weights(tensors: Sequence[OutgoingTensor], folder: Path, max_shard_bytes: int) -> None:
+    """Write safetensors files of these tensors into `folder`, with an index if they are several."""
     shards = list(constrained_batches(tensors, max_shard_bytes, get_len=lambda tensor: tensor.nbytes, strict=False))
     if len(shards) <= 1:
         write_tensors(folder / WEIGHTS, file_order(tensors))
@@ -183,7 +187,8 @@ def _packed_tensor(name: str, file: Path) -> OutgoingTensor:
     return OutgoingTensor(name, "U8", (nbytes,), nbytes, lambda: _file_chunks(file))
 
 
-def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what is read beside config and weights, and licences, into `folder`."""
     for file in (*checkpoint.side_files, *checkpoint.licence_files):
         target = folder / file.relative_to(checkpoint.folder)
         target.parent.mkdir(exist_ok=True)
@@ -191,9 +196,14 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
         _sync_file(target)
 
 
-def _write_config(
-    checkpoint: Checkpoint, quantization_config: Mapping[str, Any], lengths: dict[str, int], folder: Path
-) -> None:
+def write_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Write config.json into `folder`."""
+    _write_new(folder, CONFIG, _json_bytes(dict(config)))
+
+
+def _packed_config(
+    checkpoint: Checkpoint, quantization_config: Mapping[str, Any], lengths: dict[str, int]
+) -> dict[str, Any]:
     announced = quantization_config.get("packed", lengths)
     if announced != lengths:
         wrong = next(name for name in {*announced, *lengths} if announced.get(name) != lengths.get(name))
@@ -206,7 +216,7 @@ def _write_config(
         **quantization_config,
         "packed": lengths,
     }
-    _write_new(folder, CONFIG, _json_bytes({**checkpoint.config, "quantization_config": quantization}))
+    return {**checkpoint.config, "quantization_config": quantization}
 
 
 def _write_new(folder: Path, name: str, content: bytes) -> None:

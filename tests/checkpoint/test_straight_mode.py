@@ -1,5 +1,7 @@
 """``dequantize: packed`` multiplies a few tokens straight from the bytes, as exactly as float32 can."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,6 +77,31 @@ def test_the_rest_rebuilds_the_weight(case, monkeypatch):
         return
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         assert torch.equal(chosen(x), dense(x))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TRELLIS,
+        {"method": "rtn", "bits": 3, "group_size": 32},
+        {"method": "bivlm", "groups": 2, "p_max": 0.05},
+        {"method": "bivlm", "groups": 5, "p_max": 0.3, "salient_bits": 1},
+    ],
+)
+def test_a_layer_is_copied_and_cast_and_saved_without_what_lies_beside_its_bytes(settings):
+    weight = torch.randn(96, 200, generator=torch.Generator().manual_seed(2))
+    packed = pack_layer(weight, settings)[0]
+    chosen = PackedLinear.replacing(nn.Linear(200, 96, bias=False), packed.numel(), "tower.fc1")
+    chosen.weight.data.copy_(packed)
+    chosen.go_straight()
+    x = torch.randn(3, 200)
+    with torch.no_grad():
+        expected = chosen(x)
+        torch.testing.assert_close(expected, chosen.dequantized()(x), rtol=1e-5, atol=1e-4)
+        assert torch.equal(copy.deepcopy(chosen)(x), expected)
+        assert sorted(chosen.state_dict()) == ["weight"]
+        cast = copy.deepcopy(chosen).to(torch.float16)
+        assert torch.equal(cast(x.half()), product(packed, side_table(packed), x.half().float()).half())
 
 
 def test_it_is_an_operator_that_torch_can_compile():

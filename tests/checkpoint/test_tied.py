@@ -11,13 +11,14 @@ from tiny_families import gemma3, llava, make_tiny, qwen2_5_vl
 from transformers import AutoModelForImageTextToText, BlipConfig, UdopConfig
 
 from bivlm.checkpoint.linears import anatomy
+from bivlm.checkpoint.packed_modules import PackedLinear
 from bivlm.checkpoint.reading import TABLES_KEY, Checkpoint
 from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 from bivlm.checkpoint.writing import check_loads, write_packed_checkpoint
 from bivlm.compression.embeddings import chosen_tables, pack_table
 from bivlm.errors import InputError
 from bivlm.numerics.uniform_grid import round_to_nearest
-from bivlm.packing import grouped, unpack
+from bivlm.packing import grouped, plane_product, side_table, unpack
 from bivlm.recipe.loading import parse_recipe
 from bivlm.reports.bits import bits_of
 from bivlm.reports.inspection import inspect
@@ -130,6 +131,12 @@ def test_both_ways_of_loading_compute_what_transformers_makes_of_the_base(tmp_pa
             assert torch.equal(logits(load(tmp_path / dequantize, again), inputs), logits(expected, inputs))
         if dequantize == "forward":
             assert torch.equal(logits(model.dequantize(), inputs), logits(expected, inputs))
+    straight = load(folder, "packed")  # whose weights are not rounded to the layers' dtype
+    torch.testing.assert_close(logits(straight, inputs), logits(expected, inputs), rtol=0.03, atol=0.03)
+    head = straight.get_output_embeddings()
+    assert isinstance(head, PackedLinear) == (tables == 4 or tables == "head")
+    if isinstance(head, PackedLinear) and plane_product.lanes():
+        assert torch.equal(head.side_table, side_table(head.weight.data))
 
 
 @pytest.mark.parametrize("shards", [False, True])
