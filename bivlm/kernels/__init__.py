@@ -22,6 +22,7 @@ from bivlm.errors import describe
 
 _SWITCH = "BIVLM_NATIVE"
 T = TypeVar("T")
+_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _PART, _TOGETHER = 1 << 18, 4  # numbers, rows
 _INTERFACE = 5  # of native.c
 
@@ -63,10 +64,42 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def in_threads(function: Callable[..., T], *arguments: Sequence[int], threads: int) -> list[T]:
-    """Return what a function, which releases the interpreter's lock, says of these arguments, as `map` does."""
-    if threads == 1 or len(arguments[0]) == 1:
+    """Return what a function, which releases the interpreter's lock, says of these arguments, as `map` does.
+
+    The threads are torch's own where they can be had: after its work they wait busily for more, and would keep others
+    from their cores.
+    """
+    if threads == 1 or len(arguments[0]) < 2:
         return list(map(function, *arguments))
-    return list(_pool(threads).map(function, *arguments))
+    if (team := _team()) is None:
+        return list(_pool(threads).map(function, *arguments))
+    calls = list(zip(*arguments, strict=True))
+    found: dict[int, T] = {}
+    errors: list[BaseException] = []
+    waiting = iter(range(len(calls)))
+
+    def work(_: int | None) -> None:
+        for number in waiting:
+            try:
+                found[number] = function(*calls[number])
+            except BaseException as error:  # which has no way through the foreign code that called
+                errors.append(error)
+
+    team(_WORK(work), None, ctypes.c_uint(min(threads, len(calls))), ctypes.c_uint(0))
+    if errors:
+        raise errors[0]
+    return [found[number] for number in range(len(calls))]
+
+
+def _team() -> Callable[..., None] | None:
+    """Return OpenMP's function that runs another in a team of threads, of the library that torch brings; None without.
+
+    ``GOMP_parallel(function, data, threads, flags)`` is what gcc makes of ``#pragma omp parallel``.
+    """
+    try:
+        return ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # no such library, or no such way to ask
+        return None
 
 
 def in_parts(function: Callable[[int, int], T], rows: int, numbers: int, threads: int) -> list[T]:
@@ -75,7 +108,7 @@ def in_parts(function: Callable[[int, int], T], rows: int, numbers: int, threads
     A part has a multiple of four rows, except the last.
     """
     parts = max(1, min(threads, numbers // _PART))
-    cuts = [*range(0, rows, -(-rows // parts // _TOGETHER) * _TOGETHER), rows]
+    cuts = [*range(0, rows, max(1, -(-rows // parts // _TOGETHER)) * _TOGETHER), rows]
     return in_threads(function, cuts[:-1], cuts[1:], threads=threads)
 
 
