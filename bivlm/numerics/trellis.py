@@ -52,7 +52,9 @@ SHORTEST = 64  # of the sequences that bite their tail: they have more bits than
 # Of a path's cost in a variance, times the rate: 64 variances at one bit are between the best path and those that are
 # given up. With 16 at half a bit, the best path from the state at the seam would be given up for others.
 _UNIT = 1024.0
-_SEAM_BITS = 5  # times the bits of a state, either side of the seam: the best path there depends on no more
+# Times the bits of a state, either side of the seam: the best path there depends on little more. With all of a tile of
+# 256 the error is lower by 1.3 % at two bits, and the search takes 1.6 times as long.
+_SEAM_BITS = 5
 _TOGETHER = 1 << 24  # path costs of sequences that numpy searches at once
 _TOGETHER_READ = 1 << 20  # numbers whose bits are read or written at once
 

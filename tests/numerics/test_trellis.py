@@ -132,10 +132,12 @@ class TestSearch:
         # Free ends are worth the bits of a state, and an error falls by four with a bit per number.
         assert least < excess < least * 1.05 * 4 ** (state_bits / length)
 
-    # Around the seam of a short sequence its two ends overlap; a whole tile is long enough for the best seam.
+    # Around the seam of a short sequence its two ends overlap. In whole tiles, too, the best path of some 60 numbers
+    # around it is not always through the best seam: with all of the tile the error would be lower by 1.3 % at two bits
+    # (0.0691 for 0.0700 of 600 sequences), and the search would take 1.6 times as long.
     @pytest.mark.slow
     @pytest.mark.parametrize("rate", [1.0, 2.0])
-    @pytest.mark.parametrize(("length", "sequences", "bound"), [(64, 12, 1.1), (256, 4, 1.01)])
+    @pytest.mark.parametrize(("length", "sequences", "bound"), [(64, 12, 1.1), (256, 4, 1.035)])
     def test_hardly_any_seam_is_better_than_the_one_found(self, rate, length, sequences, bound):
         code, kept, lost = trellis_code(12, rate), 0.0, 0.0
         seams = np.arange(1 << 12 - code.pattern[0])
