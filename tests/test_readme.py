@@ -62,6 +62,7 @@ def filled(words: list[str], place: Path) -> list[str]:
         "SWEEP": str(place / "sweep"),
         "BOARD": str(place / "board"),
         "OWNER/NAME": "me/packed",
+        "photo.jpg": str(place / "questions" / "1.png"),
     }
     return [names.get(word, word) for word in words]
 
