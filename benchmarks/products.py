@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 from statistics import median
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import torch
 from bivlm.numerics.trellis import steps_of
 from bivlm.numerics.trellis_tiles import Tiles
 from bivlm.numerics.uniform_grid import round_to_nearest
-from bivlm.packing import grouped, product, quantile, side_table, trellis
+from bivlm.packing import Activations, grouped, product, quantile, side_table, trellis
 
 LAYER = {(3584, 3584): 2, (512, 3584): 2, (18944, 3584): 2, (3584, 18944): 1}
 RUNS = 7
@@ -85,7 +86,9 @@ def torch_products(shape: tuple[int, int], tokens: int) -> dict[str, Callable[[]
     return works
 
 
-def packed_products(shape: tuple[int, int], tokens: int, kinds: list[str]) -> dict[str, Callable[[], object]]:
+def packed_products(
+    shape: tuple[int, int], tokens: int, kinds: list[str], activations: Activations
+) -> dict[str, Callable[[], object]]:
     """Return products of a packed weight of each kind, by name; raises ValueError where this machine has none."""
     works: dict[str, Callable[[], object]] = {}
     for kind in kinds:
@@ -93,7 +96,7 @@ def packed_products(shape: tuple[int, int], tokens: int, kinds: list[str]) -> di
         if (beside := side_table(packed)) is None:
             raise ValueError(f"{kind}: no product straight from the bytes: no native code, or no AVX2")
         x_TN, pairs = torch.randn(tokens, shape[1]), zip(_copies(packed), _copies(beside), strict=True)
-        works[kind] = lambda x_TN=x_TN, pairs=pairs: product(*next(pairs), x_TN)
+        works[kind] = lambda x_TN=x_TN, pairs=pairs: product(*next(pairs), x_TN, activations=activations)
     return works
 
 
@@ -118,17 +121,18 @@ def main() -> None:
     """Print a table for every number of tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--activations", choices=get_args(Activations), default="float32")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     given = parser.parse_args()
     torch.set_grad_enabled(False)
     for tokens in given.tokens:
         totals: dict[str, np.ndarray] = {}
         for shape, count in LAYER.items():
-            works = torch_products(shape, tokens) | packed_products(shape, tokens, given.kinds)
+            works = torch_products(shape, tokens) | packed_products(shape, tokens, given.kinds, given.activations)
             for name, seconds in measured(works).items():
                 totals[name] = totals.get(name, np.zeros(2)) + count * np.array(seconds)
         base = totals["torch bfloat16"]
-        head = f"{tokens} tokens, {torch.get_num_threads()} threads"
+        head = f"{tokens} tokens, {given.activations}, {torch.get_num_threads()} threads"
         print(f"{head:<32}{'CPU ms':>8}{'x bf16':>8}{'wall ms':>9}{'x bf16':>8}")
         for name, (cpu, wall) in totals.items():
             print(f"{name:<32}{1e3 * cpu:8.1f}{base[0] / cpu:8.2f}{1e3 * wall:9.1f}{base[1] / wall:8.2f}", flush=True)

@@ -7,12 +7,13 @@ cast (``model.to(torch.float16)``), because an empty buffer that is in no state 
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import nn
 
 from bivlm.errors import InputError
-from bivlm.packing import open_packed, product, side_table, unpack, unpack_rows
+from bivlm.packing import Activations, open_packed, product, side_table, unpack, unpack_rows
 
 MOST_TOKENS = 256  # that are multiplied straight from the bytes: for more, rebuilding a weight pays
 
@@ -30,6 +31,7 @@ class PackedLinear(nn.Module):
         name: the module's name in the model, for messages.
         of_dtype: an empty buffer that carries the layer's dtype.
         side_table: uint8 (bytes,), a buffer beside the bytes for products straight from them, or None.
+        activations: what inputs of those products are, "float32" or "int8" where there are such products.
     """
 
     of_dtype: torch.Tensor
@@ -53,6 +55,7 @@ class PackedLinear(nn.Module):
         self.name = name
         self.register_buffer("of_dtype", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.register_buffer("side_table", None, persistent=False)
+        self.activations: Activations = "float32"
         empty = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -101,13 +104,15 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         if self.side_table is not None and self._is_a_few_tokens(x):
             rows_x = x.reshape(-1, self.in_features)
-            y = _product(rows_x, self.weight, self.side_table, self.out_features, f"{self.name}.weight")
+            name = f"{self.name}.weight"
+            y = _product(rows_x, self.weight, self.side_table, self.out_features, name, self.activations)
             return (y if self.bias is None else y + self.bias).to(self.dtype).view(*x.shape[:-1], self.out_features)
         weight = _rebuilt(self.weight, *shape, self.dtype, f"{self.name}.weight")
         return nn.functional.linear(x, weight, self.bias)
 
-    def go_straight(self) -> None:
-        """Multiply straight from the bytes from now on, where this machine can."""
+    def go_straight(self, activations: Activations = "float32") -> None:
+        """Multiply straight from the bytes from now on, where this machine can, and by int8 activations if it can."""
+        self.activations = activations
         self.side_table = side_table(self.weight.data, f"{self.name}.weight")
 
     def _is_a_few_tokens(self, x: torch.Tensor) -> bool:
@@ -222,12 +227,16 @@ def _(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: s
 
 
 @torch.library.custom_op("bivlm::product", mutates_args=())
-def _product(x_TN: torch.Tensor, packed: torch.Tensor, side: torch.Tensor, rows: int, name: str) -> torch.Tensor:
-    return product(packed.data, side, x_TN.to(torch.float32), name)
+def _product(
+    x_TN: torch.Tensor, packed: torch.Tensor, side: torch.Tensor, rows: int, name: str, activations: str
+) -> torch.Tensor:
+    return product(packed.data, side, x_TN.to(torch.float32), name, cast(Activations, activations))
 
 
 @_product.register_fake
-def _(x_TN: torch.Tensor, packed: torch.Tensor, side: torch.Tensor, rows: int, name: str) -> torch.Tensor:
+def _(
+    x_TN: torch.Tensor, packed: torch.Tensor, side: torch.Tensor, rows: int, name: str, activations: str
+) -> torch.Tensor:
     return x_TN.new_empty(x_TN.shape[0], rows, dtype=torch.float32)
 
 

@@ -15,6 +15,7 @@ from bivlm.sources.images import open_image
 
 if TYPE_CHECKING:
     from bivlm.checkpoint.transformers_plugin import Dequantize
+    from bivlm.packing import Activations
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Asked:
             there is one.
         threads: of the CPU.
         dequantize: how packed weights were used, None if there are none.
+        activations: of packed weights.
         dtype, device: of the computation.
     """
 
@@ -41,6 +43,7 @@ class Asked:
     before: int
     threads: int
     dequantize: Dequantize | None
+    activations: Activations
     dtype: str
     device: str
 
@@ -51,22 +54,35 @@ class Asked:
 
 
 def ask(
-    folder: Path, image: Path, question: str, *, dequantize: Dequantize | None = None, max_new_tokens: int = 64
+    folder: Path,
+    image: Path,
+    question: str,
+    *,
+    dequantize: Dequantize | None = None,
+    activations: Activations = "float32",
+    max_new_tokens: int = 64,
 ) -> Asked:
     """Return what a checkpoint, packed or not, answers, in a process of its own, so that its memory is the model's.
 
     `dequantize` as in `bivlm.checkpoint.transformers_plugin`; by default packed weights are multiplied as they are on a
-    CPU, and rebuilt on a GPU. Raises `InputError` for what is no checkpoint or no image, ArithmeticError naming the
-    model if it gives NaN.
+    CPU, and rebuilt on a GPU. `activations` are those of packed weights, as there. Raises `InputError` for what is no
+    checkpoint or no image, ArithmeticError naming the model if it gives NaN.
     """
     if max_new_tokens < 1:
         raise InputError(f"max new tokens: found {max_new_tokens}, expected 1 or more")
     open_image(image)  # before a model is loaded
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
-        return process.submit(_ask, folder, image, question, dequantize, max_new_tokens).result()
+        return process.submit(_ask, folder, image, question, dequantize, activations, max_new_tokens).result()
 
 
-def _ask(folder: Path, image: Path, question: str, dequantize: Dequantize | None, max_new_tokens: int) -> Asked:
+def _ask(
+    folder: Path,
+    image: Path,
+    question: str,
+    dequantize: Dequantize | None,
+    activations: Activations,
+    max_new_tokens: int,
+) -> Asked:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -77,11 +93,11 @@ def _ask(folder: Path, image: Path, question: str, dequantize: Dequantize | None
     disable_progress_bar()
     gpu = torch.cuda.is_available()
     if not Checkpoint.open(folder).packed:
-        dequantize = None
+        dequantize, activations = None, "float32"
     elif dequantize is None:
         dequantize = "load" if gpu else "packed"
     before, started = _memory(gpu), time.perf_counter()
-    model, processor = load_model(folder, dequantize=dequantize)
+    model, processor = load_model(folder, dequantize=dequantize, activations=activations)
     loading = time.perf_counter() - started
     sample = VqaSample("0", "0", open_image(image), question, answers=())
     clock = _Clock()
@@ -97,6 +113,7 @@ def _ask(folder: Path, image: Path, question: str, dequantize: Dequantize | None
         before=before,
         threads=torch.get_num_threads(),
         dequantize=dequantize,
+        activations=activations,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
     )

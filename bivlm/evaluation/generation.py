@@ -30,6 +30,7 @@ from bivlm.untrusted import in_a_line
 
 if TYPE_CHECKING:
     from bivlm.checkpoint.transformers_plugin import Dequantize
+    from bivlm.packing import Activations
 
 Progress = Callable[[int, int], None]
 
@@ -43,6 +44,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     dequantize: Dequantize | None = None,
+    activations: Activations = "float32",
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Return the model and processor of a checkpoint folder, packed or not, ready to answer.
 
@@ -50,8 +52,8 @@ def load_model(
     checkpoint's ("auto") on a GPU and float32 on a CPU, where bf16 is slower and less exact. The weights are the stored
     ones whatever it is, since float32 holds every bf16 and fp16 number; they then take four bytes each in memory.
     `dequantize` is how packed weights are used, "load", "forward" or "packed" (`bivlm.checkpoint.transformers_plugin`);
-    by default as the checkpoint says. Raises `InputError` when the folder holds no checkpoint, one that lacks weights
-    or the processor, or, with `dequantize`, one that is not packed.
+    by default as the checkpoint says; with "packed", `activations` may be "int8". Raises `InputError` when the folder
+    holds no checkpoint, one that lacks weights or the processor, or, with `dequantize`, one that is not packed.
 
     >>> import bivlm
     >>> from bivlm.reference import CHECKPOINT, questions
@@ -63,12 +65,13 @@ def load_model(
     folder = Path(folder)
     packed = Checkpoint.open(folder).packed  # says which file is missing or damaged; transformers does not
     given: dict[str, Any] = {}
-    if dequantize is not None:
+    if dequantize is not None or activations != "float32":
         from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 
         if not packed:
-            raise InputError(f"model {folder}: dequantize {dequantize!r}: expected a packed checkpoint")
-        given["quantization_config"] = BiVLMConfig(dequantize=dequantize)
+            asked = f"dequantize {dequantize!r}" if dequantize else f"activations {activations!r}"
+            raise InputError(f"model {folder}: {asked}: expected a packed checkpoint")
+        given["quantization_config"] = BiVLMConfig(dequantize=dequantize or "load", activations=activations)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None:

@@ -24,7 +24,7 @@ _SWITCH = "BIVLM_NATIVE"
 T = TypeVar("T")
 _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _PART, _TOGETHER = 1 << 18, 4  # numbers, rows
-_INTERFACE = 5  # of native.c
+_INTERFACE = 6  # of native.c
 
 
 def switched_off() -> bool:

@@ -6,7 +6,7 @@
 #include "native.h"
 
 /* Raised when a function changes: the Python side takes a library of its own number alone. */
-enum { INTERFACE = 5 };
+enum { INTERFACE = 6 };
 enum { LEVELS = 16 };
 #define SATURATED 65535u
 

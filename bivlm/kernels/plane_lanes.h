@@ -129,3 +129,107 @@ TOKENS(2)
 TOKENS(4)
 #undef TOKENS
 #undef KIND
+
+/* Inputs of a byte. The words whose symbols come next, those of every fourth column, a byte each. */
+TARGET static inline __attribute__((always_inline)) NAME(Words)
+    NAME(byte_words_at)(const int kind, const Rows *rows, int r, int64_t block) {
+    NAME(Words) words = {LOAD_I(rows->planes[0][r] + 4 * W * block), SET_I(0)};
+    if (kind != THREE) return words;
+    /* four bits of each sixteen to a byte */
+    I high = SHORTS(rows->planes[1][r] + 2 * W * block);
+    high = AND(OR(high, SHIFT_LEFT(high, 8)), SET_I(0x00FF00FF));
+    words.high = AND(OR(high, SHIFT_LEFT(high, 4)), SET_I(0x0F0F0F0F));
+    return words;
+}
+
+TARGET static inline __attribute__((always_inline)) I NAME(next_bytes)(const int kind, NAME(Words) *words) {
+    const I low = words->low, high = words->high;
+    switch (kind) {
+    case ONE: words->low = SHIFT_RIGHT(low, 1); return AND(low, SET_I(0x01010101));
+    case TWO: words->low = SHIFT_RIGHT(low, 2); return AND(low, SET_I(0x03030303));
+    case FOUR: words->low = SHIFT_RIGHT(low, 4); return AND(low, SET_I(0x0F0F0F0F));
+    case THREE:
+        words->low = SHIFT_RIGHT(low, 2), words->high = SHIFT_RIGHT(high, 1);
+        return OR(AND(low, SET_I(0x03030303)), SHIFT_LEFT(AND(high, SET_I(0x01010101)), 2));
+    default: return low;
+    }
+}
+
+/* y[row][token] of some rows and tokens, inputs of a byte: products of bytes are added up exactly, word by word. */
+BYTE_TARGET static inline __attribute__((always_inline)) void NAME(byte_rows_by)(const int kind, const int coded,
+                                                                                const int first, const int R,
+                                                                                const int T, const PlaneProduct *by,
+                                                                                const Rows *rows, int64_t token,
+                                                                                float *y) {
+    V total[MOST][MOST];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) total[r][t] = ZERO;
+    const I levels = coded ? SET_I(0) : SIXTEEN_BYTES(by->level_bytes);
+    const int64_t in_apart = by->blocks * STEPS(kind) * W;
+    const int8_t *x = by->bytes + token * in_apart;
+    for (int64_t block = 0; block < by->blocks; block++, x += STEPS(kind) * W) {
+        NAME(Words) words[MOST];
+        I sum[MOST][MOST];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            words[r] = NAME(byte_words_at)(kind, rows, first + r, block);
+            if (T == 1) _mm_prefetch((const char *)rows->planes[0][first + r] + 4 * W * block + AHEAD, _MM_HINT_T0);
+            for (int t = 0; t < T; t++) sum[r][t] = SET_I(0);
+        }
+        for (int step = 0; step < STEPS(kind) / 4; step++) {
+            I level[MOST];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                level[r] = NAME(next_bytes)(kind, words + r);
+                if (!coded) level[r] = SHUFFLE(levels, level[r]);
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const I input = LOAD_I(x + t * in_apart + 4 * W * step);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sum[r][t] = DOT(kind, sum[r][t], level[r], input);
+            }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) {
+            const int64_t word = ((token + t) * by->blocks + block) * W;
+            const V input_scale = LOAD(by->input_scales + word);
+            if (!coded) {
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) total[r][t] = FMA(FLOATS(sum[r][t]), input_scale, total[r][t]);
+                continue;
+            }
+            const I group = LOAD_I(by->group + W * block);
+            const V inputs = LOAD(by->sums + word);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const V scale = PERMUTE(LOAD(rows->scales[first + r] + by->first_group[block]), group);
+                const V offset = PERMUTE(LOAD(rows->offsets[first + r] + by->first_group[block]), group);
+                total[r][t] = FMA(MULTIPLY(scale, input_scale), FLOATS(sum[r][t]), FMA(offset, inputs, total[r][t]));
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) {
+            const float added = SUM(total[r][t]);
+            y[(first + r) * T + t] = coded ? added : by->level_unit * added + by->lowest_level * by->token_sums[token + t];
+        }
+}
+
+#define KIND(kind, coded, T)                                                                                         \
+    case kind:                                                                                                       \
+        for (int r = 0; r < MOST; r += BYTE_ROWS(T))                                                                 \
+            NAME(byte_rows_by)(kind, coded, r, BYTE_ROWS(T), T, by, rows, token, y);                                 \
+        break;
+#define TOKENS(T)                                                                                                    \
+    BYTE_TARGET static void NAME(byte_times_##T)(const PlaneProduct *by, const Rows *rows, int64_t token, float *y) { \
+        if (by->scales)                                                                                              \
+            switch (by->kind) { KIND(TWO, 1, T) KIND(THREE, 1, T) KIND(FOUR, 1, T) KIND(EIGHT, 1, T) }               \
+        else                                                                                                         \
+            switch (by->kind) { KIND(ONE, 0, T) KIND(TWO, 0, T) KIND(THREE, 0, T) KIND(FOUR, 0, T) }                 \
+    }
+TOKENS(1)
+TOKENS(2)
+TOKENS(4)
+#undef TOKENS
+#undef KIND

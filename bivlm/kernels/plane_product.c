@@ -43,6 +43,13 @@ typedef struct {
     int64_t plain_apart;
     float *outputs; /* [tokens][out_apart] */
     int64_t out_apart;
+    /* Or inputs of a byte, those of every fourth column of a word together; then of their words `input_scales`, and
+       `sums` of what they stand for. Levels that are not coded are `lowest_level` and multiples of `level_unit`, which
+       `level_bytes` [16] are below 128. */
+    const int8_t *bytes; /* [tokens][blocks][steps / 4][lanes][4], or NULL */
+    const float *input_scales, *token_sums;
+    const uint8_t *level_bytes;
+    float level_unit, lowest_level;
 } PlaneProduct;
 
 /* Of some rows: where their planes, their tables (16 levels), scales, and scales times negative zero points are. */
@@ -64,6 +71,7 @@ typedef struct {
 #define SET _mm256_set1_ps
 #define LOAD _mm256_loadu_ps
 #define FMA _mm256_fmadd_ps
+#define MULTIPLY _mm256_mul_ps
 #define PERMUTE _mm256_permutevar8x32_ps
 #define FLOATS _mm256_cvtepi32_ps
 #define SET_I _mm256_set1_epi32
@@ -81,6 +89,24 @@ typedef struct {
 #define LOW_PRODUCT _mm256_mullo_epi16
 #define LOOK_UP(sixteen, table, symbol) look_up_8(sixteen, table, symbol)
 #define SUM sum_8
+#define BYTE_TARGET TARGET
+#define BYTE_ROWS(T) ROWS(T)
+#define SIXTEEN_BYTES(at) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(at)))
+#define SHUFFLE _mm256_shuffle_epi8
+#define DOT(kind, sum, levels, inputs) dot_8((kind) == EIGHT, sum, levels, inputs)
+
+/* Adds products of four bytes, those of `levels` without sign, to each lane. A sum of two has 16 bits: levels up to
+   127 fit, or those of eight bits in two parts. */
+TARGET static inline __attribute__((always_inline)) __m256i dot_8(const int eight, __m256i sum, __m256i levels,
+                                                                   __m256i inputs) {
+    const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(127);
+    const __m256i parts = eight ? _mm256_and_si256(levels, low) : levels;
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(parts, inputs), ones));
+    if (!eight) return sum;
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(levels, 7), _mm256_set1_epi8(1));
+    const __m256i above = _mm256_madd_epi16(_mm256_maddubs_epi16(high, inputs), ones);
+    return _mm256_add_epi32(sum, _mm256_slli_epi32(above, 7));
+}
 
 TARGET static inline __m256 look_up_8(const int sixteen, const __m256 *table, __m256i symbol) {
     const __m256 low = _mm256_permutevar8x32_ps(table[0], symbol);
@@ -133,6 +159,12 @@ TARGET static inline float sum_8(__m256 v) {
 #undef LOW_PRODUCT
 #undef LOOK_UP
 #undef SUM
+#undef MULTIPLY
+#undef BYTE_TARGET
+#undef BYTE_ROWS
+#undef SIXTEEN_BYTES
+#undef SHUFFLE
+#undef DOT
 
 #define W 16
 #define ROWS(T) 4
@@ -160,6 +192,12 @@ TARGET static inline float sum_8(__m256 v) {
 #define LOW_PRODUCT _mm512_mullo_epi16
 #define LOOK_UP(sixteen, table, symbol) _mm512_permutexvar_ps(symbol, (table)[0])
 #define SUM _mm512_reduce_add_ps
+#define MULTIPLY _mm512_mul_ps
+#define BYTE_TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vnni")))
+#define BYTE_ROWS(T) ((T) == 4 ? 2 : 4)
+#define SIXTEEN_BYTES(at) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(at)))
+#define SHUFFLE _mm512_shuffle_epi8
+#define DOT(kind, sum, levels, inputs) _mm512_dpbusd_epi32(sum, levels, inputs)
 
 TARGET static inline __attribute__((always_inline)) __m512i fields_16(const int bits, const uint8_t *at) {
     if (bits == 4) return _mm512_inserti64x4(_mm512_castsi256_si512(fields_8(4, at)), fields_8(4, at + 4), 1);
@@ -224,7 +262,11 @@ static void multiply(const PlaneProduct *by, const Rows *rows, int64_t row, int6
     for (int64_t token = 0, taken; token < by->tokens; token += taken) {
         float y[MOST * MOST];
         taken = by->tokens - token >= 4 ? 4 : by->tokens - token >= 2 ? 2 : 1;
-        if (by->lanes == 16)
+        if (by->bytes && by->lanes == 16)
+            (taken == 4 ? byte_times_4_16 : taken == 2 ? byte_times_2_16 : byte_times_1_16)(by, rows, token, y);
+        else if (by->bytes)
+            (taken == 4 ? byte_times_4_8 : taken == 2 ? byte_times_2_8 : byte_times_1_8)(by, rows, token, y);
+        else if (by->lanes == 16)
             (taken == 4 ? times_4_16 : taken == 2 ? times_2_16 : times_1_16)(by, rows, token, y);
         else
             (taken == 4 ? times_4_8 : taken == 2 ? times_2_8 : times_1_8)(by, rows, token, y);
@@ -234,13 +276,46 @@ static void multiply(const PlaneProduct *by, const Rows *rows, int64_t row, int6
 }
 #endif
 
-/* How many floats a vector has: the inputs' order depends on it. 0 where products are not there. */
-EXPORT int bivlm_plane_lanes(void) {
+/* How many floats a vector has, with inputs of a byte or of 32 bits: their order depends on it. 0 where products are
+   not there. */
+EXPORT int bivlm_plane_lanes(int bytes) {
 #ifdef X86
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
-    return __builtin_cpu_supports("avx512bw") ? 16 : 8;
+    return __builtin_cpu_supports("avx512bw") && (!bytes || __builtin_cpu_supports("avx512vnni")) ? 16 : 8;
 #else
+    (void)bytes;
     return 0;
+#endif
+}
+
+/* Inputs [tokens][columns] as words are read, rounded to a byte: [tokens][blocks][steps / 4][lanes][4], those of every
+   fourth column together; a scale for each word, and the sum of what its bytes stand for, [tokens][blocks][lanes]. The
+   scale of a word with an input that is no number, or infinite, is no number. */
+EXPORT void bivlm_order_bytes(const float *inputs, int64_t tokens, int64_t columns, int64_t steps, int64_t lanes,
+                              int64_t blocks, int8_t *ordered, float *scales, float *sums) {
+#ifdef X86
+    for (int64_t word = 0; word < tokens * blocks * lanes; word++, scales++, sums++) {
+        const int64_t token = word / (blocks * lanes), begin = word % (blocks * lanes) * steps;
+        const int64_t left = columns - begin, count = left < 0 ? 0 : left < steps ? left : steps;
+        const float *x = inputs + token * columns + begin;
+        int8_t *to = ordered + word / lanes * lanes * steps + word % lanes * 4;
+        float largest = 0.0f, none = 0.0f;
+        for (int64_t k = 0; k < count; k++) {
+            const float size = x[k] < 0.0f ? -x[k] : x[k];
+            largest = size > largest ? size : largest, none += x[k] - x[k];
+        }
+        const float scale = largest / 127.0f, up = scale > 1e-37f ? 1.0f / scale : 0.0f;
+        int sum = 0;
+        for (int64_t byte = 0, k = 0; byte < 4; byte++)
+            for (int64_t step = 0; step < steps / 4; step++, k++) {
+                const int8_t number = k < count ? (int8_t)_mm_cvtss_si32(_mm_set_ss(x[k] * up)) : 0;
+                to[step * 4 * lanes + byte] = number;
+                sum += number;
+            }
+        *scales = scale + none, *sums = *scales * (float)sum;
+    }
+#else
+    (void)inputs, (void)tokens, (void)columns, (void)steps, (void)lanes, (void)blocks, (void)ordered, (void)scales, (void)sums;
 #endif
 }
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from bivlm.errors import InputError
 from bivlm.packing import container
 from bivlm.packing.container import Bytes, Header
 from bivlm.packing.contents import Contents
+
+Activations = Literal["float32", "int8"]  # what inputs are in a product
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,17 @@ class Codec(ABC):
         return torch.empty(0, dtype=torch.uint8)
 
     def product(
-        self, packed: torch.Tensor, header: Header, side_table: torch.Tensor, x_TN: torch.Tensor
+        self,
+        packed: torch.Tensor,
+        header: Header,
+        side_table: torch.Tensor,
+        x_TN: torch.Tensor,
+        activations: Activations = "float32",
     ) -> torch.Tensor:
         """Return ``x W^T``, float32 (T, M), straight from the packed bytes, for a codec that `multiplies`.
 
-        x is float32 (T, N) on the CPU, and so are levels and sums: W is not rounded to `header.dtype`.
+        x is float32 (T, N) on the CPU, and so are levels and sums: W is not rounded to `header.dtype`. With
+        `activations` of int8, x may be rounded to that, with a scale for every few columns.
         """
         raise NotImplementedError
 
@@ -148,11 +156,18 @@ def side_table(packed: torch.Tensor, name: str = "packed weight") -> torch.Tenso
 
 
 def product(
-    packed: torch.Tensor, side_table: torch.Tensor, x_TN: torch.Tensor, name: str = "packed weight"
+    packed: torch.Tensor,
+    side_table: torch.Tensor,
+    x_TN: torch.Tensor,
+    name: str = "packed weight",
+    activations: Activations = "float32",
 ) -> torch.Tensor:
-    """Return ``x W^T``, float32 (T, M), of float32 x (T, N), of a weight that has a `side_table`; no checksum."""
+    """Return ``x W^T``, float32 (T, M), of float32 x (T, N), of a weight that has a `side_table`; no checksum.
+
+    With `activations` of int8, x may be rounded to that (`Codec.product`).
+    """
     codec, header = open_packed(packed, name, check=False)
-    return codec.product(packed, header, side_table, x_TN)
+    return codec.product(packed, header, side_table, x_TN, activations)
 
 
 def format_bits(packed: Bytes, name: str = "packed weight") -> FormatBits:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.packing import Codec, FormatBits, Tunable, container
+from bivlm.packing import Activations, Codec, FormatBits, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.plane_product import Groups, can_multiply, product
@@ -204,14 +204,19 @@ class GroupedCodec(Codec):
         return _zeros(packed, header, _read_parameters(packed, header)).to(torch.uint8).view(-1)
 
     def product(
-        self, packed: torch.Tensor, header: Header, side_table: torch.Tensor, x_TN: torch.Tensor
+        self,
+        packed: torch.Tensor,
+        header: Header,
+        side_table: torch.Tensor,
+        x_TN: torch.Tensor,
+        activations: Activations = "float32",
     ) -> torch.Tensor:
         stored = _read_parameters(packed, header)
         if stored.channels:
             x_TN = x_TN * from_halves(section(packed, header, 4), stored.channel_exponent)
         groups = Groups(stored.width, as_array(section(packed, header, 1)), as_array(side_table))
-        codes, threads = as_array(section(packed, header, 3)), torch.get_num_threads()
-        y_TM = product(codes, 1 << stored.bits, header.shape, x_TN.numpy(), groups, threads=threads)
+        codes = as_array(section(packed, header, 3))
+        y_TM = product(codes, 1 << stored.bits, header.shape, x_TN.numpy(), groups, in_bytes=activations == "int8")
         return torch.from_numpy(y_TM).mul_(2.0**stored.exponent)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:

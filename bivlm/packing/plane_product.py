@@ -1,6 +1,8 @@
 """Products with a weight whose symbols lie in planes, straight from them (`kernels/plane_product.c`).
 
 Sums are float32. Each has an order of its own: it is the same however many threads, rows and tokens there are.
+Activations may be rounded to eight bits, with a scale for the columns of each word (`BYTE_KINDS`): their products with
+levels, rounded as finely, are added up exactly within a word, then in float32.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from bivlm import kernels
 from bivlm.packing.radix import planes_of, radix
@@ -19,6 +22,9 @@ from bivlm.packing.radix import planes_of, radix
 # and the symbols of a word, or of 32 bits.
 _BITS = {2: (1, 32), 4: (2, 16), 8: (3, 16), 16: (4, 8), 256: (8, 4)}
 _KINDS = _BITS | {base: (base + 10, radix(base).per_word) for base in (6, 10, 12, 14)}
+# Alphabets for which activations may be of eight bits: levels that rows share, or coded weights.
+BYTE_KINDS = frozenset(_BITS)
+_LARGEST_BYTE = 127
 _PLANES = 3
 _OF_PLANES = {"planes": ctypes.c_void_p, "readable": ctypes.c_int64, "row_bytes": ctypes.c_int64}
 _SALIENT_TOKENS = 8
@@ -64,10 +70,10 @@ class Salient:
 
 
 @cache
-def lanes() -> int:
-    """Return how many floats this machine's vectors have, 16 or 8; 0 where products are not there."""
+def lanes(in_bytes: bool = False) -> int:
+    """Return how many floats this machine's vectors have, 16 or 8, for activations of bytes or of floats; 0 without."""
     library = kernels.native()
-    return 0 if library is None else library.bivlm_plane_lanes()
+    return 0 if library is None else library.bivlm_plane_lanes(ctypes.c_int(in_bytes))
 
 
 def can_multiply(alphabet: int, width: int = 0) -> bool:
@@ -89,6 +95,8 @@ class _Product(ctypes.Structure):
         ("plain_apart", ctypes.c_int64),
         ("outputs", ctypes.c_void_p),
         ("out_apart", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("bytes", "input_scales", "token_sums", "level_bytes")),
+        *((name, ctypes.c_float) for name in ("level_unit", "lowest_level")),
     ]
 
 
@@ -100,29 +108,40 @@ def product(
     means: Levels | Groups,
     salient: Salient | None = None,
     *,
-    threads: int = 1,
+    in_bytes: bool = False,
 ) -> np.ndarray:
     """Return ``x W^T``, float32 (T, M), of the weight W (M, N) in the bytes of all planes; x is float32 (T, N).
 
-    `salient` weights take their rows' scales from `means`.
+    `salient` weights take their rows' scales from `means`. With `in_bytes` activations are rounded where there are
+    products for that (`BYTE_KINDS`, levels that rows share); salient weights are multiplied by x as it is.
     """
     library = kernels.native()
     assert library is not None
     (rows, columns), tokens = shape, len(x_TN)
-    (kind, steps), width = _KINDS[alphabet], lanes()
-    ordered, sums = _ordered(x_TN, steps, width)
+    if alphabet not in BYTE_KINDS or (isinstance(means, Levels) and means.by_row is not None):
+        in_bytes = False
+    (kind, steps), width = _KINDS[alphabet], lanes(in_bytes)
     y_TM = np.empty((tokens, rows), np.float32)
+    arrays = {"outputs": y_TM}
+    if in_bytes:
+        ordered, scales, sums = _ordered_bytes(x_TN, steps, width)
+        arrays |= {"bytes": ordered, "input_scales": scales}
+    else:
+        ordered, sums = _ordered(x_TN, steps, width)
+        arrays |= {"inputs": ordered}
     job = _Product(kind, width, tokens, ordered.shape[1], out_apart=rows)
     for number, plane in enumerate(planes_of(symbols, alphabet, *shape)):
         job.planes[number], job.row_bytes[number] = plane.ctypes.data, plane.shape[1]
         job.readable[number] = symbols.ctypes.data + symbols.nbytes - plane.ctypes.data
-    arrays = {"inputs": ordered, "outputs": y_TM}
     if isinstance(means, Groups):
         first_group, group, job.groups = _group_places(columns, means.width, steps, width)
         arrays |= {"table": _sixteen(np.arange(alphabet)), "scales": means.scales, "zeros": means.zeros}
         arrays |= {"sums": sums, "first_group": first_group, "group": group}
     else:
         arrays |= {"table": _sixteen(means.table)}
+        if in_bytes:
+            levels, job.level_unit, job.lowest_level = _level_bytes(tuple(means.table.tolist()))
+            arrays |= {"level_bytes": levels, "token_sums": sums.sum((1, 2))}
         if means.row_scales is not None:
             arrays |= {"row_scales": means.row_scales}
         if means.by_row is not None:
@@ -138,7 +157,7 @@ def product(
     def part(begin: int, end: int) -> int:
         return library.bivlm_plane_product(ctypes.byref(job), ctypes.c_int64(begin), ctypes.c_int64(end))
 
-    if any(kernels.in_parts(part, rows, rows * columns, threads)):
+    if any(kernels.in_parts(part, rows, rows * columns, torch.get_num_threads())):
         raise MemoryError(f"no memory for a product with a weight of {rows} x {columns}")
     return y_TM
 
@@ -156,6 +175,40 @@ def _ordered(x_TN: np.ndarray, steps: int, width: int) -> tuple[np.ndarray, np.n
     padded[:, :columns] = x_TN
     ordered = np.ascontiguousarray(padded.reshape(tokens, blocks, width, steps).swapaxes(2, 3))
     return ordered, ordered.sum(2)
+
+
+def _ordered_bytes(x_TN: np.ndarray, steps: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return inputs of eight bits as words are read, int8 (T, blocks, steps / 4, lanes, 4): every fourth column's.
+
+    And the scales of words, and the sums of what they stand for, float32 (T, blocks, lanes).
+    """
+    library, (tokens, columns) = kernels.native(), x_TN.shape
+    assert library is not None
+    x_TN = np.ascontiguousarray(x_TN)
+    blocks = -(-columns // (steps * width))
+    ordered = np.empty((tokens, blocks, steps // 4, width, 4), np.int8)
+    scales, sums = np.empty((2, tokens, blocks, width), np.float32)
+    sizes = map(ctypes.c_int64, (tokens, columns, steps, width, blocks))
+    library.bivlm_order_bytes(
+        kernels.pointer(x_TN), *sizes, kernels.pointer(ordered), kernels.pointer(scales), kernels.pointer(sums)
+    )
+    return ordered, scales, sums
+
+
+@cache
+def _level_bytes(levels: tuple[float, ...]) -> tuple[np.ndarray, float, float]:
+    """Return levels as uint8 (16,), their unit and the lowest level.
+
+    Of the units for which the span of all levels is 64 to 127 the one that rounds levels least.
+    """
+    exact = np.array(levels, np.float64)
+    lowest, span = float(exact.min()), float(np.ptp(exact))
+    if span == 0:
+        return np.zeros(16, np.uint8), 0.0, lowest
+    spans_U = np.arange(64, _LARGEST_BYTE + 1)
+    scaled_UL = (exact - lowest) / span * spans_U[:, None]
+    best = int(np.argmin(np.abs(scaled_UL - np.rint(scaled_UL)).max(1) / spans_U))
+    return _sixteen(np.rint(scaled_UL[best])).astype(np.uint8), span / int(spans_U[best]), lowest
 
 
 @cache

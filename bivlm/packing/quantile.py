@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.packing import Codec, FormatBits, Tunable, container
+from bivlm.packing import Activations, Codec, FormatBits, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.lookup import lookup
@@ -204,7 +204,12 @@ class QuantileCodec(Codec):
         return torch.from_numpy(np.concatenate([each.view(np.uint8) for each in sections]))
 
     def product(
-        self, packed: torch.Tensor, header: Header, side_table: torch.Tensor, x_TN: torch.Tensor
+        self,
+        packed: torch.Tensor,
+        header: Header,
+        side_table: torch.Tensor,
+        x_TN: torch.Tensor,
+        activations: Activations = "float32",
     ) -> torch.Tensor:
         stored = _read_parameters(packed, header)
         table = np.zeros(stored.alphabet, np.float32)
@@ -220,8 +225,9 @@ class QuantileCodec(Codec):
             marks = (np.arange(len(stored.centres_L)) % (2 * stored.groups)).astype(np.uint8)
             begins, columns = np.split(as_array(side_table), [4 * (header.shape[0] * len(marks) + 1)])
             salient = Salient(stored.centres_L, marks, begins.view("<u4"), columns.view("<u2"))
-        symbols, threads = as_array(section(packed, header, 2)), torch.get_num_threads()
-        y_TM = product(symbols, stored.alphabet, header.shape, x_TN.numpy(), levels, salient, threads=threads)
+        symbols = as_array(section(packed, header, 2))
+        in_bytes = activations == "int8"
+        y_TM = product(symbols, stored.alphabet, header.shape, x_TN.numpy(), levels, salient, in_bytes=in_bytes)
         return torch.from_numpy(y_TM).mul_(2.0**stored.exponent)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:

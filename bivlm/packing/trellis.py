@@ -39,7 +39,7 @@ from bivlm.numerics.trellis import (
 )
 from bivlm.numerics.trellis_product import can_multiply, product
 from bivlm.numerics.trellis_tiles import Tiles
-from bivlm.packing import Codec, FormatBits, Tunable, container
+from bivlm.packing import Activations, Codec, FormatBits, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.lookup import lookup
@@ -165,7 +165,12 @@ class TrellisCodec(Codec):
         return packed.device.type == "cpu" and can_multiply(read_layout(packed, header)[0].code)
 
     def product(
-        self, packed: torch.Tensor, header: Header, side_table: torch.Tensor, x_TN: torch.Tensor
+        self,
+        packed: torch.Tensor,
+        header: Header,
+        side_table: torch.Tensor,
+        x_TN: torch.Tensor,
+        activations: Activations = "float32",
     ) -> torch.Tensor:
         layout, exponent = read_layout(packed, header)
         rows, columns = header.shape

@@ -113,6 +113,7 @@ def print_asked(found: Mapping[str, Asked]) -> None:
         "memory at most": lambda asked: _size(asked.memory),
         "of it for libraries": lambda asked: _size(asked.before),
         "packed weights": lambda asked: asked.dequantize or "none",
+        "activations": lambda asked: asked.activations if asked.dequantize == "packed" else asked.dtype,
         "computed in": lambda asked: f"{asked.dtype}, {asked.device}, {asked.threads} threads",
     }
     for name, shown in rows.items():

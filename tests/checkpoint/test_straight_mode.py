@@ -13,6 +13,7 @@ from bivlm import compress_model
 from bivlm.checkpoint.packed_modules import MOST_TOKENS, PackedLinear
 from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 from bivlm.compression.model import pack_layer
+from bivlm.errors import InputError
 from bivlm.packing import product, side_table, unpack
 
 TRELLIS = {"method": "trellis", "rate": 2.0, "feedback": "none"}
@@ -106,9 +107,45 @@ def test_a_layer_is_copied_and_cast_and_saved_without_what_lies_beside_its_bytes
 
 def test_it_is_an_operator_that_torch_can_compile():
     chosen, x = layer(torch.float32), torch.randn(2, 200)
-    torch.library.opcheck(torch.ops.bivlm.product.default, (x, chosen.weight.data, chosen.side_table, 96, "weight"))
+    given = (x, chosen.weight.data, chosen.side_table, 96, "weight", "float32")
+    torch.library.opcheck(torch.ops.bivlm.product.default, given)
     with torch.no_grad():
         assert torch.equal(torch.compile(chosen, fullgraph=True, backend="eager")(x), chosen(x))
+
+
+@pytest.mark.parametrize(
+    "settings, exact",
+    [
+        ({"method": "rtn", "bits": 2, "group_size": 32}, False),
+        ({"method": "bivlm", "groups": 2, "p_max": 0.05}, False),
+        (TRELLIS, True),
+    ],
+)
+def test_int8_activations_are_those_of_layers_that_have_such_products(settings, exact):
+    packed = pack_layer(torch.randn(96, 200, generator=torch.Generator().manual_seed(2)), settings)[0]
+    chosen = PackedLinear.replacing(nn.Linear(200, 96, bias=False), packed.numel(), "tower.fc1")
+    chosen.weight.data.copy_(packed)
+    x = torch.randn(3, 200)
+    with torch.no_grad():
+        chosen.go_straight()
+        expected = chosen(x)
+        chosen.go_straight("int8")
+        rounded = chosen(x)
+        assert torch.equal(copy.deepcopy(chosen)(x), rounded)
+    assert torch.equal(rounded, expected) == exact
+    assert float((rounded - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("wrong", [{"activations": "int4"}, {"activations": "int8", "dequantize": "forward"}])
+def test_activations_that_cannot_be_had_are_refused(wrong):
+    with pytest.raises(InputError, match=r"activations 'int.'.*expected"):
+        BiVLMConfig(**wrong)
+
+
+def test_a_config_says_int8_activations_where_they_are():
+    given = BiVLMConfig(dequantize="packed", activations="int8")
+    assert BiVLMConfig(**given.to_dict()).activations == "int8"
+    assert "activations" not in BiVLMConfig().to_dict()
 
 
 def test_a_model_answers_as_the_ordinary_one_and_is_saved_with_the_same_bytes(tmp_path):

@@ -54,6 +54,8 @@ def test_the_command_shows_both_answers(image, packed, capsys):
     for folder in (packed, CHECKPOINT):
         assert folder.name in said and expected(folder, image)[0] in said
     assert re.search(r"tokens a second +[\d.-]+ +[\d.-]+", said)
+    assert main([*told, "--activations", "int8"]) == 0
+    assert re.search(r"activations +int8 +float32", capsys.readouterr().out)
     assert main([*told[:4], "--dequantize", "load", "--json"]) == 0
     (record,) = json.loads(capsys.readouterr().out).values()
     assert record["dequantize"] == "load" and record["answer"] == expected(packed, image)[0]
@@ -67,5 +69,7 @@ def test_bad_input_is_named_before_a_model_is_loaded(image, packed, tmp_path, ca
     with pytest.raises(InputError, match="max new tokens: found 0, expected 1 or more"):
         ask(packed, image, QUESTION, max_new_tokens=0)
     assert main(["ask", str(tmp_path), str(image), QUESTION]) == cli.commands.BAD_INPUT
+    with pytest.raises(InputError, match="activations 'int8': expected a packed checkpoint"):
+        bivlm.load_model(CHECKPOINT, activations="int8")
     with pytest.raises(InputError, match="dequantize 'packed': expected a packed checkpoint"):
         bivlm.load_model(CHECKPOINT, dequantize="packed")

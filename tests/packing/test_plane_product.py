@@ -70,7 +70,7 @@ def check(packed, x):
 def test_a_product_with_grouped_integers(rows, columns, bits, groups, channels, tokens, width, seed):
     packed = grouped_weight(rows, columns, bits, groups, channels, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plane_product, "lanes", lambda: min(width, LANES))
+        patch.setattr(plane_product, "lanes", lambda in_bytes=False: min(width, LANES[in_bytes]))
         check(packed, inputs(tokens, columns, seed))
 
 
@@ -87,14 +87,14 @@ def test_a_product_with_grouped_integers(rows, columns, bits, groups, channels, 
 def test_a_product_with_quantile_groups(rows, columns, groups, salient, tokens, width, seed):
     packed = quantile_weight(rows, columns, groups, *salient, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plane_product, "lanes", lambda: min(width, LANES))
+        patch.setattr(plane_product, "lanes", lambda in_bytes=False: min(width, LANES[in_bytes]))
         if side_table(packed) is None:  # salient weights with symbols of their own make larger alphabets
             assert 2 * groups + (1 << salient[0]) > 16
         else:
             check(packed, inputs(tokens, columns, seed))
 
 
-LANES = plane_product.lanes()
+LANES = [plane_product.lanes(in_bytes) for in_bytes in (False, True)]
 
 
 @pytest.mark.parametrize("codec", ["grouped", "quantile"])
@@ -154,6 +154,118 @@ def test_nothing_is_read_behind_the_bytes(groups, columns):
         assert mprotect(ctypes.c_void_p(whole.ctypes.data + inside), ctypes.c_size_t(page), 0) == 0
         whole[inside - len(packed) : inside] = packed.numpy()
         check(torch.from_numpy(whole[inside - len(packed) : inside]), inputs(2, columns))
+
+
+def in_int8(x, columns):
+    """Inputs rounded to 127 steps of the largest of some columns."""
+    words = torch.nn.functional.pad(x, (0, -x.shape[1] % columns)).unflatten(1, (-1, columns))
+    scales = words.abs().amax(2, keepdim=True) / 127
+    return ((words * (1 / scales).nan_to_num(posinf=0)).round() * scales).flatten(1)[:, : x.shape[1]]
+
+
+WORDS = {1: 32, 2: 16, 3: 16, 4: 8, 8: 4}  # columns by the bits of a symbol
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 900),
+    bits=st.sampled_from(grouped.BITS),
+    groups=st.sampled_from([0, 16, 32, 64, 128]),
+    channels=st.booleans(),
+    tokens=st.integers(1, 15),
+    width=st.sampled_from([8, 16]),
+    seed=st.integers(0, 99),
+)
+def test_int8_activations_and_grouped_integers(rows, columns, bits, groups, channels, tokens, width, seed):
+    """Sums are exact: those of the rounded inputs."""
+    packed, x = grouped_weight(rows, columns, bits, groups, channels, seed=seed), inputs(tokens, columns, seed)
+    x *= 1 + 30 * (torch.rand(columns, generator=torch.Generator().manual_seed(seed)) < 0.02)
+    codec, header = open_packed(packed)
+    scales = codec.tunable(packed, header).parameters.get("channel_scales", torch.ones(columns))
+    weight = unpack(packed).double() / scales.double()
+    rounded = in_int8(x * scales, WORDS[bits]).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plane_product, "lanes", lambda in_bytes=False: min(width, LANES[in_bytes]))
+        found = product(packed, side_table(packed), x, activations="int8")
+    largest = rounded.abs() @ weight.abs().amax(0)
+    assert ((found.double() - rounded @ weight.T).abs() <= 2e-6 * largest[:, None] + 1e-45).all()
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 900),
+    groups=st.sampled_from([1, 2, 4, 8]),
+    share=st.sampled_from([0.0, 0.01, 0.05]),
+    tokens=st.integers(1, 15),
+    width=st.sampled_from([8, 16]),
+    seed=st.integers(0, 99),
+)
+def test_int8_activations_and_quantile_groups(rows, columns, groups, share, tokens, width, seed):
+    """Levels are rounded, too: by no more than half of 64 to 127 parts of their span."""
+    packed, x = quantile_weight(rows, columns, groups, 2, share, seed=seed), inputs(tokens, columns, seed)
+    weight = unpack(packed).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plane_product, "lanes", lambda in_bytes=False: min(width, LANES[in_bytes]))
+        found = product(packed, side_table(packed), x, activations="int8")
+    bits = (2 * groups - 1).bit_length()
+    steps = (x - in_int8(x, WORDS[bits])).abs().double()
+    group_scales = open_packed(packed)[0].tunable(packed, open_packed(packed)[1]).parameters["group_scales"]
+    level = 2 * float(group_scales.max()) / 128
+    allowed = steps @ weight.abs().T + level * x.double().abs().sum(1, keepdim=True)
+    allowed += 2e-6 * (x.double().abs() @ weight.abs().T)
+    if share:  # at their places inputs are not rounded, but what the symbols there stand for is
+        allowed += steps @ (weight.abs() + float(group_scales.max())).T
+    assert ((found.double() - x.double() @ weight.T).abs() <= 1.02 * allowed).all()
+
+
+@pytest.mark.parametrize("outliers", [0, 2])
+@pytest.mark.parametrize(
+    "packed",
+    [grouped_weight(256, 3584, bits, 128) for bits in grouped.BITS]
+    + [quantile_weight(256, 3584, groups, 2, share) for groups in (1, 2, 4) for share in (0.0, 0.01)],
+)
+def test_int8_activations_are_within_two_percent(packed, outliers):
+    x = inputs(4, 3584)
+    x[:, :outliers] *= 25
+    exact = x.double() @ unpack(packed).double().T
+    found = product(packed, side_table(packed), x, activations="int8").double()
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+
+
+def test_levels_in_a_simple_ratio_are_held_exactly_in_int8():
+    table, unit, lowest = plane_product._level_bytes((0.25, -0.25, 0.75, -0.75))
+    np.testing.assert_allclose(lowest + unit * table[:4], [0.25, -0.25, 0.75, -0.75], rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("packed", [grouped_weight(9, 200, 4, 64), quantile_weight(9, 200, 2, 2, 0.02)])
+def test_inputs_that_are_no_numbers_make_outputs_that_are_none(packed, activations, wrong):
+    x = inputs(3, 200)
+    x[1, 77] = wrong
+    found = product(packed, side_table(packed), x, activations=activations)
+    assert not found[1].isfinite().any() and found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("packed", [grouped_weight(9, 200, 4, 64), quantile_weight(9, 200, 2, 2, 0.02)])
+def test_inputs_may_lie_anyhow(packed, activations):
+    x, beside = inputs(4, 200), side_table(packed)
+    expected = product(packed, beside, x, activations=activations)
+    apart = torch.zeros(4, 3, 400)
+    apart[:, 1, ::2] = x
+    for other in (x.T.contiguous().T, apart[:, 1, ::2]):
+        assert torch.equal(product(packed, beside, other, activations=activations), expected)
+    same = x[:1].expand(4, 200)
+    assert torch.equal(product(packed, beside, same, activations=activations)[3:], expected[:1])
+
+
+def test_int8_activations_where_there_are_no_such_products_are_left():
+    packed, x = quantile_weight(9, 200, 3, 2, 0.02), inputs(3, 200)
+    exact = product(packed, side_table(packed), x)
+    assert torch.equal(product(packed, side_table(packed), x, activations="int8"), exact)
 
 
 def test_without_native_code_there_are_none(monkeypatch):

@@ -27,6 +27,12 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
         choices=("load", "forward", "packed"),
         help="packed weights: rebuilt once, at each use, or multiplied as they are; packed on a CPU, load on a GPU",
     )
+    ask.add_argument(
+        "--activations",
+        choices=("float32", "int8"),
+        default="float32",
+        help="of packed weights; int8: faster, less exact (float32)",
+    )
     ask.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of the answer at most (64)")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
     ask.set_defaults(run=_ask)
@@ -39,7 +45,11 @@ def _ask(options: argparse.Namespace) -> int:
 
     hide_loading_bars()
     folders = {name: resolve_model(name).folder for name in (options.model, options.against) if name is not None}
-    how = {"dequantize": options.dequantize, "max_new_tokens": options.max_new_tokens}
+    how = {
+        "dequantize": options.dequantize,
+        "activations": options.activations,
+        "max_new_tokens": options.max_new_tokens,
+    }
     found = {name: ask(folder, options.image, options.question, **how) for name, folder in folders.items()}
     if options.json:
         rates = {name: {"tokens_a_second": asked.tokens_a_second} for name, asked in found.items()}
