@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from statistics import median
 from typing import get_args
 
 import numpy as np
 import torch
 
+from benchmarks.peers.by_ggml import TYPES, Ggml
 from bivlm.numerics.trellis import steps_of
 from bivlm.numerics.trellis_tiles import Tiles
 from bivlm.numerics.uniform_grid import round_to_nearest
@@ -100,10 +102,20 @@ def packed_products(
     return works
 
 
+def ggml_products(folder: Path, shape: tuple[int, int], tokens: int) -> dict[str, Callable[[], object]]:
+    """Return products of llama.cpp's weights in blocks of 256, by name."""
+    ggml, size = Ggml(folder, torch.get_num_threads()), shape[0] * shape[1] // 256
+    counts = {kind: _count(size * nbytes) for kind, (_, nbytes, _) in TYPES.items()}
+    return {f"llama.cpp {kind}": ggml.products(kind, shape, tokens, count) for kind, count in counts.items()}
+
+
 def _copies(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """Return copies without end, one after the other."""
-    count = min(RUNS, -(-COLD // max(1, weight.nbytes)))
-    return cycle([weight.clone() for _ in range(count)])
+    return cycle([weight.clone() for _ in range(_count(weight.nbytes))])
+
+
+def _count(nbytes: int) -> int:
+    return min(RUNS, -(-COLD // max(1, nbytes)))
 
 
 def measured(works: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
@@ -122,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--activations", choices=get_args(Activations), default="float32")
+    parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="of llama.cpp's libraries, to be run beside")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     given = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -129,6 +142,8 @@ def main() -> None:
         totals: dict[str, np.ndarray] = {}
         for shape, count in LAYER.items():
             works = torch_products(shape, tokens) | packed_products(shape, tokens, given.kinds, given.activations)
+            if given.ggml:
+                works |= ggml_products(given.ggml, shape, tokens)
             for name, seconds in measured(works).items():
                 totals[name] = totals.get(name, np.zeros(2)) + count * np.array(seconds)
         base = totals["torch bfloat16"]
