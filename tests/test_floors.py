@@ -20,6 +20,7 @@ ROOMS = (
     "numerics",
     "packing",
     "checkpoint",
+    "exports",
     "methods",
     "recipe",
     "sources",
@@ -124,7 +125,7 @@ def test_every_module_of_bivlm_stands_in_a_room():
     loose = {name for name in modules() if name.startswith("bivlm.") and not room(name)}
     assert loose == {f"bivlm.{name}" for name in (*ROOT_MODULES, *EARLIER_NAMES)}
     folders = {path.parent.relative_to(ROOT / "bivlm") for path in (ROOT / "bivlm").rglob("*.py")}
-    assert len(folders - {Path()}) <= 20
+    assert len(folders - {Path()}) <= 21
 
 
 def test_a_room_imports_only_from_rooms_below_it():

@@ -15,7 +15,8 @@ import numpy as np
 
 # Blocks of 256 weights: the type's number in ggml.h, bytes, and where the float16 scales and minima are.
 TYPES = {"Q2_K": (10, 84, 80), "Q4_K": (12, 144, 0)}
-_FLOAT32, _NODES = 0, 4
+_FLOAT32 = 0
+_REPACKED = "_Z35ggml_backend_cpu_repack_buffer_typev"
 _POINTERS = [
     "ggml_init",
     "ggml_new_tensor_2d",
@@ -25,7 +26,7 @@ _POINTERS = [
     "ggml_backend_buffer_get_base",
     "ggml_backend_cpu_buffer_type",
     "ggml_backend_cpu_init",
-    "_Z35ggml_backend_cpu_repack_buffer_typev",
+    _REPACKED,
 ]
 
 
@@ -53,7 +54,7 @@ class Ggml:
         blocks = rng.integers(0, 256, (rows * columns // 256, nbytes), dtype=np.uint8)
         blocks[:, scales : scales + 4] = np.array([0.01, 0.01], np.float16).view(np.uint8)
         x_TN = rng.standard_normal((tokens, columns), dtype=np.float32)
-        repacked = self._call("_Z35ggml_backend_cpu_repack_buffer_typev")
+        repacked = self._call(_REPACKED)
         plain = self._call("ggml_backend_cpu_buffer_type")
         graphs = []
         for _ in range(copies):

@@ -50,6 +50,27 @@ class Tunable:
     rebuild: Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Integers:
+    """A packed weight as ``(stride * code - zero) * scale``: an exact product, then rounded to the weight's dtype.
+
+    Attributes:
+        codes: returns the codes of some rows, uint8 (m, N), by their numbers, int64 (m,).
+        largest: no code is above it.
+        stride: the distance of two codes next to each other, in scales.
+        scales_MG: float32 (M, G).
+        zeros_MG: uint8 (M, G).
+        width: columns of a group; the last group of a row may have fewer.
+    """
+
+    codes: Callable[[torch.Tensor], torch.Tensor]
+    largest: int
+    stride: int
+    scales_MG: torch.Tensor
+    zeros_MG: torch.Tensor
+    width: int
+
+
 class Codec(ABC):
     """How one kind of contents is laid out in the sections of a packed weight."""
 
@@ -72,6 +93,10 @@ class Codec(ABC):
     def rows(self, packed: torch.Tensor, header: Header, rows_m: torch.Tensor) -> torch.Tensor:
         """Return the rebuilt rows (m, N) of these numbers, int64 (m,); by default taken from the whole weight."""
         return self.unpack(packed, header)[rows_m]
+
+    def integers(self, packed: torch.Tensor, header: Header) -> Integers | None:
+        """Return the weight as integers and scales of groups; None if it is no such weight."""
+        return None
 
     def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
         """Return whether this machine can multiply by this weight straight from its bytes, see `product`."""
@@ -147,6 +172,12 @@ def unpack_rows(packed: torch.Tensor, rows_m: torch.Tensor, name: str = "packed 
     """Rebuild some rows (m, N) of a weight, by their numbers, int64 (m,), on the device of `packed`; no checksum."""
     codec, header = open_packed(packed, name, check=False)
     return codec.rows(packed, header, rows_m)
+
+
+def integers(packed: torch.Tensor, name: str = "packed weight") -> Integers | None:
+    """Return the weight as integers and scales of groups, see `Integers`; None if it is no such weight. No checksum."""
+    codec, header = open_packed(packed, name, check=False)
+    return codec.integers(packed, header)
 
 
 def side_table(packed: torch.Tensor, name: str = "packed weight") -> torch.Tensor | None:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.packing import Activations, Codec, FormatBits, Tunable, container
+from bivlm.packing import Activations, Codec, FormatBits, Integers, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.plane_product import Groups, can_multiply, product
@@ -192,6 +192,21 @@ class GroupedCodec(Codec):
         if stored.channels:
             weight_mN.mul_(from_halves(section(packed, header, 4), stored.channel_exponent))
         return weight_mN.to(header.dtype)
+
+    def integers(self, packed: torch.Tensor, header: Header) -> Integers | None:
+        """Return the codes as they are; None with channel scales, by which a product is rounded once more."""
+        stored = _read_parameters(packed, header)
+        if stored.channels:
+            return None
+        planes, columns = _planes(packed, header, stored), header.shape[1]
+        table = torch.arange(1 << stored.bits, dtype=torch.uint8, device=packed.device)
+
+        def codes(rows_m: torch.Tensor) -> torch.Tensor:
+            return unpack_values([plane[rows_m] for plane in planes], table, columns)
+
+        zeros_MG = _zeros(packed, header, stored).to(torch.uint8)
+        scales_MG, _ = _scales(packed, header, stored)
+        return Integers(codes, (1 << stored.bits) - 1, 1, scales_MG, zeros_MG, stored.width)
 
     def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
         stored = _read_parameters(packed, header)

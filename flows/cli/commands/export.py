@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from bivlm.exports import FORMS
 from flows.cli.commands import DONE
 
 
@@ -18,14 +19,21 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     )
     export.add_argument("folder", metavar="DIR", type=Path)
     export.add_argument("output", metavar="OUTPUT", type=Path, help="a new folder")
-    export.add_argument("--to", required=True, choices=("dense",), help="dense: weights rebuilt, for any server")
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=FORMS,
+        help="dense: weights rebuilt, for any server; compressed-tensors: integers of rtn, gptq and awq, packed",
+    )
     export.set_defaults(run=_export)
     return [export]
 
 
 def _export(options: argparse.Namespace) -> int:
-    from bivlm.checkpoint.exporting import export_dense
+    from bivlm.exports import export
+    from bivlm.workspace.places import output_folder
 
-    output = export_dense(options.folder, options.output)
-    print(f"exported: {output}")
+    for sentence in export(options.folder, options.output, options.to):
+        print(sentence)
+    print(f"exported: {output_folder(options.output)}")
     return DONE

@@ -10,14 +10,15 @@ import torch
 from changed_files import change_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_tied import load, logits, make_base
-from test_tied import pack as pack_tables
+from tied_tables import load, logits, make_base
+from tied_tables import pack as pack_tables
 from tiny_families import llava, make_tiny, qwen2_5_vl
 from transformers import AutoModelForImageTextToText
 
 from bivlm import compress_model
-from bivlm.checkpoint.exporting import PACKED, export_dense
 from bivlm.errors import InputError
+from bivlm.exports.building import PACKED
+from bivlm.exports.dense import export_dense
 from flows.cli.main import main
 
 RECIPE = """

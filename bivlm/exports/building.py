@@ -1,10 +1,11 @@
-"""A packed checkpoint as an ordinary one, for programs that know no packed weights."""
+"""What every form shares: the packed checkpoint that is read, and the new folder that is built beside its place."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from bivlm.checkpoint.disk_names import packed_disk_names
 from bivlm.checkpoint.linears import anatomy
 from bivlm.checkpoint.outputs import LISTING, fresh_partial
 from bivlm.checkpoint.reading import LINEAGE, REPORT, Checkpoint
-from bivlm.checkpoint.safetensors_file import OutgoingTensor, TensorEntry, outgoing, outgoing_tensor, read_raw
-from bivlm.checkpoint.writing import MAX_SHARD_BYTES, check_loads, copy_files, write_config, write_weights
+from bivlm.checkpoint.safetensors_file import OutgoingTensor, TensorEntry, outgoing_tensor, read_raw
 from bivlm.errors import InputError
 from bivlm.packing import container, unpack
 from bivlm.workspace.places import base_place, output_folder, output_place, refuse_overlaps
@@ -25,46 +25,48 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 PACKED = "packed"  # a folder in the export: records of the packed checkpoint
 
 
-def export_dense(folder: str | Path, output: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> Path:
-    """Write a packed checkpoint with its weights rebuilt, each in the dtype it was packed from, and return the folder.
-
-    The rest is copied byte for byte, tokenizer, processor and licences, too; config.json loses its quantization config.
-    The records of the packed checkpoint come along in a folder of their own. One tensor is in memory at a time. Raises
-    `InputError` if `folder` holds no packed checkpoint, a packed weight is damaged, or `output` is not new or empty.
-    """
-    checkpoint, output = Checkpoint.open(folder), output_folder(output)
+def open_packed_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a packed checkpoint; raises `InputError` if `folder` holds none."""
+    checkpoint = Checkpoint.open(folder)
     if not checkpoint.packed:
         raise InputError(f"model {folder}: expected a packed checkpoint; it has none of bivlm's packed weights")
+    return checkpoint
+
+
+def names_of_packed(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the name on disk of every packed weight by its name in the loaded model."""
+    names = packed_disk_names(checkpoint)
+    if names is not None:
+        return names
+    packable = anatomy(checkpoint).packable
+    return {name: linear.disk_name for name, linear in packable.items() if name in checkpoint.packed}
+
+
+@contextmanager
+def new_folder(checkpoint: Checkpoint, output: str | Path) -> Iterator[Path]:
+    """Yield an empty folder to be filled; at the end it gets the records of `checkpoint` and becomes `output`.
+
+    If anything is raised meanwhile, nothing is left. Raises `InputError` if `output` overlaps the checkpoint, or is
+    not new or empty.
+    """
+    output = output_folder(output)
     refuse_overlaps([output_place(output), base_place(checkpoint.folder)])
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"output {output}: expected a folder that is new or empty")
-    packed = set(_disk_names(checkpoint))
     place = fresh_partial(output)
     try:
-        tensors = [_rebuilt(entry) if name in packed else outgoing(entry) for name, entry in checkpoint.entries.items()]
-        write_weights(tensors, place, max_shard_bytes)
-        copy_files(checkpoint, place)
-        write_config({key: value for key, value in checkpoint.config.items() if key != "quantization_config"}, place)
+        yield place
         _copy_records(checkpoint.folder, place / PACKED)
         (place / LISTING).unlink()
         flush_folder(place)
-        check_loads(Checkpoint.open(place), place)
         place.replace(output)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
-    return output
 
 
-def _disk_names(checkpoint: Checkpoint) -> list[str]:
-    names = packed_disk_names(checkpoint)
-    if names is not None:
-        return list(names.values())
-    return [each.disk_name for name, each in anatomy(checkpoint).packable.items() if name in checkpoint.packed]
-
-
-def _rebuilt(entry: TensorEntry) -> OutgoingTensor:
-    """Return the dense weight of a packed one, which is rebuilt when its turn comes."""
+def rebuilt(entry: TensorEntry) -> OutgoingTensor:
+    """Return the dense weight of a packed one, in the dtype it was packed from; it is rebuilt when its turn comes."""
     header = container.read_header(read_raw(entry), entry.name)
     nbytes = header.dtype.itemsize * math.prod(header.shape)
     return OutgoingTensor(entry.name, DTYPES[header.dtype_name], header.shape, nbytes, partial(_chunks, entry))
