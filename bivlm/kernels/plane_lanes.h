@@ -126,7 +126,6 @@ TARGET static inline __attribute__((always_inline)) void NAME(rows_by)(const int
     }
 TOKENS(1)
 TOKENS(2)
-TOKENS(4)
 #undef TOKENS
 #undef KIND
 
@@ -230,6 +229,214 @@ BYTE_TARGET static inline __attribute__((always_inline)) void NAME(byte_rows_by)
     }
 TOKENS(1)
 TOKENS(2)
-TOKENS(4)
 #undef TOKENS
 #undef KIND
+
+/* Many tokens: levels of a panel of rows are made once, then multiplied by some tokens after the others. The sums are
+   those that few tokens have: `totals` [rows][tokens][lanes] go on from panel to panel. */
+
+/* The levels of a row from block `begin` on, a vector a step. */
+TARGET static inline __attribute__((always_inline)) void NAME(write_levels)(const int kind, const int coded,
+                                                                           const Rows *rows, int r, int64_t begin,
+                                                                           int64_t end, float *levels) {
+    const V table[2] = {LOAD(rows->tables[r]), LOAD(rows->tables[r] + 16 - W)};
+    for (int64_t block = begin; block < end; block++) {
+        NAME(Words) words = NAME(words_at)(kind, rows, r, block);
+        for (int step = 0; step < STEPS(kind); step++, levels += W)
+            STORE(levels, NAME(level)(kind, coded, table, NAME(next)(kind, &words)));
+    }
+}
+
+TARGET static inline __attribute__((always_inline)) void NAME(write_bytes)(const int kind, const int coded,
+                                                                          const uint8_t *level_bytes, const Rows *rows,
+                                                                          int r, int64_t begin, int64_t end,
+                                                                          uint8_t *levels) {
+    const I table = coded ? SET_I(0) : SIXTEEN_BYTES(level_bytes);
+    for (int64_t block = begin; block < end; block++) {
+        NAME(Words) words = NAME(byte_words_at)(kind, rows, r, block);
+        for (int step = 0; step < STEPS(kind) / 4; step++, levels += 4 * W) {
+            const I symbols = NAME(next_bytes)(kind, &words);
+            STORE_I(levels, coded ? symbols : SHUFFLE(table, symbols));
+        }
+    }
+}
+
+#define WRITE(kind, coded)                                                                                          \
+    case kind:                                                                                                      \
+        for (int r = 0; r < MOST; r++) NAME(write_levels)(kind, coded, rows, r, begin, end, levels + r * PANEL);    \
+        break;
+TARGET static void NAME(all_levels)(const PlaneProduct *by, const Rows *rows, int64_t begin, int64_t end,
+                                    float *levels) {
+    if (by->scales)
+        switch (by->kind) { WRITE(TWO, 1) WRITE(THREE, 1) WRITE(FOUR, 1) WRITE(EIGHT, 1) }
+    else
+        switch (by->kind) {
+            WRITE(ONE, 0) WRITE(TWO, 0) WRITE(THREE, 0) WRITE(FOUR, 0)
+            WRITE(BASE_6, 0) WRITE(BASE_10, 0) WRITE(BASE_12, 0) WRITE(BASE_14, 0)
+        }
+}
+#undef WRITE
+#define WRITE(kind, coded)                                                                                         \
+    case kind:                                                                                                     \
+        for (int r = 0; r < MOST; r++)                                                                             \
+            NAME(write_bytes)(kind, coded, by->level_bytes, rows, r, begin, end, levels + r * PANEL);              \
+        break;
+TARGET static void NAME(all_bytes)(const PlaneProduct *by, const Rows *rows, int64_t begin, int64_t end,
+                                   uint8_t *levels) {
+    if (by->scales)
+        switch (by->kind) { WRITE(TWO, 1) WRITE(THREE, 1) WRITE(FOUR, 1) WRITE(EIGHT, 1) }
+    else
+        switch (by->kind) { WRITE(ONE, 0) WRITE(TWO, 0) WRITE(THREE, 0) WRITE(FOUR, 0) }
+}
+#undef WRITE
+
+/* Adds a row's sums of a block of coded weights to its totals, scaled group by group. */
+TARGET static inline __attribute__((always_inline)) void NAME(add_scaled)(const int bytes, const PlaneProduct *by,
+                                                                         const Rows *rows, int r, int64_t block,
+                                                                         int64_t token, const V *sum, float *total) {
+    const I group = LOAD_I(by->group + W * block);
+    const V scale = PERMUTE(LOAD(rows->scales[r] + by->first_group[block]), group);
+    const V offset = PERMUTE(LOAD(rows->offsets[r] + by->first_group[block]), group);
+#pragma GCC unroll 4
+    for (int t = 0; t < TILE_TOKENS; t++, total += W) {
+        const int64_t word = ((token + t) * by->blocks + block) * W;
+        const V up = bytes ? MULTIPLY(scale, LOAD(by->input_scales + word)) : scale;
+        STORE(total, FMA(up, sum[t], FMA(offset, LOAD(by->sums + word), LOAD(total))));
+    }
+}
+
+/* Four rows and some tokens of a panel of floats. */
+TARGET static inline __attribute__((always_inline)) void NAME(tile)(const int coded, const int steps,
+                                                                   const PlaneProduct *by, const Rows *rows,
+                                                                   const float *levels, int64_t token, int64_t begin,
+                                                                   int64_t end, float *totals, int64_t apart) {
+    enum { T = TILE_TOKENS };
+    V sum[MOST][T];
+    const int64_t in_apart = by->blocks * steps * W;
+    const float *x = by->inputs + token * in_apart + begin * steps * W;
+#pragma GCC unroll 4
+    for (int r = 0; r < MOST; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) sum[r][t] = coded ? ZERO : LOAD(totals + r * apart + t * W);
+    const int64_t blocks = coded ? end - begin : 1, count = coded ? steps : (end - begin) * steps;
+    for (int64_t block = begin; block < begin + blocks; block++) {
+        for (int64_t step = 0; step < count; step++, x += W, levels += W) {
+            V level[MOST];
+#pragma GCC unroll 4
+            for (int r = 0; r < MOST; r++) level[r] = LOAD(levels + r * PANEL);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const V input = LOAD(x + t * in_apart);
+#pragma GCC unroll 4
+                for (int r = 0; r < MOST; r++) sum[r][t] = FMA(level[r], input, sum[r][t]);
+            }
+        }
+        if (!coded) break;
+#pragma GCC unroll 4
+        for (int r = 0; r < MOST; r++) {
+            NAME(add_scaled)(0, by, rows, r, block, token, sum[r], totals + r * apart);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) sum[r][t] = ZERO;
+        }
+    }
+    if (coded) return;
+#pragma GCC unroll 4
+    for (int r = 0; r < MOST; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) STORE(totals + r * apart + t * W, sum[r][t]);
+}
+
+/* The same, inputs of a byte: the sum of a word is exact. */
+BYTE_TARGET static inline __attribute__((always_inline)) void NAME(byte_tile)(const int coded, const int kind,
+                                                                             const int steps, const PlaneProduct *by,
+                                                                             const Rows *rows, const uint8_t *levels,
+                                                                             int64_t token, int64_t begin, int64_t end,
+                                                                             float *totals, int64_t apart) {
+    enum { T = TILE_TOKENS };
+    (void)kind; /* of which some vectors know nothing */
+    const int64_t in_apart = by->blocks * steps * W;
+    const int8_t *x = by->bytes + token * in_apart + begin * steps * W;
+    for (int64_t block = begin; block < end; block++) {
+        I sum[MOST][T];
+#pragma GCC unroll 4
+        for (int r = 0; r < MOST; r++)
+            for (int t = 0; t < T; t++) sum[r][t] = SET_I(0);
+        for (int step = 0; step < steps; step += 4, x += 4 * W, levels += 4 * W) {
+            I level[MOST];
+#pragma GCC unroll 4
+            for (int r = 0; r < MOST; r++) level[r] = LOAD_I(levels + r * PANEL);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const I input = LOAD_I(x + t * in_apart);
+#pragma GCC unroll 4
+                for (int r = 0; r < MOST; r++) sum[r][t] = DOT(kind, sum[r][t], level[r], input);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < MOST; r++) {
+            float *total = totals + r * apart;
+            V exact[T];
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) exact[t] = FLOATS(sum[r][t]);
+            if (coded) {
+                NAME(add_scaled)(1, by, rows, r, block, token, exact, total);
+                continue;
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++, total += W) {
+                const V input_scale = LOAD(by->input_scales + ((token + t) * by->blocks + block) * W);
+                STORE(total, FMA(exact[t], input_scale, LOAD(total)));
+            }
+        }
+    }
+}
+
+#define STEP(steps, coded) \
+    case steps: NAME(tile)(coded, steps, by, rows, levels, token, begin, end, totals, apart); break;
+TARGET static void NAME(any_tile)(const PlaneProduct *by, const Rows *rows, const float *levels, int64_t token,
+                                  int64_t begin, int64_t end, float *totals, int64_t apart) {
+    if (by->scales)
+        switch (steps_of(by->kind)) { STEP(4, 1) STEP(8, 1) STEP(16, 1) }
+    else
+        switch (steps_of(by->kind)) { STEP(2, 0) STEP(3, 0) STEP(5, 0) STEP(8, 0) STEP(16, 0) STEP(32, 0) }
+}
+#undef STEP
+#define STEP(kind, coded) \
+    case kind: NAME(byte_tile)(coded, kind, STEPS(kind), by, rows, levels, token, begin, end, totals, apart); break;
+BYTE_TARGET static void NAME(any_byte_tile)(const PlaneProduct *by, const Rows *rows, const uint8_t *levels,
+                                            int64_t token, int64_t begin, int64_t end, float *totals, int64_t apart) {
+    if (by->scales)
+        switch (by->kind) { STEP(TWO, 1) STEP(THREE, 1) STEP(FOUR, 1) STEP(EIGHT, 1) }
+    else
+        switch (by->kind) { STEP(ONE, 0) STEP(TWO, 0) STEP(THREE, 0) STEP(FOUR, 0) }
+}
+#undef STEP
+
+/* The first `tokens` of some fours of rows, a multiple of the tile's. `levels` [fours][MOST][PANEL]. */
+TARGET static void NAME(times_many)(const PlaneProduct *by, const Rows *rows, int fours, int64_t row, int64_t last,
+                                    int64_t tokens, float *levels, float *totals) {
+    const int64_t steps = steps_of(by->kind), panel = PANEL / (steps * W), apart = tokens * W;
+    memset(totals, 0, (size_t)(fours * MOST * apart) * sizeof(float));
+    for (int64_t begin = 0; begin < by->blocks; begin += panel) {
+        const int64_t end = begin + panel < by->blocks ? begin + panel : by->blocks;
+        for (int four = 0; four < fours; four++)
+            if (by->bytes)
+                NAME(all_bytes)(by, rows + four, begin, end, (uint8_t *)(levels + four * MOST * PANEL));
+            else
+                NAME(all_levels)(by, rows + four, begin, end, levels + four * MOST * PANEL);
+        for (int64_t token = 0; token < tokens; token += TILE_TOKENS)
+            for (int four = 0; four < fours; four++) {
+                float *here = levels + four * MOST * PANEL, *sums = totals + four * MOST * apart + token * W;
+                if (by->bytes)
+                    NAME(any_byte_tile)(by, rows + four, (uint8_t *)here, token, begin, end, sums, apart);
+                else
+                    NAME(any_tile)(by, rows + four, here, token, begin, end, sums, apart);
+            }
+    }
+    for (int64_t r = 0; r < fours * MOST && row + r < last; r++)
+        for (int64_t token = 0; token < tokens; token++) {
+            const float sum = SUM(LOAD(totals + r * apart + token * W));
+            by->outputs[token * by->out_apart + row + r] =
+                by->bytes && !by->scales ? by->level_unit * sum + by->lowest_level * by->token_sums[token] : sum;
+        }
+}

@@ -11,6 +11,8 @@
 /* Bits of a symbol; or words are numbers of some base, whose digits are symbols. */
 enum { ONE = 1, TWO = 2, THREE = 3, FOUR = 4, EIGHT = 8, BASE_6 = 16, BASE_10 = 20, BASE_12 = 22, BASE_14 = 24 };
 enum { MOST = 4, SALIENT_TOKENS = 8 };
+enum { FOURS = 4, PANEL = 512 }; /* many tokens take as many times four rows, and columns of levels, together */
+enum { CACHE_LINE = 64 };
 enum { AHEAD = 8192 }; /* bytes of a row that memory is asked for before they are read */
 
 #define BASE(kind) ((kind) - 10)
@@ -58,11 +60,25 @@ typedef struct {
     const float *tables[MOST], *scales[MOST], *offsets[MOST];
 } Rows;
 
+static inline int64_t steps_of(int64_t kind) {
+    switch (kind) {
+    case BASE_14: return 2;
+    case BASE_10:
+    case BASE_12: return 3;
+    case BASE_6: return 5;
+    case THREE: return 16;
+    default: return 32 / kind;
+    }
+}
+
 #ifdef X86
 #define JOIN(x, y) x##_##y
 #define ZERO SET(0.0f)
 
 #define W 8
+#define TILE_TOKENS 2
+#define STORE _mm256_storeu_ps
+#define STORE_I(at, v) _mm256_storeu_si256((__m256i *)(at), v)
 #define ROWS(T) ((T) == 1 ? 4 : 2)
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define NAME(x) JOIN(x, 8)
@@ -134,6 +150,9 @@ TARGET static inline float sum_8(__m256 v) {
 
 #include "plane_lanes.h"
 #undef W
+#undef TILE_TOKENS
+#undef STORE
+#undef STORE_I
 #undef ROWS
 #undef TARGET
 #undef NAME
@@ -167,6 +186,9 @@ TARGET static inline float sum_8(__m256 v) {
 #undef DOT
 
 #define W 16
+#define TILE_TOKENS 4
+#define STORE _mm512_storeu_ps
+#define STORE_I(at, v) _mm512_storeu_si512(at, v)
 #define ROWS(T) 4
 #define TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw")))
 #define NAME(x) JOIN(x, 16)
@@ -194,7 +216,7 @@ TARGET static inline float sum_8(__m256 v) {
 #define SUM _mm512_reduce_add_ps
 #define MULTIPLY _mm512_mul_ps
 #define BYTE_TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vnni")))
-#define BYTE_ROWS(T) ((T) == 4 ? 2 : 4)
+#define BYTE_ROWS(T) 4
 #define SIXTEEN_BYTES(at) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(at)))
 #define SHUFFLE _mm512_shuffle_epi8
 #define DOT(kind, sum, levels, inputs) _mm512_dpbusd_epi32(sum, levels, inputs)
@@ -231,6 +253,20 @@ static const uint8_t *row_of(const uint8_t *plane, int64_t readable, int64_t row
     return copy;
 }
 
+/* Where a row's planes and its levels or scales are, as the r-th of four. */
+__attribute__((target("f16c"))) static void read_row(const PlaneProduct *by, int64_t number, const int64_t *taken,
+                                                      uint8_t *copy, float *table, float *scales, float *offsets,
+                                                      Rows *rows, int r) {
+    for (int plane = 0; plane < 3; copy += taken[plane++])
+        rows->planes[plane][r] =
+            row_of(by->planes[plane], by->readable[plane], by->row_bytes[plane], number, taken[plane], copy);
+    const float scale = by->by_row ? half_at(by->row_scales, number) : 0.0f;
+    for (int k = 0; k < 16; k++) table[k] = by->table[k] + (by->by_row ? scale * by->by_row[k] : 0.0f);
+    rows->tables[r] = table, rows->scales[r] = scales, rows->offsets[r] = offsets;
+    if (by->scales)
+        read_groups(by->scales + 2 * number * by->groups, by->zeros + number * by->groups, by->groups, scales, offsets);
+}
+
 /* What salient weights add to a row: of each level the columns' inputs are added up. */
 __attribute__((target("f16c"))) static void add_salient(const PlaneProduct *by, int64_t row) {
     const float row_scale = half_at(by->row_scales, row);
@@ -257,19 +293,19 @@ __attribute__((target("f16c"))) static void add_salient(const PlaneProduct *by, 
     }
 }
 
-/* Four rows of all tokens, some at a time. */
-static void multiply(const PlaneProduct *by, const Rows *rows, int64_t row, int64_t some) {
-    for (int64_t token = 0, taken; token < by->tokens; token += taken) {
-        float y[MOST * MOST];
-        taken = by->tokens - token >= 4 ? 4 : by->tokens - token >= 2 ? 2 : 1;
+/* Four rows of the tokens from one on, one or two at a time. */
+static void times_few(const PlaneProduct *by, const Rows *rows, int64_t row, int64_t some, int64_t token) {
+    for (int64_t taken; token < by->tokens; token += taken) {
+        float y[MOST * 2];
+        taken = by->tokens - token >= 2 ? 2 : 1;
         if (by->bytes && by->lanes == 16)
-            (taken == 4 ? byte_times_4_16 : taken == 2 ? byte_times_2_16 : byte_times_1_16)(by, rows, token, y);
+            (taken == 2 ? byte_times_2_16 : byte_times_1_16)(by, rows, token, y);
         else if (by->bytes)
-            (taken == 4 ? byte_times_4_8 : taken == 2 ? byte_times_2_8 : byte_times_1_8)(by, rows, token, y);
+            (taken == 2 ? byte_times_2_8 : byte_times_1_8)(by, rows, token, y);
         else if (by->lanes == 16)
-            (taken == 4 ? times_4_16 : taken == 2 ? times_2_16 : times_1_16)(by, rows, token, y);
+            (taken == 2 ? times_2_16 : times_1_16)(by, rows, token, y);
         else
-            (taken == 4 ? times_4_8 : taken == 2 ? times_2_8 : times_1_8)(by, rows, token, y);
+            (taken == 2 ? times_2_8 : times_1_8)(by, rows, token, y);
         for (int64_t r = 0; r < some; r++)
             for (int64_t t = 0; t < taken; t++) by->outputs[(token + t) * by->out_apart + row + r] = y[r * taken + t];
     }
@@ -329,37 +365,33 @@ EXPORT int bivlm_plane_product(const PlaneProduct *by, int64_t first, int64_t la
                                           : 32;
         all_taken += taken[plane] = by->blocks * by->lanes * bits / 8;
     }
-    const int64_t groups_apart = by->groups + 16;
-    float *numbers = calloc((size_t)(2 * MOST * groups_apart), sizeof(float));
-    uint8_t *copies = calloc(MOST, (size_t)all_taken);
-    if (!numbers || !copies) {
-        free(numbers), free(copies);
-        return 1;
-    }
-    float tables[MOST][16];
-    for (int64_t row = first; row < last; row += MOST) {
-        Rows rows;
-        for (int r = 0; r < MOST; r++) {
-            const int64_t number = row + r < last ? row + r : row;
-            uint8_t *copy = copies + r * all_taken;
-            for (int plane = 0; plane < 3; copy += taken[plane++])
-                rows.planes[plane][r] = row_of(by->planes[plane], by->readable[plane], by->row_bytes[plane], number,
-                                               taken[plane], copy);
-            const float scale = by->by_row ? half_at(by->row_scales, number) : 0.0f;
-            for (int k = 0; k < 16; k++) tables[r][k] = by->table[k] + (by->by_row ? scale * by->by_row[k] : 0.0f);
-            rows.tables[r] = tables[r];
+    const int64_t many = by->tokens < 4 ? 0 : by->tokens & ~INT64_C(3); /* of tokens, in tiles */
+    const int64_t fours = many ? FOURS : 1, groups_apart = by->groups + 16;
+    float *numbers = calloc((size_t)(2 * fours * MOST * groups_apart), sizeof(float));
+    uint8_t *copies = calloc((size_t)(fours * MOST), (size_t)all_taken);
+    float *room = malloc((size_t)(fours * MOST * (PANEL + many * by->lanes)) * sizeof(float) + CACHE_LINE);
+    float *levels = (float *)(((uintptr_t)room + CACHE_LINE - 1) & ~(uintptr_t)(CACHE_LINE - 1));
+    int failed = !numbers || !copies || !room;
+    for (int64_t row = first; row < last && !failed; row += fours * MOST) {
+        Rows rows[FOURS];
+        float tables[FOURS * MOST][16];
+        const int64_t some = last - row < fours * MOST ? last - row : fours * MOST;
+        const int some_fours = (int)((some + MOST - 1) / MOST);
+        for (int r = 0; r < some_fours * MOST; r++) {
+            const int64_t number = r < some ? row + r : row;
             float *scales = numbers + 2 * r * groups_apart;
-            rows.scales[r] = scales, rows.offsets[r] = scales + groups_apart;
-            if (by->scales)
-                read_groups(by->scales + 2 * number * by->groups, by->zeros + number * by->groups, by->groups, scales,
-                            scales + groups_apart);
+            read_row(by, number, taken, copies + r * all_taken, tables[r], scales, scales + groups_apart, rows + r / MOST,
+                     r % MOST);
         }
-        const int64_t some = last - row < MOST ? last - row : MOST;
-        multiply(by, &rows, row, some);
+        if (many)
+            (by->lanes == 16 ? times_many_16 : times_many_8)(by, rows, some_fours, row, last, many, levels,
+                                                            levels + fours * MOST * PANEL);
+        for (int64_t r = 0; r < some; r += MOST)
+            times_few(by, rows + r / MOST, row + r, some - r < MOST ? some - r : MOST, many);
         for (int64_t number = row; by->begins && number < row + some; number++) add_salient(by, number);
     }
-    free(numbers), free(copies);
-    return 0;
+    free(numbers), free(copies), free(room);
+    return failed;
 #else
     (void)by, (void)first, (void)last;
     return 1;
