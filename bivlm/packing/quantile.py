@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.packing import Activations, Codec, FormatBits, Tunable, container
+from bivlm.packing import Activations, Codec, FormatBits, Integers, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.lookup import lookup
@@ -178,6 +178,25 @@ class QuantileCodec(Codec):
             rebuilt = row_scales[positions // header.shape[1]] * centres[levels]
             weight_MN.view(-1)[positions] = rebuilt.to(header.dtype)
         return weight_MN
+
+    def integers(self, packed: torch.Tensor, header: Header) -> Integers | None:
+        """Return groups at 1, 3, 5, ... times the smallest level, without salient weights, as 2 K codes; else None."""
+        stored = _read_parameters(packed, header)
+        odd_K = np.arange(1, 2 * stored.groups, 2, dtype=np.float32)
+        if stored.salient or not np.array_equal(stored.group_scales_K, odd_K * stored.group_scales_K[0]):
+            return None
+        rows, columns = header.shape
+        planes, symbols = _planes(packed, header, stored.alphabet), np.arange(stored.alphabet)
+        # From the most negative level to the largest: symbol 2 k is level K + k, symbol 2 k + 1 level K - 1 - k.
+        ascending = np.where(symbols % 2, stored.groups - 1 - symbols // 2, stored.groups + symbols // 2)
+        table = torch.from_numpy(ascending.astype(np.uint8)).to(packed.device)
+
+        def codes(rows_m: torch.Tensor) -> torch.Tensor:
+            return unpack_values([plane[rows_m] for plane in planes], table, columns)
+
+        least = torch.ldexp(torch.tensor(stored.group_scales_K[0]), torch.tensor(stored.exponent))
+        zeros_MG = torch.full((rows, 1), 2 * stored.groups - 1, dtype=torch.uint8)
+        return Integers(codes, 2 * stored.groups - 1, 2, least.expand(rows, 1), zeros_MG, columns)
 
     def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
         stored = _read_parameters(packed, header)

@@ -10,8 +10,9 @@ from bivlm.compression.layer import pack_layer, relative_error
 from bivlm.errors import InputError
 from bivlm.methods import method
 from bivlm.methods.bivlm.salient_share import evaluate_share
+from bivlm.numerics.input_statistics import SiteStatistics
 from bivlm.numerics.weight_statistics import LayerStatistics
-from bivlm.packing import unpack
+from bivlm.packing import integers, unpack
 from bivlm.recipe.loading import parse_recipe
 from tests import literal
 
@@ -166,3 +167,62 @@ def test_recipe_errors_name_the_key_and_the_value(changes, key):
     message = str(caught.value)
     assert message.startswith("mine.yaml is not valid:")
     assert all(part in message for part in key.split(".")), message
+
+
+def odd(groups, **changes):
+    return settings(groups=groups, p_max=0, levels="odd", **changes)
+
+
+# The least errors of uniform quantizers of a Gaussian with 2, 4, 8 and 16 levels: Max 1960, table II.
+@pytest.mark.parametrize(("groups", "published"), [(1, 0.3634), (2, 0.1188), (4, 0.0374), (8, 0.0115)])
+def test_odd_levels_have_the_error_of_the_best_uniform_quantizer(groups, published):
+    weight = gaussian(groups, (1024, 1024))
+    plan = METHOD.plan(LayerStatistics.measure(weight, 0.0), odd(groups))
+    error = relative_error(weight, unpack(METHOD.quantize(weight, plan).packed))
+    assert error == pytest.approx(published, rel=0.01)
+    assert plan.parameters["predicted_error"] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("size", [1e-6, 0.03, 1e4])
+def test_odd_levels_are_odd_multiples_in_the_file_and_no_weight_has_a_nearer_one(groups, size):
+    weight = (trained_like(groups).float() * size).to(torch.bfloat16).to(torch.float32)
+    plan = METHOD.plan(LayerStatistics.measure(weight, 0.0), odd(groups))
+    packed = METHOD.quantize(weight, plan).packed
+    opened = integers(packed)
+    least = opened.scales_MG[0, 0]
+    levels = torch.arange(1 - 2 * groups, 2 * groups, 2) * least
+    nearest = (weight.unsqueeze(-1) - levels).abs().amin(-1)
+    assert torch.allclose((weight - unpack(packed)).abs(), nearest, rtol=1e-6, atol=0)
+    assert set(unpack(packed).unique().tolist()) <= set(levels.tolist())
+
+
+def test_odd_levels_hold_with_error_feedback():
+    weight = gaussian(0, (64, 256))
+    inputs = torch.randn(512, 256, generator=torch.Generator().manual_seed(1)) @ gaussian(2, (256, 256))
+    seen = SiteStatistics(inputs.T @ inputs / 512, inputs.mean(0), inputs.abs().mean(0), {"text": 512})
+    plan = METHOD.plan(LayerStatistics.measure(weight, 0.0), odd(2, feedback=True))
+    packed = METHOD.quantize(weight, plan, seen).packed
+    assert integers(packed) is not None
+    plain = METHOD.quantize(weight, METHOD.plan(LayerStatistics.measure(weight, 0.0), odd(2))).packed
+    loss = [float(((weight - unpack(each)) @ inputs.T).square().sum()) for each in (packed, plain)]
+    assert loss[0] < loss[1]
+
+
+def test_a_layer_of_zeros_has_odd_levels_of_zero():
+    weight = torch.zeros(8, 16)
+    plan = METHOD.plan(LayerStatistics.measure(weight, 0.0), odd(2))
+    assert not unpack(METHOD.quantize(weight, plan).packed).any()
+
+
+@pytest.mark.parametrize("changes", [{"p_max": 0.01}, {"p_max": 0, "saliency": "hessian"}])
+def test_odd_levels_with_salient_weights_are_refused(changes):
+    component = {"method": "bivlm", "groups": 2, "levels": "odd", **changes}
+    with pytest.raises(InputError, match="levels: odd: expected p_max: 0"):
+        parse_recipe({"name": "r", "format": 1, "components": {"language": component}})
+
+
+def test_free_levels_leave_the_settings_as_they_were_recorded():
+    assert "levels" not in settings().model_dump(mode="json")
+    assert odd(2).model_dump(mode="json")["levels"] == "odd"
+    assert METHOD.Settings.model_validate(odd(2).model_dump(mode="json")) == odd(2)

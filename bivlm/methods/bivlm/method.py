@@ -8,6 +8,10 @@ The paper looks at weights alone. ``saliency`` chooses the searched number of sa
 (`bivlm.numerics.saliency`). ``feedback: true`` quantizes column by column and compensates the error of earlier columns
 in later ones (`bivlm.numerics.error_feedback`): a weight then takes the nearest of its layer's levels, which are those
 of the weights as they were.
+
+``levels: odd`` fits levels at 1, 3, 5, ... times one number instead of one scale for each group, without salient
+weights. Formats of uniform grids, such as GGUF's Q2_K, then hold the weight exactly. The cut-offs follow from the
+levels, not from quantiles: on a Gaussian 2 groups err 15 % less, 1.1 % more than the best four levels.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from bivlm.methods.base import (
     GRADIENTS,
@@ -30,7 +34,7 @@ from bivlm.methods.base import (
     Need,
     Quantized,
 )
-from bivlm.methods.bivlm.salient_share import Candidate, evaluate_share, search_share
+from bivlm.methods.bivlm.salient_share import Candidate, Levels, evaluate_share, search_share
 from bivlm.methods.bivlm.salient_weights import SalientCode, quantize_salient
 from bivlm.numerics.error_feedback import feed_back, feed_back_columns, input_factor
 from bivlm.numerics.input_statistics import SiteStatistics
@@ -55,6 +59,21 @@ class BiVLMSettings(MethodSettings):
     saliency: Metric = "magnitude"
     feedback: bool = False
     damping: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)  # of the second moment
+    levels: Levels = "free"
+
+    @model_validator(mode="after")
+    def _odd_levels_stand_alone(self) -> BiVLMSettings:
+        if self.levels == "odd" and (self.p_max, self.saliency) != (0, "magnitude"):
+            raise ValueError("levels: odd: expected p_max: 0 and no other saliency, because no weight is salient")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_levels(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave free levels out, so that steps recorded earlier are still found."""
+        data = serialize(self)
+        if self.levels == "free":
+            data.pop("levels", None)
+        return data
 
 
 class BiVLM(Method[BiVLMSettings]):
@@ -242,7 +261,7 @@ def _search(statistics: LayerStatistics, settings: BiVLMSettings) -> Candidate:
 
 def _evaluate(statistics: LayerStatistics, settings: BiVLMSettings, p_sal: float) -> Candidate:
     chosen = settings.model_dump(include={*_CODE, "groups"})
-    return evaluate_share(statistics, p_sal, **chosen)
+    return evaluate_share(statistics, p_sal, levels=settings.levels, **chosen)
 
 
 def _stored_bits(statistics: LayerStatistics, settings: BiVLMSettings, candidate: Candidate) -> float:

@@ -1,13 +1,17 @@
-"""Gaussian quantile grouping: cut-offs (4), (5), (6) and one scalar per group (18)."""
+"""Gaussian quantile grouping: cut-offs (4), (5), (6) and one scalar per group (18); or evenly spaced levels."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtri
 
 from bivlm.numerics.weight_statistics import LayerStatistics, exact_sum
+
+_HALF_BITS = 11  # significant bits of a float16
+_MOST_STEPS = 100  # it settles within twenty or so, more groups later
 
 
 def cut_offs(mean: float, std: float, p_sal: float, groups: int) -> np.ndarray:
@@ -61,3 +65,40 @@ def group(statistics: LayerStatistics, p_sal: float, groups: int) -> Groups:
         scale_K[k] = total / count_K[k]
         errors.append(max(squares - total * scale_K[k], 0.0))
     return Groups(ranks_K, count_K, scale_K, float(np.sum(errors)))
+
+
+def odd_group(statistics: LayerStatistics, groups: int) -> Groups:
+    """Partition the histogram of a layer by the nearest of the levels ``a, 3 a, ..., (2 K - 1) a``, none salient.
+
+    ``a`` minimizes the error: least squares and the nearest levels in turn, from the groups of Gaussian quantiles,
+    until no weight changes its group. It is rounded so that all levels are float16 numbers times one power of two: the
+    ratios hold in the file, which then is a uniform grid without a zero.
+    """
+    magnitudes_V, counts_V = statistics.magnitudes_V, statistics.counts_V
+    odd_K = np.arange(1, 2 * groups, 2)
+
+    def nearest(least: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ranks of the groups, and the multiple of `least` that each magnitude is nearest to."""
+        ranks_K = np.searchsorted(magnitudes_V, least * (odd_K + 1), side="right")
+        ranks_K[-1] = len(magnitudes_V)
+        return ranks_K, np.repeat(odd_K, np.diff(ranks_K, prepend=0))
+
+    ranks_K = group(statistics, 0.0, groups).ranks_K
+    odd_V = np.repeat(odd_K, np.diff(ranks_K, prepend=0))
+    for _ in range(_MOST_STEPS):
+        least = exact_sum(magnitudes_V * counts_V * odd_V) / exact_sum(counts_V * odd_V**2)
+        before, (ranks_K, odd_V) = ranks_K, nearest(least)
+        if np.array_equal(ranks_K, before):
+            break
+    least = _few_bits(least, int(odd_K[-1]))
+    ranks_K, odd_V = nearest(least)
+    error = exact_sum(counts_V * (magnitudes_V - least * odd_V) ** 2)
+    counts_K = np.array([part.sum() for part in np.split(counts_V, ranks_K[:-1])])
+    return Groups(ranks_K, counts_K, least * odd_K, float(error))
+
+
+def _few_bits(number: float, largest: int) -> float:
+    """Return a number rounded so that its multiples up to `largest` have as many bits as a float16 or fewer."""
+    fraction, exponent = math.frexp(number)
+    bits = _HALF_BITS - (largest - 1).bit_length()
+    return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)

@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from bivlm.methods.bivlm.quantile_groups import Groups, group
+from bivlm.methods.bivlm.quantile_groups import Groups, group, odd_group
 from bivlm.methods.bivlm.salient_weights import SalientCode, quantize_salient
 from bivlm.numerics.weight_statistics import LayerStatistics
 
 Objective = Literal["error", "rate"]
+Levels = Literal["free", "odd"]
 
 # Brent stops when the share is known to this part of p_max: 1 % of weights to one in 100,000.
 TOLERANCE = 1e-3
@@ -47,14 +48,15 @@ def evaluate_share(
     alpha: float,
     iterations: int,
     refit: bool,
+    levels: Levels = "free",
 ) -> Candidate:
     """Return the candidate at one salient share, its J from the histogram and the tail: the layer is not read.
 
-    `p_sal` must not exceed the tail share of the statistics.
+    `p_sal` must not exceed the tail share of the statistics, and is 0 with `levels` "odd".
     """
     if p_sal > statistics.tail_share:
         raise ValueError(f"p_sal {p_sal} is above the tail share {statistics.tail_share} the statistics were made with")
-    partition = group(statistics, p_sal, groups)
+    partition = odd_group(statistics, groups) if levels == "odd" else group(statistics, p_sal, groups)
     if partition.ranks_K[-1] == len(statistics.magnitudes_V):
         inside = np.zeros(len(statistics.tail_weights_S), bool)
     else:

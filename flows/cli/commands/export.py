@@ -37,3 +37,12 @@ def _export(options: argparse.Namespace) -> int:
         print(sentence)
     print(f"exported: {output_folder(options.output)}")
     return DONE
+
+
+def _export_gguf(options: argparse.Namespace) -> int:
+    from bivlm.exports.gguf import export_gguf, told
+
+    written = export_gguf(options.folder, options.output)
+    print("\n".join(told(written)))
+    print(f"exported: {options.output}")
+    return DONE
