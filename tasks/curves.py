@@ -27,9 +27,13 @@ def varied_layers(layers: Sequence[Layer]) -> list[Layer]:
     """Return the layers whose method has a largest salient share to vary; of a large model a sample of each kind.
 
     Kinds are names without the numbers of their blocks. A figure needs no more, and all layers would take as long as
-    the compression itself.
+    the compression itself. Levels at odd multiples stand without salient weights, so that there is nothing to vary.
     """
-    varied = [layer for layer in layers if "p_max" in layer.method.Settings.model_fields]
+    varied = [
+        layer
+        for layer in layers
+        if "p_max" in layer.method.Settings.model_fields and layer.settings.get("levels") != "odd"
+    ]
     every = math.ceil(sum(min(layer.weights, LAYER_WEIGHTS) for layer in varied) / MODEL_WEIGHTS)
     seen: Counter[str] = Counter()
     chosen = []

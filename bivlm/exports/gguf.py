@@ -24,8 +24,9 @@ from bivlm.checkpoint.linears import skeleton, tied_tensors
 from bivlm.checkpoint.outputs import LISTING, fresh_partial
 from bivlm.checkpoint.reading import LINEAGE, REPORT, Checkpoint
 from bivlm.checkpoint.safetensors_file import TensorEntry, read_raw, read_tensor, same_values
+from bivlm.checkpoint.writing import check_loads
 from bivlm.errors import InputError
-from bivlm.exports.gguf_blocks import BlockType, smallest_type, why_none
+from bivlm.exports.gguf_blocks import BlockType, smallest_type, why_none, widened
 from bivlm.exports.gguf_metadata import TEXT_ARCHITECTURES, check_config, describe_text, describe_vision
 from bivlm.exports.gguf_names import TABLES, Part, text_parts, vision_parts
 from bivlm.exports.gguf_tokenizer import describe_tokenizer
@@ -46,7 +47,7 @@ _CLASS_TOKEN = (
 )
 _DENSE = {"BF16": 2, "F16": 2, "F32": 4}  # bytes of a number
 _OF_DTYPE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-# Linear codes and codecs that fit, by codec, for a message about one that does not.
+# What fits, by codec, for a message about a weight that does not.
 _ADVICE = {
     "grouped": "expected no channel scales (method rtn or gptq)",
     "quantile": "expected no salient weights and levels at odd multiples (method bivlm with p_max: 0, levels: odd)",
@@ -77,6 +78,15 @@ class Written:
     def was_packed(self) -> bool:
         """Whether it is the whole or a part of a packed weight."""
         return self.packed_nbytes is not None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A parameter: its tensor on disk, its shape by the config, and whether it is packed."""
+
+    entry: TensorEntry
+    shape: tuple[int, ...]
+    packed: bool
 
 
 @dataclass(frozen=True)
@@ -126,10 +136,10 @@ def export_gguf(folder: str | Path, output: str | Path) -> list[Written]:
     refuse_overlaps([output_place(output), base_place(checkpoint.folder)])
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"output {output}: expected a folder that is new or empty")
-    config, entries = _opened(checkpoint)
+    config, sources = _opened(checkpoint)
     check_config(config, checkpoint.folder)
-    parts = {MODEL: text_parts(config, entries), MMPROJ: vision_parts(config, entries)}
-    tensors = {file: _planned(of_file, entries, checkpoint) for file, of_file in parts.items()}
+    parts = {MODEL: text_parts(config, sources), MMPROJ: vision_parts(config, sources, checkpoint.packed)}
+    tensors = {file: _planned(of_file, sources) for file, of_file in parts.items()}
     place = fresh_partial(output)
     try:
         for file, of_file in tensors.items():
@@ -145,7 +155,7 @@ def export_gguf(folder: str | Path, output: str | Path) -> list[Written]:
     return [tensor.record(file) for file, of_file in tensors.items() for tensor in of_file]
 
 
-def told(written: Sequence[Written]) -> list[str]:
+def summary(written: Sequence[Written]) -> list[str]:
     """Return a line on each type in each file: how many numbers, and what they cost beside the packed weights."""
     lines = []
     for file, kind, was_packed in sorted({(each.file, each.kind, each.was_packed) for each in written}):
@@ -161,8 +171,12 @@ def told(written: Sequence[Written]) -> list[str]:
     return [*lines, *([_CLASS_TOKEN] if any(each.name == "v.class_embd" for each in written) else [])]
 
 
-def _opened(checkpoint: Checkpoint) -> tuple[Any, dict[str, TensorEntry]]:
-    """Return transformers' config and the tensor on disk of every parameter that is tied to no other."""
+def _opened(checkpoint: Checkpoint) -> tuple[Any, dict[str, _Source]]:
+    """Return transformers' config and the tensor on disk of every parameter that is tied to no other.
+
+    Raises `InputError` naming a tensor that is missing, of another shape than the config says, or made of several.
+    """
+    check_loads(checkpoint, checkpoint.folder)
     model = skeleton(checkpoint)
     sources = {}
     for disk_name, goal in loaded_names(model, checkpoint.entries).items():
@@ -171,17 +185,21 @@ def _opened(checkpoint: Checkpoint) -> tuple[Any, dict[str, TensorEntry]]:
         sources[goal.names[0]] = disk_name
     entries = checkpoint.entries
     tied, held = tied_tensors(model, sources, lambda one, other: same_values(entries[one], entries[other]))
-    return model.config, {name: entries[disk_name] for name, disk_name in held.items() if name not in tied}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return model.config, {
+        name: _Source(entries[disk_name], shapes[name], name.removesuffix(".weight") in checkpoint.packed)
+        for name, disk_name in held.items()
+        if name not in tied and name in shapes
+    }
 
 
-def _planned(parts: list[Part], entries: Mapping[str, TensorEntry], checkpoint: Checkpoint) -> list[_Tensor]:
+def _planned(parts: list[Part], sources: Mapping[str, _Source]) -> list[_Tensor]:
     """Return the tensors of a file with the type of each; raises `InputError` naming a linear layer that fits none."""
     tensors, refused = [], []
     for part in parts:
-        entry = entries[part.parameter]
-        packed = part.parameter.removesuffix(".weight") in checkpoint.packed
+        source = sources[part.parameter]
         try:
-            tensors.append(_packed_tensor(part, entry) if packed else _plain_tensor(part, entry))
+            tensors.append(_packed_tensor(part, source) if source.packed else _plain_tensor(part, source.entry))
         except _FitsNone as error:
             refused.append(f"{part.parameter}: {error}")
     if refused:
@@ -194,13 +212,17 @@ class _FitsNone(Exception):
     """No block type holds a packed linear layer; the message says why."""
 
 
-def _packed_tensor(part: Part, entry: TensorEntry) -> _Tensor:
+def _packed_tensor(part: Part, source: _Source) -> _Tensor:
+    entry = source.entry
     packed = torch.from_numpy(read_raw(entry))
     _, header = open_packed(packed, entry.name)
+    if header.shape != source.shape:
+        raise InputError(f"{entry.name}: packed weight of shape {header.shape}, {source.shape} by the config")
     opened = integers(packed, entry.name)
-    shape = (header.shape[0] if part.rows is None else len(part.rows), header.shape[1])
-    share = entry.nbytes * shape[0] // header.shape[0]
-    block = None if opened is None else smallest_type(opened, shape[1])
+    rows = header.shape[0] if part.rows is None else len(part.rows)
+    share = entry.nbytes * rows // header.shape[0]
+    shape = (rows + part.more[0], header.shape[1] + part.more[1])
+    block = None if opened is None else smallest_type(widened(opened, header.shape[1], part.more[1]), shape[1])
     if block is not None:
         return _Tensor(part, entry, shape, block.name, block, share)
     if part.name in TABLES:
@@ -214,7 +236,7 @@ def _packed_tensor(part: Part, entry: TensorEntry) -> _Tensor:
 def _plain_tensor(part: Part, entry: TensorEntry) -> _Tensor:
     if entry.dtype not in _DENSE:
         raise InputError(f"{part.parameter}: dtype {entry.dtype}; GGUF holds {', '.join(_DENSE)}")
-    shape = entry.shape if part.rows is None else (len(part.rows), *entry.shape[1:])
+    shape = (len(part.rows) if part.rows is not None else entry.shape[0] + part.more[0], *entry.shape[1:])
     if part.frame is not None:
         shape = (*shape[:2], *shape[3:])
     # llama.cpp adds vectors and positions, and convolves, in float32.
@@ -283,17 +305,22 @@ def _chunks(tensor: _Tensor) -> Iterator[memoryview]:
             dtype = torch.float32 if tensor.kind == "F32" else rows.dtype
             yield rows.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data
         else:
-            yield _encoded(tensor.block, opened, rows_m, rows, tensor.entry.name).data
+            wide = widened(opened, rows.shape[1], tensor.part.more[1])
+            yield _encoded(tensor.block, wide, rows_m, rows, tensor.entry.name).data
+    yield memoryview(bytes(tensor.nbytes // tensor.shape[0] * tensor.part.more[0]))  # zeros in every type
 
 
 def _encoded(block: BlockType, opened: Integers, rows_m: torch.Tensor, rows: torch.Tensor, name: str) -> np.ndarray:
-    """Return the bytes of some rows after decoding them again; raises `InputError` if they are not the weights."""
+    """Return the bytes of some rows after decoding them again; raises `InputError` if they are not the weights.
+
+    The sign of a zero may differ.
+    """
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     encoded = block.rows(opened, rows_m)
     decoded = torch.from_numpy(dequantize(encoded, GGMLQuantizationType[block.name]))
-    if not torch.equal(decoded.to(rows.dtype), rows):
+    if not torch.equal(decoded[:, : rows.shape[1]].to(rows.dtype), rows):
         raise InputError(f"{name}: {block.name} does not decode to the packed weight; report this")
     return np.ascontiguousarray(encoded).reshape(-1)
 

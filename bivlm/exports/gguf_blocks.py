@@ -23,7 +23,7 @@ Layouts: ggml/src/ggml-common.h and `gguf.quants`, which decodes them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,11 +85,24 @@ class BlockType:
         """Return the bytes of rows by their numbers, uint8 (m, bytes of a row), of a weight that it `fits`."""
         codes_mN = integers.codes(rows_m).numpy()
         group_of_block = np.arange(0, codes_mN.shape[1], self.columns) // integers.width
+        group_of_block = group_of_block.clip(max=integers.scales_MG.shape[1] - 1)  # see `widened`
         scales_mb = integers.scales_MG[rows_m].numpy()[:, group_of_block].astype("<f2")
         zeros_mb = integers.zeros_MG[rows_m].numpy()[:, group_of_block]
         codes = codes_mN.reshape(-1, self.columns)
         blocks = Blocks(codes, zeros_mb.reshape(-1, 1), scales_mb.reshape(-1, 1), integers.stride)
         return self.encode(blocks).reshape(len(rows_m), -1)
+
+
+def widened(integers: Integers, columns: int, more: int) -> Integers:
+    """Return a weight with rows of `columns` columns and `more` behind them, whose numbers are any."""
+    if not more:
+        return integers
+
+    def codes(rows_m: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(integers.codes(rows_m), (0, more))
+
+    # A row of one group stays one.
+    return replace(integers, codes=codes, width=integers.width if integers.width < columns else columns + more)
 
 
 def smallest_type(integers: Integers, columns: int) -> BlockType | None:

@@ -142,7 +142,11 @@ def _normalization(checkpoint: Checkpoint) -> tuple[list[float], list[float]]:
             continue
         pair = (said["image_mean"], said["image_std"])
         for key, numbers in zip(("image_mean", "image_std"), pair, strict=True):
-            if not isinstance(numbers, list) or len(numbers) != 3 or not all(type(each) is float for each in numbers):
+            if (
+                not isinstance(numbers, list)
+                or len(numbers) != 3
+                or not all(type(each) in (int, float) for each in numbers)
+            ):
                 raise InputError(f"{file}: {key}: expected three numbers, found {short(numbers)}")
         return pair
     raise InputError(f"checkpoint {checkpoint.folder}: image_mean: none of {', '.join(_PROCESSORS)} says it")

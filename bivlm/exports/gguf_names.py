@@ -8,7 +8,7 @@ model. Sources: llama.cpp's ``conversion/`` (text, Qwen2.5-VL) and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from bivlm.errors import InputError
 
 TABLES = ("token_embd.weight", "output.weight")  # the embedding of tokens and the head
-_HEAD, _TEXT, _TOWER = "lm_head.", "model.language_model.", "model.vision_tower."
+_HEAD, _TEXT, _TOWER, _QWEN_TOWER = "lm_head.", "model.language_model.", "model.vision_tower.", "model.visual."
+_LARGEST_BLOCK = 256  # columns
 
 _TEXT_NAMES = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
 _TEXT_LAYER = {
@@ -80,12 +81,14 @@ class Part:
         parameter: the parameter of the loaded model that it is, or is a part of.
         rows: numbers of the parameter's rows, int64 (m,), in the order of the file; None for all as they are.
         frame: of a kernel (D, channels, frames, height, width), the frame that it is; None for the whole.
+        more: how many rows of zeros, and columns of any numbers, the file has behind those of the parameter.
     """
 
     name: str
     parameter: str
     rows: np.ndarray | None = None
     frame: int | None = None
+    more: tuple[int, int] = (0, 0)
 
 
 def text_parts(config: Any, parameters: Iterable[str]) -> list[Part]:
@@ -105,12 +108,16 @@ def text_parts(config: Any, parameters: Iterable[str]) -> list[Part]:
     return _ordered(parts)
 
 
-def vision_parts(config: Any, parameters: Iterable[str]) -> list[Part]:
-    """Return the tensors of the file of vision and adaptor, of a model with this config; raises as `text_parts`."""
+def vision_parts(config: Any, parameters: Iterable[str], packed: Container[str]) -> list[Part]:
+    """Return the tensors of the file of vision and adaptor, of a model with this config; raises as `text_parts`.
+
+    `packed` are the names of linear layers that have to be cut into blocks.
+    """
     parts = []
     for parameter in parameters:
         if not parameter.startswith((_TEXT, _HEAD)):
-            parts += _qwen(parameter, config) if config.model_type == "qwen2_5_vl" else _llava(parameter, config)
+            qwen = config.model_type == "qwen2_5_vl"
+            parts += _qwen(parameter, config, packed) if qwen else _llava(parameter, config)
     return _ordered(parts)
 
 
@@ -131,8 +138,8 @@ def _llava(parameter: str, config: Any) -> list[Part]:
     return [Part(name, parameter)]
 
 
-def _qwen(parameter: str, config: Any) -> list[Part]:
-    inner = parameter.removeprefix("model.visual.")
+def _qwen(parameter: str, config: Any, packed: Container[str]) -> list[Part]:
+    inner = parameter.removeprefix(_QWEN_TOWER)
     if inner == "patch_embed.proj.weight":  # a kernel over two frames, as two kernels
         names = ("v.patch_embd.weight", "v.patch_embd.weight.1")
         return [Part(name, parameter, frame=frame) for frame, name in enumerate(names)]
@@ -144,7 +151,22 @@ def _qwen(parameter: str, config: Any) -> list[Part]:
     name = _name(inner, _QWEN_NAMES, _QWEN_LAYER, "v.blk")
     if name is None:
         raise _no_place(parameter)
-    return [Part(name, parameter)]
+    more = (0, 0)
+    if found and found[2].startswith("mlp.") and f"{_QWEN_TOWER}blocks.{found[1]}.mlp.down_proj" in packed:
+        more = _more_neurons(found[2], found[3], config.vision_config.intermediate_size)
+    return [Part(name, parameter, more=more)]
+
+
+def _more_neurons(layer: str, kind: str, size: int) -> tuple[int, int]:
+    """Return rows and columns to put behind those of a feed-forward layer, so that its neurons come in whole blocks.
+
+    Qwen2.5-VL's towers have 3,420, which no block divides. Neurons with gates and inputs of zero give zeros, whatever
+    their outputs are multiplied with.
+    """
+    missing = -size % _LARGEST_BLOCK
+    if layer == "mlp.down_proj":
+        return (0, missing if kind == "weight" else 0)
+    return (missing, 0)
 
 
 def _name(inner: str, names: dict[str, str], layer: dict[str, str], prefix: str) -> str | None:

@@ -75,7 +75,8 @@ def qwen2_siglip():
 
 
 def qwen2_5_vl():
-    vision = {"depth": 4, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "out_hidden_size": 256}
+    """As the published models are: the neurons of the tower's layers come in no whole blocks."""
+    vision = {"depth": 4, "hidden_size": 256, "intermediate_size": 420, "num_heads": 4, "out_hidden_size": 256}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
     return Qwen2_5_VLConfig(
         vision_config={**vision, "fullatt_block_indexes": [1, 3]},

@@ -18,6 +18,7 @@ def layer(name, shape=(64, 64), settings=SETTINGS):
 
 def test_every_layer_of_a_small_model_that_has_a_share_to_vary():
     layers = [layer("blocks.0.q"), layer("blocks.1.q"), layer("blocks.1.k", settings={"method": "rtn"})]
+    layers += [layer("blocks.1.v", settings=SETTINGS | {"p_max": 0, "levels": "odd"})]
     assert curves.varied_layers(layers) == layers[:2]
 
 

@@ -15,7 +15,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     export = commands.add_parser(
         "export",
         help="a packed checkpoint in a form that other programs load",
-        epilog="example: bivlm export OUT DENSE --to dense",
+        epilog="examples: bivlm export OUT DENSE --to dense; bivlm export OUT GGUF --to gguf",
     )
     export.add_argument("folder", metavar="DIR", type=Path)
     export.add_argument("output", metavar="OUTPUT", type=Path, help="a new folder")
@@ -40,9 +40,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _export_gguf(options: argparse.Namespace) -> int:
-    from bivlm.exports.gguf import export_gguf, told
+    from bivlm.exports.gguf import export_gguf, summary
 
     written = export_gguf(options.folder, options.output)
-    print("\n".join(told(written)))
+    print("\n".join(summary(written)))
     print(f"exported: {options.output}")
     return DONE
