@@ -21,32 +21,28 @@ import torch
 
 from bivlm.checkpoint.conversion import loaded_names
 from bivlm.checkpoint.linears import skeleton, tied_tensors
-from bivlm.checkpoint.outputs import LISTING, fresh_partial
 from bivlm.checkpoint.reading import LINEAGE, REPORT, Checkpoint
 from bivlm.checkpoint.safetensors_file import TensorEntry, read_raw, read_tensor, same_values
 from bivlm.checkpoint.writing import check_loads
 from bivlm.errors import InputError
+from bivlm.exports.building import DTYPES, new_folder, open_packed_checkpoint
 from bivlm.exports.gguf_blocks import BlockType, smallest_type, why_none, widened
 from bivlm.exports.gguf_metadata import TEXT_ARCHITECTURES, check_config, describe_text, describe_vision
 from bivlm.exports.gguf_names import TABLES, Part, text_parts, vision_parts
 from bivlm.exports.gguf_tokenizer import describe_tokenizer
 from bivlm.packing import Integers, integers, open_packed, unpack
 from bivlm.workspace.hashing import file_digest
-from bivlm.workspace.places import base_place, output_folder, output_place, refuse_overlaps
-from bivlm.workspace.stores.folder import flush_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
-PACKED = "packed"  # a folder in the export: records of the packed checkpoint
 _CHUNK_WEIGHTS = 1 << 22
 _CLASS_TOKEN = (
     f"{MMPROJ}: has a class token, as CLIP's towers do. llama.cpp of 2026 (llama-cpp-python 0.3.36) puts it behind the "
     "patches and leaves out the first patch in its stead: images are seen wrongly there"
 )
 _DENSE = {"BF16": 2, "F16": 2, "F32": 4}  # bytes of a number
-_OF_DTYPE = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # What fits, by codec, for a message about a weight that does not.
 _ADVICE = {
     "grouped": "expected no channel scales (method rtn or gptq)",
@@ -130,28 +126,16 @@ def export_gguf(folder: str | Path, output: str | Path) -> list[Written]:
     """
     if find_spec("gguf") is None:
         raise InputError("export to gguf: gguf is not installed; pip install 'bivlm[gguf]'")
-    checkpoint, output = Checkpoint.open(folder), output_folder(output)
-    if not checkpoint.packed:
-        raise InputError(f"model {folder}: expected a packed checkpoint; it has none of bivlm's packed weights")
-    refuse_overlaps([output_place(output), base_place(checkpoint.folder)])
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"output {output}: expected a folder that is new or empty")
-    config, sources = _opened(checkpoint)
-    check_config(config, checkpoint.folder)
-    parts = {MODEL: text_parts(config, sources), MMPROJ: vision_parts(config, sources, checkpoint.packed)}
-    tensors = {file: _planned(of_file, sources) for file, of_file in parts.items()}
-    place = fresh_partial(output)
-    try:
+    checkpoint = open_packed_checkpoint(folder)
+    with new_folder(checkpoint, output) as place:
+        config, sources = _opened(checkpoint)
+        check_config(config, checkpoint.folder)
+        parts = {MODEL: text_parts(config, sources), MMPROJ: vision_parts(config, sources, checkpoint.packed)}
+        tensors = {file: _planned(of_file, sources) for file, of_file in parts.items()}
         for file, of_file in tensors.items():
-            writer = _described(file, config, checkpoint)
-            _write(writer, of_file, place / file)
-        _copy_records(checkpoint, place)
-        (place / LISTING).unlink()
-        flush_folder(place)
-        place.replace(output)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+            _write(_described(file, config, checkpoint), of_file, place / file)
+        for licence in checkpoint.licence_files:
+            shutil.copyfile(licence, place / licence.name)
     return [tensor.record(file) for file, of_file in tensors.items() for tensor in of_file]
 
 
@@ -226,7 +210,7 @@ def _packed_tensor(part: Part, source: _Source) -> _Tensor:
     if block is not None:
         return _Tensor(part, entry, shape, block.name, block, share)
     if part.name in TABLES:
-        return _Tensor(part, entry, shape, _OF_DTYPE[header.dtype], None, share)
+        return _Tensor(part, entry, shape, DTYPES[header.dtype_name], None, share)
     if opened is None:
         advice = _ADVICE.get(header.codec, f"expected one of {', '.join(_ADVICE)}")
         raise _FitsNone(f"codec {header.codec}: no block type of GGUF holds it exactly; {advice}")
@@ -323,12 +307,3 @@ def _encoded(block: BlockType, opened: Integers, rows_m: torch.Tensor, rows: tor
     if not torch.equal(decoded[:, : rows.shape[1]].to(rows.dtype), rows):
         raise InputError(f"{name}: {block.name} does not decode to the packed weight; report this")
     return np.ascontiguousarray(encoded).reshape(-1)
-
-
-def _copy_records(checkpoint: Checkpoint, place: Path) -> None:
-    for name in (REPORT, LINEAGE):
-        if (checkpoint.folder / name).is_file():
-            (place / PACKED).mkdir(exist_ok=True)
-            shutil.copyfile(checkpoint.folder / name, place / PACKED / name)
-    for file in checkpoint.licence_files:
-        shutil.copyfile(file, place / file.name)

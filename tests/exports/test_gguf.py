@@ -14,7 +14,8 @@ from gguf.quants import dequantize
 from transformers import AutoModelForImageTextToText
 
 from bivlm.errors import InputError
-from bivlm.exports.gguf import MMPROJ, MODEL, PACKED, export_gguf, summary
+from bivlm.exports.building import PACKED
+from bivlm.exports.gguf import MMPROJ, MODEL, export_gguf, summary
 from flows.cli.main import main
 
 ARCHITECTURES = {llama_clip: MODEL_ARCH.LLAMA, qwen2_siglip: MODEL_ARCH.QWEN2, qwen2_5_vl: MODEL_ARCH.QWEN2VL}

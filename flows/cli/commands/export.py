@@ -23,7 +23,8 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
         "--to",
         required=True,
         choices=FORMS,
-        help="dense: weights rebuilt, for any server; compressed-tensors: integers of rtn, gptq and awq, packed",
+        help="dense: weights rebuilt, for any server; compressed-tensors: integers of rtn and gptq, packed; "
+        "gguf: two files for llama.cpp, weights packed",
     )
     export.set_defaults(run=_export)
     return [export]
@@ -36,13 +37,4 @@ def _export(options: argparse.Namespace) -> int:
     for sentence in export(options.folder, options.output, options.to):
         print(sentence)
     print(f"exported: {output_folder(options.output)}")
-    return DONE
-
-
-def _export_gguf(options: argparse.Namespace) -> int:
-    from bivlm.exports.gguf import export_gguf, summary
-
-    written = export_gguf(options.folder, options.output)
-    print("\n".join(summary(written)))
-    print(f"exported: {options.output}")
     return DONE
