@@ -4,6 +4,9 @@ The linear layers of one decoder layer of Qwen2.5-7B, each of random bits: quant
 salient weights, grouped integers, and a trellis of 2^12 states. They are multiplied in float32, beside
 `torch.nn.Linear` in bfloat16 and float32: interleaved, medians of several runs of CPU and of wall time. Every run takes
 another copy of the weight, of so many that none is still in a cache, as in a model that is much larger than those.
+
+With ``--device cuda`` wall time is what lies between two events of the GPU: it waits for the host where that takes
+longer to start kernels than they run. Inputs are then bfloat16, which products turn to float32 themselves.
 """
 
 from __future__ import annotations
@@ -77,27 +80,28 @@ KINDS: dict[str, Callable[[tuple[int, int]], torch.Tensor]] = {
 }
 
 
-def torch_products(shape: tuple[int, int], tokens: int) -> dict[str, Callable[[], object]]:
-    """Return products of an ordinary layer in two dtypes, by name."""
+def torch_products(shape: tuple[int, int], tokens: int, device: str) -> dict[str, Callable[[], object]]:
+    """Return products of an ordinary layer in several dtypes, by name."""
     works: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        x_TN = torch.randn(tokens, shape[1], dtype=dtype)
-        weights = _copies(torch.randn(shape, dtype=dtype))
+    for dtype in (torch.bfloat16, torch.float32, *([torch.float16] if device == "cuda" else [])):
+        x_TN = torch.randn(tokens, shape[1], dtype=dtype, device=device)
+        weights = _copies(torch.randn(shape, dtype=dtype, device=device))
         name = f"torch {str(dtype).removeprefix('torch.')}"
         works[name] = lambda x_TN=x_TN, weights=weights: torch.nn.functional.linear(x_TN, next(weights))
     return works
 
 
 def packed_products(
-    shape: tuple[int, int], tokens: int, kinds: list[str], activations: Activations
+    shape: tuple[int, int], tokens: int, kinds: list[str], activations: Activations, device: str
 ) -> dict[str, Callable[[], object]]:
     """Return products of a packed weight of each kind, by name; raises ValueError where this machine has none."""
     works: dict[str, Callable[[], object]] = {}
     for kind in kinds:
-        packed = KINDS[kind](shape)
+        packed = KINDS[kind](shape).to(device)
         if (beside := side_table(packed)) is None:
-            raise ValueError(f"{kind}: no product straight from the bytes: no native code, or no AVX2")
-        x_TN, pairs = torch.randn(tokens, shape[1]), zip(_copies(packed), _copies(beside), strict=True)
+            raise ValueError(f"{kind}: no product straight from the bytes: no native code or AVX2, or no Triton")
+        x_TN = torch.randn(tokens, shape[1], dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
+        pairs = zip(_copies(packed), _copies(beside, _count(packed.nbytes)), strict=True)
         works[kind] = lambda x_TN=x_TN, pairs=pairs: product(*next(pairs), x_TN, activations=activations)
     return works
 
@@ -109,24 +113,44 @@ def ggml_products(folder: Path, shape: tuple[int, int], tokens: int) -> dict[str
     return {f"llama.cpp {kind}": ggml.products(kind, shape, tokens, count) for kind, count in counts.items()}
 
 
-def _copies(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+def _copies(weight: torch.Tensor, count: int = 0) -> Iterator[torch.Tensor]:
     """Return copies without end, one after the other."""
-    return cycle([weight.clone() for _ in range(_count(weight.nbytes))])
+    return cycle([weight.clone() for _ in range(count or _count(weight.nbytes))])
 
 
 def _count(nbytes: int) -> int:
     return min(RUNS, -(-COLD // max(1, nbytes)))
 
 
-def measured(works: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
+def measured(works: dict[str, Callable[[], object]], device: str) -> dict[str, tuple[float, float]]:
     """Return the medians of CPU and wall seconds of each."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    if device == "cuda":  # kernels are compiled, and the bytes of each copy looked at
+        for work in works.values():
+            for _ in range(RUNS):
+                work()
     for _ in range(RUNS):
         for name, work in works.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            work()
-            seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+            seconds[name].append(_seconds(work) if device == "cpu" else _gpu_seconds(work))
     return {name: (median(c for c, _ in all), median(w for _, w in all)) for name, all in seconds.items()}
+
+
+def _seconds(work: Callable[[], object]) -> tuple[float, float]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def _gpu_seconds(work: Callable[[], object]) -> tuple[float, float]:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    cpu = time.process_time()
+    begin.record()
+    work()
+    end.record()
+    cpu = time.process_time() - cpu
+    end.synchronize()
+    return cpu, begin.elapsed_time(end) / 1e3
 
 
 def main() -> None:
@@ -136,18 +160,21 @@ def main() -> None:
     parser.add_argument("--activations", choices=get_args(Activations), default="float32")
     parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="of llama.cpp's libraries, to be run beside")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
     torch.set_grad_enabled(False)
     for tokens in given.tokens:
         totals: dict[str, np.ndarray] = {}
         for shape, count in LAYER.items():
-            works = torch_products(shape, tokens) | packed_products(shape, tokens, given.kinds, given.activations)
+            works = torch_products(shape, tokens, given.device)
+            works |= packed_products(shape, tokens, given.kinds, given.activations, given.device)
             if given.ggml:
                 works |= ggml_products(given.ggml, shape, tokens)
-            for name, seconds in measured(works).items():
+            for name, seconds in measured(works, given.device).items():
                 totals[name] = totals.get(name, np.zeros(2)) + count * np.array(seconds)
         base = totals["torch bfloat16"]
-        head = f"{tokens} tokens, {given.activations}, {torch.get_num_threads()} threads"
+        where = f"{torch.get_num_threads()} threads" if given.device == "cpu" else "GPU"
+        head = f"{tokens} tokens, {given.activations}, {where}"
         print(f"{head:<32}{'CPU ms':>8}{'x bf16':>8}{'wall ms':>9}{'x bf16':>8}")
         for name, (cpu, wall) in totals.items():
             print(f"{name:<32}{1e3 * cpu:8.1f}{base[0] / cpu:8.2f}{1e3 * wall:9.1f}{base[1] / wall:8.2f}", flush=True)

@@ -7,7 +7,8 @@ cast (``model.to(torch.float16)``), because an empty buffer that is in no state 
 from __future__ import annotations
 
 import copy
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ class PackedLinear(nn.Module):
     """``y = x W^T + b`` with W in its packed bytes; every call rebuilds W in the layer's dtype, uses it and drops it.
 
     After `go_straight`, up to `MOST_TOKENS` without gradients are multiplied straight from the bytes, in float32, and
-    rounded to the layer's dtype (`bivlm.packing.product`).
+    rounded to the layer's dtype (`bivlm.packing.product`). A layer that is moved asks its new device whether it can.
 
     Attributes:
         weight: uint8 (bytes,), the packed weight, see `bivlm.packing`. A parameter, so that it is saved, moved and
@@ -32,10 +33,12 @@ class PackedLinear(nn.Module):
         of_dtype: an empty buffer that carries the layer's dtype.
         side_table: uint8 (bytes,), a buffer beside the bytes for products straight from them, or None.
         activations: what inputs of those products are, "float32" or "int8" where there are such products.
+        straight_on: the type of device that `go_straight` asked for them, or None.
     """
 
     of_dtype: torch.Tensor
     side_table: torch.Tensor | None
+    straight_on: str | None
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class PackedLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.name = name
+        self.straight_on = None
         self.register_buffer("of_dtype", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.register_buffer("side_table", None, persistent=False)
         self.activations: Activations = "float32"
@@ -114,9 +118,25 @@ class PackedLinear(nn.Module):
         """Multiply straight from the bytes from now on, where this machine can, and by int8 activations if it can."""
         self.activations = activations
         self.side_table = side_table(self.weight.data, f"{self.name}.weight")
+        self.straight_on = self.weight.device.type
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)
+        if self.straight_on not in (None, self.weight.device.type):
+            if self.weight.is_meta:  # no bytes are there to be looked at
+                self.straight_on = self.side_table = None
+            else:
+                self.go_straight(self.activations)
+        return self
+
+    def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*given, **named)
+        if self.straight_on is not None:  # what lies beside the bytes belongs to those that were there
+            self.go_straight(self.activations)
 
     def _is_a_few_tokens(self, x: torch.Tensor) -> bool:
-        if x.dtype != self.dtype or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        device = x.device.type
+        if x.dtype != self.dtype or device != self.straight_on or torch.is_autocast_enabled(device):
             return False
         return 0 < x.numel() <= MOST_TOKENS * self.in_features and not (torch.is_grad_enabled() and x.requires_grad)
 
@@ -230,7 +250,9 @@ def _(packed: torch.Tensor, rows: int, columns: int, dtype: torch.dtype, name: s
 def _product(
     x_TN: torch.Tensor, packed: torch.Tensor, side: torch.Tensor, rows: int, name: str, activations: str
 ) -> torch.Tensor:
-    return product(packed.data, side, x_TN.to(torch.float32), name, cast(Activations, activations))
+    wide = packed.device.type == "cpu" or x_TN.dtype == torch.float64
+    x_TN = x_TN.to(torch.float32) if wide else x_TN
+    return product(packed.data, side, x_TN, name, cast(Activations, activations))
 
 
 @_product.register_fake

@@ -64,6 +64,61 @@ class Rotation:
         return ctypes.c_int64(part), ctypes.c_float(part**-0.5), *signs
 
 
+@dataclass(frozen=True)
+class MatrixRotation:
+    """R as products with small matrices: for a GPU, which a call for each of log N additions would keep waiting.
+
+    Sums have another order than those of `Rotation`, and torch's precision of float32 products applies.
+
+    Attributes:
+        first: as in `Rotation`.
+        second: as in `Rotation`.
+        left: Hadamard's matrix, orthogonal, float32 (A, A).
+        right: another one, (B, B), with ``A B = p``.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def apply(self, x_RN: torch.Tensor, *, back: bool = False) -> torch.Tensor:
+        """Return rows, float32, turned by R or back by R^T, a new tensor."""
+        over = len(self.first) - len(self.second)
+        if not back:
+            x_RN = x_RN * self.first
+            head = self._transformed(x_RN[:, : len(self.second)])
+            if not over:
+                return head
+            last = torch.cat([head[:, over:], x_RN[:, len(self.second) :]], 1) * self.second
+            return torch.cat([head[:, :over], self._transformed(last)], 1)
+        if over:
+            last = self._transformed(x_RN[:, over:]) * self.second
+            x_RN = torch.cat([x_RN[:, :over], last], 1)
+        head = self._transformed(x_RN[:, : len(self.second)])
+        return torch.cat([head, x_RN[:, len(self.second) :]], 1) * self.first
+
+    def _transformed(self, x_RP: torch.Tensor) -> torch.Tensor:
+        parts = x_RP.reshape(-1, len(self.left), len(self.right))
+        return (self.left @ (parts @ self.right)).reshape(x_RP.shape)
+
+
+@cache
+def matrix_rotation(width: int, seed: int, device: torch.device) -> MatrixRotation:
+    """Return `rotation` of this width and seed as matrix products on a device."""
+    found = rotation(width, seed)
+    bits = len(found.second).bit_length() - 1
+    matrices = [_hadamard(bits // 2), _hadamard(bits - bits // 2)]
+    return MatrixRotation(*(each.to(device) for each in (found.first, found.second, *matrices)))
+
+
+def _hadamard(bits: int) -> torch.Tensor:
+    matrix = torch.ones(1, 1)
+    for _ in range(bits):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * len(matrix) ** -0.5
+
+
 def rotate(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Return ``R x`` along the last dimension, a new float32 tensor (..., N); R is of width N and this seed."""
     return rotation(x.shape[-1], seed).apply(_copied(x)).view(x.shape)

@@ -22,6 +22,13 @@ def to_halves(values: np.ndarray, exponent: int = 0) -> np.ndarray:
     return scaled.clip(-_LARGEST, _LARGEST).astype("<f2").view(np.uint8)
 
 
+def halves(section: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a section as float16 numbers, a view where they begin at an even address."""
+    if section.storage_offset() % 2 or section.data_ptr() % 2:
+        section = section.clone()
+    return section.view(torch.float16)
+
+
 def from_halves(section: torch.Tensor, exponent: int = 0) -> torch.Tensor:
     """Undo `to_halves`: float32 (size,), exact, on the device of the bytes."""
     # A float16 view must begin at an even address, which a section need not.

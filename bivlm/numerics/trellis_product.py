@@ -14,7 +14,7 @@ import numpy as np
 
 from bivlm import kernels
 from bivlm.numerics.trellis import INDEX_OF_PLACE, PERIOD, TrellisCode, bits_of
-from bivlm.numerics.trellis_tiles import Tiles
+from bivlm.numerics.trellis_tiles import FEWEST_ROWS, Tiles
 
 _BESIDE, _BEHIND = 32, 16  # zeros beside the inputs, and room behind the outputs
 _PARTS, _PART = 8, 1 << 19  # at most so many parts, of so many weights or more
@@ -47,6 +47,40 @@ def parts_of(tiles: Tiles, rate: float) -> list[Part]:
         Part(np.array([*(groups[at][0] for at in range(begin, end)), groups[end - 1][1]]), int(bits[first[begin]]))
         for begin, end in zip(cuts.tolist(), ends, strict=True)
     ]
+
+
+@cache
+def lines_of(tiles: Tiles, rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return of every line of a weight where its tiles begin, how far ahead it is among them and how many they hold.
+
+    A line is an antidiagonal, or a column where tiles have several of them; None where tiles are columns of bands.
+    The weight in a row of a line is number row + ahead, int32, among those, int32, from bit, int64, on.
+    """
+    if tiles.sides == 1:
+        rows, widths = tiles.shape[0], np.array(tiles.column_groups)
+        if rows >= FEWEST_ROWS:
+            return None
+        begins = np.cumsum(bits_of(rate, tiles.lengths)) - bits_of(rate, tiles.lengths)
+        first = np.repeat(np.cumsum(widths) - widths, widths)
+        ahead = rows * (np.arange(tiles.shape[1]) - first)
+        return np.repeat(begins, widths), ahead.astype(np.int32), np.repeat(rows * widths, widths).astype(np.int32)
+    bits, aheads, sizes, bit = [], [], [], 0
+    for begin, end in tiles.diagonal_groups:
+        lengths = [tiles.diagonal_length(diagonal) for diagonal in range(begin, end)]
+        aheads += [sum(lengths[: diagonal - begin]) - tiles.first_row(diagonal) for diagonal in range(begin, end)]
+        bits += [bit] * len(lengths)
+        sizes += [sum(lengths)] * len(lengths)
+        bit += int(bits_of(rate, np.array(tiles.pieces(begin, end))).sum())
+    return np.array(bits, np.int64), np.array(aheads, np.int32), np.array(sizes, np.int32)
+
+
+def places_of(code: TrellisCode) -> np.ndarray:
+    """Return what the lower two windows of a state together say of its place, and what the upper one says.
+
+    uint8 (2, 272), after a step with bits and after one without.
+    """
+    lower = code.windows[:, 1, :, None] ^ code.windows[:, 0, None, :]
+    return np.concatenate([lower.reshape(2, 256), code.windows[:, 2]], axis=1)
 
 
 def can_multiply(code: TrellisCode) -> bool:

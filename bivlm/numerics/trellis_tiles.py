@@ -22,7 +22,7 @@ from bivlm.numerics.hadamard import Rotation
 
 LONGEST = 256
 _JOINED = 128  # antidiagonals together have this many elements or more, if the weight has
-_FEWEST_ROWS = 64  # of a band with tiles of single columns
+FEWEST_ROWS = 64  # of a band with tiles of single columns
 
 
 def near_equal(size: int, parts: int) -> list[int]:
@@ -58,7 +58,7 @@ class Tiles:
     def column_groups(self) -> list[int]:
         """How many columns each tile of a band has; one-sided."""
         rows, columns = self.shape
-        return [1] * columns if rows >= _FEWEST_ROWS else near_equal(columns, -(-columns // max(1, LONGEST // rows)))
+        return [1] * columns if rows >= FEWEST_ROWS else near_equal(columns, -(-columns // max(1, LONGEST // rows)))
 
     @cached_property
     def diagonal_groups(self) -> list[tuple[int, int]]:

@@ -14,8 +14,10 @@ from functools import cache
 from typing import ClassVar, Literal
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bivlm.errors import InputError
+from bivlm.kernels import gpu
 from bivlm.packing import container
 from bivlm.packing.container import Bytes, Header
 from bivlm.packing.contents import Contents
@@ -71,6 +73,9 @@ class Integers:
     width: int
 
 
+GpuProduct = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Codec(ABC):
     """How one kind of contents is laid out in the sections of a packed weight."""
 
@@ -104,7 +109,7 @@ class Codec(ABC):
 
     def side_table(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         """Return what `product` reads beside the packed bytes, uint8 (bytes,): made once, small, and stored nowhere."""
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device=packed.device)
 
     def product(
         self,
@@ -118,6 +123,13 @@ class Codec(ABC):
 
         x is float32 (T, N) on the CPU, and so are levels and sums: W is not rounded to `header.dtype`. With
         `activations` of int8, x may be rounded to that, with a scale for every few columns.
+        """
+        raise NotImplementedError
+
+    def gpu_product(self, packed: torch.Tensor, header: Header, side_table: torch.Tensor) -> GpuProduct:
+        """Return `product` for a weight on a GPU, as a function of x alone, float32, float16 or bfloat16 (T, N).
+
+        All that is read of the bytes for the host's sake is read here, once: it waits for the GPU.
         """
         raise NotImplementedError
 
@@ -195,10 +207,25 @@ def product(
 ) -> torch.Tensor:
     """Return ``x W^T``, float32 (T, M), of float32 x (T, N), of a weight that has a `side_table`; no checksum.
 
-    With `activations` of int8, x may be rounded to that (`Codec.product`).
+    With `activations` of int8, x may be rounded to that (`Codec.product`). On a GPU x may be float16 or bfloat16, too,
+    and is not rounded; what is read of the bytes there is kept as long as the side table.
     """
+    if gpu.on_gpu(packed.device):
+        return _gpu_product(packed, side_table, name)(x_TN)
     codec, header = open_packed(packed, name, check=False)
     return codec.product(packed, header, side_table, x_TN, activations)
+
+
+def _gpu_product(packed: torch.Tensor, side_table: torch.Tensor, name: str) -> GpuProduct:
+    place = (packed.data_ptr(), len(packed))
+    found = _GPU_PRODUCTS.get(side_table)
+    if found is None or found[0] != place:
+        codec, header = open_packed(packed, name, check=False)
+        found = _GPU_PRODUCTS[side_table] = place, codec.gpu_product(packed.data, header, side_table.data)
+    return found[1]
+
+
+_GPU_PRODUCTS = WeakTensorKeyDictionary()  # of weights by their side tables
 
 
 def format_bits(packed: Bytes, name: str = "packed weight") -> FormatBits:

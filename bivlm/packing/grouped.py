@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import torch
 
-from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.packing import Activations, Codec, FormatBits, Integers, Tunable, container
+from bivlm.kernels import gpu
+from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, halves, to_halves
+from bivlm.packing import Activations, Codec, FormatBits, GpuProduct, Integers, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
-from bivlm.packing.plane_product import Groups, can_multiply, product
+from bivlm.packing.plane_product import Groups, can_multiply, product, reads
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,
@@ -212,6 +213,8 @@ class GroupedCodec(Codec):
         stored = _read_parameters(packed, header)
         # A row of one group has words that end after it, with inputs of zero.
         width = stored.width if stored.width < header.shape[1] else 0
+        if gpu.on_gpu(packed.device):
+            return reads(1 << stored.bits, width)
         return packed.device.type == "cpu" and can_multiply(1 << stored.bits, width)
 
     def side_table(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
@@ -233,6 +236,25 @@ class GroupedCodec(Codec):
         codes = as_array(section(packed, header, 3))
         y_TM = product(codes, 1 << stored.bits, header.shape, x_TN.numpy(), groups, in_bytes=activations == "int8")
         return torch.from_numpy(y_TM).mul_(2.0**stored.exponent)
+
+    def gpu_product(self, packed: torch.Tensor, header: Header, side_table: torch.Tensor) -> GpuProduct:
+        from bivlm.kernels import triton_planes
+
+        stored = _read_parameters(packed, header)
+        code = radix(1 << stored.bits)
+        weight = triton_planes.PlaneWeight(
+            section(packed, header, 3),
+            header.shape,
+            1 << stored.bits,
+            code.per_word,
+            code.planes,
+            2.0**stored.exponent,
+            scaled=triton_planes.Scaled(stored.width, halves(section(packed, header, 1)), side_table),
+        )
+        if not stored.channels:
+            return weight.product
+        channels_N = from_halves(section(packed, header, 4), stored.channel_exponent)
+        return lambda x_TN: weight.product(x_TN * channels_N)
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return ``scales`` (M, G) and, if there are any, ``channel_scales`` (N,); zero points are integers."""

@@ -80,7 +80,12 @@ def lanes(in_bytes: bool = False) -> int:
 
 def can_multiply(alphabet: int, width: int = 0) -> bool:
     """Return whether this machine multiplies by a weight of this alphabet, in groups of `width` columns, if any."""
-    return lanes() > 0 and alphabet in _KINDS and width % _KINDS[alphabet][1] == 0
+    return lanes() > 0 and reads(alphabet, width)
+
+
+def reads(alphabet: int, width: int = 0) -> bool:
+    """Return whether the format is one that products read, on whatever machine; see `can_multiply`."""
+    return alphabet in _KINDS and width % _KINDS[alphabet][1] == 0
 
 
 class _Product(ctypes.Structure):

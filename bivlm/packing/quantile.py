@@ -26,12 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, to_halves
-from bivlm.packing import Activations, Codec, FormatBits, Integers, Tunable, container
+from bivlm.kernels import gpu
+from bivlm.numerics.half_scales import EXPONENTS, exponent_of, from_halves, halves, to_halves
+from bivlm.packing import Activations, Codec, FormatBits, GpuProduct, Integers, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.lookup import lookup
-from bivlm.packing.plane_product import MOST_COLUMNS, Levels, Salient, can_multiply, product
+from bivlm.packing.plane_product import MOST_COLUMNS, Levels, Salient, can_multiply, product, reads
 from bivlm.packing.radix import (
     CHUNK_SYMBOLS,
     check_symbols,
@@ -200,12 +201,11 @@ class QuantileCodec(Codec):
 
     def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
         stored = _read_parameters(packed, header)
-        sparse = stored.mode == _SPARSE and stored.salient
-        return (
-            packed.device.type == "cpu"
-            and can_multiply(stored.alphabet)
-            and not (sparse and header.shape[1] > MOST_COLUMNS)
-        )
+        if stored.mode == _SPARSE and stored.salient and header.shape[1] > MOST_COLUMNS:
+            return False
+        if gpu.on_gpu(packed.device):
+            return reads(stored.alphabet)
+        return packed.device.type == "cpu" and can_multiply(stored.alphabet)
 
     def side_table(self, packed: torch.Tensor, header: Header) -> torch.Tensor:
         """Return of sparse salient weights where each row's and level's begin, uint32, and their columns, uint16."""
@@ -213,14 +213,14 @@ class QuantileCodec(Codec):
         if stored.mode != _SPARSE or not stored.salient:
             return super().side_table(packed, header)
         rows, columns = header.shape
-        positions_S, levels_S = (each.numpy() for each in _sparse_salient(packed, header, stored))
+        positions_S, levels_S = (each.cpu().numpy() for each in _sparse_salient(packed, header, stored))
         row_S, column_S = positions_S // columns, positions_S % columns
         lists_S = row_S * len(stored.centres_L) + levels_S
         order_S = np.argsort(lists_S, kind="stable")
         begins = np.zeros(rows * len(stored.centres_L) + 1, "<u4")
         np.cumsum(np.bincount(lists_S, minlength=len(begins) - 1), out=begins[1:])
         sections = (begins, column_S[order_S].astype("<u2"))
-        return torch.from_numpy(np.concatenate([each.view(np.uint8) for each in sections]))
+        return torch.from_numpy(np.concatenate([each.view(np.uint8) for each in sections])).to(packed.device)
 
     def product(
         self,
@@ -231,23 +231,44 @@ class QuantileCodec(Codec):
         activations: Activations = "float32",
     ) -> torch.Tensor:
         stored = _read_parameters(packed, header)
-        table = np.zeros(stored.alphabet, np.float32)
-        table[: 2 * stored.groups : 2] = stored.group_scales_K
-        table[1 : 2 * stored.groups : 2] = -stored.group_scales_K
+        table = _table(stored)
         levels, salient = Levels(table), None
         row_scales = as_array(section(packed, header, 1))
         if stored.salient and stored.mode == _ALPHABET:
-            by_row = np.concatenate([np.zeros(2 * stored.groups, np.float32), stored.centres_L])
-            levels = Levels(table, by_row, row_scales)
+            levels = Levels(table, _by_row(stored), row_scales)
         elif stored.salient:
             levels = Levels(table, None, row_scales)
-            marks = (np.arange(len(stored.centres_L)) % (2 * stored.groups)).astype(np.uint8)
+            marks = _marks(stored)
             begins, columns = np.split(as_array(side_table), [4 * (header.shape[0] * len(marks) + 1)])
             salient = Salient(stored.centres_L, marks, begins.view("<u4"), columns.view("<u2"))
         symbols = as_array(section(packed, header, 2))
         in_bytes = activations == "int8"
         y_TM = product(symbols, stored.alphabet, header.shape, x_TN.numpy(), levels, salient, in_bytes=in_bytes)
         return torch.from_numpy(y_TM).mul_(2.0**stored.exponent)
+
+    def gpu_product(self, packed: torch.Tensor, header: Header, side_table: torch.Tensor) -> GpuProduct:
+        from bivlm.kernels import triton_planes
+
+        stored, code = _read_parameters(packed, header), radix(_read_parameters(packed, header).alphabet)
+        by_row, salient, marks = stored.salient and stored.mode == _ALPHABET, None, _marks(stored)
+        table = _table(stored)
+        if stored.salient and not by_row:
+            begins, columns = side_table.split([at := 4 * (header.shape[0] * len(marks) + 1), len(side_table) - at])
+            centres = torch.from_numpy(np.stack([stored.centres_L, table[marks]])).to(packed.device)
+            salient = triton_planes.Salient(centres, begins.view(torch.int32), columns.view(torch.uint16))
+        tables = np.stack([table, _by_row(stored) if by_row else np.zeros_like(table)])
+        return triton_planes.PlaneWeight(
+            section(packed, header, 2),
+            header.shape,
+            stored.alphabet,
+            code.per_word,
+            code.planes,
+            2.0**stored.exponent,
+            torch.from_numpy(tables).to(packed.device),
+            bool(by_row),
+            halves(section(packed, header, 1)) if stored.salient else None,
+            salient=salient,
+        ).product
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return parameters ``group_scales`` (K,) and, if S > 0, ``row_scales`` (M,) and ``centres`` (2^N_b,)."""
@@ -378,6 +399,24 @@ def _read_parameters(packed: ArrayT, header: Header) -> _Parameters:
     groups, salient_bits, mode, rice, exponent, salient = _PARAMETERS.unpack_from(head.tobytes())
     numbers = head[_PARAMETERS.size :].view("<f2").astype(np.float32)
     return _Parameters(groups, salient_bits, mode, rice, salient, numbers[:groups], numbers[groups:], exponent)
+
+
+def _table(stored: _Parameters) -> np.ndarray:
+    """Return what symbols stand for, float32 (alphabet,), zero for those of salient weights."""
+    table = np.zeros(stored.alphabet, np.float32)
+    table[: 2 * stored.groups : 2] = stored.group_scales_K
+    table[1 : 2 * stored.groups : 2] = -stored.group_scales_K
+    return table
+
+
+def _by_row(stored: _Parameters) -> np.ndarray:
+    """Return what symbols stand for beside that in alphabet mode, float32 (alphabet,), in scales of their row."""
+    return np.concatenate([np.zeros(2 * stored.groups, np.float32), stored.centres_L])
+
+
+def _marks(stored: _Parameters) -> np.ndarray:
+    """Return the symbol at the place of a salient weight with each level in sparse mode, uint8 (L,)."""
+    return (np.arange(len(stored.centres_L)) % (2 * stored.groups)).astype(np.uint8)
 
 
 def _planes(packed: ArrayT, header: Header, alphabet: int) -> list[ArrayT]:

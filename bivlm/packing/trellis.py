@@ -18,14 +18,16 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from bivlm.numerics.hadamard import rotate, rotate_back, rotation
+from bivlm.kernels import gpu
+from bivlm.numerics.hadamard import matrix_rotation, rotate, rotate_back, rotation
 from bivlm.numerics.half_scales import EXPONENTS, from_halves, to_halves
 from bivlm.numerics.trellis import (
+    INDEX_OF_PLACE,
     MAGNITUDES,
     PERIOD,
     RATES,
@@ -37,12 +39,15 @@ from bivlm.numerics.trellis import (
     trellis_code,
     write,
 )
-from bivlm.numerics.trellis_product import can_multiply, product
+from bivlm.numerics.trellis_product import can_multiply, lines_of, places_of, product
 from bivlm.numerics.trellis_tiles import Tiles
-from bivlm.packing import Activations, Codec, FormatBits, Tunable, container
+from bivlm.packing import Activations, Codec, FormatBits, GpuProduct, Tunable, container
 from bivlm.packing.container import ArrayT, Bytes, Header, as_array, section
 from bivlm.packing.contents import Contents
 from bivlm.packing.lookup import lookup
+
+if TYPE_CHECKING:
+    from bivlm.kernels.triton_trellis import Lines
 
 NAME = "trellis"
 INPUTS, OUTPUTS = 1, 2
@@ -162,7 +167,10 @@ class TrellisCodec(Codec):
         return weight_MN.to(header.dtype).to(packed.device)
 
     def multiplies(self, packed: torch.Tensor, header: Header) -> bool:
-        return packed.device.type == "cpu" and can_multiply(read_layout(packed, header)[0].code)
+        code = read_layout(packed, header)[0].code
+        if gpu.on_gpu(packed.device):
+            return code.windows.size > 0
+        return packed.device.type == "cpu" and can_multiply(code)
 
     def product(
         self,
@@ -184,6 +192,33 @@ class TrellisCodec(Codec):
         if layout.rotated & OUTPUTS:
             rotation(rows, layout.seed_of(OUTPUTS)).apply(y_TM, back=True)
         return y_TM.mul_(_scale(exponent))
+
+    def gpu_product(self, packed: torch.Tensor, header: Header, side_table: torch.Tensor) -> GpuProduct:
+        from bivlm.kernels.triton_trellis import TrellisWeight
+
+        (layout, exponent), device = read_layout(packed, header), packed.device
+        rows, columns = header.shape
+        magnitudes = from_halves(section(packed, header, 1), exponent).cpu().numpy() / np.float32(_scale(exponent))
+        levels = torch.from_numpy(levels_of(magnitudes)[INDEX_OF_PLACE]).to(device)
+        places = torch.from_numpy(places_of(layout.code)).to(device)
+        weight = TrellisWeight(
+            section(packed, header, 2),
+            header.shape,
+            round(PERIOD * layout.rate),
+            places,
+            levels,
+            _lines(header.shape, layout.sides, layout.rate, device),
+        )
+        inputs = matrix_rotation(columns, layout.seed_of(INPUTS), device) if layout.rotated & INPUTS else None
+        outputs = matrix_rotation(rows, layout.seed_of(OUTPUTS), device) if layout.rotated & OUTPUTS else None
+
+        def product(x_TN: torch.Tensor) -> torch.Tensor:
+            x_TN = x_TN.to(torch.float32)
+            y_TM = weight.product(inputs.apply(x_TN) if inputs else x_TN)
+            y_TM = outputs.apply(y_TM, back=True) if outputs else y_TM
+            return y_TM if exponent <= 0 else y_TM * _scale(exponent)
+
+        return product
 
     def tunable(self, packed: torch.Tensor, header: Header) -> Tunable:
         """Return ``magnitudes`` (8,)."""
@@ -238,6 +273,16 @@ def _scale(exponent: int) -> float:
 @cache
 def _tiles(shape: tuple[int, int], sides: int) -> Tiles:
     return Tiles(shape, sides)
+
+
+@cache
+def _lines(shape: tuple[int, int], sides: int, rate: float, device: torch.device) -> Lines | None:
+    from bivlm.kernels.triton_trellis import Lines
+
+    if (found := lines_of(_tiles(shape, sides), rate)) is None:
+        return None
+    bits, ahead, sizes = (torch.from_numpy(each).to(device) for each in found)
+    return Lines(bits, ahead, sizes, sides == 2)
 
 
 @cache

@@ -105,6 +105,18 @@ def test_a_layer_is_copied_and_cast_and_saved_without_what_lies_beside_its_bytes
         assert torch.equal(cast(x.half()), product(packed, side_table(packed), x.half().float()).half())
 
 
+def test_other_bytes_that_are_loaded_get_what_lies_beside_them():
+    settings, generator = {"method": "rtn", "bits": 3, "group_size": 32}, torch.Generator().manual_seed(4)
+    one, other = (pack_layer(torch.randn(96, 200, generator=generator), settings)[0] for _ in range(2))
+    chosen = PackedLinear.replacing(nn.Linear(200, 96, bias=False), one.numel(), "tower.fc1")
+    chosen.weight.data.copy_(one)
+    chosen.go_straight()
+    chosen.load_state_dict({"weight": other})
+    x = torch.randn(3, 200)
+    with torch.no_grad():
+        torch.testing.assert_close(chosen(x), x @ unpack(other).T, rtol=1e-5, atol=1e-4)
+
+
 def test_it_is_an_operator_that_torch_can_compile():
     chosen, x = layer(torch.float32), torch.randn(2, 200)
     given = (x, chosen.weight.data, chosen.side_table, 96, "weight", "float32")

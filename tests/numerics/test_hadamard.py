@@ -8,7 +8,7 @@ from scipy.stats import kurtosis
 
 from bivlm import kernels
 from bivlm.numerics import hadamard
-from bivlm.numerics.hadamard import rotate, rotate_back, rotate_moment
+from bivlm.numerics.hadamard import matrix_rotation, rotate, rotate_back, rotate_moment
 
 WIDTHS = [1, 2, 3, 127, 128, 1152, 3420, 4304]
 
@@ -93,6 +93,16 @@ def test_native_code_gives_the_bytes_that_torch_gives(width, monkeypatch):
     native = [rotate(x, 7), rotate_back(x, 7)]
     monkeypatch.setattr(kernels, "native", lambda: None)
     assert all(map(torch.equal, [rotate(x, 7), rotate_back(x, 7)], native))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_products_with_matrices_turn_as_it_does(width):
+    x = drawn(5, width, seed=3)
+    before = x.clone()
+    turning = matrix_rotation(width, 9, torch.device("cpu"))
+    for back, expected in ((False, rotate(x, 9)), (True, rotate_back(x, 9))):
+        torch.testing.assert_close(turning.apply(x, back=back), expected, rtol=0, atol=1e-5)
+    assert torch.equal(x, before)
 
 
 def test_signs_are_part_of_the_format():

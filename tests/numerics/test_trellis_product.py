@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bivlm.numerics.trellis import PLACES, RATES, bits_of, levels_of, of_windows, read, trellis_code
-from bivlm.numerics.trellis_product import can_multiply, parts_of, product
+from bivlm.numerics.trellis import INDEX_OF_PLACE, PLACES, RATES, bits_of, levels_of, of_windows, read, trellis_code
+from bivlm.numerics.trellis_product import can_multiply, lines_of, parts_of, places_of, product
 from bivlm.numerics.trellis_tiles import Tiles
 
 pytestmark = pytest.mark.skipif(
@@ -100,6 +100,30 @@ def test_nothing_is_read_beside_the_bits(sides, shape, rate):
         whole[begin : begin + len(stream)] = stream
         y = found(whole[begin : begin + len(stream)], code, tiles, x)
         np.testing.assert_allclose(y, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (50, 3), (63, 20), (70, 300)])
+def test_lines_say_where_every_weight_is(shape, sides):
+    """One bit a weight: a weight's bit is its own number in its tile, behind the tiles before."""
+    tiles = Tiles(shape, sides)
+    numbers = tiles.matrix(np.arange(shape[0] * shape[1]))
+    if (lines := lines_of(tiles, 1.0)) is None:
+        assert shape[0] >= 64 and sides == 1
+        return
+    bits, ahead, sizes = lines
+    row, column = np.indices(shape)
+    line = column if sides == 1 else row + column
+    np.testing.assert_array_equal(bits[line] + row + ahead[line], numbers)
+    assert (row + ahead[line] < sizes[line]).all() and (row + ahead[line] >= 0).all()
+
+
+def test_places_of_two_windows_are_those_of_each():
+    code = some_code(0.75, 4)
+    states = np.arange(4096)
+    for without, places in enumerate(places_of(code)):
+        place = places[states & 255] ^ places[256 + (states >> 8)]
+        np.testing.assert_array_equal(INDEX_OF_PLACE[place], code.table[without])
 
 
 def test_free_tables_have_no_product():

@@ -9,38 +9,15 @@ import torch
 from codec_checks import pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_weights import grouped_weight, quantile_weight
 
 from bivlm import kernels
-from bivlm.numerics.uniform_grid import round_to_nearest
-from bivlm.packing import grouped, open_packed, plane_product, product, quantile, side_table, unpack
+from bivlm.packing import grouped, open_packed, plane_product, product, side_table, unpack
 
 pytestmark = pytest.mark.skipif(
     plane_product.lanes() == 0, reason="the native code was not built, or this processor has no AVX2"
 )
 SHAPES = [(5, 40), (16, 24), (3, 7), (1, 1), (33, 130), (130, 1000), (7, 2048), (4, 1040)]
-
-
-def grouped_weight(rows, columns, bits, group, channels=False, scale=1.0, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    scales = grouped.stored_channel_scales(torch.rand(columns, generator=rng) + 0.5) if channels else None
-    coded = round_to_nearest(torch.randn(rows, columns, generator=rng) * scale + scale / 4, bits, group)
-    return grouped.pack(coded, torch.float32, scales)
-
-
-def quantile_weight(rows, columns, groups, salient_bits, share, scale=1.0, seed=0):
-    rng, size = np.random.default_rng(seed), rows * columns
-    count = round(share * size)
-    return quantile.pack(
-        (rows, columns),
-        torch.float32,
-        quantile.ready(torch.from_numpy(rng.integers(0, 2 * groups, (rows, columns), dtype=np.uint8))),
-        group_scales_K=np.sort(rng.random(groups) + 0.05) * scale,
-        salient_bits=salient_bits,
-        positions_S=np.sort(rng.choice(size, count, replace=False)),
-        levels_S=rng.integers(0, 1 << salient_bits, count),
-        centres_L=np.sort(rng.standard_normal(1 << salient_bits)),
-        row_scales_M=(rng.random(rows) + 1) * scale,
-    )
 
 
 def inputs(tokens, columns, seed=0):
