@@ -18,7 +18,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
@@ -27,6 +27,7 @@ from benchmarks.products import KINDS
 from benchmarks.size import config_of, drawn, write_tensors_of
 from bivlm.checkpoint.reading import FORMAT, QUANT_METHOD
 from bivlm.checkpoint.safetensors_file import OutgoingTensor
+from bivlm.packing import Activations
 
 LAYERS, DEPTHS = 28, (2, 6)
 TABLE = "4 bits in groups of 128"
@@ -83,12 +84,12 @@ def speeds(model: PreTrainedModel) -> dict[str, float]:
     return {"first": times[0] - started, "token": median(b - a for a, b in pairwise(times))}
 
 
-def packed_model(folder: Path) -> dict[str, float]:
+def packed_model(folder: Path, activations: Activations) -> dict[str, float]:
     """Return what loading and running the packed checkpoint takes, of this process."""
     from bivlm.checkpoint.transformers_plugin import BiVLMConfig
 
     started = time.perf_counter()
-    config = BiVLMConfig(dequantize="packed")
+    config = BiVLMConfig(dequantize="packed", activations=activations)
     model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
     found = {"loading": time.perf_counter() - started} | speeds(model)
     return found | {"memory": _high_water()}
@@ -130,22 +131,25 @@ def main() -> None:
     """Print a row for torch and one for each kind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["2 groups", "trellis 2.0, feedback to inputs"])
+    parser.add_argument("--activations", nargs="+", choices=get_args(Activations), default=get_args(Activations))
     parser.add_argument("--folder", type=Path, help="for the checkpoints (default: a temporary one)")
     parser.add_argument("--packed", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dense", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.packed or given.dense:
-        print(json.dumps(packed_model(given.packed) if given.packed else dense_model()))
+        print(json.dumps(packed_model(given.packed, given.activations[0]) if given.packed else dense_model()))
         return
     dense = _apart("--dense")
-    print(f"{'':<34}{'GB':>6}{'loading s':>11}{'memory GB':>11}{'first s':>9}{'tokens/s':>10}{'x bf16':>8}")
-    print(f"{'torch bfloat16, extrapolated':<34}{'':>28}{dense['first']:9.1f}{1 / dense['token']:10.2f}{1:8.2f}")
+    print(f"{'':<42}{'GB':>6}{'loading s':>11}{'memory GB':>11}{'first s':>9}{'tokens/s':>10}{'x bf16':>8}")
+    print(f"{'torch bfloat16, extrapolated':<42}{'':>28}{dense['first']:9.1f}{1 / dense['token']:10.2f}{1:8.2f}")
     for kind in given.kinds:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             size = write(Path(folder) / "model", kind, LAYERS)
-            found = _apart("--packed", str(Path(folder) / "model"))
-        figures = f"{size:6.2f}{found['loading']:11.1f}{found['memory']:11.2f}{found['first']:9.1f}"
-        print(f"{kind:<34}{figures}{1 / found['token']:10.2f}{dense['token'] / found['token']:8.2f}", flush=True)
+            for activations in given.activations:
+                found = _apart("--packed", str(Path(folder) / "model"), "--activations", activations)
+                figures = f"{size:6.2f}{found['loading']:11.1f}{found['memory']:11.2f}{found['first']:9.1f}"
+                speed = f"{1 / found['token']:10.2f}{dense['token'] / found['token']:8.2f}"
+                print(f"{kind + ', ' + activations:<42}{figures}{speed}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from bivlm.errors import InputError
 from bivlm.kernels import gpu
@@ -73,7 +72,7 @@ class Integers:
     width: int
 
 
-GpuProduct = Callable[[torch.Tensor], torch.Tensor]
+GpuProduct: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
 class Codec(ABC):
@@ -218,14 +217,20 @@ def product(
 
 def _gpu_product(packed: torch.Tensor, side_table: torch.Tensor, name: str) -> GpuProduct:
     place = (packed.data_ptr(), len(packed))
-    found = _GPU_PRODUCTS.get(side_table)
+    products = _gpu_products()
+    found = products.get(side_table)
     if found is None or found[0] != place:
         codec, header = open_packed(packed, name, check=False)
-        found = _GPU_PRODUCTS[side_table] = place, codec.gpu_product(packed.data, header, side_table.data)
+        found = products[side_table] = place, codec.gpu_product(packed.data, header, side_table.data)
     return found[1]
 
 
-_GPU_PRODUCTS = WeakTensorKeyDictionary()  # of weights by their side tables
+@cache
+def _gpu_products() -> MutableMapping[torch.Tensor, tuple[tuple[int, int], GpuProduct]]:
+    """Return products of weights by their side tables, made on first use: `bits` needs no torch."""
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()
 
 
 def format_bits(packed: Bytes, name: str = "packed weight") -> FormatBits:

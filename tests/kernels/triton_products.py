@@ -159,7 +159,7 @@ def test_what_is_not_multiplied():
 def test_the_bytes_are_looked_at_once(monkeypatch):
     packed, x = quantile_weight(4, 50, 2, 2, 0.1), inputs(1, 50)
     beside = side_table(packed)
-    first, kept = product(packed, beside, x), len(packing._GPU_PRODUCTS)
+    first, kept = product(packed, beside, x), len(packing._gpu_products())
     with monkeypatch.context() as patch:
         patch.setattr(packing, "open_packed", None)
         assert torch.equal(product(packed, beside, x), first)
@@ -167,7 +167,7 @@ def test_the_bytes_are_looked_at_once(monkeypatch):
     assert torch.equal(product(other, beside, x), 2 * first)  # of the same places
     del beside
     gc.collect()
-    assert len(packing._GPU_PRODUCTS) < kept
+    assert len(packing._gpu_products()) < kept
 
 
 def layer(packed, dtype):
