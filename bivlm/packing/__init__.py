@@ -212,6 +212,8 @@ def product(
     if gpu.on_gpu(packed.device):
         return _gpu_product(packed, side_table, name)(x_TN)
     codec, header = open_packed(packed, name, check=False)
+    if x_TN.ndim != 2 or x_TN.shape[1] != header.shape[1]:  # native code would read beside it
+        raise InputError(f"{name}: inputs of shape {tuple(x_TN.shape)}, expected (tokens, {header.shape[1]})")
     return codec.product(packed, header, side_table, x_TN, activations)
 
 

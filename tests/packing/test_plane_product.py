@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from packed_weights import grouped_weight, quantile_weight
 
 from bivlm import kernels
+from bivlm.errors import InputError
 from bivlm.packing import grouped, open_packed, plane_product, product, side_table, unpack
 
 pytestmark = pytest.mark.skipif(
@@ -237,6 +238,13 @@ def test_inputs_may_lie_anyhow(packed, activations):
         assert torch.equal(product(packed, beside, other, activations=activations), expected)
     same = x[:1].expand(4, 200)
     assert torch.equal(product(packed, beside, same, activations=activations)[3:], expected[:1])
+
+
+@pytest.mark.parametrize("shape", [(3, 100), (3, 201), (200,)])
+def test_inputs_of_another_width_are_refused(shape):
+    packed = grouped_weight(9, 200, 4, 64)
+    with pytest.raises(InputError, match=r"inputs of shape .*, expected \(tokens, 200\)"):
+        product(packed, side_table(packed), torch.zeros(shape))
 
 
 def test_int8_activations_where_there_are_no_such_products_are_left():
