@@ -13,7 +13,7 @@ import torch
 
 from bivlm.checkpoint.disk_names import packed_disk_names
 from bivlm.checkpoint.linears import anatomy
-from bivlm.checkpoint.outputs import LISTING, fresh_partial
+from bivlm.checkpoint.outputs import LISTING, check_replaceable, fresh_partial
 from bivlm.checkpoint.reading import LINEAGE, REPORT, Checkpoint
 from bivlm.checkpoint.safetensors_file import OutgoingTensor, TensorEntry, outgoing_tensor, read_raw
 from bivlm.errors import InputError
@@ -46,13 +46,14 @@ def names_of_packed(checkpoint: Checkpoint) -> dict[str, str]:
 def new_folder(checkpoint: Checkpoint, output: str | Path) -> Iterator[Path]:
     """Yield an empty folder to be filled; at the end it gets the records of `checkpoint` and becomes `output`.
 
-    If anything is raised meanwhile, nothing is left. Raises `InputError` if `output` overlaps the checkpoint, or is
-    not new or empty.
+    If anything is raised meanwhile, nothing is left. Raises `InputError` if `output` overlaps the checkpoint, is not
+    new or empty, or is a place that no folder can take: a link, a mount, one below a file.
     """
     output = output_folder(output)
     refuse_overlaps([output_place(output), base_place(checkpoint.folder)])
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"output {output}: expected a folder that is new or empty")
+    check_replaceable(output)
     place = fresh_partial(output)
     try:
         yield place

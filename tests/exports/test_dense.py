@@ -116,3 +116,17 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(made, tmp_path, c
     (tmp_path / "empty").mkdir()
     assert main(["export", str(folder / "packed"), str(tmp_path / "empty"), "--to", "dense"]) == 0
     assert capsys.readouterr().out == f"exported: {tmp_path / 'empty'}\n"
+
+
+@pytest.mark.parametrize("case", ["link to a folder", "dangling link", "below a file", "an address"])
+def test_an_output_that_no_folder_can_take_is_refused_before_any_work(case, made, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    output = tmp_path / "output"
+    if "link" in case:
+        output.symlink_to(tmp_path / ("folder" if case == "link to a folder" else "none"))
+    output = {"below a file": tmp_path / "file" / "x", "an address": "s3://bucket/x"}.get(case, output)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="output"):
+        export_dense(made[0] / "packed", output)
+    assert sorted(tmp_path.iterdir()) == before

@@ -18,7 +18,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
         epilog="examples: bivlm export OUT DENSE --to dense; bivlm export OUT GGUF --to gguf",
     )
     export.add_argument("folder", metavar="DIR", type=Path)
-    export.add_argument("output", metavar="OUTPUT", type=Path, help="a new folder")
+    export.add_argument("output", metavar="OUTPUT", help="a new folder")
     export.add_argument(
         "--to",
         required=True,
