@@ -54,6 +54,26 @@ TARGET static inline __attribute__((always_inline)) V NAME(level)(const int kind
     return LOOK_UP(kind == FOUR || kind >= BASE_10, table, symbol);
 }
 
+/* Of a block of coded weights: what a row's numbers are multiplied by, word by word, and what is added to that. */
+typedef struct {
+    V scale, offset;
+} NAME(Factors);
+
+TARGET static inline __attribute__((always_inline)) NAME(Factors)
+    NAME(factors_at)(const PlaneProduct *by, const Rows *rows, int r, int64_t block) {
+    const I group = LOAD_I(by->group + W * block);
+    return (NAME(Factors)){PERMUTE(LOAD(rows->scales[r] + by->first_group[block]), group),
+                           PERMUTE(LOAD(rows->offsets[r] + by->first_group[block]), group)};
+}
+
+/* A total with a block's sums of one token, whose words lie at `word`. */
+TARGET static inline __attribute__((always_inline)) V NAME(with_scaled)(const int bytes, const PlaneProduct *by,
+                                                                       NAME(Factors) factors, int64_t word, V sum,
+                                                                       V total) {
+    const V up = bytes ? MULTIPLY(factors.scale, LOAD(by->input_scales + word)) : factors.scale;
+    return FMA(up, sum, FMA(factors.offset, LOAD(by->sums + word), total));
+}
+
 /* y[row][token] of some rows and tokens. Of coded weights a block's sum is scaled, group by group. */
 TARGET static inline __attribute__((always_inline)) void NAME(rows_by)(const int kind, const int coded,
                                                                       const int first, const int R, const int T,
@@ -88,15 +108,13 @@ TARGET static inline __attribute__((always_inline)) void NAME(rows_by)(const int
             }
         }
         if (coded) {
-            const I group = LOAD_I(by->group + W * block);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                const V scale = PERMUTE(LOAD(rows->scales[first + r] + by->first_group[block]), group);
-                const V offset = PERMUTE(LOAD(rows->offsets[first + r] + by->first_group[block]), group);
+                const NAME(Factors) factors = NAME(factors_at)(by, rows, first + r, block);
 #pragma GCC unroll 4
                 for (int t = 0; t < T; t++) {
-                    const V inputs = LOAD(by->sums + ((token + t) * by->blocks + block) * W);
-                    total[r][t] = FMA(scale, sum[r][t], FMA(offset, inputs, total[r][t]));
+                    const int64_t word = ((token + t) * by->blocks + block) * W;
+                    total[r][t] = NAME(with_scaled)(0, by, factors, word, sum[r][t], total[r][t]);
                 }
             }
         } else
@@ -190,21 +208,14 @@ BYTE_TARGET static inline __attribute__((always_inline)) void NAME(byte_rows_by)
             }
         }
 #pragma GCC unroll 4
-        for (int t = 0; t < T; t++) {
-            const int64_t word = ((token + t) * by->blocks + block) * W;
-            const V input_scale = LOAD(by->input_scales + word);
-            if (!coded) {
+        for (int r = 0; r < R; r++) {
+            const NAME(Factors) factors = coded ? NAME(factors_at)(by, rows, first + r, block) : (NAME(Factors)){ZERO, ZERO};
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) total[r][t] = FMA(FLOATS(sum[r][t]), input_scale, total[r][t]);
-                continue;
-            }
-            const I group = LOAD_I(by->group + W * block);
-            const V inputs = LOAD(by->sums + word);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                const V scale = PERMUTE(LOAD(rows->scales[first + r] + by->first_group[block]), group);
-                const V offset = PERMUTE(LOAD(rows->offsets[first + r] + by->first_group[block]), group);
-                total[r][t] = FMA(MULTIPLY(scale, input_scale), FLOATS(sum[r][t]), FMA(offset, inputs, total[r][t]));
+            for (int t = 0; t < T; t++) {
+                const int64_t word = ((token + t) * by->blocks + block) * W;
+                const V exact = FLOATS(sum[r][t]);
+                total[r][t] = coded ? NAME(with_scaled)(1, by, factors, word, exact, total[r][t])
+                                    : FMA(exact, LOAD(by->input_scales + word), total[r][t]);
             }
         }
     }
@@ -294,14 +305,11 @@ TARGET static void NAME(all_bytes)(const PlaneProduct *by, const Rows *rows, int
 TARGET static inline __attribute__((always_inline)) void NAME(add_scaled)(const int bytes, const PlaneProduct *by,
                                                                          const Rows *rows, int r, int64_t block,
                                                                          int64_t token, const V *sum, float *total) {
-    const I group = LOAD_I(by->group + W * block);
-    const V scale = PERMUTE(LOAD(rows->scales[r] + by->first_group[block]), group);
-    const V offset = PERMUTE(LOAD(rows->offsets[r] + by->first_group[block]), group);
+    const NAME(Factors) factors = NAME(factors_at)(by, rows, r, block);
 #pragma GCC unroll 4
     for (int t = 0; t < TILE_TOKENS; t++, total += W) {
         const int64_t word = ((token + t) * by->blocks + block) * W;
-        const V up = bytes ? MULTIPLY(scale, LOAD(by->input_scales + word)) : scale;
-        STORE(total, FMA(up, sum[t], FMA(offset, LOAD(by->sums + word), LOAD(total))));
+        STORE(total, NAME(with_scaled)(bytes, by, factors, word, sum[t], LOAD(total)));
     }
 }
 
@@ -396,9 +404,9 @@ BYTE_TARGET static inline __attribute__((always_inline)) void NAME(byte_tile)(co
 TARGET static void NAME(any_tile)(const PlaneProduct *by, const Rows *rows, const float *levels, int64_t token,
                                   int64_t begin, int64_t end, float *totals, int64_t apart) {
     if (by->scales)
-        switch (steps_of(by->kind)) { STEP(4, 1) STEP(8, 1) STEP(16, 1) }
+        switch (STEPS(by->kind)) { STEP(4, 1) STEP(8, 1) STEP(16, 1) }
     else
-        switch (steps_of(by->kind)) { STEP(2, 0) STEP(3, 0) STEP(5, 0) STEP(8, 0) STEP(16, 0) STEP(32, 0) }
+        switch (STEPS(by->kind)) { STEP(2, 0) STEP(3, 0) STEP(5, 0) STEP(8, 0) STEP(16, 0) STEP(32, 0) }
 }
 #undef STEP
 #define STEP(kind, coded) \
@@ -415,7 +423,7 @@ BYTE_TARGET static void NAME(any_byte_tile)(const PlaneProduct *by, const Rows *
 /* The first `tokens` of some fours of rows, a multiple of the tile's. `levels` [fours][MOST][PANEL]. */
 TARGET static void NAME(times_many)(const PlaneProduct *by, const Rows *rows, int fours, int64_t row, int64_t last,
                                     int64_t tokens, float *levels, float *totals) {
-    const int64_t steps = steps_of(by->kind), panel = PANEL / (steps * W), apart = tokens * W;
+    const int64_t steps = STEPS(by->kind), panel = PANEL / (steps * W), apart = tokens * W;
     memset(totals, 0, (size_t)(fours * MOST * apart) * sizeof(float));
     for (int64_t begin = 0; begin < by->blocks; begin += panel) {
         const int64_t end = begin + panel < by->blocks ? begin + panel : by->blocks;

@@ -60,17 +60,6 @@ typedef struct {
     const float *tables[MOST], *scales[MOST], *offsets[MOST];
 } Rows;
 
-static inline int64_t steps_of(int64_t kind) {
-    switch (kind) {
-    case BASE_14: return 2;
-    case BASE_10:
-    case BASE_12: return 3;
-    case BASE_6: return 5;
-    case THREE: return 16;
-    default: return 32 / kind;
-    }
-}
-
 #ifdef X86
 #define JOIN(x, y) x##_##y
 #define ZERO SET(0.0f)

@@ -1,7 +1,8 @@
 """Products with a weight whose symbols lie in planes, straight from them (`kernels/plane_product.c`).
 
-Sums are float32. Each has an order of its own: it is the same however many threads, rows and tokens there are.
-Activations may be rounded to eight bits, with a scale for the columns of each word (`BYTE_KINDS`): their products with
+Sums are float32. Each has an order of its own: it is the same however many threads, rows and tokens there are,
+except that salient weights beside the symbols are added up four by four where there is a single token.
+Activations may be rounded to eight bits, with a scale for the columns of each word: their products with
 levels, rounded as finely, are added up exactly within a word, then in float32.
 """
 
@@ -23,8 +24,6 @@ from bivlm.packing.radix import planes_of, radix
 # and the symbols of a word, or of 32 bits.
 _BITS = {2: (1, 32), 4: (2, 16), 8: (3, 16), 16: (4, 8), 256: (8, 4)}
 _KINDS = _BITS | {base: (base + 10, radix(base).per_word) for base in (6, 10, 12, 14)}
-# Alphabets for which activations may be of eight bits: levels that rows share, or coded weights.
-BYTE_KINDS = frozenset(_BITS)
 _LARGEST_BYTE = 127
 _CACHE_LINE = 64
 _PLANES = 3
@@ -120,12 +119,12 @@ def product(
     """Return ``x W^T``, float32 (T, M), of the weight W (M, N) in the bytes of all planes; x is float32 (T, N).
 
     `salient` weights take their rows' scales from `means`. With `in_bytes` activations are rounded where there are
-    products for that (`BYTE_KINDS`, levels that rows share); salient weights are multiplied by x as it is.
+    products for that (symbols that are bits, levels that rows share); salient weights are multiplied by x as it is.
     """
     library = kernels.native()
     assert library is not None
     (rows, columns), tokens = shape, len(x_TN)
-    if alphabet not in BYTE_KINDS or (isinstance(means, Levels) and means.by_row is not None):
+    if alphabet not in _BITS or (isinstance(means, Levels) and means.by_row is not None):
         in_bytes = False
     (kind, steps), width = _KINDS[alphabet], lanes(in_bytes)
     y_TM = np.empty((tokens, rows), np.float32)

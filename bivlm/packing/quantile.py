@@ -249,7 +249,8 @@ class QuantileCodec(Codec):
     def gpu_product(self, packed: torch.Tensor, header: Header, side_table: torch.Tensor) -> GpuProduct:
         from bivlm.kernels import triton_planes
 
-        stored, code = _read_parameters(packed, header), radix(_read_parameters(packed, header).alphabet)
+        stored = _read_parameters(packed, header)
+        code = radix(stored.alphabet)
         by_row, salient, marks = stored.salient and stored.mode == _ALPHABET, None, _marks(stored)
         table = _table(stored)
         if stored.salient and not by_row:
