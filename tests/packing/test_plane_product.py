@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -34,45 +35,54 @@ def check(packed, x):
     assert ((found.double() - x.double() @ weight.T).abs() <= 1e-6 * largest[:, None] + 1e-45).all()
 
 
-@settings(max_examples=120, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 900),
-    bits=st.sampled_from(grouped.BITS),
-    groups=st.sampled_from([0, 16, 32, 64, 128]),
-    channels=st.booleans(),
-    tokens=st.integers(1, 15),
-    width=st.sampled_from([8, 16]),
-    seed=st.integers(0, 99),
-)
-def test_a_product_with_grouped_integers(rows, columns, bits, groups, channels, tokens, width, seed):
-    packed = grouped_weight(rows, columns, bits, groups, channels, seed=seed)
+GROUPED = {
+    "bits": st.sampled_from(grouped.BITS),
+    "groups": st.sampled_from([0, 16, 32, 64, 128]),
+    "channels": st.booleans(),
+}
+LANES = [plane_product.lanes(in_bytes) for in_bytes in (False, True)]
+
+
+def generated(**kinds):
+    """Run a test on weights of such kinds, of any small shape, and on a few tokens, with vectors of either width."""
+    return lambda test: settings(max_examples=120, deadline=None)(
+        given(
+            rows=st.integers(1, 40),
+            columns=st.integers(1, 900),
+            tokens=st.integers(1, 15),
+            width=st.sampled_from([8, 16]),
+            seed=st.integers(0, 99),
+            **kinds,
+        )(test)
+    )
+
+
+@contextmanager
+def vectors_of(width):
+    """Products with vectors of so many floats, where this machine has them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plane_product, "lanes", lambda in_bytes=False: min(width, LANES[in_bytes]))
+        yield
+
+
+@generated(**GROUPED)
+def test_a_product_with_grouped_integers(rows, columns, bits, groups, channels, tokens, width, seed):
+    packed = grouped_weight(rows, columns, bits, groups, channels, seed=seed)
+    with vectors_of(width):
         check(packed, inputs(tokens, columns, seed))
 
 
-@settings(max_examples=120, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 900),
+@generated(
     groups=st.integers(1, 9),
     salient=st.sampled_from([(1, 0.0), (1, 0.01), (2, 0.01), (2, 0.2), (1, 0.9), (2, 0.9), (4, 0.02)]),
-    tokens=st.integers(1, 15),
-    width=st.sampled_from([8, 16]),
-    seed=st.integers(0, 99),
 )
 def test_a_product_with_quantile_groups(rows, columns, groups, salient, tokens, width, seed):
     packed = quantile_weight(rows, columns, groups, *salient, seed=seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plane_product, "lanes", lambda in_bytes=False: min(width, LANES[in_bytes]))
+    with vectors_of(width):
         if side_table(packed) is None:  # salient weights with symbols of their own make larger alphabets
             assert 2 * groups + (1 << salient[0]) > 16
         else:
             check(packed, inputs(tokens, columns, seed))
-
-
-LANES = [plane_product.lanes(in_bytes) for in_bytes in (False, True)]
 
 
 @pytest.mark.parametrize("codec", ["grouped", "quantile"])
@@ -144,17 +154,7 @@ def in_int8(x, columns):
 WORDS = {1: 32, 2: 16, 3: 16, 4: 8, 8: 4}  # columns by the bits of a symbol
 
 
-@settings(max_examples=120, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 900),
-    bits=st.sampled_from(grouped.BITS),
-    groups=st.sampled_from([0, 16, 32, 64, 128]),
-    channels=st.booleans(),
-    tokens=st.integers(1, 15),
-    width=st.sampled_from([8, 16]),
-    seed=st.integers(0, 99),
-)
+@generated(**GROUPED)
 def test_int8_activations_and_grouped_integers(rows, columns, bits, groups, channels, tokens, width, seed):
     """Sums are exact: those of the rounded inputs."""
     packed, x = grouped_weight(rows, columns, bits, groups, channels, seed=seed), inputs(tokens, columns, seed)
@@ -163,29 +163,21 @@ def test_int8_activations_and_grouped_integers(rows, columns, bits, groups, chan
     scales = codec.tunable(packed, header).parameters.get("channel_scales", torch.ones(columns))
     weight = unpack(packed).double() / scales.double()
     rounded = in_int8(x * scales, WORDS[bits]).double()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plane_product, "lanes", lambda in_bytes=False: min(width, LANES[in_bytes]))
+    with vectors_of(width):
         found = product(packed, side_table(packed), x, activations="int8")
     largest = rounded.abs() @ weight.abs().amax(0)
     assert ((found.double() - rounded @ weight.T).abs() <= 2e-6 * largest[:, None] + 1e-45).all()
 
 
-@settings(max_examples=120, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 900),
+@generated(
     groups=st.sampled_from([1, 2, 4, 8]),
     share=st.sampled_from([0.0, 0.01, 0.05]),
-    tokens=st.integers(1, 15),
-    width=st.sampled_from([8, 16]),
-    seed=st.integers(0, 99),
 )
 def test_int8_activations_and_quantile_groups(rows, columns, groups, share, tokens, width, seed):
     """Levels are rounded, too: by no more than half of 64 to 127 parts of their span."""
     packed, x = quantile_weight(rows, columns, groups, 2, share, seed=seed), inputs(tokens, columns, seed)
     weight = unpack(packed).double()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plane_product, "lanes", lambda in_bytes=False: min(width, LANES[in_bytes]))
+    with vectors_of(width):
         found = product(packed, side_table(packed), x, activations="int8")
     bits = (2 * groups - 1).bit_length()
     steps = (x - in_int8(x, WORDS[bits])).abs().double()
